@@ -1,0 +1,216 @@
+"""The `fopd` command: parse, call, print. Nothing heavy is imported before a command really needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fopd_cli import __version__
+from fopd_cli.errors import EXIT_INTERRUPTED, EXIT_USER, EXIT_WORKER, Interrupted, UserError, WorkerError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Distil a big language model into a small one, on policy and asynchronously, with freshness control (f-OPD). "
+    "Exit codes: 0 done, 2 your mistake (nothing is lost), 3 a worker failed (the last checkpoint stands), 130 interrupted "
+    "(a checkpoint was written).",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; see fopd recipe --explain.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe, for example learner.steps=100.")
+]
+StepOption = Annotated[int | None, typer.Option(metavar="N", help="The checkpoint of this step; default: the newest sound one.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where everything goes; default: runs/ and the recipe's name. Must be new.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and the placement on this machine; start and load nothing.")
+    ] = False,
+) -> None:
+    """Distil: sample, judge, learn, until learner.steps. Ctrl-C writes a checkpoint and stops; twice stops at once.
+
+    The checks of `fopd doctor` come first. Leaves metrics, checkpoints and the student in the run directory.
+    """
+    from fopd_cli.recipe import dump_recipe, load_recipe
+
+    parsed = load_recipe(recipe, set_ or ())
+    path = run_dir or Path("runs") / recipe.stem
+    if dry_run:
+        from fopd_cli.runtime.placement import cuda_devices, place
+
+        devices = cuda_devices()
+        typer.echo(dump_recipe(parsed), nl=False)
+        try:
+            typer.echo(f"# here ({devices} CUDA devices): {place(parsed, devices).describe()}")
+        except UserError as error:
+            typer.echo(f"# here: {error}")
+        return
+    from fopd_cli import launch
+
+    _report(launch.run(parsed, path), path)
+
+
+@app.command()
+def resume(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an interrupted or finished run.")],
+    step: StepOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Go on with a run from its newest sound checkpoint, exactly where it stood.
+
+    `--set learner.steps=...` makes it longer. Student, teacher, task and seed must stay what they were.
+    """
+    from fopd_cli import launch
+
+    _report(launch.resume(run_dir, step, set_ or []), run_dir)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL|RUN_DIR", help="A model directory, a hub id, or a run (its student).")],
+    task: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="Recipe whose task, sampler and eval sections say what to do; default: the run's own.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Responses to each prompt (mean@N).")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every generation and its score there, as jsonl.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
+
+    Same code and random numbers as the run's own evaluation: for a finished run it prints the same score.
+    """
+    from fopd_cli.recipe import load_recipe
+
+    folder = Path(model)
+    is_run = (folder / "recipe.yaml").is_file()
+    source = task or (folder / "recipe.yaml" if is_run else None)
+    if source is None:
+        raise UserError("--task: name a recipe that says which task to evaluate on (a run directory has its own)")
+    overrides = list(set_ or [])
+    if not is_run:
+        overrides.append(f"student.model={json.dumps(model)}")
+    if samples:
+        overrides.append(f"eval.samples={samples}")
+    recipe = load_recipe(source, overrides)
+    if is_run and not (folder / "student" / "config.json").is_file():
+        raise UserError(f"{folder}: has no student yet; make one with: fopd export {folder} OUT, then fopd eval OUT --task {source}")
+    from fopd_cli import doctor
+    from fopd_cli.evaluation import evaluate as score
+
+    path = str(folder / "student") if is_run else recipe.student.model
+    doctor.check_model_name(path, "MODEL")
+    typer.echo(json.dumps(score(path, recipe, out), indent=1))
+
+
+@app.command("doctor")
+def doctor_command(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    sanity: Annotated[bool, typer.Option(help="Also load the student and check that, judged by itself, its loss is 0.")] = True,
+) -> None:
+    """Find what would go wrong before it does: tokenizers, ends of sequence, templates, lengths, disk, memory.
+
+    Prints each finding with its cure; exits 2 if there is any.
+    """
+    from fopd_cli import doctor
+    from fopd_cli.recipe import load_recipe
+    from fopd_cli.runtime.placement import cuda_devices, place
+
+    parsed = load_recipe(recipe, set_ or ())
+    inputs = doctor.load_inputs(parsed, place(parsed, cuda_devices()))
+    typer.echo(f"placement: {inputs.plan.describe()}")
+    typer.echo(f"teacher targets: {inputs.target_spec.kind}, {inputs.target_spec.nbytes(1)} bytes a token")
+    found = list(doctor.findings(inputs, Path("runs")))
+    if sanity and not any(f.level == "error" for f in found):
+        found += [f for f in [doctor.sanity(inputs)] if f]
+    for finding in found:
+        typer.echo(str(finding))
+    if found:
+        raise typer.Exit(EXIT_USER)
+    typer.echo("no findings")
+
+
+@app.command("recipe")
+def recipe_command(
+    explain: Annotated[bool, typer.Option("--explain", help="Every key, its type, its default and its meaning.")] = False,
+) -> None:
+    """About recipes: `fopd recipe --explain` lists every key."""
+    if not explain:
+        raise UserError("say what: fopd recipe --explain")
+    from fopd_cli.recipe import explain as keys
+
+    for key, kind, default, meaning in keys():
+        typer.echo(f"{key}\n    {kind}; {'required' if default == 'required' else f'default {default}'}\n    {meaning}")
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the model.")],
+    step: StepOption = None,
+) -> None:
+    """Write a checkpoint's student as a Hugging Face model directory, tokenizer included."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; give a new directory")
+    from fopd_cli.export import export_student
+    from fopd_cli.runtime.rundir import RunDir
+
+    typer.echo(f"{out}: student of step {export_student(RunDir.open(run_dir), out, step)}")
+
+
+def _report(summary: dict[str, Any], path: Path) -> None:
+    """What was learnt and where it lies."""
+    typer.echo(json.dumps(summary, indent=1))
+    typer.echo(f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} (ui.perfetto.dev)")
+    typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
+    if summary["score_first"] is not None:
+        typer.echo(
+            f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, KL to the teacher "
+            f"{summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in {summary['steps']} steps and {summary['wall_seconds']:.0f} s"
+        )
+
+
+def main() -> NoReturn:
+    """Entry point: known errors become one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        _fail(f"error: {error}", EXIT_USER)
+    except WorkerError as error:
+        _fail(f"error: {error}", EXIT_WORKER)
+    except (Interrupted, KeyboardInterrupt) as error:
+        _fail(str(error) or "interrupted", EXIT_INTERRUPTED)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(EXIT_USER)
+        if isinstance(error, click.exceptions.Abort):
+            _fail("interrupted", EXIT_INTERRUPTED)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)  # click hands a command's typer.Exit back as its code
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

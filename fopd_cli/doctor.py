@@ -1,0 +1,285 @@
+"""What would go wrong, found before the devices are paid for. `fopd doctor` prints it; `fopd run` refuses on errors.
+
+FIELD experience behind the checks: tokenizers that differ train on garbage without a word; a base student under an
+instruct teacher never meets its end-of-sequence token; Docker's 64 MB of shared memory ends a run at its first batch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fopd_cli.engines import hf
+from fopd_cli.errors import UserError
+from fopd_cli.recipe import Recipe
+from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.roles import resolve_dtype, task_arguments
+from fopd_cli.runtime.sizes import arena_bytes, available_memory, free_shared_memory
+from fopd_cli.runtime.stream import PromptStream
+from fopd_cli.samples import TargetSpec
+from fopd_cli.tasks import load_task
+
+GB = 1e9
+SANITY_LIMIT_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong, and what to do about it. An error stops a run; a warning is for the user to judge."""
+
+    level: Literal["error", "warning"]
+    what: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.what}; {self.cure}"
+
+
+@dataclass
+class Inputs:
+    """Everything that a run reads, loaded but for the weights."""
+
+    recipe: Recipe
+    plan: Plan
+    student_config: Any
+    teacher_config: Any
+    tokenizer: Any
+    teacher_tokenizer: Any
+    stream: PromptStream
+    layout: list[tuple[str, tuple[int, ...]]]
+
+    @property
+    def vocab(self) -> int:
+        """Ids that both models have; the rest is padding of one of them."""
+        return min(_text(self.student_config).vocab_size, _text(self.teacher_config).vocab_size)
+
+    @property
+    def target_spec(self) -> TargetSpec:
+        recipe = self.recipe
+        dtype = resolve_dtype(recipe.teacher.dtype, bool(self.plan.teachers[0].devices))
+        width = {"hidden": _text(self.teacher_config).hidden_size, "topk": recipe.teacher.k, "sampled": 1}
+        return TargetSpec(recipe.targets, width[recipe.targets], dtype)
+
+    @property
+    def parameters(self) -> int:
+        return sum(int(np.prod(shape)) for _, shape in self.layout)
+
+
+def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
+    """Raises `UserError` for the first thing that cannot be read."""
+    for key, model in (("student.model", recipe.student.model), ("teacher.model", recipe.teacher.model)):
+        check_model_name(model, key)
+    task = load_task(*task_arguments(recipe))
+    student, teacher = recipe.student.model, recipe.teacher.model
+    tokenizer = hf.load_tokenizer(student, "student.model")
+    config = hf.load_config(student, "student.model")
+    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
+    for split in ("train", "eval"):
+        if not stream.prompts[split]:
+            raise UserError(f"task: there is no {split} prompt; give it at least one")
+    return Inputs(
+        recipe, plan, config, hf.load_config(teacher, "teacher.model"), tokenizer, hf.load_tokenizer(teacher, "teacher.model"),
+        stream, hf.weight_layout(config),
+    )  # fmt: skip
+
+
+def check_model_name(model: str, key: str) -> None:
+    """A name that is no directory must at least look like a hub id."""
+    if Path(model).is_dir():
+        return
+    if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
+        raise UserError(f"{key}: there is no directory {model!r}; give a Hugging Face model directory or a hub id (owner/name)")
+
+
+def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
+    """All that can be found without loading weights; `disk` is where the run will write."""
+    yield from _tokenizers(inputs)
+    yield from _ends(inputs)
+    yield from _templates(inputs)
+    yield from _lengths(inputs)
+    yield from _sameness(inputs)
+    yield from _disk(inputs, disk)
+    yield from _memory(inputs)
+
+
+def _tokenizers(inputs: Inputs) -> Iterator[Finding]:
+    ours, theirs = inputs.tokenizer.get_vocab(), inputs.teacher_tokenizer.get_vocab()
+    ours_by_id, theirs_by_id = {i: t for t, i in ours.items()}, {i: t for t, i in theirs.items()}
+    shared = set(ours_by_id) & set(theirs_by_id)
+    different = sorted(i for i in shared if ours_by_id[i] != theirs_by_id[i])
+    if different:
+        i = different[0]
+        yield Finding(
+            "error",
+            f"student and teacher have different tokenizers: {len(different)} of {len(shared)} shared ids differ, first "
+            f"{i}: {ours_by_id[i]!r} against {theirs_by_id[i]!r}",
+            "choose a pair of one model family (distillation compares the two token by token)",
+        )
+        return
+    beyond = [i for i in (set(ours_by_id) ^ set(theirs_by_id)) if i < inputs.vocab]
+    if beyond:
+        yield Finding(
+            "warning",
+            f"{len(beyond)} token ids under {inputs.vocab} are known to only one of the two tokenizers",
+            "make sure that the prompts and answers never use them",
+        )
+
+
+def _ends(inputs: Inputs) -> Iterator[Finding]:
+    recipe = inputs.recipe
+    ours = hf.token_rules(recipe.student.model, inputs.tokenizer, inputs.student_config, "student.model").eos
+    theirs = hf.token_rules(recipe.teacher.model, inputs.teacher_tokenizer, inputs.teacher_config, "teacher.model").eos
+    if ours == theirs:
+        return
+    yield Finding(
+        "warning" if ours & theirs else "error",
+        f"the student ends a response with token {sorted(ours)}, the teacher with {sorted(theirs)}: the student would be "
+        "taught to end with a token that does not stop it",
+        "put the teacher's eos_token_id into the student's generation_config.json (a list may hold both)",
+    )
+
+
+def _templates(inputs: Inputs) -> Iterator[Finding]:
+    ours, theirs = (getattr(t, "chat_template", None) for t in (inputs.tokenizer, inputs.teacher_tokenizer))
+    if any(p.messages for p in inputs.stream.prompts["train"][:1]) and ours != theirs:
+        yield Finding(
+            "warning",
+            "student and teacher have different chat templates; the student's is used for both",
+            "make sure that the teacher understands it, or give the student the teacher's chat_template",
+        )
+
+
+def _lengths(inputs: Inputs) -> Iterator[Finding]:
+    r = inputs.recipe
+    for key, config in (("student.model", inputs.student_config), ("teacher.model", inputs.teacher_config)):
+        context = getattr(_text(config), "max_position_embeddings", None)
+        for split, new in (
+            ("train", r.sampler.max_new_tokens), ("eval", r.eval.max_new_tokens or r.sampler.max_new_tokens),
+        ):  # fmt: skip
+            longest, index = inputs.stream.longest(split)
+            if context is not None and longest + new > context:
+                yield Finding(
+                    "error",
+                    f"{key}: {split} prompt {index} has {longest} tokens, with {new} new ones that is more than the "
+                    f"model's context of {context}",
+                    "lower max_new_tokens, leave the prompt out, or take a model with a longer context",
+                )
+
+
+def _sameness(inputs: Inputs) -> Iterator[Finding]:
+    if inputs.recipe.student.model == inputs.recipe.teacher.model:
+        yield Finding("warning", "student and teacher are the same model: every loss is 0", "name a larger teacher")
+
+
+def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
+    while not folder.exists():
+        folder = folder.parent
+    # fp32 masters and two AdamW moments, kept `keep` times and once more while a new one is written; the export.
+    state = 12 * inputs.parameters
+    needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        yield Finding(
+            "error", f"{folder} has {free / GB:.2f} GB free, checkpoints need about {needed / GB:.2f} GB",
+            "free some, choose another --run-dir, or lower checkpoint.keep",
+        )  # fmt: skip
+
+
+def _memory(inputs: Inputs) -> Iterator[Finding]:
+    recipe, plan = inputs.recipe, inputs.plan
+    sampler_bytes = resolve_dtype(recipe.sampler.dtype, bool(plan.samplers[0].devices)).itemsize * inputs.parameters
+    shared = arena_bytes(recipe, inputs.target_spec) + 2 * sampler_bytes
+    if shared > free_shared_memory():
+        yield Finding(
+            "error", f"shared memory: {shared / GB:.2f} GB are needed, /dev/shm has {free_shared_memory() / GB:.2f} GB free",
+            "in Docker add --ipc=host (or --shm-size); else lower learner.batch_samples or sampler.max_new_tokens",
+        )  # fmt: skip
+    teacher = inputs.target_spec.dtype.itemsize * _count_parameters(inputs.teacher_config)
+    learner = 16 * inputs.parameters  # fp32 master, gradient, two moments
+    if plan.mode == "cpu":
+        needed = learner + teacher * len(plan.teachers) + sampler_bytes * len(plan.samplers)
+        if needed + shared > available_memory():
+            yield Finding(
+                "error", f"the models need about {(needed + shared) / GB:.1f} GB of RAM, {available_memory() / GB:.1f} GB are free",
+                "use smaller models, or a machine with more memory",
+            )  # fmt: skip
+        return
+    for role, workers, total in (("learner", plan.learners, learner), ("teacher", plan.teachers, teacher)):
+        need = total / len(workers)
+        for worker in workers:
+            yield from _device_memory(f"{role} on cuda:{worker.devices[0]}", worker.devices[0], need)
+    for worker in plan.samplers:
+        yield from _device_memory(f"sampler on cuda:{worker.devices[0]}", worker.devices[0], sampler_bytes)
+
+
+def _device_memory(who: str, device: int, need: float) -> Iterator[Finding]:
+    free = device_memory(device)
+    if free is not None and need > free:
+        yield Finding(
+            "error", f"{who} needs {need / GB:.1f} GB for weights and optimizer alone, the device has {free / GB:.1f} GB",
+            "give that role more devices (placement) or use a smaller model",
+        )  # fmt: skip
+
+
+def device_memory(device: int) -> float | None:
+    """Total bytes of a CUDA device, asked of nvidia-smi so that this process gets no CUDA context; None if unknown."""
+    command = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return float(out.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def sanity(inputs: Inputs) -> Finding | None:
+    """Student = teacher must give loss 0 and drift 0: sample a little, let the student judge itself, look at both.
+
+    Loads the student on the CPU, through the very engines of a run. What is left is this machine's noise floor.
+    """
+    from fopd_cli.engines.fsdp_learner import FsdpLearner
+    from fopd_cli.engines.transformers_teacher import TransformersTeacher
+    from fopd_cli.runtime.roles import learner_config, make_sampler
+    from fopd_cli.samples import Request, Rollout, Sample, SampleId, SamplingParams, TeacherTargets
+
+    recipe, dtype, cpu = inputs.recipe, torch.float32, torch.device("cpu")
+    path = recipe.student.model
+    sampler = make_sampler(path, dtype, cpu, concurrency=4)
+    params = SamplingParams(recipe.sampler.temperature, 1.0, min(32, recipe.sampler.max_new_tokens))
+    count = min(4, len(inputs.stream.prompts["train"]))
+    sampler.submit([Request(i, inputs.stream.encoded("train", i), SampleId("train", 0, i, 0).seed(0), params) for i in range(count)])
+    rollouts: list[Rollout] = []
+    while sampler.busy:
+        rollouts += sampler.step()
+    width = _text(inputs.student_config).hidden_size
+    targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts]
+    vocab = _text(inputs.student_config).vocab_size
+    TransformersTeacher(hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab).score(rollouts, targets)
+    config = learner_config(recipe, torch.float32, vocab, support="full", drift="sampled")
+    learner = FsdpLearner(
+        hf.load_model(path, "student.model", dtype), hf.load_head(path, "student.model", dtype), config, cpu, 0, 1
+    )
+    stats = learner.measure([Sample(r, t, lag=0) for r, t in zip(rollouts, targets, strict=True)])
+    loss, drift = float(np.abs(stats.kl).max()), float(np.abs(stats.drift_roll).max())
+    limit = SANITY_LIMIT_NATS[dtype]
+    if loss < limit and drift < limit:
+        return None
+    return Finding(
+        "error", f"the student judged by itself has loss {loss:.2e} and drift {drift:.2e} nats, which should be 0 (limit {limit})",
+        "the sampler, teacher and learner disagree about this model; please report it with the model's name",
+    )  # fmt: skip
+
+
+def _text(config: Any) -> Any:
+    """The language model's part of a multi-modal configuration."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _count_parameters(config: Any) -> int:
+    return sum(int(np.prod(shape)) for _, shape in hf.weight_layout(config))

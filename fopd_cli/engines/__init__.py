@@ -1,0 +1,1 @@
+"""Engines: the sampler, the teacher and the learner. Only this package imports transformers (and vllm)."""

@@ -1,0 +1,367 @@
+"""The student, learning: FSDP2, fp32 master weights, AdamW, exact losses from hidden states, freshness in the same pass.
+
+One optimizer step on a batch of B samples:
+
+    1. every rank takes a share of the samples (balanced by squared lengths) and splits it under a token budget
+    2. per micro-batch: one forward gives losses l_i, drifts D_roll_i; from these f_i and w_i; then backward
+    3. the gradient is summed over ranks, divided by the batch's mean weight if weights are normalised, clipped, applied
+
+A micro-batch's weights need only its own forward pass; what needs the whole batch (normalisation, the learning rate's
+`step_scale`) is a common factor, and is applied to the summed gradient or the learning rate afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from fopd_cli.engines.batching import balanced_shares, by_token_budget, right_padded
+from fopd_cli.engines.hf import backbone
+from fopd_cli.freshness import drift, score
+from fopd_cli.losses.chunked import LossSpec, Positions, TokenTerms, token_terms
+from fopd_cli.losses.objective import objective
+from fopd_cli.samples import Sample, SampleStats, StepReport, TeacherTargets
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """The recipe's learner, loss and freshness sections, as the learner needs them."""
+
+    loss: LossSpec
+    policy: score.Policy
+    alpha: float
+    beta: float
+    xi: float
+    anchor: float  # lambda; used only where the policy anchors
+    weights: Literal["raw", "normalized"]
+    step_scale: Literal["none", "freshness"]
+    average: Literal["sample", "token"]
+    lr: float
+    warmup_steps: int
+    decay: Literal["constant", "cosine", "linear"]
+    min_lr_ratio: float
+    steps: int
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+    micro_tokens: int
+    compute_dtype: torch.dtype
+    activation_checkpointing: bool
+    vocab: int
+
+
+def lr_factor(config: LearnerConfig, step: int) -> float:
+    """Warm-up from 1/warmup to 1, then the decay to `min_lr_ratio` at the last step; a pure function of the step."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    progress = min(1.0, progress)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+class _Student(nn.Module):
+    """The model and its loss as one forward, so that a sharded head is whole while the loss needs it."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self, ids: Tensor, rows: Tensor, columns: Tensor, at: Positions, spec: LossSpec, vocab: int, teacher_head: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
+        head = self.lm.get_output_embeddings().weight[:vocab]
+        terms = token_terms(spec, replace(at, student_hidden=hidden[rows, columns]), head, teacher_head)
+        return tuple(getattr(terms, f.name) for f in fields(TokenTerms))  # a tuple: FSDP hooks on tensors it can see
+
+
+class FsdpLearner:
+    """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_head` `(V, teacher width)` or None."""
+
+    def __init__(
+        self, model: Any, teacher_head: Tensor | None, config: LearnerConfig, device: torch.device, rank: int, world: int
+    ) -> None:
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.version = 0
+        self.floor = drift.NoiseFloor()
+        self.teacher_head = None if teacher_head is None else teacher_head[: config.vocab].to(device)
+        self.student = _Student(model.train())
+        self._shard()
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+        )
+
+    def _shard(self) -> None:
+        """One rank that computes in fp32 has nothing to shard or cast; otherwise FSDP2 keeps the fp32 masters."""
+        lm, config = self.student.lm, self.config
+        if config.activation_checkpointing:
+            block_type = type(backbone(lm).layers[0])
+            apply_activation_checkpointing(lm, checkpoint_wrapper, check_fn=lambda m: isinstance(m, block_type))
+        if self.world == 1 and config.compute_dtype == torch.float32:
+            self.student.to(self.device)
+            return
+        policy = MixedPrecisionPolicy(
+            param_dtype=config.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        mesh = dist.init_device_mesh(self.device.type, (self.world,))
+        for block in backbone(lm).layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(self.student, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+    # ---- one optimizer step -------------------------------------------------------------------------------------
+
+    def train(self, step: int, samples: Sequence[Sample]) -> StepReport:
+        if step != self.version:
+            raise RuntimeError(f"asked for optimizer step {step}, but the student is at version {self.version}")
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        micro, stats, loss, anchor = self._batches(samples), [], 0.0, 0.0
+        for number, indices in enumerate(micro):
+            self._sync_gradients(last=number == len(micro) - 1)
+            part, objective_value, anchor_value = self._forward(samples, indices)
+            # FSDP averages gradients over ranks, but the objective already divides by global counts.
+            (objective_value * self.world).backward()
+            loss, anchor = loss + objective_value.item(), anchor + anchor_value
+            if indices:
+                stats.append((indices, part))
+        merged = self._gather(stats, len(samples))
+        loss, anchor = self._sum(loss), self._sum(anchor)
+        mean_weight = float(merged.weight.mean())
+        if config.weights == "normalized" and mean_weight > 0:
+            loss, anchor = loss / mean_weight, anchor / mean_weight
+            self._scale_gradients(1 / mean_weight)
+        grad_norm = self._clip()
+        lr = config.lr * lr_factor(config, step) * (mean_weight if config.step_scale == "freshness" else 1.0)
+        skipped = mean_weight == 0
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(f"the gradient of optimizer step {step} is not finite ({grad_norm}); nothing was updated")
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        floor = self.floor.value
+        self.floor.update([float(d) for d, lag in zip(merged.drift_roll, merged.lag, strict=True) if lag == 0])
+        self.version = step + 1
+        lengths = [len(s.rollout.token_ids) for s in samples]
+        return StepReport(
+            step=step, stats=merged, loss=loss, anchor=anchor, grad_norm=grad_norm, lr=lr, skipped=skipped, noise_floor=floor,
+            tokens=sum(lengths), padded_tokens=self._padded(samples, micro), publish_seconds=0.0, publish_bytes=0,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[Sample]) -> SampleStats:
+        self.student.eval()
+        parts = []
+        for indices in self._batches(samples):
+            part, _, _ = self._forward(samples, indices)
+            if indices:
+                parts.append((indices, part))
+        self.student.train()
+        return self._gather(parts, len(samples))
+
+    def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """This rank's micro-batches; every rank gets equally many, the missing ones are empty."""
+        lengths = [len(s.rollout.token_ids) for s in samples]
+        split = []
+        for share in balanced_shares(lengths, self.world):
+            groups = by_token_budget([lengths[i] for i in share], self.config.micro_tokens)
+            split.append([[share[i] for i in group] for group in groups])
+        most = max(len(groups) for groups in split)
+        return split[self.rank] + [[] for _ in range(most - len(split[self.rank]))]
+
+    def _forward(self, samples: Sequence[Sample], indices: list[int]) -> tuple[SampleStats, Tensor, float]:
+        """One micro-batch: its samples' figures, its share of the objective, its share of the anchor term.
+
+        An empty one runs a dummy row of weight zero, because sharded ranks must all run the same forwards.
+        """
+        config = self.config
+        chosen = [samples[i] for i in indices] or [_dummy(samples[0])]
+        rollouts = [s.rollout for s in chosen]
+        counts = [r.response_length for r in rollouts]
+        sample = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(counts)).to(self.device)
+        columns = np.concatenate([np.arange(r.prompt_length - 1, len(r.token_ids) - 1) for r in rollouts])
+        at = self._positions(chosen)
+        ids = right_padded([r.token_ids for r in rollouts]).to(self.device)
+        terms = TokenTerms(
+            *self.student(
+                ids, sample, torch.from_numpy(columns).to(self.device), at, config.loss, config.vocab, self.teacher_head
+            )
+        )
+        mask = torch.from_numpy(np.concatenate([r.loss_mask for r in rollouts])).to(self.device)
+        n = len(chosen)
+        loss, _ = drift.per_sample(terms.loss, mask, mask, sample, n)
+        drift_roll, coverage = drift.per_sample(terms.drift, torch.isfinite(at.behaviour), mask, sample, n)
+        lag = torch.tensor([s.lag for s in chosen], device=self.device)
+        # Contexts of single-turn tasks never change and the teacher is frozen: D_sup is exactly 0, all of it aligned.
+        drift_sup, coverage_sup = torch.zeros_like(drift_roll), torch.ones_like(coverage)
+        f = score.freshness(
+            lag, self.floor.subtract(drift_roll.detach()), drift_sup, coverage, coverage_sup, config.alpha, config.beta
+        )
+        w = score.weights(config.policy, f, lag, config.xi) if indices else torch.zeros_like(f)
+        lengths = torch.zeros_like(f).index_add(0, sample, mask.to(f.dtype))
+        total = sum(int(s.rollout.loss_mask.sum()) for s in samples)
+        share = (lengths, w)
+        weight = config.anchor if config.policy.anchor else 0.0
+        value = objective(loss, drift_roll, *share, weight, config.average, len(samples), total)
+        anchor = objective(drift_roll.detach(), drift_roll, *share, 0.0, config.average, len(samples), total)
+
+        def mean(term: Tensor) -> np.ndarray:
+            return _numpy(drift.per_sample(term.detach(), mask, mask, sample, n)[0])
+
+        stats = SampleStats(
+            keys=np.array([r.key for r in rollouts]), lag=_numpy(lag).astype(np.int64),
+            length=_numpy(lengths).astype(np.int64), loss=_numpy(loss), kl=mean(terms.kl), forward_kl=mean(terms.forward_kl),
+            entropy=mean(terms.entropy), drift_roll=_numpy(drift_roll), drift_sup=_numpy(drift_sup),
+            coverage_roll=_numpy(coverage), coverage_sup=_numpy(coverage_sup), freshness=_numpy(f), weight=_numpy(w),
+        )  # fmt: skip
+        return stats, value, anchor.item()
+
+    def _positions(self, samples: Sequence[Sample]) -> Positions:
+        """All response positions of a micro-batch, one row each, on the device."""
+
+        def stack(arrays: list[np.ndarray | None], dtype: torch.dtype) -> Tensor | None:
+            present = [a for a in arrays if a is not None]
+            if len(present) < len(arrays):
+                return None
+            return torch.from_numpy(np.concatenate(present)).to(self.device, dtype)
+
+        def joined(name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+            parts = [getattr(s.targets, name) for s in samples]
+            if any(p is None for p in parts):
+                return None
+            return torch.cat([p.to(self.device, dtype, non_blocking=True) for p in parts])
+
+        tokens = stack([s.rollout.response_ids for s in samples], torch.int64)
+        behaviour = stack([s.rollout.logprobs for s in samples], torch.float32)
+        assert tokens is not None
+        assert behaviour is not None
+        return Positions(
+            student_hidden=torch.empty(0),  # filled in by the forward
+            tokens=tokens,
+            behaviour=behaviour,
+            behaviour_topk=stack([s.rollout.topk_logprobs for s in samples], torch.float32),
+            behaviour_topk_ids=stack([s.rollout.topk_ids for s in samples], torch.int64),
+            teacher_hidden=joined("hidden"),
+            teacher_logprobs=joined("logprobs"),
+            teacher_topk=joined("topk_logprobs"),
+            teacher_topk_ids=joined("topk_ids", torch.int64),
+        )
+
+    # ---- ranks --------------------------------------------------------------------------------------------------
+
+    def _sync_gradients(self, last: bool) -> None:
+        if isinstance(self.student, FSDPModule):
+            self.student.set_requires_gradient_sync(last)
+
+    def _sum(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def _gather(self, parts: list[tuple[list[int], SampleStats]], count: int) -> SampleStats:
+        """Figures of the whole batch, in batch order, on every rank."""
+        everyone: list[Any] = [parts]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, parts)
+        flat = [part for rank in everyone for part in rank]
+        order = np.argsort(np.concatenate([np.array(indices) for indices, _ in flat]))
+        assert len(order) == count
+        return SampleStats(
+            **{f.name: np.concatenate([getattr(p, f.name) for _, p in flat])[order] for f in fields(SampleStats)}
+        )
+
+    def _padded(self, samples: Sequence[Sample], micro: list[list[int]]) -> int:
+        own = sum(max(len(samples[i].rollout.token_ids) for i in group) * len(group) for group in micro if group)
+        return int(self._sum(own))
+
+    def _scale_gradients(self, factor: float) -> None:
+        torch._foreach_mul_([p.grad for p in self.student.parameters() if p.grad is not None], factor)
+
+    def _clip(self) -> float:
+        clip = self.config.clip if self.config.clip > 0 else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip, foreach=True)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    # ---- weights and state --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def publish(self) -> Iterator[tuple[str, Tensor]]:
+        """Full fp32 weights under Hugging Face names, tied ones once; a collective on several ranks."""
+        seen: set[int] = set()
+        for name, tensor in self.student.lm.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                yield name.replace("_checkpoint_wrapped_module.", ""), full.detach()
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.student, self.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=str(folder), no_dist=self.world == 1)
+        return {"version": self.version, "noise_floor": {"value": self.floor.value, "samples": self.floor.samples}}
+
+    def restore(self, folder: Path, extra: dict[str, Any]) -> None:
+        model, optimizer = get_state_dict(self.student, self.optimizer)
+        state = {"model": model, "optimizer": optimizer}
+        dcp.load(state, checkpoint_id=str(folder), no_dist=self.world == 1)
+        set_state_dict(
+            self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        self.version = extra["version"]
+        self.floor = drift.NoiseFloor(**extra["noise_floor"])
+
+    def sleep(self) -> None:
+        self._move("cpu")
+
+    def wake(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.device.type == "cpu":
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        self.student.to(device)
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    state[name] = value.to(device)
+        self.teacher_head = None if self.teacher_head is None else self.teacher_head.to(device)
+        with torch.cuda.device(self.device) if device == "cpu" else nullcontext():
+            torch.cuda.empty_cache()
+
+
+def _dummy(sample: Sample) -> Sample:
+    """The first response token of a sample, alone and without weight."""
+    r, t = sample.rollout, sample.targets
+
+    def first(value: Any) -> Any:
+        return None if value is None else value[:1]
+
+    rollout = replace(
+        r, token_ids=r.token_ids[: r.prompt_length + 1], loss_mask=r.loss_mask[:1], logprobs=r.logprobs[:1],
+        topk_logprobs=first(r.topk_logprobs), topk_ids=first(r.topk_ids),
+    )  # fmt: skip
+    targets = TeacherTargets(t.kind, first(t.hidden), first(t.logprobs), first(t.topk_logprobs), first(t.topk_ids))
+    return Sample(rollout, targets, sample.lag)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(np.float64)

@@ -1,0 +1,75 @@
+"""What the runtime asks of an engine. One file beside this one per implementation.
+
+Every engine lives in a worker process of its own and is driven by `runtime/roles.py`. It is single-threaded and
+owns its device memory; `sleep` gives that memory back to the other roles of the box, `wake` takes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fopd_cli.samples import Request, Rollout, Sample, SampleStats, StepReport, TeacherTargets
+
+
+class Sampler(Protocol):
+    """The student, generating. Requests may be added while others run; finished ones leave at once."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue generations."""
+
+    def step(self) -> list[Rollout]:
+        """Advance every running request by about one token; return those that finished. Cheap when idle."""
+
+    def abort(self) -> None:
+        """Forget every queued and running request."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+
+    def load(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Become `version`, entirely. Running requests go on under it: their next tokens open a new span, and what
+        those tokens attend to is recomputed with the new weights."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+
+class Teacher(Protocol):
+    """The frozen teacher, judging. On several ranks all call `score` together, each with its own rollouts."""
+
+    def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
+        """Fill the targets (views into shared memory) of each rollout."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+
+class Learner(Protocol):
+    """The student, learning. On several ranks all methods are called together, in the same order."""
+
+    version: int
+
+    def train(self, step: int, samples: Sequence[Sample]) -> StepReport:
+        """One optimizer step on the whole batch (every rank is given all of it and takes its share)."""
+
+    def measure(self, samples: Sequence[Sample]) -> SampleStats:
+        """The same figures without learning."""
+
+    def publish(self) -> Iterator[tuple[str, Tensor]]:
+        """Full weights, one by one; every rank must exhaust the iterator."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the learner's state; returns what must go into the run's own state (rank 0's is kept)."""
+
+    def restore(self, folder: Path, extra: dict[str, Any]) -> None: ...
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...

@@ -1,0 +1,220 @@
+"""The student sampler on plain transformers: runs anywhere, and is the reference for the vLLM one.
+
+Requests are decoded in batches of up to `batch_size` rows with a KV cache. A row that finishes leaves at once and the
+batch shrinks around those that go on; waiting requests join when it is empty. New weights can be loaded between
+any two tokens: the cache is recomputed with them, so that every token's log-prob is that of one whole version.
+
+Each row draws from its own generator (one uniform a token, inverse transform), so a rollout depends on its seed,
+prompt and weights, not on its neighbours (up to the kernels' rounding for a batch of another shape).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fopd_cli.engines.hf import TokenRules
+from fopd_cli.samples import Request, Rollout, SamplingParams
+
+
+@dataclass
+class _Row:
+    """One running request."""
+
+    request: Request
+    uniforms: np.ndarray  # float64 (max_new_tokens,)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    topk_logprobs: list[np.ndarray] = field(default_factory=list)
+    topk_ids: list[np.ndarray] = field(default_factory=list)
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def append(self, token: int, logprob: float, version: int) -> None:
+        n = len(self.ids)
+        self.ids.append(token)
+        self.logprobs.append(logprob)
+        if self.spans and self.spans[-1][0] == version:
+            self.spans[-1] = (version, self.spans[-1][1], n + 1)
+        else:
+            self.spans.append((version, n, n + 1))
+
+    def rollout(self, finish: Any) -> Rollout:
+        prompt = self.request.token_ids
+        return Rollout(
+            key=self.request.key,
+            token_ids=np.concatenate([prompt, np.asarray(self.ids, dtype=np.int32)]),
+            prompt_length=len(prompt),
+            loss_mask=np.ones(len(self.ids), dtype=bool),
+            logprobs=np.asarray(self.logprobs, dtype=np.float32),
+            spans=self.spans,
+            finish=finish,
+            topk_logprobs=np.stack(self.topk_logprobs) if self.topk_logprobs else None,
+            topk_ids=np.stack(self.topk_ids) if self.topk_ids else None,
+        )
+
+
+class TransformersSampler:
+    """Implements `protocols.Sampler`. `model` is a causal LM on `device`; its weights are replaced by `load`."""
+
+    def __init__(self, model: Any, rules: TokenRules, device: torch.device, batch_size: int) -> None:
+        self.model, self.rules, self.device, self.batch_size = model.to(device).eval(), rules, device, batch_size
+        self.version = 0
+        self._waiting: deque[Request] = deque()
+        self._rows: list[_Row] = []
+        self._ids = torch.empty(0)  # (rows, prompt + generated), left-padded
+        self._mask = torch.empty(0)  # (rows, prompt + generated), 0 on padding
+        self._cache: Any = None  # None: the next step runs over all of `_ids`
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._rows or self._waiting)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._waiting.extend(requests)
+
+    def abort(self) -> None:
+        self._waiting.clear()
+        self._rows, self._cache = [], None
+
+    @torch.no_grad()
+    def load(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
+        own = self.model.state_dict(keep_vars=True)
+        for name, tensor in weights:
+            own[name].copy_(tensor)
+        self.version, self._cache = version, None
+
+    def sleep(self) -> None:
+        self._cache = None
+        self.model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        self.model.to(self.device)
+
+    @torch.inference_mode()
+    def step(self) -> list[Rollout]:
+        if not self._rows:
+            if not self._waiting:
+                return []
+            self._start()
+        logits = self._forward()
+        chosen = self._choose(logits)
+        finished = self._finish(chosen)
+        self._shrink()
+        return finished
+
+    def _start(self) -> None:
+        requests = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
+        self._rows = [
+            _Row(r, np.random.Generator(np.random.PCG64(r.seed)).random(r.params.max_new_tokens)) for r in requests
+        ]
+        width = max(len(r.token_ids) for r in requests)
+        ids = np.full((len(requests), width), self.rules.pad, dtype=np.int64)
+        mask = np.zeros((len(requests), width), dtype=np.int64)
+        for i, request in enumerate(requests):
+            ids[i, width - len(request.token_ids) :] = request.token_ids
+            mask[i, width - len(request.token_ids) :] = 1
+        self._ids = torch.from_numpy(ids).to(self.device)
+        self._mask = torch.from_numpy(mask).to(self.device)
+        self._cache = None
+
+    def _forward(self) -> Tensor:
+        """Logits `(rows, V)` of the next token, in float32."""
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        fresh = self._cache is None
+        out = self.model(
+            input_ids=self._ids if fresh else self._ids[:, -1:],
+            attention_mask=self._mask,
+            position_ids=positions if fresh else positions[:, -1:],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = out.past_key_values
+        return out.logits[:, -1].float()  # type: ignore[no-any-return]
+
+    def _choose(self, logits: Tensor) -> np.ndarray:
+        """Sample one token a row and note its log-prob; returns the ids `(rows,)`."""
+        params = [row.request.params for row in self._rows]
+        uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in self._rows], device=self.device)
+        logprobs = behaviour_logprobs(logits, params)
+        chosen = inverse_transform(logprobs, uniforms)
+        picked = logprobs.gather(-1, chosen[:, None])[:, 0].cpu().numpy()
+        self._ids = torch.cat([self._ids, chosen[:, None]], -1)
+        self._mask = torch.cat([self._mask, torch.ones_like(chosen)[:, None]], -1)
+        ids = chosen.cpu().numpy()
+        for row, token, logprob in zip(self._rows, ids, picked, strict=True):
+            row.append(int(token), float(logprob), self.version)
+        self._keep_topk(logprobs, params[0].keep_topk)
+        return ids
+
+    def _keep_topk(self, logprobs: Tensor, k: int) -> None:
+        if k == 0:
+            return
+        if k < 0:
+            for row, full in zip(self._rows, logprobs.cpu().numpy(), strict=True):
+                row.topk_logprobs.append(full)
+            return
+        values, ids = logprobs.topk(k, -1)
+        for row, value, index in zip(self._rows, values.cpu().numpy(), ids.int().cpu().numpy(), strict=True):
+            row.topk_logprobs.append(value)
+            row.topk_ids.append(index)
+
+    def _finish(self, chosen: np.ndarray) -> list[Rollout]:
+        finished = []
+        for row, token in zip(self._rows, chosen, strict=True):
+            if int(token) in self.rules.eos:
+                finished.append(row.rollout("stop"))
+            elif len(row.ids) == row.request.params.max_new_tokens:
+                finished.append(row.rollout("length"))
+        return finished
+
+    def _shrink(self) -> None:
+        """Take finished rows out of the batch and its cache."""
+        keep = [i for i, row in enumerate(self._rows) if not self._done(row)]
+        if len(keep) == len(self._rows):
+            return
+        self._rows = [self._rows[i] for i in keep]
+        if not keep:
+            self._cache = None
+            return
+        index = torch.tensor(keep, device=self.device)
+        self._ids, self._mask = self._ids[index], self._mask[index]
+        self._cache.batch_select_indices(index)
+
+    def _done(self, row: _Row) -> bool:
+        return row.ids[-1] in self.rules.eos or len(row.ids) == row.request.params.max_new_tokens
+
+
+def behaviour_logprobs(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Log-probs `(rows, V)` of the distribution really sampled from: temperature, then top-p, renormalised.
+
+    Temperature 0 means greedy: all mass on the likeliest token.
+    """
+    temperature = torch.tensor([p.temperature for p in params], device=logits.device)[:, None]
+    greedy = temperature == 0
+    logprobs = torch.log_softmax(logits / torch.where(greedy, 1.0, temperature), -1)
+    if any(p.top_p < 1 for p in params):
+        top_p = torch.tensor([p.top_p for p in params], device=logits.device)[:, None]
+        ordered, index = logprobs.sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()  # mass above each token; the first one always stays
+        kept = torch.where(before < top_p, ordered, -torch.inf)
+        logprobs = torch.log_softmax(torch.empty_like(kept).scatter(-1, index, kept), -1)
+    if greedy.any():
+        best = torch.full_like(logprobs, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+        logprobs = torch.where(greedy, best, logprobs)
+    return logprobs
+
+
+def inverse_transform(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids `(rows,)`: the first token whose cumulative probability exceeds the row's uniform in [0, 1)."""
+    cumulative = logprobs.exp().double().cumsum(-1)
+    threshold = uniforms.double()[:, None] * cumulative[:, -1:]  # the sum is 1 only up to rounding
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)

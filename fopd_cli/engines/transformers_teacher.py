@@ -1,0 +1,103 @@
+"""The frozen teacher on plain transformers: hidden states, top-k log-probs or the sampled tokens' log-probs.
+
+On several devices it is sharded with `fully_shard`; all ranks then score together, each its own rollouts, and a rank
+that has fewer joins in with a dummy row, because the weights are gathered by everyone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from fopd_cli.engines.batching import by_token_budget, right_padded
+from fopd_cli.engines.hf import backbone
+from fopd_cli.samples import Rollout, TeacherTargets
+
+HEAD_CHUNK_BYTES = 256 << 20  # of one float32 [positions, vocab] tensor
+
+
+class _HiddenAndHead(nn.Module):
+    """ids `(rows, width)` -> post-norm hidden states `(rows, width, hidden)` and the unembedding `(V, hidden)`.
+
+    A module, so that `fully_shard` gathers the head together with the rest of the root.
+    """
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden, self.lm.get_output_embeddings().weight
+
+
+class TransformersTeacher:
+    """Implements `protocols.Teacher`. `delay_s` sleeps that long for every sample: a slow teacher, for studies."""
+
+    def __init__(
+        self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int, delay_s: float = 0.0
+    ) -> None:
+        self.device, self.world, self.micro_tokens, self.delay_s = device, world, micro_tokens, delay_s
+        self.vocab = vocab  # logits past it are padding and are cut off
+        self.model = _HiddenAndHead(model.eval().requires_grad_(False))
+        if world > 1:
+            for block in backbone(model).layers:
+                fully_shard(block)
+            fully_shard(self.model)
+        else:
+            self.model.to(device)
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
+        batches = by_token_budget([len(r.token_ids) for r in rollouts], self.micro_tokens)
+        for indices in batches:
+            self._score_batch([rollouts[i] for i in indices], [targets[i] for i in indices])
+        for _ in range(self._most(len(batches)) - len(batches)):
+            self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
+        if self.delay_s:
+            time.sleep(self.delay_s * len(rollouts))
+
+    def sleep(self) -> None:
+        self.model.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        self.model.to(self.device)
+
+    def _most(self, count: int) -> int:
+        if self.world == 1:
+            return count
+        counts = torch.tensor([count], device=self.device)
+        dist.all_reduce(counts, dist.ReduceOp.MAX)
+        return int(counts)
+
+    def _score_batch(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
+        hidden, head = self.model(right_padded([r.token_ids for r in rollouts]).to(self.device))
+        for row, rollout, target in zip(hidden, rollouts, targets, strict=True):
+            rows = row[rollout.prompt_length - 1 : len(rollout.token_ids) - 1]
+            if target.hidden is not None:
+                target.hidden.copy_(rows)
+            else:
+                self._score_head(rows, head[: self.vocab], rollout.response_ids, target)
+
+    def _score_head(self, hidden: Tensor, head: Tensor, ids: np.ndarray, target: TeacherTargets) -> None:
+        assert target.logprobs is not None
+        chunk = max(1, HEAD_CHUNK_BYTES // (4 * head.shape[0]))
+        tokens = torch.from_numpy(ids).to(self.device, torch.int64)
+        for i in range(0, len(tokens), chunk):
+            at = slice(i, i + chunk)
+            logprobs = torch.log_softmax((hidden[at] @ head.T).float(), -1)
+            target.logprobs[at] = logprobs.gather(-1, tokens[at, None])[:, 0]
+            if target.topk_logprobs is not None:
+                assert target.topk_ids is not None
+                values, top = logprobs.topk(target.topk_logprobs.shape[-1], -1)
+                target.topk_logprobs[at] = values
+                target.topk_ids[at] = top.int()

@@ -1,0 +1,86 @@
+"""How far the student (D_roll) and the teacher's context (D_sup) moved since a sample was made.
+
+    D_roll_i = mean_h KL( pi_t(.|x_ih) || pi_r(.|x_ih) )          student now against student when it sampled
+    D_sup_i  = mean_h KL( p(.|c_ih now) || p(.|c_ih labelled) )   frozen teacher, current against cached context
+
+The mean runs over the sample's aligned, loss-bearing positions. Each estimator below returns one KL per position,
+in nats, differentiable in its first argument; `per_sample` takes the mean and the coverage.
+
+A sampler and a learner that hold the *same* weights still compute slightly different numbers. `NoiseFloor` measures
+that at tau = 0, so that it can be taken off before fresh samples look stale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fopd_cli.tensors import log1mexp
+
+
+def exact(new: Tensor, old: Tensor) -> Tensor:
+    """KL(new || old) from full log-probabilities `(..., V)`; shape `(...)`."""
+    # exp(-inf) * (-inf - x) would be nan where the new policy gives no mass at all.
+    terms = torch.where(new == -torch.inf, 0.0, new.exp() * (new - old))
+    return terms.sum(-1)
+
+
+def topk(new: Tensor, old: Tensor) -> Tensor:
+    """KL over k + 1 classes: `(..., k)` log-probs at the same k ids, and one tail class with the rest of the mass.
+
+    A lower bound of the exact KL (merging classes can only lose divergence), tight as k grows.
+    """
+    return exact(with_tail(new), with_tail(old))
+
+
+def sampled(new: Tensor, old: Tensor) -> Tensor:
+    """`rho log rho - rho + 1`, `rho = pi_t(y)/pi_r(y)`, from log-probs `(...)` of the sampled token `y ~ pi_r`.
+
+    Non-negative, and unbiased for KL(pi_t || pi_r): E[rho log rho] is that KL and E[rho] = 1 under pi_r.
+    """
+    # e^60 is far past any score that is not 0, and finite in float32, so that a weight of 0 still silences it.
+    log_rho = (new - old).clamp(max=60)
+    rho = log_rho.exp()
+    return rho * log_rho - rho + 1
+
+
+def with_tail(logprobs: Tensor) -> Tensor:
+    """Append the log of the mass that `(..., k)` leaves over: `(..., k + 1)`."""
+    # Rounding can push the kept mass to 1 or past it; the tail is then the smallest that the dtype can tell from 0.
+    kept = torch.logsumexp(logprobs, -1, keepdim=True).clamp(max=-torch.finfo(logprobs.dtype).eps)
+    return torch.cat([logprobs, log1mexp(kept)], -1)
+
+
+def per_sample(drift: Tensor, aligned: Tensor, loss_bearing: Tensor, sample: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean drift and coverage of each sample, `(count,)` each, from one row per position.
+
+    `aligned` and `loss_bearing` are bool, `sample` holds the index of each position's sample. Coverage is the share
+    of loss-bearing positions that are aligned; a sample with none has drift 0 and coverage 0 (its score is 0).
+    """
+    used = aligned & loss_bearing
+    zeros = torch.zeros(count, dtype=drift.dtype, device=drift.device)
+    total = zeros.index_add(0, sample, torch.where(used, drift, 0.0))
+    n_used = zeros.detach().index_add(0, sample, used.to(drift.dtype))
+    n_loss = zeros.detach().index_add(0, sample, loss_bearing.to(drift.dtype))
+    return total / n_used.clamp(min=1), n_used / n_loss.clamp(min=1)
+
+
+@dataclass
+class NoiseFloor:
+    """Running mean of D_roll over samples of lag 0, where only numerics differ. Saved with the checkpoint."""
+
+    value: float = 0.0
+    samples: int = 0
+    memory: int = 512  # after so many samples the mean forgets old ones at the rate 1/memory
+
+    def update(self, drift_roll: list[float]) -> None:
+        """Take in the D_roll of some samples of lag 0."""
+        for drift in drift_roll:
+            self.samples += 1
+            self.value += (drift - self.value) / min(self.samples, self.memory)
+
+    def subtract(self, drift_roll: Tensor) -> Tensor:
+        """D_roll above the floor, never under 0."""
+        return (drift_roll - self.value).clamp(min=0)

@@ -1,0 +1,61 @@
+"""The freshness score (equation 11), the sample weights made of it, and the named control policies.
+
+    f_i = exp( -( alpha sqrt(D_roll_i) + beta sqrt(D_sup_i) ) ) / (tau_i + 1)
+    w_i = relu( f_i - xi )
+    L   = mean_i( w_i l_i ) + lambda mean_i( w_i D_roll_i )
+
+The square roots are Pinsker's: they stand in for the two total-variation terms that bound the gap between the
+asynchronous and the synchronous objective. `f` ranks samples; it is no unbiased estimate of anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PolicyName = Literal["sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a named row of the paper's tables switches on."""
+
+    weights: Literal["one", "lag", "freshness"]
+    anchor: bool = False
+    refresh: Literal["never", "fixed", "adaptive"] = "never"
+
+
+POLICIES: dict[str, Policy] = {
+    "sync": Policy(weights="one"),  # and depth 0, which the recipe checks
+    "async": Policy(weights="one"),
+    "fixed_refresh": Policy(weights="one", refresh="fixed"),
+    "lag_weight": Policy(weights="lag"),
+    "reweight": Policy(weights="freshness"),
+    "reweight+anchor": Policy(weights="freshness", anchor=True),
+    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive"),
+}
+
+
+def freshness(
+    lag: Tensor, drift_roll: Tensor, drift_sup: Tensor, coverage_roll: Tensor, coverage_sup: Tensor, alpha: float, beta: float
+) -> Tensor:
+    """f_i in [0, 1] (equation 11), all arguments `(samples,)`; 0 where nothing of a sample could be aligned."""
+    distance = alpha * drift_roll.clamp(min=0).sqrt() + beta * drift_sup.clamp(min=0).sqrt()
+    score = torch.exp(-distance) / (lag + 1)
+    return torch.where((coverage_roll > 0) & (coverage_sup > 0), score, 0.0)
+
+
+def weights(policy: Policy, score: Tensor, lag: Tensor, xi: float) -> Tensor:
+    """w_i `(samples,)`, no gradient. `lag` weighs by 1/(tau + 1) alone, the score without its drifts."""
+    if policy.weights == "one":
+        return torch.ones_like(score)
+    basis = score if policy.weights == "freshness" else 1.0 / (lag.to(score.dtype) + 1)
+    return torch.relu(basis.detach() - xi)
+
+
+def largest_xi(max_lag: int) -> float:
+    """f_i <= 1/(tau_i + 1): at this threshold or above, a perfectly fresh sample of full lag is gated out."""
+    return 1.0 / (max_lag + 1)

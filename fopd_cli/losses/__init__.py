@@ -1,0 +1,1 @@
+"""Distillation losses. Pure tensor code: `divergence.py` the mathematics, `chunked.py` the memory."""

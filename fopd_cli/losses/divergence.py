@@ -1,0 +1,59 @@
+"""Divergences between the student pi and the teacher p, one number per position.
+
+All take log-probabilities over the same classes, student first: `(..., V)` on the full vocabulary, or `(..., k + 1)`
+after `freshness.drift.with_tail` on a top-k support. Convention of the recipe (and of TRL's `generalized_jsd_loss`):
+
+    forward_kl  KL(p || pi)    jsd with beta 0     mass-covering
+    reverse_kl  KL(pi || p)    jsd with beta 1     mode-seeking
+    jsd(beta)   beta KL(p || m) + (1 - beta) KL(pi || m),  m = beta p + (1 - beta) pi,  0 < beta < 1
+
+(beta here weighs the *teacher*, as in equation 1 of GKD, arXiv 2306.13649; as beta goes to 0 or 1 the JSD itself vanishes,
+so the two ends are defined to be the two KLs, again as TRL does.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossKind = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+def kl(left: Tensor, right: Tensor) -> Tensor:
+    """KL(left || right) in nats over the last axis, from log-probabilities; 0 log 0 = 0."""
+    return torch.where(left == -torch.inf, 0.0, left.exp() * (left - right)).sum(-1)
+
+
+def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence, 0 < beta < 1, in nats."""
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+
+
+def divergence(kind: LossKind, student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+    """The recipe's divergence, `(...)`."""
+    if kind == "forward_kl" or (kind == "jsd" and beta == 0):
+        return kl(teacher, student)
+    if kind == "reverse_kl" or (kind == "jsd" and beta == 1):
+        return kl(student, teacher)
+    return jsd(student, teacher, beta)
+
+
+def policy_gradient(
+    student: Tensor, teacher: Tensor, behaviour: Tensor, advantage: Literal["cached", "recomputed"], importance: bool
+) -> Tensor:
+    """Reverse KL from one sampled token a position: `-(log p - log pi)(y) * log pi_t(y)`, log-probs `(...)` of y.
+
+    The advantage is detached. `cached` takes log pi from the behaviour policy, as it was when y was sampled;
+    `recomputed` takes the student as it is now. `importance` multiplies by rho = pi_t(y)/pi_r(y), which makes the
+    gradient that of `E_{pi_t}`. Only the gradient means anything: the value is no divergence.
+    """
+    now = student.detach()
+    reference = behaviour if advantage == "cached" else now
+    signal = teacher - reference
+    if importance:
+        signal = signal * (now - behaviour).exp()
+    return -signal * student

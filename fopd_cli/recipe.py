@@ -1,0 +1,478 @@
+"""The recipe: every key, its type, its default and its meaning. Importing this imports no torch.
+
+A recipe is YAML. Unknown keys are errors; `--set a.b=c` overrides one key; relative paths are looked up beside the
+recipe first, then in the current directory. What runs is written to the run directory with every default filled in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from fopd_cli.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["auto", "bf16", "fp32"]
+
+
+class Section(BaseModel):
+    """Unknown keys are refused; the string under a field is its documentation."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+
+
+class Student(Section):
+    model: str
+    """Model directory or hub id of the student; it is trained, and its tokenizer is the run's."""
+
+
+class Teacher(Section):
+    model: str
+    """Model directory or hub id of the frozen teacher; its tokenizer must give the same ids."""
+    engine: Literal["transformers"] = "transformers"
+    """What runs the teacher."""
+    targets: Literal["auto", "hidden", "topk", "sampled"] = "auto"
+    """What the teacher hands over: hidden states (exact losses), top-k log-probs, or one log-prob a token. auto: what loss.support needs."""
+    k: Positive = 64
+    """Tokens a position for topk targets."""
+    dtype: Dtype = "auto"
+    """Weights and hidden states; auto: bf16 on CUDA, fp32 on a CPU."""
+    batch_samples: Positive = 16
+    """Samples a scoring call."""
+    micro_tokens: Positive = 16384
+    """Padded tokens a forward pass."""
+    buffer_gb: Annotated[float, Field(gt=0)] | None = None
+    """Shared memory for targets; a full buffer holds the teacher back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at least two batches' worst case."""
+    delay_ms: Annotated[float, Field(ge=0)] = 0.0
+    """Sleep so long for every scored sample: a slow teacher, for studies."""
+
+
+class ArithmeticTask(Section):
+    name: Literal["arithmetic"]
+    """Generated arithmetic modulo 10, steps written out."""
+    horizon: Annotated[int, Field(ge=1, le=64)] = 4
+    """Dependent steps a question."""
+    difficulty: Literal[1, 2, 3] = 2
+    """1: sums; 2: and differences; 3: and products."""
+    train_prompts: Positive | None = None
+    """Distinct training questions. Default: 20,000, or what half of all possible questions allows."""
+    eval_prompts: Positive = 256
+    """Distinct held-out questions, none of which is trained on."""
+    seed: int = 0
+    """Of the questions, apart from the run's seed."""
+
+
+class MathTask(Section):
+    name: Literal["math"]
+    """Maths questions graded by math-verify."""
+    train: str
+    """jsonl file, or hf:owner/name[@config][:split]."""
+    eval: str
+    """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
+    question: str = "question"
+    """Column of the question."""
+    answer: str | None = "answer"
+    """Column of the reference answer; null: there is none, nothing is graded."""
+    template: str = "{question}"
+    """Text sent to the student; {question} is replaced."""
+    system: str | None = None
+    """System message."""
+    chat: bool = True
+    """Whether to apply the tokenizer's chat template."""
+    eval_prompts: Positive = 256
+    """Held-out questions used."""
+
+
+class PluginTask(Section):
+    name: str
+    """Import path of your own task, package.module:Class (see fopd_cli/tasks/base.py)."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the class."""
+
+
+def _task_tag(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return str(name) if name in ("arithmetic", "math") else "plugin"
+
+
+Task = Annotated[
+    Annotated[ArithmeticTask, Tag("arithmetic")] | Annotated[MathTask, Tag("math")] | Annotated[PluginTask, Tag("plugin")],
+    Discriminator(_task_tag),
+]
+
+
+class Sampler(Section):
+    engine: Literal["transformers"] = "transformers"
+    """What generates."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the behaviour policy; behaviour log-probs and drift are at this temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; under 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor takes off."""
+    max_new_tokens: Positive = 512
+    """Responses are cut off there (and recorded as truncated)."""
+    samples_per_prompt: Positive = 1
+    """Responses to each prompt."""
+    concurrency: Positive = 64
+    """Running requests a replica."""
+    dtype: Dtype = "auto"
+    """Weights; auto: bf16 on CUDA, fp32 on a CPU."""
+
+
+class Learner(Section):
+    steps: Positive = 400
+    """Optimizer steps."""
+    batch_samples: Positive = 64
+    """Samples an optimizer step."""
+    micro_tokens: Positive = 16384
+    """Padded tokens a forward-backward pass on each rank; changes memory and speed, not the loss."""
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate."""
+    warmup_steps: NonNegative = 10
+    """Linear warm-up."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up, down to min_lr_ratio at the last step."""
+    min_lr_ratio: Share = 0.1
+    """Where the decay ends, relative to lr."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Gradient norm; 0: no clipping."""
+    dtype: Dtype = "auto"
+    """Compute; master weights are always fp32. auto: bf16 on CUDA, fp32 on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+
+class Loss(Section):
+    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
+    support: Literal["full", "topk", "sampled"] = "full"
+    """full vocabulary (exact); the teacher's top-k and a tail class; or the sampled token alone (policy gradient)."""
+    beta: Share = 0.5
+    """Of jsd, in TRL's convention: 0 is forward_kl, 1 is reverse_kl."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of both distributions in the divergence (full support)."""
+    tail: bool = True
+    """The tail class of topk support; without it the student can hide mass, so false is refused."""
+    advantage: Literal["cached", "recomputed"] = "recomputed"
+    """Of sampled support: log p - log pi with the pi that sampled (cached) or the pi of now."""
+    importance: bool = False
+    """Of sampled support: multiply by pi_now/pi_sampled."""
+    average: Literal["sample", "token"] = "sample"
+    """Whether every sample counts alike (the paper's mean over i) or every token."""
+    chunk_mb: Positive = 256
+    """Largest [positions, vocab] float32 tensor; changes memory and speed, not the loss."""
+
+
+class Schedule(Section):
+    depth: NonNegative = 4
+    """Largest lag in optimizer steps, kept by admission; 0 is synchronous."""
+    lag: NonNegative | None = None
+    """Fixed lag instead, for studies; depth is then ignored."""
+    inflight: Literal["keep", "wait"] = "keep"
+    """New weights in the middle of rollouts (keep: they go on with two versions) or between them (wait)."""
+
+
+class Refresh(Section):
+    mean: Share = 0.1
+    """kappa_f: refresh when the batch's mean freshness is at or under this."""
+    coverage_roll: Share = 0.5
+    """kappa_roll: ... or its mean rollout coverage is under this."""
+    coverage_sup: Share = 0.5
+    """kappa_sup: ... or its mean supervision coverage is under this."""
+    every_at_least: Positive = 200
+    """Optimizer steps between two adaptive refreshes."""
+    every: Positive = 10
+    """Optimizer steps between two refreshes of policy fixed_refresh."""
+
+
+class Freshness(Section):
+    policy: Literal["sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd"] = "fopd"
+    """Which row of the paper's tables to run."""
+    alpha: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of sqrt(D_roll) in the score. Not tuned yet."""
+    beta: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of sqrt(D_sup) in the score. Not tuned yet."""
+    xi: Annotated[float, Field(ge=0)] = 0.05
+    """Gate: w = relu(f - xi). Must be under 1/(depth + 1). Not tuned yet."""
+    anchor: Annotated[float, Field(ge=0)] = 1.0
+    """lambda: weight of the rollout anchor, relative to the loss. Not tuned yet."""
+    drift: Literal["sampled", "topk", "exact"] = "sampled"
+    """Estimator of D_roll: from the sampled token, the sampler's top-k and a tail, or the whole vocabulary."""
+    drift_k: Positive = 32
+    """k of drift topk."""
+    weights: Literal["raw", "normalized"] = "raw"
+    """normalized: divide by the batch's mean weight, so that lag does not shrink the step before clipping."""
+    step_scale: Literal["none", "freshness"] = "none"
+    """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the loss)."""
+    refresh: Refresh = Refresh()
+
+
+class Eval(Section):
+    every: NonNegative = 0
+    """Optimizer steps between evaluations; 0: only before the first and after the last."""
+    samples: Positive = 1
+    """Responses to each held-out prompt (mean@k)."""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Default: the sampler's; 0 is greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Default: the sampler's."""
+    max_new_tokens: Positive | None = None
+    """Default: the sampler's."""
+
+
+class Checkpoint(Section):
+    every: NonNegative = 100
+    """Optimizer steps between checkpoints; 0: only at the end (and on Ctrl-C)."""
+    keep: Positive = 2
+    """Newest checkpoints that are kept."""
+
+
+class Threads(Section):
+    sampler: Positive | None = None
+    """CPU threads of each sampler."""
+    teacher: Positive | None = None
+    """CPU threads of each teacher rank."""
+    learner: Positive | None = None
+    """CPU threads of each learner rank."""
+
+
+class Placement(Section):
+    mode: Literal["auto", "cpu", "timeslice", "partition"] = "auto"
+    """partition: each role has devices of its own; timeslice: all roles take turns on all devices; cpu: no CUDA. auto: by the number of CUDA devices (0: cpu, 1 or 2: timeslice, more: partition)."""
+    sampler: Positive | None = None
+    """Devices (on a CPU: processes) for samplers. Default: half the devices; on a CPU 1."""
+    teacher: Positive | None = None
+    """Devices (on a CPU: ranks) for the teacher. Default: a quarter; on a CPU 1."""
+    learner: Positive | None = None
+    """Devices (on a CPU: ranks) for the learner. Default: what is left; on a CPU 1."""
+    threads: Threads = Threads()
+
+
+class Runtime(Section):
+    timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """A worker that owes an answer and has not moved for so long is stopped and named."""
+
+
+class Recipe(Section):
+    student: Student
+    teacher: Teacher
+    task: Task
+    sampler: Sampler = Sampler()
+    learner: Learner = Learner()
+    loss: Loss = Loss()
+    schedule: Schedule = Schedule()
+    freshness: Freshness = Freshness()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    placement: Placement = Placement()
+    runtime: Runtime = Runtime()
+    seed: int = 0
+    """Of everything random: the order of prompts and every sampled token."""
+
+    @property
+    def max_lag(self) -> int:
+        return self.schedule.depth if self.schedule.lag is None else self.schedule.lag
+
+    @property
+    def targets(self) -> Literal["hidden", "topk", "sampled"]:
+        """What the teacher hands over, resolved."""
+        if self.teacher.targets != "auto":
+            return self.teacher.targets
+        return "hidden" if self.loss.support == "full" else self.loss.support
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Recipe:
+        for problem in _contradictions(self):
+            raise ValueError(problem)
+        return self
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with keys that are each fine alone."""
+    loss, fresh, max_lag = recipe.loss, recipe.freshness, recipe.max_lag
+    weighs = fresh.policy in ("lag_weight", "reweight", "reweight+anchor", "fopd")
+    largest = 1 / (max_lag + 1)  # the score's bound, freshness/score.py
+    if weighs and fresh.xi >= largest:
+        yield (
+            f"freshness.xi: {fresh.xi} gates out every sample of full lag, because f <= 1/(lag + 1) = {largest:.4g} at "
+            f"lag {max_lag}; choose xi under {largest:.4g} or lower schedule.depth"
+        )
+    if fresh.policy == "sync" and max_lag > 0:
+        yield f"freshness.policy: sync means schedule.depth 0, but the lag may be {max_lag} here; set schedule.depth: 0"
+    if loss.support == "topk" and not loss.tail:
+        yield (
+            "loss.tail: a top-k divergence without a tail class lets the student hide mass outside the top k "
+            "(and a truncated forward KL can go negative); set loss.tail: true"
+        )
+    if loss.support == "sampled" and loss.kind != "reverse_kl":
+        yield f"loss.kind: sampled support is the policy gradient of reverse_kl, {loss.kind} has none; set loss.kind: reverse_kl"
+    if loss.support == "topk" and loss.temperature != 1:
+        yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
+    if loss.support == "full" and recipe.targets != "hidden":
+        yield f"teacher.targets: loss.support full needs hidden states, not {recipe.targets}; set teacher.targets: hidden"
+    if loss.support == "topk" and recipe.targets != "topk":
+        yield f"teacher.targets: loss.support topk needs top-k log-probs, not {recipe.targets}; set teacher.targets: topk"
+    if fresh.drift != "sampled" and recipe.sampler.top_p < 1:
+        yield f"freshness.drift: {fresh.drift} needs the untruncated behaviour policy; set sampler.top_p: 1 or drift: sampled"
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, resolve paths, validate. Every problem is a `UserError` that names the key."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such recipe") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory; give a recipe (for a run directory use `fopd resume`)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    for override in overrides:
+        _set(raw, override)
+    _resolve_paths(raw, path.resolve().parent)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
+    """Validate a mapping; `source` names it in errors."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain_error(e) for e in error.errors()]
+        raise UserError(f"{source}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, defaults filled in."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r}: write key=value, for example --set learner.steps=100")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        parsed = value
+    node = raw
+    *parents, last = key.split(".")
+    for i, part in enumerate(parents):
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override!r}: {'.'.join(parents[: i + 1])} is no section")
+        node = child
+    node[last] = parsed
+
+
+def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
+    """Paths beside the recipe win over paths in the current directory; what exists in neither stays as it is."""
+    for section, keys in (("student", ("model",)), ("teacher", ("model",)), ("task", ("train", "eval"))):
+        values = raw.get(section)
+        if not isinstance(values, dict):
+            continue
+        for key in keys:
+            value = values.get(key)
+            if not isinstance(value, str) or value.startswith("hf:"):
+                continue
+            for base in (folder, Path.cwd()):
+                candidate = base / Path(value).expanduser()
+                if candidate.exists():
+                    values[key] = str(candidate.resolve())
+                    break
+
+
+def _explain_error(error: Any) -> str:
+    loc = [str(part) for part in error["loc"] if part not in ("arithmetic", "math", "plugin")]
+    key = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1], error["loc"])
+        near = difflib.get_close_matches(loc[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: is required"
+    if error["type"] == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    got = error.get("input")
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, but it is {got!r} ({type(got).__name__})"
+
+
+def _known_keys(parents: list[str], loc: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in parents:
+        model = _section_models(model.model_fields[part].annotation, loc)[0]
+    return list(model.model_fields)
+
+
+def _section_models(annotation: Any, loc: tuple[Any, ...] = ()) -> list[type[BaseModel]]:
+    """The sections that a field's type can hold (several for the task)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    models = [m for arg in typing.get_args(annotation) for m in _section_models(arg, loc)]
+    tagged = {"arithmetic": ArithmeticTask, "math": MathTask, "plugin": PluginTask}
+    for tag, model in tagged.items():
+        if tag in loc and model in models:
+            return [model]
+    return models
+
+
+# ---- explaining -------------------------------------------------------------------------------------------------------
+
+
+def explain() -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, meaning) of every key, in the order of the schema."""
+    yield from _explain(Recipe, "")
+
+
+def _explain(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in model.model_fields.items():
+        sections = _section_models(field.annotation)
+        if sections:
+            for section in sections:
+                label = f"{prefix}{name}." if len(sections) == 1 else f"{prefix}{name}[{_task_name(section)}]."
+                yield from _explain(section, label)
+            continue
+        default = "required" if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True)
+        yield prefix + name, _type_name(field.annotation), default.removesuffix("...\n").strip(), field.description or ""
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _task_name(section: type[BaseModel]) -> str:
+    return {ArithmeticTask: "arithmetic", MathTask: "math"}.get(section, "your own")  # type: ignore[call-overload, no-any-return]
+
+
+def _type_name(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(args[0])
+    if origin is Literal:
+        return " | ".join(str(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if a is type(None) else _type_name(a) for a in args)
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(_type_name(a) for a in args)}]"
+    return str(getattr(annotation, "__name__", annotation))

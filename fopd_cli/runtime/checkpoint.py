@@ -1,0 +1,185 @@
+"""Checkpoints: whole or absent. Written beside their final name, hashed, synced to disk, renamed; then old ones go.
+
+    checkpoints/step-000100/   learner/ (torch.distributed.checkpoint: any number of ranks reads it)
+                               buffer.safetensors (rollouts in flight with their teacher targets)
+                               state.json (schedule, accounting, refresh, noise floor, evaluations, totals)
+                               MANIFEST.json (size and SHA-256 of every other file)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fopd_cli.errors import UserError
+from fopd_cli.samples import Rollout
+
+FORMAT = 1
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ARRAYS = ("token_ids", "loss_mask", "logprobs", "topk_logprobs", "topk_ids")
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.tmp"):
+            shutil.rmtree(leftover)
+
+    def begin(self, step: int) -> Path:
+        """A fresh folder to write into."""
+        temporary = self.folder / f"step-{step:06d}.tmp"
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        return temporary
+
+    def commit(self, temporary: Path) -> Path:
+        """Make it final, then remove those past `keep`. Raises OSError, leaving the older ones as they are."""
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        entries = {
+            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
+        }
+        write_synced(temporary / "MANIFEST.json", json.dumps({"format": FORMAT, "files": entries}, indent=1))
+        for path in files:
+            _sync(path)
+        for folder in {p.parent for p in files} | {temporary}:
+            _sync(folder)
+        final = temporary.with_suffix("")
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(self.folder)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old))
+        return final
+
+    def discard(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-??????"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def newest_sound(self) -> tuple[int, list[str]]:
+        """(step, what is wrong with newer ones) of the newest checkpoint that verifies."""
+        problems = []
+        for step in reversed(self.steps()):
+            problem = verify(self.path(step))
+            if problem is None:
+                return step, problems
+            problems.append(problem)
+        detail = f": {'; '.join(problems)}" if problems else ""
+        raise UserError(f"{self.folder}: there is no complete checkpoint to resume from{detail}")
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+    except (OSError, ValueError):
+        return f"{folder} has no readable MANIFEST.json"
+    if manifest.get("format") != FORMAT:
+        return f"{folder} has format {manifest.get('format')}, this fopd reads {FORMAT}"
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{path} is damaged (its SHA-256 is not the manifest's)"
+    return None
+
+
+def disk_error(error: BaseException) -> str | None:
+    """The text of a full or refusing disk somewhere in an exception's history, or None."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        e = pending.pop()
+        if e is None or id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, OSError) and e.errno in NO_SPACE:
+            return str(e)
+        pending += [e.__cause__, e.__context__, *(a for a in e.args if isinstance(a, BaseException))]
+        failures = getattr(e, "failures", None)  # torch's CheckpointException: rank -> (exception, traceback)
+        if isinstance(failures, dict):
+            pending += [f[0] for f in failures.values()]
+    text = str(error)
+    # torch's file writer is C++ and reports a short write in words alone.
+    return text.splitlines()[0] if "No space left" in text or "PytorchStreamWriter failed" in text else None
+
+
+def save_buffer(path: Path, rollouts: Iterable[Rollout], targets: dict[int, np.ndarray]) -> list[dict[str, Any]]:
+    """Write rollouts and the raw bytes of their targets; returns what else must be remembered of them, as JSON."""
+    arrays: dict[str, np.ndarray] = {}
+    described = []
+    for r in rollouts:
+        for name in ARRAYS:
+            value = getattr(r, name)
+            if value is not None:
+                arrays[f"{r.key}.{name}"] = np.ascontiguousarray(value)
+        if r.key in targets:
+            arrays[f"{r.key}.targets"] = targets[r.key]
+        described.append(
+            {"key": r.key, "prompt_length": r.prompt_length, "spans": r.spans, "finish": r.finish}
+        )
+    save_file(arrays, str(path))
+    return described
+
+
+def load_buffer(path: Path, described: list[dict[str, Any]]) -> tuple[list[Rollout], dict[int, np.ndarray]]:
+    """The inverse of `save_buffer`."""
+    try:
+        arrays = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    rollouts, targets = [], {}
+    for d in described:
+        fields = {name: arrays.get(f"{d['key']}.{name}") for name in ARRAYS}
+        spans = [(v, a, b) for v, a, b in d["spans"]]
+        rollouts.append(Rollout(**{**d, "spans": spans, **fields}))
+        if f"{d['key']}.targets" in arrays:
+            targets[d["key"]] = arrays[f"{d['key']}.targets"]
+    return rollouts, targets
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Replace a small file, wholly or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

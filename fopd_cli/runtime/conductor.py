@@ -1,0 +1,513 @@
+"""Drives `schedule.py` with real workers: carries out its actions, tells it what came back, writes down what happened.
+
+    prompt ──> sampler ──Rollout──> teacher ──targets in the arena──> learner ──StepReport──> conductor
+                  ^          └────────> grader ──grade──────────────────┘  │
+                  └────────────── weights, version t, shared memory ───────┘
+
+One thread, no CUDA context, no clock in its decisions. Its loop: start what the schedule allows, wait for messages,
+handle each. What a handler consumes and unblocks is said at the handler.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fopd_cli.engines import hf
+from fopd_cli.errors import Interrupted, UserError
+from fopd_cli.freshness.refresh import Refresh
+from fopd_cli.freshness.score import POLICIES
+from fopd_cli.recipe import Recipe
+from fopd_cli.runtime import messages as m
+from fopd_cli.runtime import records, roles
+from fopd_cli.runtime.arena import Arena, WeightChannel
+from fopd_cli.runtime.checkpoint import CheckpointStore, disk_error, load_buffer, save_buffer, write_synced
+from fopd_cli.runtime.params import sampling_params
+from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.rundir import RunDir, fingerprint
+from fopd_cli.runtime.schedule import Abort, Generate, Lease, Load, Measure, Schedule, Score, Train
+from fopd_cli.runtime.sizes import arena_bytes
+from fopd_cli.runtime.stream import PromptStream, evaluation_ids, schedule_config
+from fopd_cli.runtime.telemetry import Telemetry
+from fopd_cli.runtime.workers import Fleet, Worker
+from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
+
+
+@dataclass
+class Totals:
+    """Sums over the whole run, restarts included; saved with the checkpoint."""
+
+    wall_seconds: float = 0.0
+    generated_tokens: int = 0
+    trained_tokens: int = 0
+    freshness_sum: float = 0.0
+    samples: int = 0
+    max_lag: int = 0
+    skipped_steps: int = 0
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by version
+
+
+@dataclass
+class Model:
+    """What the conductor knows of the two models without loading them."""
+
+    tokenizer: Any
+    vocab: int
+    target_spec: TargetSpec
+    layout: list[tuple[str, tuple[int, ...]]]
+
+
+class Conductor:
+    """One run, from spawn to summary."""
+
+    def __init__(self, recipe: Recipe, run_dir: RunDir, plan: Plan, stream: PromptStream, model: Model) -> None:
+        self.recipe, self.run_dir, self.plan, self.stream, self.model = recipe, run_dir, plan, stream, model
+        self.store = CheckpointStore(run_dir.checkpoints, recipe.checkpoint.keep)
+        self.arena = Arena(arena_bytes(recipe, model.target_spec))
+        policy = POLICIES[recipe.freshness.policy]
+        r = recipe.freshness.refresh
+        self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
+        self.schedule = Schedule(
+            schedule_config(recipe, len(plan.samplers), plan.exclusive), stream.train_id, evaluation_ids(recipe, stream),
+            self._reserve, self._release,
+        )  # fmt: skip
+        cuda = bool(plan.samplers[0].devices)
+        self.setup = roles.Setup(
+            recipe, model.vocab, model.target_spec, self.arena.memory,
+            WeightChannel.create(model.layout, roles.resolve_dtype(recipe.sampler.dtype, cuda)),
+            run_dir.path / f".rendezvous-{uuid.uuid4().hex[:8]}",
+        )  # fmt: skip
+        self.totals = Totals()
+        self.rollouts: dict[int, Rollout] = {}
+        self.slots: dict[int, m.Slot] = {}
+        self.grades: dict[int, float] = {}
+        self._params = {
+            "train": sampling_params(recipe, evaluation=False), "eval": sampling_params(recipe, evaluation=True),
+        }  # fmt: skip
+        self._score_answers: deque[list[Any]] = deque()  # [keys, answers still due], oldest first
+        self._answers_due = 0  # of the learner's or a lease's current command
+        self._first_answer: Any = None
+        self._saved: list[m.Saved] = []
+        self._eval: dict[int, tuple[SampleId, float, Rollout]] = {}
+        self._eval_stats: list[SampleStats] = []
+        self._interrupts = 0
+        self._resume_step: int | None = None
+        self._last_saved: int | None = None
+        self._step_began = time.time()
+
+    # ---- life ---------------------------------------------------------------------------------------------------
+
+    def restore(self, step: int) -> None:
+        """Take up a checkpoint's state; the learner reads its own part when it starts."""
+        folder = self.store.path(step)
+        state = json.loads((folder / "state.json").read_text())
+        ours = fingerprint(self.recipe)
+        changed = [name for name, digest in state["fingerprint"].items() if ours.get(name) != digest]
+        if changed:
+            raise UserError(
+                f"{folder}: was written with another recipe ({', '.join(changed)} differ); resume it with its own, or start a new run"
+            )
+        if state["schedule"]["step"] > self.recipe.learner.steps:
+            raise UserError(f"learner.steps: {self.recipe.learner.steps} is less than the {step} steps that are done")
+        self.schedule.load_state_dict(state["schedule"])
+        self.refresh.last = state["refresh_last"]
+        self.totals = Totals(**state["totals"])
+        self.grades = {int(k): v for k, v in state["grades"].items()}
+        rollouts, targets = load_buffer(folder / "buffer.safetensors", state["rollouts"])
+        for rollout in rollouts:
+            self.rollouts[rollout.key] = rollout
+        for key, raw in targets.items():
+            offset = self.arena.allocate(len(raw))
+            if offset is None:
+                raise UserError("teacher.buffer_gb: too small for the buffer in the checkpoint; raise it")
+            self.arena.memory[offset : offset + len(raw)] = torch.from_numpy(raw)
+            self.slots[key] = m.Slot(offset, self.rollouts[key].response_length)
+        self.setup.restore = (folder / "learner", state["learner"])
+        self._resume_step = self._last_saved = step
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the summary. Ctrl-C or SIGTERM: checkpoint and stop; a second one: stop now."""
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        began = time.time() - self.totals.wall_seconds
+        self.telemetry = Telemetry(self.run_dir.path, self.recipe.learner.steps, self._resume_step)
+        try:
+            with Fleet(self.run_dir.logs, self.recipe.runtime.timeout_s) as self.fleet:
+                self._start_workers()
+                while not self.schedule.done:
+                    self._advance()
+                    self.totals.wall_seconds = time.time() - began
+                    if self._interrupts:
+                        self._leave(began)
+                self._save_checkpoint(final=True)
+            return self._finish(began)
+        finally:
+            self.telemetry.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for path in self.run_dir.path.glob(".rendezvous-*"):
+                path.unlink()
+
+    def _advance(self, act: bool = True) -> None:
+        """One turn of the loop."""
+        if act:
+            for action in self.schedule.actions():
+                self._start(action)
+        for worker, message in self.fleet.receive(timeout=0.5):
+            self._handle(worker, message)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._interrupts += 1
+        if self._interrupts > 1:
+            raise Interrupted("stopped at once; the last checkpoint stands")
+        self.telemetry.progress.say("stopping: the running optimizer step is finished and a checkpoint written (again: stop now)")
+
+    def _leave(self, began: float) -> None:
+        """After Ctrl-C: let the running step end, save, go."""
+        self.schedule.paused = True
+        if self.plan.exclusive:
+            self.schedule.abandon()
+            for replica in range(len(self.plan.samplers)):
+                self._start(Abort(replica))
+        while self.schedule.learner_busy or (self.plan.exclusive and self.schedule.lease != "learner"):
+            self._advance()
+        self.totals.wall_seconds = time.time() - began
+        self._save_checkpoint(final=True)
+        raise Interrupted(
+            f"stopped after {self.schedule.step} of {self.recipe.learner.steps} steps; "
+            f"go on with: fopd resume {self.run_dir.path}"
+        )
+
+    def _start_workers(self) -> None:
+        """The learner first: it publishes the weights that all others start from. Sharing devices, one at a time."""
+        self.telemetry.progress.say(f"starting {self.plan.describe()}")
+        groups = [
+            (self.plan.learners, roles.learner_main), (self.plan.teachers, roles.teacher_main),
+            (self.plan.samplers, roles.sampler_main), ((self.plan.grader,), roles.grader_main),
+        ]  # fmt: skip
+        waiting: set[str] = set()
+        for specs, target in groups:
+            for spec in specs:
+                self.fleet.start(spec, target, self.setup)
+                waiting.add(spec.name)
+            if self.plan.exclusive and specs[0].role != "grader":
+                self._await_ready(waiting)
+                for spec in specs:
+                    self.fleet.send(spec.name, m.SleepCommand())
+                self._await({spec.name for spec in specs}, m.Asleep)
+        self._await_ready(waiting)
+        self.schedule.on_learner_ready()
+
+    def _await_ready(self, names: set[str]) -> None:
+        self._await(names, m.Ready)
+
+    def _await(self, names: set[str], kind: type) -> None:
+        while names:
+            for worker, message in self.fleet.receive(timeout=0.5):
+                assert isinstance(message, kind)
+                names.discard(worker.name)
+            if self._interrupts:
+                raise Interrupted("stopped before the first step; nothing was trained since the last checkpoint")
+
+    # ---- actions ------------------------------------------------------------------------------------------------
+
+    def _start(self, action: Any) -> None:
+        match action:
+            case Generate(replica, keys):
+                self._to_sampler(replica, m.GenerateCommand([self._request(k) for k in keys]))
+            case Load(replica, version):
+                self._to_sampler(replica, m.LoadCommand(version))
+            case Abort(replica):
+                self._to_sampler(replica, m.AbortCommand())
+            case Score(keys):
+                command = m.ScoreCommand([self.rollouts[k] for k in keys], [self.slots[k] for k in keys])
+                self._score_answers.append([keys, len(self.plan.teachers)])
+                self._to_all(self.plan.teachers, command)
+            case Train(step, keys):
+                self._step_began = time.time()
+                self._learn(step, keys)
+            case Measure(_, keys):
+                self._learn(None, keys)
+            case Lease(sleeper, waker):
+                self._pass_lease(sleeper, waker)
+
+    def _request(self, key: int) -> Request:
+        sample = self.schedule.tickets[key].sample
+        return Request(key, self.stream.token_ids(sample), sample.seed(self.recipe.seed), self._params[sample.split])
+
+    def _learn(self, step: int | None, keys: tuple[int, ...]) -> None:
+        lags = [self.schedule.step - self.schedule.tickets[k].version for k in keys]
+        command = m.TrainCommand(step, [self.rollouts[k] for k in keys], [self.slots[k] for k in keys], lags)
+        self._answers_due = len(self.plan.learners)
+        self._to_all(self.plan.learners, command)
+
+    def _to_sampler(self, replica: int, command: Any) -> None:
+        self.fleet.send(f"sampler-{replica}", command, answers=0)
+        self._sampler_owes(replica)
+
+    def _sampler_owes(self, replica: int) -> None:
+        """A sampler answers many requests with few messages: what it owes is what the schedule says is running."""
+        state = self.schedule.replicas[replica]
+        self.fleet.workers[f"sampler-{replica}"].owe(len(state.running) + (state.loading is not None))
+
+    def _to_all(self, specs: Any, command: Any) -> None:
+        for spec in specs:
+            self.fleet.send(spec.name, command)
+
+    def _pass_lease(self, sleeper: str | None, waker: str) -> None:
+        groups = {"sampler": self.plan.samplers, "teacher": self.plan.teachers, "learner": self.plan.learners}
+        for role, command, kind in ((sleeper, m.SleepCommand(), m.Asleep), (waker, m.WakeCommand(), m.Awake)):
+            if role is not None:
+                self._to_all(groups[role], command)
+                self._await({spec.name for spec in groups[role]}, kind)
+        self.schedule.on_leased(waker)  # type: ignore[arg-type]
+
+    def _reserve(self, keys: tuple[int, ...]) -> bool:
+        """Room in the arena for the targets of all these samples, or for none."""
+        taken: list[int] = []
+        for key in keys:
+            positions = self.rollouts[key].response_length
+            offset = self.arena.allocate(self.model.target_spec.nbytes(positions))
+            if offset is None:
+                for other in taken:
+                    self._release(other)
+                return False
+            self.slots[key] = m.Slot(offset, positions)
+            taken.append(key)
+        return True
+
+    def _release(self, key: int) -> None:
+        self.arena.free(self.slots.pop(key).offset)
+
+    def _forget(self, key: int) -> None:
+        """A sample is done with, whatever became of it."""
+        self.rollouts.pop(key, None)
+        self.grades.pop(key, None)
+        if key in self.slots:
+            self._release(key)
+
+    # ---- messages -----------------------------------------------------------------------------------------------
+
+    def _handle(self, worker: Worker, message: Any) -> None:
+        for span in getattr(message, "spans", None) or ([message.span] if hasattr(message, "span") else []):
+            self.telemetry.span(worker.name, span)
+        match message:
+            case m.Sampled():
+                self._on_sampled(worker.spec.rank, message.rollouts)
+                self._sampler_owes(worker.spec.rank)
+            case m.Loaded():
+                self.schedule.on_loaded(worker.spec.rank, message.version)
+                self._sampler_owes(worker.spec.rank)
+            case m.Graded():
+                for key, grade in message.grades:
+                    if key in self.rollouts:
+                        self.grades[key] = grade
+                        self.schedule.on_graded(key)
+            case m.Scored():
+                self._on_scored(message.keys)
+            case m.Trained() | m.Measured():
+                self._on_learned(worker, message)
+            case m.Saved():
+                self._saved.append(message)
+            case _:
+                raise RuntimeError(f"{worker.name} sent an unexpected {type(message).__name__}")
+
+    def _on_sampled(self, replica: int, rollouts: list[Rollout]) -> None:
+        """Finished generations: to the grader now, to the teacher when the schedule says so."""
+        items = []
+        for rollout in rollouts:
+            self.totals.generated_tokens += rollout.response_length
+            if not self.schedule.on_sampled(replica, rollout.key, rollout.oldest_version):
+                continue
+            self.rollouts[rollout.key] = rollout
+            sample = self.schedule.tickets[rollout.key].sample
+            items.append((rollout.key, self.stream.prompt(sample), self._text(rollout)))
+        if items:
+            self.fleet.send("grader-0", m.GradeCommand(items))
+
+    def _on_scored(self, keys: list[int]) -> None:
+        """A teacher call is complete when all its ranks have answered."""
+        entry = next(e for e in self._score_answers if list(e[0]) == keys)
+        entry[1] -= 1
+        if entry[1] == 0:
+            self._score_answers.remove(entry)
+            for key in self.schedule.on_scored(keys):
+                self._forget(key)
+
+    def _on_learned(self, worker: Worker, message: m.Trained | m.Measured) -> None:
+        """A learner command is complete when all ranks have answered; rank 0's answer is the one that counts."""
+        if worker.spec.rank == 0:
+            self._first_answer = message
+        self._answers_due -= 1
+        if self._answers_due:
+            return
+        if isinstance(self._first_answer, m.Measured):
+            self._on_measured(self._first_answer.stats)
+        else:
+            self._on_trained(self._first_answer)
+
+    def _on_measured(self, stats: SampleStats) -> None:
+        version = self.schedule.step
+        self._eval_stats.append(stats)
+        for key in stats.keys.tolist():
+            self._eval[key] = (self.schedule.tickets[key].sample, self.grades[key], self.rollouts[key])
+            self._forget(key)
+        if self.schedule.on_measured(version, stats.keys.tolist()):
+            record = records.evaluation(version, self._eval_stats, [(s, g, r) for s, g, r in self._eval.values()])
+            self.totals.evaluations[str(version)] = record
+            self.telemetry.metrics.write(record)
+            self.telemetry.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
+            for key in sorted(self._eval)[:2]:
+                sample, grade, rollout = self._eval[key]
+                self._write_sample(version, sample, grade, rollout)
+            self.telemetry.progress.say(records.evaluation_line(record))
+            self._eval, self._eval_stats = {}, []
+
+    def _on_trained(self, message: m.Trained) -> None:
+        """An optimizer step and its publication are done: count its samples, write the step down, refresh if stale."""
+        report, stats = message.report, message.report.stats
+        keys = stats.keys.tolist()
+        outcomes = {k: records.outcome(w) for k, w in zip(keys, stats.weight, strict=True)}
+        samples = {k: self.schedule.tickets[k].sample for k in keys}
+        rollouts = [self.rollouts[k] for k in keys]
+        self._count(stats, report.skipped)
+        self.schedule.on_trained(report.step, outcomes)
+        step = self.schedule.step
+        timing = {
+            "seconds": time.time() - self._step_began, "busy": self.telemetry.busy_shares(),
+            "buffer_samples": len(self.rollouts) - len(keys), "buffer_bytes": self.arena.used_bytes,
+            "in_flight": self.schedule.in_flight, "publish_seconds": report.publish_seconds,
+            "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
+            "wall_seconds": self.totals.wall_seconds,
+        }  # fmt: skip
+        record = records.step(step, report, rollouts, [self.grades[k] for k in keys])
+        self.telemetry.metrics.write({**record, "timing": timing})
+        self.telemetry.ledger.write(records.ledger(step, samples, outcomes))
+        self.telemetry.scalars(records.scalars(record, timing), step)
+        self.telemetry.histograms(records.histograms(stats), step)
+        self.telemetry.progress.step(step, records.bar(record, timing))
+        if step % max(1, self.recipe.learner.steps // 20) == 0:
+            self._write_sample(step, samples[keys[0]], self.grades[keys[0]], rollouts[0])
+        for key in keys:
+            self._forget(key)
+        self._maybe_refresh(stats)
+        if self.recipe.checkpoint.every and step % self.recipe.checkpoint.every == 0 and step < self.recipe.learner.steps:
+            self._save_checkpoint(final=False)
+
+    def _count(self, stats: SampleStats, skipped: bool) -> None:
+        self.totals.trained_tokens += int(stats.length[stats.weight > 0].sum())
+        self.totals.freshness_sum += float(stats.freshness.sum())
+        self.totals.samples += len(stats.keys)
+        self.totals.max_lag = max(self.totals.max_lag, int(stats.lag.max()))
+        self.totals.skipped_steps += skipped
+
+    def _maybe_refresh(self, stats: SampleStats) -> None:
+        step = self.schedule.step
+        if step == self.recipe.learner.steps:
+            return
+        reason = self.refresh.reason(
+            step, float(stats.freshness.mean()), float(stats.coverage_roll.mean()), float(stats.coverage_sup.mean())
+        )
+        if reason is None:
+            return
+        self.refresh.last = step
+        scoring = {k for keys, _ in self._score_answers for k in keys}
+        names = {k: t.sample for k, t in self.schedule.tickets.items() if t.drawn}
+        dropped = self.schedule.refresh()
+        for replica in range(len(self.plan.samplers)):
+            self._start(Abort(replica))
+        for key in dropped:
+            if key not in scoring:
+                self._forget(key)
+        ids = [str(names[k]) for k in dropped if k in names]
+        self.telemetry.metrics.write({"kind": "refresh", "step": step, "reason": reason, "timing": {"dropped": len(ids)}})
+        self.telemetry.ledger.write({"step": step, "refreshed": ids})
+        self.telemetry.progress.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
+
+    def _text(self, rollout: Rollout) -> str:
+        return hf.decode(self.model.tokenizer, rollout.response_ids)
+
+    def _write_sample(self, step: int, sample: SampleId, grade: float, rollout: Rollout) -> None:
+        prompt = hf.decode(self.model.tokenizer, rollout.token_ids[: rollout.prompt_length])
+        self.telemetry.samples.write(
+            {
+                "step": step, "sample": str(sample), "versions": rollout.spans, "prompt": prompt,
+                "response": self._text(rollout), "score": grade, "finish": rollout.finish,
+            }
+        )  # fmt: skip
+
+    # ---- checkpoints and the end --------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, final: bool) -> None:
+        """Learner first, while it holds still; then everything else as it stands when the learner's part is on disk.
+
+        A disk that is full does not stop training: the older checkpoints stand, and it is said loudly. Only the last
+        save must succeed.
+        """
+        step = self.schedule.step
+        if final and step == self._last_saved:
+            return
+        temporary = self.store.begin(step)
+        try:
+            extra = self._save_learner(temporary / "learner")
+            self._save_state(temporary, extra)
+            self.store.commit(temporary)
+            self._last_saved = step
+        except OSError as error:
+            self.store.discard(temporary)
+            text = disk_error(error) or str(error)
+            if final:
+                raise UserError(
+                    f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume {self.run_dir.path} "
+                    f"(goes on from {self._last_saved if self._last_saved is not None else 'the start'})"
+                ) from None
+            self.telemetry.progress.say(f"step {step}: NO CHECKPOINT was written: {text}; training goes on, older ones stand")
+
+    def _save_learner(self, folder: Path) -> dict[str, Any]:
+        self._saved = []
+        self.schedule.learner_busy = True
+        self._to_all(self.plan.learners, m.SaveCommand(folder))
+        while len(self._saved) < len(self.plan.learners):
+            # At depth 0 nothing else starts meanwhile, so that a resumed run has the same samples to sample.
+            self._advance(act=not self.schedule.config.deterministic and not self.schedule.paused)
+        self.schedule.learner_busy = False
+        for saved in self._saved:
+            if saved.error:
+                raise OSError(saved.error)
+        return next(s.extra for s in self._saved if s.extra)
+
+    def _save_state(self, folder: Path, learner: dict[str, Any]) -> None:
+        schedule = self.schedule.state_dict()
+        known = {t["key"] for t in schedule["tickets"] if t["state"] != "planned"}
+        scored = {t["key"] for t in schedule["tickets"] if t["state"] == "scored"}
+        memory = self.arena.memory.numpy()
+        nbytes = self.model.target_spec.nbytes
+        targets = {k: memory[(s := self.slots[k]).offset : s.offset + nbytes(s.positions)] for k in sorted(scored)}
+        rollouts = [self.rollouts[k] for k in sorted(known)]
+        state = {
+            "fingerprint": fingerprint(self.recipe),
+            "schedule": schedule,
+            "refresh_last": self.refresh.last,
+            "learner": learner,
+            "totals": vars(self.totals),
+            "grades": {k: self.grades[k] for k in known if k in self.grades},
+            "rollouts": save_buffer(folder / "buffer.safetensors", rollouts, targets),
+        }
+        write_synced(folder / "state.json", json.dumps(state))
+
+    def _finish(self, began: float) -> dict[str, Any]:
+        from fopd_cli.export import export_student
+
+        export_student(self.run_dir, self.run_dir.student, None)
+        self.totals.wall_seconds = time.time() - began
+        busy = self.telemetry.busy_shares_total()
+        summary = records.summary(self.schedule, self.totals, busy)
+        write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
+        return summary

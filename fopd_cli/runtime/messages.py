@@ -1,0 +1,161 @@
+"""What the conductor and its workers say to each other. Commands are answered in the order in which they were sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fopd_cli.samples import Prompt, Request, Rollout, SampleStats, StepReport
+
+# ---- conductor -> worker
+
+
+@dataclass
+class GenerateCommand:
+    requests: list[Request]
+
+
+@dataclass
+class LoadCommand:
+    version: int
+
+
+@dataclass
+class AbortCommand:
+    pass
+
+
+@dataclass
+class Slot:
+    """Where one sample's teacher targets lie in the arena; `positions` is the response length."""
+
+    offset: int
+    positions: int
+
+
+@dataclass
+class ScoreCommand:
+    rollouts: list[Rollout]
+    slots: list[Slot]
+
+
+@dataclass
+class GradeCommand:
+    items: list[tuple[int, Prompt, str]]  # key, prompt, response text
+
+
+@dataclass
+class TrainCommand:
+    """`step` None: measure only."""
+
+    step: int | None
+    rollouts: list[Rollout]
+    slots: list[Slot]
+    lags: list[int]
+
+
+@dataclass
+class SaveCommand:
+    folder: Path
+
+
+@dataclass
+class SleepCommand:
+    pass
+
+
+@dataclass
+class WakeCommand:
+    pass
+
+
+@dataclass
+class StopCommand:
+    pass
+
+
+# ---- worker -> conductor
+
+
+@dataclass
+class Span:
+    """Something a worker did, in seconds since the epoch: the timeline's and the busy shares' raw material."""
+
+    name: str
+    start: float
+    end: float
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Ready:
+    """The worker has built its engine (and, after a restore, the learner says at which version it stands)."""
+
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Sampled:
+    rollouts: list[Rollout]
+    spans: list[Span]
+
+
+@dataclass
+class Loaded:
+    version: int
+    span: Span
+
+
+@dataclass
+class Scored:
+    keys: list[int]
+    span: Span
+
+
+@dataclass
+class Graded:
+    grades: list[tuple[int, float]]
+    span: Span
+
+
+@dataclass
+class Trained:
+    report: StepReport
+    spans: list[Span]
+
+
+@dataclass
+class Measured:
+    stats: SampleStats
+    span: Span
+
+
+@dataclass
+class Saved:
+    extra: dict[str, Any]
+    span: Span
+    error: str | None = None  # the disk is full or refuses; the run goes on
+
+
+@dataclass
+class Asleep:
+    memory_bytes: int  # still held on the device
+
+
+@dataclass
+class Awake:
+    pass
+
+
+@dataclass
+class Failed:
+    """The worker raised. `user` says that the message is meant for the user as it stands."""
+
+    kind: Literal["user", "worker"]
+    message: str
+    traceback: str
+
+

@@ -1,0 +1,552 @@
+"""Who may do what when: admission, versions, lag, back-pressure, refresh, evaluation. A pure state machine.
+
+It knows no processes, no tensors and no clock. The conductor tells it what happened (`on_*`) and asks what to start
+(`actions`); tests do the same on a virtual clock.
+
+**Lag is bounded by admission.** Let B be the batch, D the depth, t the optimizer steps done, v the version that a
+sampler holds, n the samples admitted and not yet consumed. A sampler at v may be given another sample only while
+
+    t B + n < (D + v + 1) B                                                                    (admission)
+
+A sample admitted at v has the deadline v + D: it must be consumed at or before optimizer step v + D. By (admission),
+the samples with deadline <= s never number more than (s - t + 1) B, that is, what steps t .. s consume. The batch of
+step t takes the ready samples of earliest deadline, and starts only if afterwards, for every s > t, those left
+with deadline <= s number at most (s - t) B                                                   (feasibility)
+If not, it waits for the stragglers that it lacks. So no sample is ever older than D at consumption, no finished
+sample is ever thrown away for its age, and a straggler can be overtaken only as long as it still makes its deadline.
+
+**Fixed lag** (`lag = k`, for studies): window j (samples jB .. jB+B-1) is sampled by version max(0, j - k) alone and
+consumed at step j. A sampler moves to v + 1 only when window v + k is sampled, and step t starts only when all
+samplers hold version t.
+
+**Two weight slots.** Version t + 1 is written over version t - 1, so step t starts only when no sampler is still
+being told to load something older than t.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+from fopd_cli.samples import SampleId
+
+Role = Literal["sampler", "teacher", "learner"]
+
+
+class State(str, Enum):
+    """Where a sample is. TRAINED, GATED and REFRESHED are final; such tickets are only counted."""
+
+    PLANNED = "planned"  # its prompt is to be sampled again (after a refresh or a restart)
+    SAMPLING = "sampling"
+    SAMPLED = "sampled"
+    SCORING = "scoring"
+    SCORED = "scored"
+    TRAINING = "training"
+
+
+@dataclass
+class Ticket:
+    """One sample on its way. `version` is the oldest that sampled any of its tokens (at admission: the sampler's)."""
+
+    key: int  # unique in a run; training tickets are numbered in the order of the prompt stream
+    sample: SampleId
+    state: State = State.PLANNED
+    version: int = -1
+    graded: bool = False
+    drawn: bool = False  # counted in `drawn` already (a restart does not draw again)
+
+    @property
+    def evaluation(self) -> bool:
+        return self.sample.split == "eval"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What the recipe says about scheduling, resolved."""
+
+    steps: int
+    batch: int
+    depth: int
+    lag: int | None  # fixed lag; depth is then ignored
+    inflight: Literal["keep", "wait"]
+    replicas: int
+    concurrency: int  # running samples a replica
+    score_batch: int  # samples a teacher call
+    exclusive: bool  # time-sliced: one role at a time
+    eval_versions: frozenset[int]
+    score_ahead: int = 2  # teacher calls under way at once
+
+    @property
+    def max_lag(self) -> int:
+        return self.depth if self.lag is None else self.lag
+
+    @property
+    def deterministic(self) -> bool:
+        """Groups are then formed by number instead of by arrival, so that two runs compute the same."""
+        return self.max_lag == 0 or self.lag is not None
+
+
+@dataclass(frozen=True)
+class Generate:
+    replica: int
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    replica: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Abort:
+    replica: int
+
+
+@dataclass(frozen=True)
+class Score:
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Train:
+    step: int
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure some held-out samples with the learner's version."""
+
+    version: int
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Time-sliced: put `sleeper` to sleep, then wake `waker`."""
+
+    sleeper: Role | None
+    waker: Role
+
+
+Action = Generate | Load | Abort | Score | Train | Measure | Lease
+
+
+@dataclass
+class _Replica:
+    loaded: int = -1
+    loading: int | None = None
+    stale: bool = False  # a refresh wants the newest weights before anything else
+    running: set[int] = field(default_factory=set)
+
+
+class Schedule:
+    """See the module's docstring. `prompt_stream(n)` is the n-th training draw, `eval_ids` the held-out ones.
+
+    `reserve(keys)` takes memory for the targets of all these samples, or none and says False; `release(key)` gives it back.
+    """
+
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        prompt_stream: Callable[[int], SampleId],
+        eval_ids: Iterable[SampleId],
+        reserve: Callable[[tuple[int, ...]], bool] = lambda keys: True,
+        release: Callable[[int], None] = lambda key: None,
+    ) -> None:
+        self.config = config
+        self.prompt_stream = prompt_stream
+        self.eval_ids = list(eval_ids)
+        self.reserve, self.release = reserve, release
+        self.tickets: dict[int, Ticket] = {}
+        self.retries: list[SampleId] = []  # dropped by a refresh, to be drawn again before new prompts
+        self.cursor = 0  # next number of the prompt stream
+        self.next_key = 0
+        self.step = 0  # optimizer steps done == version of the student
+        self.consumed = 0  # samples consumed by those steps
+        self.replicas = [_Replica() for _ in range(config.replicas)]
+        self.learner_busy = True  # until `on_learner_ready`
+        self.scoring = 0  # teacher calls under way
+        self.counts: Counter[str] = Counter()  # drawn, trained, gated, refreshed
+        self.evaluated: set[int] = set()
+        self.lease: Role | None = None
+        self._switching = False
+        self.refreshes = 0
+        self.paused = False  # nothing new starts (Ctrl-C); a time-sliced box goes back to the learner, to be saved
+
+    # ---- what happened ------------------------------------------------------------------------------------------
+
+    def on_learner_ready(self) -> None:
+        """The learner has published version `step` and can train."""
+        self.learner_busy = False
+
+    def on_loaded(self, replica: int, version: int) -> None:
+        r = self.replicas[replica]
+        if r.loading != version:
+            raise RuntimeError(f"sampler {replica} loaded version {version}, expected {r.loading}")
+        r.loaded, r.loading = version, None
+
+    def on_sampled(self, replica: int, key: int, oldest_version: int) -> bool:
+        """Returns False for a sample that a refresh has dropped, or a pause abandoned, meanwhile."""
+        self.replicas[replica].running.discard(key)
+        ticket = self.tickets.get(key)
+        if ticket is None or ticket.state is not State.SAMPLING:
+            return False
+        if oldest_version < ticket.version:
+            raise RuntimeError(f"sample {ticket.sample} holds tokens of version {oldest_version} < {ticket.version}")
+        ticket.state, ticket.version = State.SAMPLED, oldest_version
+        return True
+
+    def on_graded(self, key: int) -> None:
+        if key in self.tickets:
+            self.tickets[key].graded = True
+
+    def on_scored(self, keys: Iterable[int]) -> list[int]:
+        """Returns the keys that a refresh has dropped meanwhile."""
+        self.scoring -= 1
+        dropped = []
+        for key in keys:
+            if key in self.tickets:
+                self.tickets[key].state = State.SCORED
+            else:
+                dropped.append(key)
+        return dropped
+
+    def on_trained(self, step: int, outcomes: dict[int, Literal["trained", "gated"]]) -> None:
+        """The optimizer step is done and its version published; `outcomes` names every sample of the batch."""
+        if step != self.step:
+            raise RuntimeError(f"the learner finished step {step}, expected {self.step}")
+        for key, outcome in outcomes.items():
+            del self.tickets[key]
+            self.counts[outcome] += 1
+        self.consumed += len(outcomes)
+        self.step += 1
+        self.learner_busy = False
+
+    def on_measured(self, version: int, keys: Iterable[int]) -> bool:
+        """Some held-out samples are measured; returns whether the evaluation at `version` is complete."""
+        for key in keys:
+            del self.tickets[key]
+        self.learner_busy = False
+        complete = not any(t.evaluation for t in self.tickets.values())
+        if complete:
+            self.evaluated.add(version)
+        return complete
+
+    def on_leased(self, role: Role) -> None:
+        self.lease, self._switching = role, False
+
+    def refresh(self) -> list[int]:
+        """Drop every training sample that is not being trained on; returns the keys. Their prompts are drawn again."""
+        dropped = [k for k, t in self.tickets.items() if not t.evaluation and t.state is not State.TRAINING]
+        for key in sorted(dropped):
+            ticket = self.tickets.pop(key)
+            sample = ticket.sample
+            if ticket.drawn:
+                self.counts["refreshed"] += 1
+                sample = SampleId(sample.split, sample.epoch, sample.prompt, sample.replica, sample.attempt + 1)
+            self.retries.append(sample)
+        for replica in self.replicas:
+            replica.running -= set(dropped)
+            replica.stale = True
+        self.refreshes += 1
+        return dropped
+
+    def abandon(self) -> None:
+        """Running generations are stopped (the conductor aborts them); their samples are planned again."""
+        for replica in self.replicas:
+            replica.running.clear()
+        for ticket in self.tickets.values():
+            if ticket.state is State.SAMPLING:
+                ticket.state = State.PLANNED
+
+    # ---- what to start ------------------------------------------------------------------------------------------
+    # `_plan_*` only look; `_start_*` change the state and return the actions that the conductor must carry out.
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.config.steps and self._eval_due() is None and not self.learner_busy
+
+    @property
+    def in_flight(self) -> int:
+        """Drawn and not yet counted as anything else."""
+        return sum(t.drawn and not t.evaluation for t in self.tickets.values())
+
+    def actions(self) -> list[Action]:
+        """Everything that can start now; the state already counts it as started."""
+        if self._switching:
+            return []
+        if self.paused:
+            return self._pass_lease() if self.config.exclusive and not self._busy() else []
+        self._start_evaluation()
+        out: list[Action] = []
+        if self._may("learner"):
+            out += self._start_learner()
+        if self._may("teacher"):
+            out += self._start_teacher()
+        if self._may("sampler"):
+            out += self._start_samplers()
+        if self.config.exclusive and not out and not self._busy():
+            out += self._pass_lease()
+        return out
+
+    def _may(self, role: Role) -> bool:
+        return not self.config.exclusive or self.lease == role
+
+    def _busy(self) -> bool:
+        sampling = any(r.running or r.loading is not None for r in self.replicas)
+        return self.learner_busy or self.scoring > 0 or sampling
+
+    def _pass_lease(self) -> list[Action]:
+        """Whoever has work gets the box: the learner first, so that samples are consumed while they are fresh."""
+        wants: dict[Role, bool] = {
+            "learner": self.paused or self._plan_learner() is not None,
+            "teacher": bool(self._plan_score()),
+            "sampler": any(self._next_version(r) is not None or any(self._admissible(r)) for r in self.replicas),
+        }
+        for role, wanted in wants.items():
+            if wanted and role != self.lease:
+                self._switching = True
+                return [Lease(self.lease, role)]
+        return []
+
+    # -- learner
+
+    def _start_learner(self) -> list[Action]:
+        action = self._plan_learner()
+        if action is None:
+            return []
+        self.learner_busy = True
+        if isinstance(action, Train):
+            for key in action.keys:
+                self._check_lag(self.tickets[key])
+                self.tickets[key].state = State.TRAINING
+        return [action]
+
+    def _plan_learner(self) -> Train | Measure | None:
+        if self.learner_busy:
+            return None
+        if self._eval_due() is not None:
+            held_out = sorted((t for t in self.tickets.values() if t.evaluation), key=lambda t: t.key)
+            group = held_out[: self.config.batch]
+            ready = bool(group) and all(self._ready(t) for t in group)
+            return Measure(self.step, tuple(t.key for t in group)) if ready else None
+        if self.step == self.config.steps:
+            return None
+        if any(r.loading is not None and r.loading < self.step for r in self.replicas):
+            return None
+        if self.config.lag is not None and any(r.loaded != self.step for r in self.replicas):
+            return None
+        batch = self._batch()
+        return None if batch is None else Train(self.step, tuple(batch))
+
+    def _check_lag(self, ticket: Ticket) -> None:
+        lag = self.step - ticket.version
+        if lag > self.config.max_lag:
+            raise RuntimeError(f"sample {ticket.sample} has lag {lag} > {self.config.max_lag}: the schedule is broken")
+
+    def _batch(self) -> list[int] | None:
+        """Keys of the next batch, in key order; None while it must wait."""
+        size = self.config.batch
+        if self.config.lag is not None:
+            window = sorted(t.key for t in self.tickets.values() if not t.evaluation)[:size]
+            ready = len(window) == size and all(self._ready(self.tickets[k]) for k in window)
+            return window if ready else None
+        urgent = self._by_deadline()
+        ready = [t for t in urgent if self._ready(t)]
+        if len(ready) < size:
+            return None
+        batch = {t.key for t in ready[:size]}
+        left = Counter(t.version + self.config.depth for t in urgent if t.key not in batch)
+        total = 0
+        for deadline in sorted(left):
+            total += left[deadline]
+            if total > (deadline - self.step) * size:
+                return None
+        return sorted(batch)
+
+    def _by_deadline(self) -> list[Ticket]:
+        """Admitted training samples that are not being trained on, the most urgent first."""
+        admitted = (t for t in self.tickets.values() if not t.evaluation)
+        waiting = (t for t in admitted if t.state not in (State.PLANNED, State.TRAINING))
+        return sorted(waiting, key=lambda t: (t.version, t.key))
+
+    def _ready(self, ticket: Ticket) -> bool:
+        return ticket.state is State.SCORED and ticket.graded
+
+    # -- evaluation: held-out prompts are sampled, scored and measured at one version, while the learner holds still
+
+    def _eval_due(self) -> int | None:
+        due = self.step in self.config.eval_versions and self.step not in self.evaluated
+        return self.step if due and self.eval_ids else None
+
+    def _start_evaluation(self) -> None:
+        started = any(t.evaluation for t in self.tickets.values())
+        if self._eval_due() is not None and not started and not self.learner_busy:
+            for sample in self.eval_ids:
+                self._add(sample)
+
+    # -- teacher
+
+    def _start_teacher(self) -> list[Action]:
+        out: list[Action] = []
+        while self.scoring < self.config.score_ahead:
+            group = self._reserved(self._plan_score())
+            if not group:
+                break
+            self.scoring += 1
+            for key in group:
+                self.tickets[key].state = State.SCORING
+            out.append(Score(group))
+        return out
+
+    def _plan_score(self) -> tuple[int, ...]:
+        """The next samples for one teacher call."""
+        size = self.config.score_batch
+        sampled = [t for t in self.tickets.values() if t.state is State.SAMPLED]
+        if not self.config.deterministic:
+            sampled.sort(key=lambda t: (not t.evaluation, t.version, t.key))
+            return tuple(t.key for t in sampled[:size])
+        # Whole blocks of keys, whatever the order of arrival: the teacher then computes the same in every run.
+        exhausted = all(self._room(r) <= 0 for r in self.replicas)
+        for ticket in sorted(sampled, key=lambda t: t.key):
+            block = ticket.key // size
+            if (block + 1) * size > self.next_key and not exhausted and not ticket.evaluation:
+                continue
+            mates = [t for k in range(block * size, (block + 1) * size) if (t := self.tickets.get(k))]
+            group = [t for t in mates if t.evaluation == ticket.evaluation and t.state is not State.SCORED]
+            if all(t.state is State.SAMPLED for t in group):
+                return tuple(t.key for t in group)
+        return ()
+
+    def _reserved(self, group: tuple[int, ...]) -> tuple[int, ...]:
+        """The group if the arena has room for its targets; else its urgent part, for which less urgent samples give
+        up their targets (they are scored again later); else nothing, until the learner has freed some."""
+        if not group or self.reserve(group):
+            return group
+        by_deadline = self._by_deadline()
+        first = {t.key for t in by_deadline[: self.config.batch]}
+        urgent = tuple(k for k in group if k in first or self.tickets[k].evaluation)
+        spare = any(self.tickets[k].evaluation for k in urgent)  # an evaluation holds the learner: all can wait
+        victims = [t for t in by_deadline if t.state is State.SCORED and (spare or t.key not in first)]
+        while urgent:
+            if self.reserve(urgent):
+                return urgent
+            if not victims:
+                return ()
+            victim = victims.pop()
+            victim.state = State.SAMPLED
+            self.release(victim.key)
+        return ()
+
+    # -- sampler
+
+    def _start_samplers(self) -> list[Action]:
+        out: list[Action] = []
+        for index, replica in enumerate(self.replicas):
+            version = self._next_version(replica)
+            if version is not None:
+                replica.loading, replica.stale = version, False
+                out.append(Load(index, version))
+                continue
+            held_out, room = self._admissible(replica)
+            keys = [self._admit(index, replica, key) for key in held_out]
+            keys += [self._admit(index, replica, self._draw()) for _ in range(room)]
+            if keys:
+                out.append(Generate(index, tuple(keys)))
+        return out
+
+    def _next_version(self, replica: _Replica) -> int | None:
+        """The version that the replica should load now, if any."""
+        if replica.loading is not None or replica.loaded == self.step:
+            return None
+        idle = not replica.running
+        if self.config.lag is None or replica.loaded < 0 or replica.stale:
+            return self.step if idle or self.config.inflight == "keep" else None
+        return replica.loaded + 1 if idle and self._room(replica) <= 0 else None
+
+    def _room(self, replica: _Replica) -> int:
+        """How many samples may be admitted at the replica's version (the docstring's admission rule)."""
+        outstanding = sum(not t.evaluation and t.state is not State.PLANNED for t in self.tickets.values())
+        bound = min((self.config.max_lag + replica.loaded + 1), self.config.steps) * self.config.batch
+        return max(0, bound - self.consumed - outstanding)
+
+    def _admissible(self, replica: _Replica) -> tuple[list[int], int]:
+        """(held-out samples, number of training samples) that the replica may be given now."""
+        draining = self.config.lag is None and self.config.inflight == "wait" and replica.loaded < self.step
+        if replica.loading is not None or replica.loaded < 0 or draining:
+            return [], 0
+        # Whole groups where two runs must agree: a batch's composition then does not depend on timing.
+        free = self.config.concurrency - len(replica.running)
+        free = 0 if self.config.deterministic and replica.running else free
+        held_out: list[int] = []
+        if replica.loaded == self.step:
+            held_out = [t.key for t in self.tickets.values() if t.evaluation and t.state is State.PLANNED][:free]
+        if held_out and self.config.deterministic:
+            return held_out, 0
+        return held_out, min(free - len(held_out), self._room(replica))
+
+    def _admit(self, index: int, replica: _Replica, key: int) -> int:
+        ticket = self.tickets[key]
+        if not ticket.drawn and not ticket.evaluation:
+            self.counts["drawn"] += 1
+        ticket.drawn = True
+        ticket.state, ticket.version = State.SAMPLING, replica.loaded
+        replica.running.add(key)
+        return key
+
+    def _draw(self) -> int:
+        """Key of the next training sample: restarted ones first, then those a refresh dropped, then new prompts."""
+        planned = [t.key for t in self.tickets.values() if t.state is State.PLANNED and not t.evaluation]
+        if planned:
+            return min(planned)
+        if self.retries:
+            return self._add(self.retries.pop(0))
+        self.cursor += 1
+        return self._add(self.prompt_stream(self.cursor - 1))
+
+    def _add(self, sample: SampleId) -> int:
+        key = self.next_key
+        self.next_key += 1
+        self.tickets[key] = Ticket(key, sample)
+        return key
+
+    # ---- state on disk ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as JSON. Samples that were being sampled or scored go back one state."""
+        back = {State.SAMPLING: State.PLANNED, State.SCORING: State.SAMPLED}
+        return {
+            "step": self.step,
+            "consumed": self.consumed,
+            "cursor": self.cursor,
+            "next_key": self.next_key,
+            "refreshes": self.refreshes,
+            "counts": dict(self.counts),
+            "evaluated": sorted(self.evaluated),
+            "retries": [list(vars(s).values()) for s in self.retries],
+            "tickets": [
+                {
+                    "key": t.key, "sample": list(vars(t.sample).values()), "state": back.get(t.state, t.state).value,
+                    "version": t.version, "graded": t.graded, "drawn": t.drawn,
+                }
+                for t in self.tickets.values() if not t.evaluation
+            ],
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("step", "consumed", "cursor", "next_key", "refreshes"):
+            setattr(self, name, state[name])
+        self.counts = Counter(state["counts"])
+        self.evaluated = set(state["evaluated"])
+        self.retries = [SampleId(*s) for s in state["retries"]]
+        self.tickets = {}
+        for t in state["tickets"]:
+            ticket = Ticket(t["key"], SampleId(*t["sample"]), State(t["state"]), t["version"], t["graded"], t["drawn"])
+            if ticket.state is State.PLANNED:
+                ticket.graded = False
+            self.tickets[ticket.key] = ticket

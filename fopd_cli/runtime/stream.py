@@ -1,0 +1,69 @@
+"""The order of prompts: which sample is the n-th, for ever, without state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fopd_cli.engines import hf
+from fopd_cli.recipe import Recipe
+from fopd_cli.runtime.schedule import ScheduleConfig
+from fopd_cli.samples import Prompt, SampleId
+from fopd_cli.tasks import Task
+
+
+class PromptStream:
+    """Each epoch is a fresh permutation of the training prompts; each prompt is sampled `samples_per_prompt` times in a row."""
+
+    def __init__(self, task: Task, tokenizer: object, seed: int, samples_per_prompt: int) -> None:
+        self.prompts: dict[str, Sequence[Prompt]] = {"train": task.prompts("train"), "eval": task.prompts("eval")}
+        self.tokenizer, self.seed, self.samples_per_prompt = tokenizer, seed, samples_per_prompt
+        self._orders: dict[int, np.ndarray] = {}
+        self._ids: dict[tuple[str, int], np.ndarray] = {}
+
+    def train_id(self, number: int) -> SampleId:
+        """The `number`-th training sample of the run."""
+        group, replica = divmod(number, self.samples_per_prompt)
+        epoch, position = divmod(group, len(self.prompts["train"]))
+        if epoch not in self._orders:
+            rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._orders = {epoch: rng.permutation(len(self.prompts["train"]))}
+        return SampleId("train", epoch, int(self._orders[epoch][position]), replica)
+
+    def prompt(self, sample: SampleId) -> Prompt:
+        return self.prompts[sample.split][sample.prompt]
+
+    def token_ids(self, sample: SampleId) -> np.ndarray:
+        """int32 (prompt_length,), encoded once."""
+        return self.encoded(sample.split, sample.prompt)
+
+    def encoded(self, split: str, index: int) -> np.ndarray:
+        key = (split, index)
+        if key not in self._ids:
+            self._ids[key] = hf.encode_prompt(self.tokenizer, self.prompts[split][index])
+        return self._ids[key]
+
+    def longest(self, split: str) -> tuple[int, int]:
+        """(tokens, index) of the longest prompt of a split."""
+        return max((len(self.encoded(split, i)), i) for i in range(len(self.prompts[split])))
+
+
+def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
+    """All held-out samples; the same ids, hence the same random numbers, at every version and in `fopd eval`."""
+    return [
+        SampleId("eval", 0, prompt, replica)
+        for prompt in range(len(stream.prompts["eval"]))
+        for replica in range(recipe.eval.samples)
+    ]
+
+
+def schedule_config(recipe: Recipe, replicas: int, exclusive: bool) -> ScheduleConfig:
+    """The recipe as the schedule wants it; evaluations before the first step, after the last, and every so often."""
+    steps, every = recipe.learner.steps, recipe.eval.every
+    between = range(every, steps, every) if every else range(0)
+    return ScheduleConfig(
+        steps=steps, batch=recipe.learner.batch_samples, depth=recipe.schedule.depth, lag=recipe.schedule.lag,
+        inflight=recipe.schedule.inflight, replicas=replicas, concurrency=recipe.sampler.concurrency,
+        score_batch=recipe.teacher.batch_samples, exclusive=exclusive, eval_versions=frozenset({0, steps, *between}),
+    )  # fmt: skip

@@ -1,0 +1,262 @@
+"""Worker processes: spawned, watched, stopped. Nothing here knows what the workers compute.
+
+Each worker has an inbox and an outbox of its own, each with one writer and one reader, so that a worker killed in the
+middle of a message can spoil only its own queue. The conductor waits on all outboxes and all process sentinels at once.
+
+No worker outlives the command: the kernel kills it when its parent dies (PR_SET_PDEATHSIG), whatever killed the parent.
+No worker hangs unnoticed: it bumps its pulse as it works, and one that owes an answer and has had no pulse for
+`timeout_s` has its stacks written to its log, is killed and named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import queue
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from fopd_cli.errors import UserError, WorkerError
+from fopd_cli.runtime.messages import Failed, StopCommand
+
+PR_SET_PDEATHSIG = 1
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One process: `role` and `rank` name it, `devices` are CUDA ordinals (empty: the CPU), `threads` its CPU share."""
+
+    role: str
+    rank: int
+    world: int
+    devices: tuple[int, ...]
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.rank}"
+
+
+class Mailbox:
+    """A worker's end: commands in, answers out, and the pulse."""
+
+    def __init__(self, inbox: Any, outbox: Any, pulse: torch.Tensor) -> None:
+        self._inbox, self._outbox, self._pulse = inbox, outbox, pulse
+
+    def receive(self, block: bool) -> Any:
+        """The next command; None if there is none and `block` is False."""
+        self.beat()
+        try:
+            message = self._inbox.get(block)
+        except queue.Empty:
+            return None
+        self.beat()
+        return message
+
+    def send(self, message: Any) -> None:
+        self._outbox.put(message)
+        self.beat()
+
+    def beat(self) -> None:
+        """I am alive and getting on."""
+        self._pulse[0] = time.monotonic()
+
+
+@dataclass
+class Worker:
+    """The conductor's end. `owed` counts commands that are not answered yet."""
+
+    spec: WorkerSpec
+    process: Any
+    inbox: Any
+    outbox: Any
+    pulse: torch.Tensor
+    log: Path
+    owed: int = 0
+    sent_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def owe(self, answers: int) -> None:
+        """Set what it owes; its time to answer starts when it begins to owe something."""
+        if self.owed <= 0:
+            self.sent_at = time.monotonic()
+        self.owed = answers
+
+
+class Fleet:
+    """All workers of a run. Use as a context manager: leaving it stops them, an exception kills them."""
+
+    def __init__(self, logs: Path, timeout_s: float) -> None:
+        self.logs, self.timeout_s = logs, timeout_s
+        self.workers: dict[str, Worker] = {}
+        self._context = mp.get_context("spawn")
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.stop()
+        self.kill()
+
+    def start(self, spec: WorkerSpec, target: Callable[..., None], *args: Any) -> Worker:
+        """Spawn `target(spec, mailbox, *args)`. Its output goes to `logs/NAME.log`."""
+        inbox, outbox = self._context.Queue(), self._context.Queue()
+        pulse = torch.tensor([time.monotonic()], dtype=torch.float64).share_memory_()
+        log = self.logs / f"{spec.name}.log"
+        process = self._context.Process(
+            target=_main, args=(spec, target, args, inbox, outbox, pulse, str(log), os.getpid()), name=spec.name
+        )
+        with _environment(spec):
+            process.start()
+        # With our copy of the write end closed, a worker that dies inside a message ends it instead of stalling us.
+        outbox._writer.close()
+        worker = Worker(spec, process, inbox, outbox, pulse, log, owed=1)  # it owes Ready
+        self.workers[spec.name] = worker
+        return worker
+
+    def send(self, name: str, message: Any, answers: int = 1) -> None:
+        """Queue a command; `answers` is how many messages the worker will owe for it."""
+        worker = self.workers[name]
+        worker.owe(worker.owed + answers)
+        worker.inbox.put(message)
+
+    def receive(self, timeout: float) -> list[tuple[Worker, Any]]:
+        """All messages at hand, waiting up to `timeout` seconds for the first. A dead or hanging worker raises."""
+        readers = {w.outbox._reader: w for w in self.workers.values()}
+        sentinels = {w.process.sentinel: w for w in self.workers.values()}
+        ready = wait([*readers, *sentinels], timeout)
+        messages: list[tuple[Worker, Any]] = []
+        for reader in ready:
+            if reader in readers:
+                messages += self._drain(readers[reader])
+        for sentinel in ready:
+            if sentinel in sentinels:
+                self._died(sentinels[sentinel])
+        self._check_pulses()
+        return messages
+
+    def _drain(self, worker: Worker) -> list[tuple[Worker, Any]]:
+        messages = []
+        while worker.outbox._reader.poll():
+            try:
+                message = worker.outbox.get()
+            except (EOFError, OSError):
+                self._died(worker)
+            if isinstance(message, Failed):
+                self._failed(worker, message)
+            worker.owed -= 1
+            worker.sent_at = time.monotonic()
+            messages.append((worker, message))
+        return messages
+
+    def _failed(self, worker: Worker, message: Failed) -> None:
+        if message.kind == "user":
+            raise UserError(message.message)
+        raise WorkerError(f"{worker.name} failed: {message.message} (its log: {worker.log})")
+
+    def _died(self, worker: Worker) -> None:
+        worker.process.join(STOP_TIMEOUT_S)
+        code = worker.process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
+        raise WorkerError(f"{worker.name} (pid {worker.process.pid}) {how}; its log: {worker.log}")
+
+    def _check_pulses(self) -> None:
+        now = time.monotonic()
+        for worker in self.workers.values():
+            silence = now - max(float(worker.pulse[0]), worker.sent_at)
+            if worker.owed > 0 and silence > self.timeout_s:
+                with contextlib.suppress(OSError):
+                    os.kill(worker.process.pid, signal.SIGUSR1)  # faulthandler writes all stacks to its log
+                    time.sleep(0.5)
+                raise WorkerError(
+                    f"{worker.name} (pid {worker.process.pid}) has not moved for {silence:.0f} s (runtime.timeout_s); "
+                    f"its stacks are in {worker.log}"
+                )
+
+    def stop(self) -> None:
+        """Ask everyone to leave and wait a moment."""
+        for worker in self.workers.values():
+            worker.inbox.put(StopCommand())
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for worker in self.workers.values():
+            worker.process.join(max(0.1, deadline - time.monotonic()))
+
+    def kill(self) -> None:
+        """End whoever is left, at once."""
+        for worker in self.workers.values():
+            if worker.process.is_alive():
+                worker.process.kill()
+        for worker in self.workers.values():
+            worker.process.join(STOP_TIMEOUT_S)
+            worker.inbox.cancel_join_thread()
+            worker.inbox.close()
+        self.workers.clear()
+
+
+@contextlib.contextmanager
+def _environment(spec: WorkerSpec) -> Any:
+    """What must be set before the child imports torch; a spawned child inherits it."""
+    ours = {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+    if spec.devices:
+        ours["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
+        # The learner's batches vary in shape, which fragments the allocator; engines that share memory cannot have it.
+        ours["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{spec.role == 'learner'}"
+    else:
+        ours["CUDA_VISIBLE_DEVICES"] = ""
+    saved = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _main(
+    spec: WorkerSpec, target: Callable[..., None], args: tuple[Any, ...], inbox: Any, outbox: Any, pulse: torch.Tensor,
+    log: str, parent: int,
+) -> None:  # fmt: skip
+    """A worker's life: tie it to its parent, send its output to its log, run, and report how it ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)  # the parent died before we were tied to it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the conductor's to handle
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(spec.threads)
+    mailbox = Mailbox(inbox, outbox, pulse)
+    try:
+        target(spec, mailbox, *args)
+    except UserError as error:
+        mailbox.send(Failed("user", str(error), ""))
+    except BaseException as error:
+        text = traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
+        first = (str(error).strip().splitlines() or [""])[0]
+        mailbox.send(Failed("worker", f"{type(error).__name__}: {first}", text))
+    outbox.close()
+    outbox.join_thread()

@@ -1,0 +1,182 @@
+"""The data that passes between rooms: everything that a worker receives or returns is one of these.
+
+    prompt --> sampler --Rollout--> teacher --TeacherTargets--> learner --SampleStats--> conductor
+
+Indexing convention, used everywhere: a rollout holds `prompt_length + response_length` token ids. Response
+position `h` (0-based) is the token `token_ids[prompt_length + h]`; everything that *predicts* it (the student's
+hidden state, the teacher's hidden state, both distributions) is read off the forward pass at token
+`prompt_length + h - 1`. All per-position arrays below have one row per response position, in that order.
+
+Small arrays are numpy (they are pickled into the queue as bytes; a torch tensor would cost a file descriptor
+each). Large ones (teacher targets, weights) are torch views into shared memory, see `runtime/arena.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+TargetKind = Literal["hidden", "topk", "sampled"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `payload` (the reference answer, say) is for the grader and is never shown to the student."""
+
+    index: int
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, order=True)
+class SampleId:
+    """Who a sample is: `replica` counts the samples of one prompt in one epoch, `attempt` its regenerations."""
+
+    split: Literal["train", "eval"]
+    epoch: int
+    prompt: int
+    replica: int
+    attempt: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.split}/e{self.epoch}/p{self.prompt}/s{self.replica}/a{self.attempt}"
+
+    def seed(self, run_seed: int) -> int:
+        """63-bit seed of this sample's random numbers; depends on nothing but the run's seed and the id."""
+        digest = hashlib.blake2b(f"{run_seed}/{self}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the student samples. Behaviour log-probs are those of the distribution that this describes."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    keep_topk: int = 0  # behaviour log-probs of the k likeliest tokens; -1: of the whole vocabulary
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation asked of a sampler."""
+
+    key: int  # the schedule's ticket number, echoed in the answer
+    token_ids: np.ndarray  # int32 (prompt_length,)
+    seed: int
+    params: SamplingParams
+
+
+@dataclass
+class Rollout:
+    """A finished generation. `response` arrays have `n` rows, one per sampled token (EOS included)."""
+
+    key: int
+    token_ids: np.ndarray  # int32 (prompt_length + n,)
+    prompt_length: int
+    loss_mask: np.ndarray  # bool (n,): sampled by the student, hence loss-bearing
+    logprobs: np.ndarray  # float32 (n,): log pi_r(y), nan where the sampler gave none
+    spans: list[tuple[int, int, int]]  # (version, start, end) over response positions, contiguous
+    finish: Literal["stop", "length"]
+    topk_logprobs: np.ndarray | None = None  # float32 (n, k)
+    topk_ids: np.ndarray | None = None  # int32 (n, k); None: the whole vocabulary in id order
+
+    @property
+    def response_length(self) -> int:
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def response_ids(self) -> np.ndarray:
+        return self.token_ids[self.prompt_length :]
+
+    @property
+    def oldest_version(self) -> int:
+        return min(version for version, _, _ in self.spans)
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """The shape of one sample's teacher targets: what the teacher writes and the learner reads."""
+
+    kind: TargetKind
+    width: int  # hidden size, k, or 1
+    dtype: torch.dtype  # of hidden states; log-probs are float32, ids int32
+
+    def fields(self, positions: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, shape) of each array, in the order in which they lie in memory."""
+        if self.kind == "hidden":
+            return [("hidden", self.dtype, (positions, self.width))]
+        fields: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("logprobs", torch.float32, (positions,))]
+        if self.kind == "topk":
+            fields.append(("topk_logprobs", torch.float32, (positions, self.width)))
+            fields.append(("topk_ids", torch.int32, (positions, self.width)))
+        return fields
+
+    def nbytes(self, positions: int) -> int:
+        return sum(dtype.itemsize * int(np.prod(shape)) for _, dtype, shape in self.fields(positions))
+
+
+@dataclass
+class TeacherTargets:
+    """What the frozen teacher said of one rollout.
+
+    `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes exact logits.
+    `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the likeliest tokens.
+    """
+
+    kind: TargetKind
+    hidden: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
+    topk_logprobs: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+
+
+@dataclass
+class Sample:
+    """A rollout with its labels, as the learner consumes it at optimizer step `t`; `lag` is tau = t - r."""
+
+    rollout: Rollout
+    targets: TeacherTargets
+    lag: int
+
+
+@dataclass
+class SampleStats:
+    """Per-sample results of one learner pass; arrays have one entry per sample of the batch, in batch order."""
+
+    keys: np.ndarray  # int64
+    lag: np.ndarray  # int64, optimizer steps
+    length: np.ndarray  # int64, loss-bearing tokens
+    loss: np.ndarray  # float64, l_i in nats per token
+    kl: np.ndarray  # float64, KL(pi_t || p), or its estimate on the support at hand
+    forward_kl: np.ndarray  # float64, KL(p || pi_t), nan where the support cannot tell
+    entropy: np.ndarray  # float64, nats; nan where the support cannot tell
+    drift_roll: np.ndarray  # float64, D_roll_i before the noise floor is taken off
+    drift_sup: np.ndarray  # float64
+    coverage_roll: np.ndarray  # float64 in [0, 1]
+    coverage_sup: np.ndarray  # float64 in [0, 1]
+    freshness: np.ndarray  # float64, f_i
+    weight: np.ndarray  # float64, the policy's weight before normalisation
+
+
+@dataclass
+class StepReport:
+    """What the learner says of optimizer step `step`; the student's version afterwards is `step + 1`."""
+
+    step: int
+    stats: SampleStats
+    loss: float  # the minimised objective, weights and anchor included
+    anchor: float  # mean_i w_i D_roll_i, unscaled by lambda
+    grad_norm: float  # before clipping
+    lr: float
+    skipped: bool  # every weight was zero: no update was made
+    noise_floor: float
+    tokens: int  # tokens in the forward pass, padding left out
+    padded_tokens: int  # with padding
+    publish_seconds: float
+    publish_bytes: int

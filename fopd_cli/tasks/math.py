@@ -1,0 +1,148 @@
+"""Maths questions from a jsonl file or a hub dataset, graded by math-verify.
+
+`\\boxed{}`, `#### answer` (GSM8K) and a plain final expression are understood, in the reference and in the response.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fopd_cli.errors import UserError
+from fopd_cli.samples import Prompt
+
+GRADE_TIMEOUT_S = 5
+
+
+class Math:
+    """`train` and `eval` are paths of jsonl files or `hf:owner/name[@config][:split]`.
+
+    `answer: null` says that there are no reference answers: training needs none, and every grade is nan.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        eval: str,
+        question: str = "question",
+        answer: str | None = "answer",
+        template: str = "{question}",
+        system: str | None = None,
+        chat: bool = True,
+        eval_prompts: int = 256,
+    ) -> None:
+        if answer is not None and importlib.util.find_spec("math_verify") is None:
+            raise UserError(
+                "task: grading needs the math-verify package: pip install 'fopd[data]' (or set task.answer: null)"
+            )
+        self.sources = {"train": train, "eval": eval}
+        self.question, self.answer = question, answer
+        self.template, self.system, self.chat = template, system, chat
+        self.eval_prompts = eval_prompts
+
+    def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
+        """The rows in file order; the first `eval_prompts` of the held-out source. Training skips what is held out."""
+        held_out = self._rows("eval", limit=self.eval_prompts)
+        if split == "eval":
+            return self._to_prompts(held_out)
+        known = {row[self.question] for row in held_out}
+        rows = [row for row in self._rows("train") if row[self.question] not in known]
+        if not rows:
+            raise UserError(
+                f"task.train: {self.sources['train']!r} has no question that task.eval does not hold out; "
+                "give different files or lower task.eval_prompts"
+            )
+        return self._to_prompts(rows)
+
+    def grade(self, prompt: Prompt, response: str) -> float:
+        """1 if math-verify finds the response's final answer equal to the reference, else 0; nan without one."""
+        if self.answer is None:
+            return math.nan
+        gold, answer = final_answer(str(prompt.payload["answer"])), final_answer(response)
+        if answer.strip() == gold.strip() and gold.strip():
+            return 1.0
+        return float(_verify(gold, answer))
+
+    def _to_prompts(self, rows: Iterable[dict[str, Any]]) -> list[Prompt]:
+        prompts = []
+        for i, row in enumerate(rows):
+            text = self.template.replace("{question}", str(row[self.question]))
+            messages = ([{"role": "system", "content": self.system}] if self.system else []) + [
+                {"role": "user", "content": text}
+            ]
+            shown: dict[str, Any] = {"messages": messages} if self.chat else {"text": text}
+            prompts.append(Prompt(index=i, payload={"answer": row[self.answer] if self.answer else None}, **shown))
+        return prompts
+
+    def _rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+        source, key = self.sources[split], f"task.{split}"
+        rows = _hub_rows(source, key) if source.startswith("hf:") else _jsonl_rows(Path(source), key)
+        if not rows:
+            raise UserError(f"{key}: {source!r} has no rows")
+        for name, column in (("question", self.question), ("answer", self.answer)):
+            for number, row in enumerate(rows, 1):
+                if column is not None and column not in row:
+                    raise UserError(
+                        f"{key}: row {number} of {source!r} has no column {column!r}; it has {sorted(row)}; "
+                        f"set task.{name} to the right one"
+                    )
+        return rows[:limit]
+
+
+def final_answer(text: str) -> str:
+    """What stands behind the last `####`, else the whole text (math-verify finds boxes and plain expressions)."""
+    return text.rpartition("####")[2] if "####" in text else text
+
+
+def _verify(gold: str, answer: str) -> bool:
+    from math_verify import parse, verify  # an optional dependency, only the grader needs it
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    parsed_gold, parsed = _parse(parse, gold), _parse(parse, answer)
+    return bool(parsed_gold and parsed and verify(parsed_gold, parsed, timeout_seconds=GRADE_TIMEOUT_S))
+
+
+def _parse(parse: Any, text: str) -> list[Any]:
+    # A bare "72" or "\frac12" is an expression only inside dollar signs.
+    return list(parse(text, parsing_timeout=GRADE_TIMEOUT_S)) or list(
+        parse(f"${text.strip()}$", parsing_timeout=GRADE_TIMEOUT_S)
+    )
+
+
+def _jsonl_rows(path: Path, key: str) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{key}: there is no file {str(path)!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: cannot read {str(path)!r}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{key}: line {number} of {str(path)!r} is not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{key}: line {number} of {str(path)!r} is no JSON object")
+        rows.append(row)
+    return rows
+
+
+def _hub_rows(source: str, key: str) -> list[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"{key}: {source!r} needs the datasets package: pip install 'fopd[data]'") from None
+    name, _, split = source.removeprefix("hf:").partition(":")
+    name, _, config = name.partition("@")
+    try:
+        return list(load_dataset(name, config or None, split=split or "train"))
+    except Exception as error:
+        raise UserError(f"{key}: cannot load {source!r} from the hub: {error}") from None
