@@ -21,11 +21,16 @@ app = typer.Typer(
     "(a checkpoint was written).",
 )
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; see fopd recipe --explain.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe, for example learner.steps=100.")
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; see fopd recipe --explain.")
 ]
-StepOption = Annotated[int | None, typer.Option(metavar="N", help="The checkpoint of this step; default: the newest sound one.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe, for example learner.steps=100."),
+]
+StepOption = Annotated[
+    int | None, typer.Option(metavar="N", help="The checkpoint of this step; default: the newest sound one.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -40,10 +45,14 @@ def run(
     recipe: RecipeArgument,
     set_: SetOption = None,
     run_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where everything goes; default: runs/ and the recipe's name. Must be new.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where everything goes; default: runs/ and the recipe's name. Must be new."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe and the placement on this machine; start and load nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved recipe and the placement on this machine; start and load nothing."
+        ),
     ] = False,
 ) -> None:
     """Distil: sample, judge, learn, until learner.steps. Ctrl-C writes a checkpoint and stops; twice stops at once.
@@ -71,7 +80,9 @@ def run(
 
 @app.command()
 def resume(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an interrupted or finished run.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="The directory of an interrupted or finished run.")
+    ],
     step: StepOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -86,12 +97,20 @@ def resume(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL|RUN_DIR", help="A model directory, a hub id, or a run (its student).")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL|RUN_DIR", help="A model directory, a hub id, or a run (its student).")
+    ],
     task: Annotated[
-        Path | None, typer.Option(metavar="RECIPE", help="Recipe whose task, sampler and eval sections say what to do; default: the run's own.")
+        Path | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Recipe whose task, sampler and eval sections say what to do; default: the run's own.",
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Responses to each prompt (mean@N).")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every generation and its score there, as jsonl.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every generation and its score there, as jsonl.")
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
@@ -112,7 +131,9 @@ def evaluate(
         overrides.append(f"eval.samples={samples}")
     recipe = load_recipe(source, overrides)
     if is_run and not (folder / "student" / "config.json").is_file():
-        raise UserError(f"{folder}: has no student yet; make one with: fopd export {folder} OUT, then fopd eval OUT --task {source}")
+        raise UserError(
+            f"{folder}: has no student yet; make one with: fopd export {folder} OUT, then fopd eval OUT --task {source}"
+        )
     from fopd_cli import doctor
     from fopd_cli.evaluation import evaluate as score
 
@@ -125,7 +146,9 @@ def evaluate(
 def doctor_command(
     recipe: RecipeArgument,
     set_: SetOption = None,
-    sanity: Annotated[bool, typer.Option(help="Also load the student and check that, judged by itself, its loss is 0.")] = True,
+    sanity: Annotated[
+        bool, typer.Option(help="Also load the student and check that, judged by itself, its loss is 0.")
+    ] = True,
 ) -> None:
     """Find what would go wrong before it does: tokenizers, ends of sequence, templates, lengths, disk, memory.
 
@@ -151,7 +174,9 @@ def doctor_command(
 
 @app.command("recipe")
 def recipe_command(
-    explain: Annotated[bool, typer.Option("--explain", help="Every key, its type, its default and its meaning.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Every key, its type, its default and its meaning.")
+    ] = False,
 ) -> None:
     """About recipes: `fopd recipe --explain` lists every key."""
     if not explain:
@@ -180,7 +205,9 @@ def export(
 def _report(summary: dict[str, Any], path: Path) -> None:
     """What was learnt and where it lies."""
     typer.echo(json.dumps(summary, indent=1))
-    typer.echo(f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} (ui.perfetto.dev)")
+    typer.echo(
+        f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} (ui.perfetto.dev)"
+    )
     typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
     if summary["score_first"] is not None:
         typer.echo(

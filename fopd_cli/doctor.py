@@ -95,7 +95,9 @@ def check_model_name(model: str, key: str) -> None:
     if Path(model).is_dir():
         return
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
-        raise UserError(f"{key}: there is no directory {model!r}; give a Hugging Face model directory or a hub id (owner/name)")
+        raise UserError(
+            f"{key}: there is no directory {model!r}; give a Hugging Face model directory or a hub id (owner/name)"
+        )
 
 
 def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
@@ -253,7 +255,12 @@ def sanity(inputs: Inputs) -> Finding | None:
     sampler = make_sampler(path, dtype, cpu, concurrency=4)
     params = SamplingParams(recipe.sampler.temperature, 1.0, min(32, recipe.sampler.max_new_tokens))
     count = min(4, len(inputs.stream.prompts["train"]))
-    sampler.submit([Request(i, inputs.stream.encoded("train", i), SampleId("train", 0, i, 0).seed(0), params) for i in range(count)])
+    sampler.submit(
+        [
+            Request(i, inputs.stream.encoded("train", i), SampleId("train", 0, i, 0).seed(0), params)
+            for i in range(count)
+        ]
+    )
     rollouts: list[Rollout] = []
     while sampler.busy:
         rollouts += sampler.step()

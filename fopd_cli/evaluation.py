@@ -29,7 +29,10 @@ def evaluate(model: str, recipe: Recipe, out: Path | None) -> dict[str, Any]:
     tokenizer = hf.load_tokenizer(model, "MODEL")
     stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
     sampler = make_sampler(
-        model, resolve_dtype(recipe.sampler.dtype, cuda), torch.device("cuda" if cuda else "cpu"), recipe.sampler.concurrency
+        model,
+        resolve_dtype(recipe.sampler.dtype, cuda),
+        torch.device("cuda" if cuda else "cpu"),
+        recipe.sampler.concurrency,
     )
     ids = evaluation_ids(recipe, stream)
     params = sampling_params(recipe, evaluation=True)

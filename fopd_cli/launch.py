@@ -36,8 +36,8 @@ def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]
             say(f"warning: {problem}; falling back to step {step}")
     elif step not in store.steps():
         raise UserError(f"--step: there is no checkpoint of step {step}; there are {store.steps()}")
-    elif problem := verify(store.path(step)):
-        raise UserError(f"--step: {problem}; steps with a checkpoint: {store.steps()}")
+    elif damage := verify(store.path(step)):
+        raise UserError(f"--step: {damage}; steps with a checkpoint: {store.steps()}")
     say(f"resuming {path} from step {step}")
     conductor.restore(step)
     return conductor.run()

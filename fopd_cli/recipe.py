@@ -105,7 +105,9 @@ def _task_tag(value: Any) -> str:
 
 
 Task = Annotated[
-    Annotated[ArithmeticTask, Tag("arithmetic")] | Annotated[MathTask, Tag("math")] | Annotated[PluginTask, Tag("plugin")],
+    Annotated[ArithmeticTask, Tag("arithmetic")]
+    | Annotated[MathTask, Tag("math")]
+    | Annotated[PluginTask, Tag("plugin")],
     Discriminator(_task_tag),
 ]
 
@@ -454,7 +456,12 @@ def _explain(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, st
                 yield from _explain(section, label)
             continue
         default = "required" if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True)
-        yield prefix + name, _type_name(field.annotation), default.removesuffix("...\n").strip(), field.description or ""
+        yield (
+            prefix + name,
+            _type_name(field.annotation),
+            default.removesuffix("...\n").strip(),
+            field.description or "",
+        )
 
 
 def _plain(value: Any) -> Any:
@@ -462,7 +469,7 @@ def _plain(value: Any) -> Any:
 
 
 def _task_name(section: type[BaseModel]) -> str:
-    return {ArithmeticTask: "arithmetic", MathTask: "math"}.get(section, "your own")  # type: ignore[call-overload, no-any-return]
+    return {ArithmeticTask: "arithmetic", MathTask: "math"}.get(section, "your own")
 
 
 def _type_name(annotation: Any) -> str:

@@ -70,7 +70,9 @@ def make_model(arch: str, vocabulary: int, hidden: int, layers: int, seed: int) 
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def pretrain(model: Any, tokenizer: Any, horizon: int, target: float, seed: int, lr: float = 4e-3, batch: int = 64) -> int:
+def pretrain(
+    model: Any, tokenizer: Any, horizon: int, target: float, seed: int, lr: float = 4e-3, batch: int = 64
+) -> int:
     """Next-token prediction on worked solutions until the loss is under `target` nats a token; returns the steps.
 
     Step s trains on questions of one horizon, 2 .. `horizon` in turn: from the long ones alone a model this small

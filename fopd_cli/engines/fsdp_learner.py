@@ -24,7 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -83,7 +86,14 @@ class _Student(nn.Module):
         self.lm = lm
 
     def forward(
-        self, ids: Tensor, rows: Tensor, columns: Tensor, at: Positions, spec: LossSpec, vocab: int, teacher_head: Tensor | None
+        self,
+        ids: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        at: Positions,
+        spec: LossSpec,
+        vocab: int,
+        teacher_head: Tensor | None,
     ) -> tuple[Tensor, ...]:
         hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
         head = self.lm.get_output_embeddings().weight[:vocab]
@@ -95,7 +105,13 @@ class FsdpLearner:
     """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_head` `(V, teacher width)` or None."""
 
     def __init__(
-        self, model: Any, teacher_head: Tensor | None, config: LearnerConfig, device: torch.device, rank: int, world: int
+        self,
+        model: Any,
+        teacher_head: Tensor | None,
+        config: LearnerConfig,
+        device: torch.device,
+        rank: int,
+        world: int,
     ) -> None:
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.version = 0
@@ -150,7 +166,9 @@ class FsdpLearner:
         lr = config.lr * lr_factor(config, step) * (mean_weight if config.step_scale == "freshness" else 1.0)
         skipped = mean_weight == 0
         if not math.isfinite(grad_norm):
-            raise RuntimeError(f"the gradient of optimizer step {step} is not finite ({grad_norm}); nothing was updated")
+            raise RuntimeError(
+                f"the gradient of optimizer step {step} is not finite ({grad_norm}); nothing was updated"
+            )
         if not skipped:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -320,7 +338,7 @@ class FsdpLearner:
 
     def restore(self, folder: Path, extra: dict[str, Any]) -> None:
         model, optimizer = get_state_dict(self.student, self.optimizer)
-        state = {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         dcp.load(state, checkpoint_id=str(folder), no_dist=self.world == 1)
         set_state_dict(
             self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]

@@ -93,7 +93,7 @@ def load_head(model: str, key: str, dtype: torch.dtype) -> Tensor:
             with safe_open(str(path), "pt") as tensors:
                 if name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                     return tensors.get_tensor(name).to(dtype)
-    return load_model(model, key, dtype).get_output_embeddings().weight.detach().clone()  # type: ignore[operator, no-any-return]
+    return load_model(model, key, dtype).get_output_embeddings().weight.detach().clone()  # type: ignore[operator]
 
 
 def _local_folder(model: str, key: str) -> Path:
@@ -130,7 +130,9 @@ def token_rules(model: str, tokenizer: Any, config: Any, key: str) -> TokenRules
             eos = frozenset([ids] if isinstance(ids, int) else ids)
             break
     else:
-        raise UserError(f"{key}: {model!r} names no end-of-sequence token; add eos_token_id to its generation_config.json")
+        raise UserError(
+            f"{key}: {model!r} names no end-of-sequence token; add eos_token_id to its generation_config.json"
+        )
     pad = tokenizer.pad_token_id
     return TokenRules(eos, min(eos) if pad is None else pad)
 

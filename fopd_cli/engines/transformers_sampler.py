@@ -138,7 +138,7 @@ class TransformersSampler:
             logits_to_keep=1,
         )
         self._cache = out.past_key_values
-        return out.logits[:, -1].float()  # type: ignore[no-any-return]
+        return out.logits[:, -1].float()
 
     def _choose(self, logits: Tensor) -> np.ndarray:
         """Sample one token a row and note its log-prob; returns the ids `(rows,)`."""

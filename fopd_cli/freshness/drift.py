@@ -53,7 +53,9 @@ def with_tail(logprobs: Tensor) -> Tensor:
     return torch.cat([logprobs, log1mexp(kept)], -1)
 
 
-def per_sample(drift: Tensor, aligned: Tensor, loss_bearing: Tensor, sample: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def per_sample(
+    drift: Tensor, aligned: Tensor, loss_bearing: Tensor, sample: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
     """Mean drift and coverage of each sample, `(count,)` each, from one row per position.
 
     `aligned` and `loss_bearing` are bool, `sample` holds the index of each position's sample. Coverage is the share

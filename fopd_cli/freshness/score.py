@@ -40,7 +40,13 @@ POLICIES: dict[str, Policy] = {
 
 
 def freshness(
-    lag: Tensor, drift_roll: Tensor, drift_sup: Tensor, coverage_roll: Tensor, coverage_sup: Tensor, alpha: float, beta: float
+    lag: Tensor,
+    drift_roll: Tensor,
+    drift_sup: Tensor,
+    coverage_roll: Tensor,
+    coverage_sup: Tensor,
+    alpha: float,
+    beta: float,
 ) -> Tensor:
     """f_i in [0, 1] (equation 11), all arguments `(samples,)`; 0 where nothing of a sample could be aligned."""
     distance = alpha * drift_roll.clamp(min=0).sqrt() + beta * drift_sup.clamp(min=0).sqrt()

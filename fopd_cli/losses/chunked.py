@@ -8,7 +8,7 @@ the sampled token or of the sampler's top-k under the student now, comes out of 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,8 +51,11 @@ class Positions:
     teacher_topk_ids: Tensor | None = None  # int64 (N, k)
 
     def rows(self, start: int, stop: int) -> Positions:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Positions(**{name: v if v is None else v[start:stop] for name, v in values.items()})
+        return Positions(**{f.name: _rows(getattr(self, f.name), start, stop) for f in fields(self)})
+
+
+def _rows(value: Any, start: int, stop: int) -> Any:
+    return None if value is None else value[start:stop]
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Checkpoints: whole or absent. Written beside their final name, hashed, synced to disk, renamed; then old ones go.
 
-    checkpoints/step-000100/   learner/ (torch.distributed.checkpoint: any number of ranks reads it)
-                               buffer.safetensors (rollouts in flight with their teacher targets)
-                               state.json (schedule, accounting, refresh, noise floor, evaluations, totals)
-                               MANIFEST.json (size and SHA-256 of every other file)
+checkpoints/step-000100/   learner/ (torch.distributed.checkpoint: any number of ranks reads it)
+                           buffer.safetensors (rollouts in flight with their teacher targets)
+                           state.json (schedule, accounting, refresh, noise floor, evaluations, totals)
+                           MANIFEST.json (size and SHA-256 of every other file)
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ class CheckpointStore:
     def commit(self, temporary: Path) -> Path:
         """Make it final, then remove those past `keep`. Raises OSError, leaving the older ones as they are."""
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        entries = {
-            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
-        }
+        entries = {str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
         write_synced(temporary / "MANIFEST.json", json.dumps({"format": FORMAT, "files": entries}, indent=1))
         for path in files:
             _sync(path)
@@ -78,7 +76,7 @@ class CheckpointStore:
 
     def newest_sound(self) -> tuple[int, list[str]]:
         """(step, what is wrong with newer ones) of the newest checkpoint that verifies."""
-        problems = []
+        problems: list[str] = []
         for step in reversed(self.steps()):
             problem = verify(self.path(step))
             if problem is None:
@@ -138,9 +136,7 @@ def save_buffer(path: Path, rollouts: Iterable[Rollout], targets: dict[int, np.n
                 arrays[f"{r.key}.{name}"] = np.ascontiguousarray(value)
         if r.key in targets:
             arrays[f"{r.key}.targets"] = targets[r.key]
-        described.append(
-            {"key": r.key, "prompt_length": r.prompt_length, "spans": r.spans, "finish": r.finish}
-        )
+        described.append({"key": r.key, "prompt_length": r.prompt_length, "spans": r.spans, "finish": r.finish})
     save_file(arrays, str(path))
     return described
 

@@ -167,7 +167,9 @@ class Conductor:
         self._interrupts += 1
         if self._interrupts > 1:
             raise Interrupted("stopped at once; the last checkpoint stands")
-        self.telemetry.progress.say("stopping: the running optimizer step is finished and a checkpoint written (again: stop now)")
+        self.telemetry.progress.say(
+            "stopping: the running optimizer step is finished and a checkpoint written (again: stop now)"
+        )
 
     def _leave(self, began: float) -> None:
         """After Ctrl-C: let the running step end, save, go."""
@@ -398,7 +400,11 @@ class Conductor:
         for key in keys:
             self._forget(key)
         self._maybe_refresh(stats)
-        if self.recipe.checkpoint.every and step % self.recipe.checkpoint.every == 0 and step < self.recipe.learner.steps:
+        if (
+            self.recipe.checkpoint.every
+            and step % self.recipe.checkpoint.every == 0
+            and step < self.recipe.learner.steps
+        ):
             self._save_checkpoint(final=False)
 
     def _count(self, stats: SampleStats, skipped: bool) -> None:
@@ -427,7 +433,9 @@ class Conductor:
             if key not in scoring:
                 self._forget(key)
         ids = [str(names[k]) for k in dropped if k in names]
-        self.telemetry.metrics.write({"kind": "refresh", "step": step, "reason": reason, "timing": {"dropped": len(ids)}})
+        self.telemetry.metrics.write(
+            {"kind": "refresh", "step": step, "reason": reason, "timing": {"dropped": len(ids)}}
+        )
         self.telemetry.ledger.write({"step": step, "refreshed": ids})
         self.telemetry.progress.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
 
@@ -468,7 +476,9 @@ class Conductor:
                     f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume {self.run_dir.path} "
                     f"(goes on from {self._last_saved if self._last_saved is not None else 'the start'})"
                 ) from None
-            self.telemetry.progress.say(f"step {step}: NO CHECKPOINT was written: {text}; training goes on, older ones stand")
+            self.telemetry.progress.say(
+                f"step {step}: NO CHECKPOINT was written: {text}; training goes on, older ones stand"
+            )
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
         self._saved = []

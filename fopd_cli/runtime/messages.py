@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from fopd_cli.samples import Prompt, Request, Rollout, SampleStats, StepReport
 
 # ---- conductor -> worker
@@ -157,5 +155,3 @@ class Failed:
     kind: Literal["user", "worker"]
     message: str
     traceback: str
-
-

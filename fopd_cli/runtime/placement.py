@@ -10,6 +10,8 @@ from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.workers import WorkerSpec
 
+Devices = tuple[int, ...]  # CUDA ordinals of one process; empty: the CPU
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -52,12 +54,11 @@ def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
     if mode == "partition":
         return _partition(recipe, devices, cores)
     if mode == "timeslice" and devices > 0:
-        everywhere = [(d,) for d in range(devices)]
-        return _plan(recipe, "timeslice", everywhere, everywhere, everywhere, cores)
+        everywhere: list[Devices] = [(d,) for d in range(devices)]
+        return _plan(recipe, "timeslice", [everywhere, everywhere, everywhere], cores)
     p = recipe.placement
     counts = [p.sampler or 1, p.teacher or 1, p.learner or 1]
-    groups: list[list[tuple[int, ...]]] = [[()] * n for n in counts]
-    return _plan(recipe, mode, *groups, cores)
+    return _plan(recipe, mode, [[()] * n for n in counts], cores)
 
 
 def _partition(recipe: Recipe, devices: int, cores: int) -> Plan:
@@ -74,18 +75,14 @@ def _partition(recipe: Recipe, devices: int, cores: int) -> Plan:
             f"placement: sampler {sampler} + teacher {teacher} + learner {learner} devices are more than the {devices} there are"
         )
     numbers = iter(range(devices))
-    groups = [[(next(numbers),) for _ in range(n)] for n in (sampler, teacher, learner)]
-    return _plan(recipe, "partition", *groups, cores)
+    groups: list[list[Devices]] = [[(next(numbers),) for _ in range(n)] for n in (sampler, teacher, learner)]
+    return _plan(recipe, "partition", groups, cores)
 
 
 def _plan(
-    recipe: Recipe,
-    mode: Literal["cpu", "timeslice", "partition"],
-    samplers: list[tuple[int, ...]],
-    teachers: list[tuple[int, ...]],
-    learners: list[tuple[int, ...]],
-    cores: int,
+    recipe: Recipe, mode: Literal["cpu", "timeslice", "partition"], groups: list[list[Devices]], cores: int
 ) -> Plan:
+    samplers, teachers, learners = groups
     threads = recipe.placement.threads
     # Taking turns, each role may use all cores; side by side they share them.
     workers = len(samplers) + len(teachers) + len(learners)
@@ -93,7 +90,7 @@ def _plan(
     def share(count: int) -> int:
         return max(1, cores // (count if mode == "timeslice" else workers))
 
-    def specs(role: str, devices: list[tuple[int, ...]], wanted: int | None) -> tuple[WorkerSpec, ...]:
+    def specs(role: str, devices: list[Devices], wanted: int | None) -> tuple[WorkerSpec, ...]:
         n = len(devices)
         return tuple(WorkerSpec(role, rank, n, devices[rank], wanted or share(n)) for rank in range(n))
 

@@ -119,7 +119,9 @@ def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
         "tok/s": f"{record['tokens'] / max(timing['seconds'], 1e-9):.0f}",
     }
     busy = timing["busy"]
-    figures["busy"] = "/".join(f"{role[0].upper()}{busy[role]:.0%}" for role in ("sampler", "teacher", "learner") if role in busy)
+    figures["busy"] = "/".join(
+        f"{role[0].upper()}{busy[role]:.0%}" for role in ("sampler", "teacher", "learner") if role in busy
+    )
     return figures
 
 

@@ -40,6 +40,7 @@ class Setup:
 def resolve_dtype(name: str, cuda: bool) -> torch.dtype:
     return hf.DTYPES[("bf16" if cuda else "fp32") if name == "auto" else name]
 
+
 if TYPE_CHECKING:
     from fopd_cli.engines.fsdp_learner import LearnerConfig
 
@@ -114,7 +115,10 @@ def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
 def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
     recipe = setup.recipe
     return make_sampler(
-        recipe.student.model, resolve_dtype(recipe.sampler.dtype, bool(spec.devices)), _device(spec), recipe.sampler.concurrency
+        recipe.student.model,
+        resolve_dtype(recipe.sampler.dtype, bool(spec.devices)),
+        _device(spec),
+        recipe.sampler.concurrency,
     )
 
 
@@ -190,7 +194,9 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             engine.score(command.rollouts[share], targets)
             tokens = sum(len(r.token_ids) for r in command.rollouts[share])
             keys = [r.key for r in command.rollouts]
-            mailbox.send(m.Scored(keys, m.Span("score", start, time.time(), {"tokens": tokens, "samples": len(targets)})))
+            mailbox.send(
+                m.Scored(keys, m.Span("score", start, time.time(), {"tokens": tokens, "samples": len(targets)}))
+            )
         elif isinstance(command, m.StopCommand):
             return
         else:

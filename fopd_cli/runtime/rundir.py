@@ -1,7 +1,7 @@
 """The run directory: made once, locked while in use, never overwritten.
 
-    runs/NAME/  recipe.yaml (resolved)  metrics.jsonl  ledger.jsonl  samples.jsonl  trace.json  tensorboard/
-                checkpoints/step-000100/  student/ (Hugging Face format)  summary.json  logs/WORKER.log
+runs/NAME/  recipe.yaml (resolved)  metrics.jsonl  ledger.jsonl  samples.jsonl  trace.json  tensorboard/
+            checkpoints/step-000100/  student/ (Hugging Face format)  summary.json  logs/WORKER.log
 """
 
 from __future__ import annotations

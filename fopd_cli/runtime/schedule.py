@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Literal
 
 from fopd_cli.samples import SampleId
@@ -36,7 +36,7 @@ from fopd_cli.samples import SampleId
 Role = Literal["sampler", "teacher", "learner"]
 
 
-class State(str, Enum):
+class State(StrEnum):
     """Where a sample is. TRAINED, GATED and REFRESHED are final; such tickets are only counted."""
 
     PLANNED = "planned"  # its prompt is to be sampled again (after a refresh or a restart)
@@ -357,10 +357,10 @@ class Schedule:
             ready = len(window) == size and all(self._ready(self.tickets[k]) for k in window)
             return window if ready else None
         urgent = self._by_deadline()
-        ready = [t for t in urgent if self._ready(t)]
-        if len(ready) < size:
+        chosen = [t for t in urgent if self._ready(t)][:size]
+        if len(chosen) < size:
             return None
-        batch = {t.key for t in ready[:size]}
+        batch = {t.key for t in chosen}
         left = Counter(t.version + self.config.depth for t in urgent if t.key not in batch)
         total = 0
         for deadline in sorted(left):

@@ -1,10 +1,10 @@
 """What a run leaves for people to look at. All files are append-only and survive a crash.
 
-    metrics.jsonl   one record a step, an evaluation, a refresh; what depends on the clock stands under "timing"
-    ledger.jsonl    which samples each step trained, gated, and which a refresh dropped: the accounting, by sample id
-    samples.jsonl   a few rollouts as text
-    trace.json      a timeline for Perfetto or chrome://tracing, one track a worker
-    tensorboard/    scalars and histograms
+metrics.jsonl   one record a step, an evaluation, a refresh; what depends on the clock stands under "timing"
+ledger.jsonl    which samples each step trained, gated, and which a refresh dropped: the accounting, by sample id
+samples.jsonl   a few rollouts as text
+trace.json      a timeline for Perfetto or chrome://tracing, one track a worker
+tensorboard/    scalars and histograms
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class JsonLines:
         self._file.close()
 
     def _rewind(self, step: int) -> None:
-        kept, redone = [], []
+        kept: list[str] = []
+        redone: list[str] = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 at = json.loads(line)["step"]

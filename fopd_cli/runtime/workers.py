@@ -117,7 +117,8 @@ class Fleet:
 
     def start(self, spec: WorkerSpec, target: Callable[..., None], *args: Any) -> Worker:
         """Spawn `target(spec, mailbox, *args)`. Its output goes to `logs/NAME.log`."""
-        inbox, outbox = self._context.Queue(), self._context.Queue()
+        inbox: Any = self._context.Queue()
+        outbox: Any = self._context.Queue()
         pulse = torch.tensor([time.monotonic()], dtype=torch.float64).share_memory_()
         log = self.logs / f"{spec.name}.log"
         process = self._context.Process(
