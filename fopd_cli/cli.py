@@ -226,14 +226,13 @@ def main() -> NoReturn:
         _fail(f"error: {error}", EXIT_WORKER)
     except (Interrupted, KeyboardInterrupt) as error:
         _fail(str(error) or "interrupted", EXIT_INTERRUPTED)
+    except typer.Abort:
+        _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
+        # A usage error of click's, whose classes typer keeps in a place of its own; it knows how to print itself.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(EXIT_USER)
-        if isinstance(error, click.exceptions.Abort):
-            _fail("interrupted", EXIT_INTERRUPTED)
         raise
     sys.exit(code if isinstance(code, int) else 0)  # click hands a command's typer.Exit back as its code
 

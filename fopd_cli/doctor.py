@@ -205,7 +205,7 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
         )  # fmt: skip
     teacher = inputs.target_spec.dtype.itemsize * _count_parameters(inputs.teacher_config)
     learner = 16 * inputs.parameters  # fp32 master, gradient, two moments
-    if plan.mode == "cpu":
+    if not plan.learners[0].devices:
         needed = learner + teacher * len(plan.teachers) + sampler_bytes * len(plan.samplers)
         if needed + shared > available_memory():
             yield Finding(

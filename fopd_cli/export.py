@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
-from fopd_cli.engines import hf
+from fopd_cli.engines import dcp, hf
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.checkpoint import CheckpointStore, verify
 from fopd_cli.runtime.rundir import RunDir
@@ -29,7 +28,7 @@ def export_student(run: RunDir, out: Path, step: int | None) -> int:
         raise UserError(f"--step: {problem}; steps with a checkpoint: {store.steps()}")
     model = hf.load_model(recipe.student.model, "student.model", torch.float32)
     state = {"model": {PREFIX + name: tensor for name, tensor in model.state_dict().items()}}
-    dcp.load(state, checkpoint_id=str(store.path(step) / "learner"), no_dist=True)
+    dcp.load(state, store.path(step) / "learner", alone=True)
     model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()})
     config = hf.load_config(recipe.student.model, "student.model")
     model.to(getattr(config, "dtype", None) or torch.float32)

@@ -79,9 +79,13 @@ class MathTask(Section):
     eval: str
     """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
     question: str = "question"
-    """Column of the question."""
+    """Column of the question, a text or a list of chat messages; a.b for a nested one."""
     answer: str | None = "answer"
     """Column of the reference answer; null: there is none, nothing is graded."""
+    eval_question: str | None = None
+    """The same for the held-out source, if its columns have other names."""
+    eval_answer: str | None = None
+    """The same for the held-out source, if its columns have other names."""
     template: str = "{question}"
     """Text sent to the student; {question} is replaced."""
     system: str | None = None

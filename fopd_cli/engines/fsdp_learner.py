@@ -22,7 +22,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -31,6 +30,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from fopd_cli.engines import dcp
 from fopd_cli.engines.batching import balanced_shares, by_token_budget, right_padded
 from fopd_cli.engines.hf import backbone
 from fopd_cli.freshness import drift, score
@@ -333,13 +333,13 @@ class FsdpLearner:
 
     def save(self, folder: Path) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.student, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=str(folder), no_dist=self.world == 1)
+        dcp.save({"model": model, "optimizer": optimizer}, folder, alone=self.world == 1)
         return {"version": self.version, "noise_floor": {"value": self.floor.value, "samples": self.floor.samples}}
 
     def restore(self, folder: Path, extra: dict[str, Any]) -> None:
         model, optimizer = get_state_dict(self.student, self.optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
-        dcp.load(state, checkpoint_id=str(folder), no_dist=self.world == 1)
+        dcp.load(state, folder, alone=self.world == 1)
         set_state_dict(
             self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )

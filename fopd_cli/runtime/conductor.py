@@ -157,8 +157,8 @@ class Conductor:
 
     def _advance(self, act: bool = True) -> None:
         """One turn of the loop."""
-        if act:
-            for action in self.schedule.actions():
+        while act and (actions := self.schedule.actions()):
+            for action in actions:
                 self._start(action)
         for worker, message in self.fleet.receive(timeout=0.5):
             self._handle(worker, message)

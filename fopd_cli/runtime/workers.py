@@ -261,3 +261,5 @@ def _main(
         mailbox.send(Failed("worker", f"{type(error).__name__}: {first}", text))
     outbox.close()
     outbox.join_thread()
+    sys.stderr.flush()
+    os._exit(0)  # past the interpreter's teardown, in which gloo's threads sometimes abort the process

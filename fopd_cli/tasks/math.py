@@ -22,6 +22,7 @@ GRADE_TIMEOUT_S = 5
 class Math:
     """`train` and `eval` are paths of jsonl files or `hf:owner/name[@config][:split]`.
 
+    A column may be nested (`reward_model.ground_truth`); a question may be a text or a list of chat messages.
     `answer: null` says that there are no reference answers: training needs none, and every grade is nan.
     """
 
@@ -31,6 +32,8 @@ class Math:
         eval: str,
         question: str = "question",
         answer: str | None = "answer",
+        eval_question: str | None = None,
+        eval_answer: str | None = None,
         template: str = "{question}",
         system: str | None = None,
         chat: bool = True,
@@ -41,17 +44,18 @@ class Math:
                 "task: grading needs the math-verify package: pip install 'fopd[data]' (or set task.answer: null)"
             )
         self.sources = {"train": train, "eval": eval}
-        self.question, self.answer = question, answer
+        self.questions = {"train": question, "eval": eval_question or question}
+        self.answers = {"train": answer, "eval": eval_answer or answer}
         self.template, self.system, self.chat = template, system, chat
         self.eval_prompts = eval_prompts
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
-        """The rows in file order; the first `eval_prompts` of the held-out source. Training skips what is held out."""
-        held_out = self._rows("eval", limit=self.eval_prompts)
+        """The distinct questions in file order; the first `eval_prompts` of the held-out source, which training skips."""
+        held_out = self._read("eval", limit=self.eval_prompts)
         if split == "eval":
             return self._to_prompts(held_out)
-        known = {row[self.question] for row in held_out}
-        rows = [row for row in self._rows("train") if row[self.question] not in known]
+        known = {text for text, _, _ in held_out}
+        rows = [row for row in self._read("train") if row[0] not in known]
         if not rows:
             raise UserError(
                 f"task.train: {self.sources['train']!r} has no question that task.eval does not hold out; "
@@ -61,37 +65,49 @@ class Math:
 
     def grade(self, prompt: Prompt, response: str) -> float:
         """1 if math-verify finds the response's final answer equal to the reference, else 0; nan without one."""
-        if self.answer is None:
+        if prompt.payload.get("answer") is None:
             return math.nan
         gold, answer = final_answer(str(prompt.payload["answer"])), final_answer(response)
         if answer.strip() == gold.strip() and gold.strip():
             return 1.0
         return float(_verify(gold, answer))
 
-    def _to_prompts(self, rows: Iterable[dict[str, Any]]) -> list[Prompt]:
+    def _to_prompts(self, rows: Iterable[tuple[str, Any, Any]]) -> list[Prompt]:
         prompts = []
-        for i, row in enumerate(rows):
-            text = self.template.replace("{question}", str(row[self.question]))
-            messages = ([{"role": "system", "content": self.system}] if self.system else []) + [
-                {"role": "user", "content": text}
-            ]
-            shown: dict[str, Any] = {"messages": messages} if self.chat else {"text": text}
-            prompts.append(Prompt(index=i, payload={"answer": row[self.answer] if self.answer else None}, **shown))
+        for i, (_, question, answer) in enumerate(rows):
+            messages = question if isinstance(question, list) else self._messages(str(question))
+            shown: dict[str, Any] = {"messages": messages} if self.chat else {"text": messages[-1]["content"]}
+            prompts.append(Prompt(index=i, payload={"answer": answer}, **shown))
         return prompts
 
-    def _rows(self, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.template.replace("{question}", question)}]
+
+    def _read(self, split: str, limit: int | None = None) -> list[tuple[str, Any, Any]]:
+        """(text that identifies it, question, answer) of each distinct row."""
         source, key = self.sources[split], f"task.{split}"
         rows = _hub_rows(source, key) if source.startswith("hf:") else _jsonl_rows(Path(source), key)
         if not rows:
             raise UserError(f"{key}: {source!r} has no rows")
-        for name, column in (("question", self.question), ("answer", self.answer)):
-            for number, row in enumerate(rows, 1):
-                if column is not None and column not in row:
-                    raise UserError(
-                        f"{key}: row {number} of {source!r} has no column {column!r}; it has {sorted(row)}; "
-                        f"set task.{name} to the right one"
-                    )
-        return rows[:limit]
+        distinct: dict[str, tuple[str, Any, Any]] = {}
+        for number, row in enumerate(rows, 1):
+            where = f"{key}: row {number} of {source!r}"
+            question = _column(row, self.questions[split], where, "task.question")
+            column = self.answers[split]
+            answer = None if column is None else _column(row, column, where, "task.answer")
+            text = str(question[-1]["content"] if isinstance(question, list) else question)
+            distinct.setdefault(text, (text, question, answer))
+        return list(distinct.values())[:limit]
+
+
+def _column(row: dict[str, Any], column: str, where: str, key: str) -> Any:
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise UserError(f"{where} has no column {column!r}; it has {sorted(row)}; set {key} to the right one")
+        value = value[part]
+    return value
 
 
 def final_answer(text: str) -> str:

@@ -1,0 +1,23 @@
+# Sourced by scripts/quickstart and scripts/test: makes .venv with one tested set of versions, once.
+
+prepare_environment() { # $1: extras, for example "data,dev"
+  local extras=$1 python=${PYTHON:-python3} stamp wanted
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "fopd needs Python >= 3.11, and $python is $("$python" --version); name another with PYTHON=..." >&2
+    exit 2
+  }
+  stamp=.venv/.fopd-installed
+  wanted="$extras $(cat pyproject.toml constraints/cpu.txt | sha256sum)"
+  # A superset that is installed already will do: quickstart after test needs no network either.
+  if [ -f "$stamp" ] && { [ "$(cat "$stamp")" = "$wanted" ] || [ "$(cat "$stamp")" = "data,dev ${wanted#* }" ]; }; then
+    return
+  fi
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  local index=()
+  # PyTorch's own index has the small CPU build; elsewhere whatever pip finds for this version will do.
+  if curl -sfI --max-time 5 https://download.pytorch.org/whl/cpu/torch/ >/dev/null 2>&1; then
+    index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+  fi
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${index[@]}" -c constraints/cpu.txt -e ".${extras:+[$extras]}"
+  echo "$wanted" >"$stamp"
+}

@@ -1,0 +1,175 @@
+"""Shared fixtures: tiny real models, recipes that use them, and the real `fopd` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "recipes" / "tiny"
+RUN_TIMEOUT_S = 240
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def make_pair(folder: Path, arch: str, *extra: str) -> Path:
+    """An untrained teacher and student with one byte tokenizer."""
+    command = [sys.executable, str(ROOT / "scripts" / "make_tiny_pair.py"), str(folder), "--arch", arch, "--untrained"]
+    subprocess.run([*command, *extra], check=True, capture_output=True, cwd=ROOT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("qwen3"), "qwen3", "--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pair(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_recipe(pair: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe that runs in seconds; `changes` are sections to merge in."""
+    recipe: dict[str, Any] = {
+        "student": {"model": str(pair / "student")},
+        "teacher": {"model": str(pair / "teacher"), "batch_samples": 4},
+        "task": {"name": "arithmetic", "horizon": 2, "eval_prompts": 8},
+        "sampler": {"max_new_tokens": 10, "concurrency": 8},
+        "learner": {"steps": 4, "batch_samples": 8, "lr": 1e-3, "warmup_steps": 0},
+        "schedule": {"depth": 0},
+        "checkpoint": {"every": 2},
+    }
+    for section, values in changes.items():
+        if isinstance(values, dict):
+            recipe[section] = {**recipe.get(section, {}), **values}
+        else:
+            recipe[section] = values
+    return recipe
+
+
+@dataclass
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Fopd:
+    """The real command, in a scratch directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+    def recipe(self, content: dict[str, Any], name: str = "recipe.yaml") -> Path:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    def start(self, *args: str | Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "fopd_cli", *map(str, args)]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def __call__(self, *args: str | Path, code: int = 0, timeout: float = RUN_TIMEOUT_S) -> Done:
+        """Run to the end and check the exit code."""
+        process = self.start(*args)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        assert process.returncode == code, f"exit {process.returncode}, expected {code}\n{out}\n{err}"
+        if code != 0:
+            assert "Traceback" not in err, err
+        return Done(process.returncode, out, err)
+
+    def run(self, content: dict[str, Any], name: str = "run", *args: str) -> Path:
+        """`fopd run` to the end; returns the run directory."""
+        self("run", self.recipe(content, f"{name}.yaml"), "--run-dir", self.folder / name, *args)
+        return self.folder / name
+
+
+@pytest.fixture
+def fopd(tmp_path: Path) -> Fopd:
+    return Fopd(tmp_path)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    return [{k: v for k, v in record.items() if k != "timing"} for record in lines(run / "metrics.jsonl")]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+    """Poll until the condition is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"timed out waiting for {what}")
+
+
+def steps_done(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return sum('"kind": "step"' in line for line in path.read_text().splitlines()) if path.exists() else 0
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def check_accounts(run: Path) -> dict[str, Any]:
+    """The summary adds up, and the ledger says the same sample by sample: none trained twice, none lost."""
+    prompts = summary(run)["prompts"]
+    assert prompts["drawn"] == prompts["trained"] + prompts["gated"] + prompts["refreshed"] + prompts["in_flight"]
+    ledger = lines(run / "ledger.jsonl")
+    for what in ("trained", "gated", "refreshed"):
+        ids = [i for record in ledger for i in record.get(what, [])]
+        assert len(ids) == prompts[what], what
+    consumed = [i for record in ledger for i in [*record.get("trained", []), *record.get("gated", [])]]
+    assert len(set(consumed)) == len(consumed)
+    return prompts

@@ -1,0 +1,129 @@
+"""A batch of real samples, an independent reference of the learner's step, and learners on several gloo ranks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fopd_cli.engines import hf
+from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
+from fopd_cli.engines.transformers_teacher import TransformersTeacher
+from fopd_cli.freshness.score import POLICIES
+from fopd_cli.losses.chunked import LossSpec
+from fopd_cli.runtime.roles import make_sampler
+from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
+
+CPU = torch.device("cpu")
+VOCAB = 260
+
+
+def config(**changes: Any) -> LearnerConfig:
+    loss = changes.pop("loss", LossSpec("reverse_kl", "full"))
+    values: dict[str, Any] = {
+        "policy": POLICIES["async"], "alpha": 1.0, "beta": 1.0, "xi": 0.01, "anchor": 0.0, "weights": "raw",
+        "step_scale": "none", "average": "sample", "lr": 1e-3, "warmup_steps": 0, "decay": "constant", "min_lr_ratio": 0.1,
+        "steps": 10, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 0.0, "micro_tokens": 64,
+        "compute_dtype": torch.float32, "activation_checkpointing": False, "vocab": VOCAB,
+    }  # fmt: skip
+    return LearnerConfig(loss=loss, **{**values, **changes})
+
+
+def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 128) -> list[Sample]:
+    """Rollouts of the student of several lengths with hidden-state targets; `drifted`: lags 0..3, shifted log-probs.
+
+    `width` is the teacher's hidden size.
+    """
+    sampler = make_sampler(str(pair / "student"), torch.float32, CPU, count)
+    rng = np.random.Generator(np.random.PCG64(0))
+    sampler.submit(
+        [
+            Request(i, rng.integers(4, 200, size=2 + i % 3).astype(np.int32), 7 + i, SamplingParams(max_new_tokens=4 + 2 * i))
+            for i in range(count)
+        ]
+    )
+    rollouts: list[Rollout] = []
+    while sampler.busy:
+        rollouts += sampler.step()
+    rollouts.sort(key=lambda r: r.key)
+    model = hf.load_model(str(pair / "teacher"), "m", torch.float32)
+    teacher = TransformersTeacher(model, CPU, 1, 4096, VOCAB)
+    targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width)) for r in rollouts]
+    teacher.score(rollouts, targets)
+    samples = []
+    for i, (rollout, target) in enumerate(zip(rollouts, targets, strict=True)):
+        if drifted:
+            noise = 0.2 * rng.standard_normal(rollout.response_length).astype(np.float32)
+            rollout = replace(rollout, logprobs=rollout.logprobs + noise)
+        samples.append(Sample(rollout, target, lag=i % 4 if drifted else 0))
+    return samples
+
+
+def make_learner(pair: Path, cfg: LearnerConfig, rank: int = 0, world: int = 1) -> FsdpLearner:
+    head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
+    return FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), head, cfg, CPU, rank, world)
+
+
+def gradients(learner: FsdpLearner) -> dict[str, np.ndarray]:
+    """Full gradients by parameter name (a collective on several ranks)."""
+    out = {}
+    for name, parameter in learner.student.lm.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        out[name.replace("_checkpoint_wrapped_module.", "")] = grad.detach().float().numpy().copy()
+    return out
+
+
+def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[float, dict[str, np.ndarray]]:
+    """The objective and its gradient, sample by sample, full logits, no batching, no library of ours but the score.
+
+    Written from the paper's formulas: reverse KL, sampled drift, equation 11, raw weights.
+    """
+    student = hf.load_model(str(pair / "student"), "m", torch.float32).train()
+    teacher_head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
+    total = torch.zeros(())
+    all_tokens = sum(s.rollout.response_length for s in samples)
+    for sample in samples:
+        r = sample.rollout
+        ids = torch.from_numpy(r.token_ids).long()[None]
+        logits = student(ids).logits[0, r.prompt_length - 1 : -1]
+        pi, p = torch.log_softmax(logits, -1), torch.log_softmax(sample.targets.hidden @ teacher_head.T, -1)
+        loss = (pi.exp() * (pi - p)).sum(-1).mean()
+        y = torch.from_numpy(r.response_ids).long()
+        log_rho = pi[torch.arange(len(y)), y] - torch.from_numpy(r.logprobs)
+        rho = log_rho.exp()
+        drift = (rho * log_rho - rho + 1).mean()
+        weight = 1.0
+        if cfg.policy.weights == "freshness":
+            f = np.exp(-cfg.alpha * np.sqrt(max(0.0, drift.item()))) / (sample.lag + 1)
+            weight = max(0.0, f - cfg.xi)
+        share = len(y) / all_tokens if cfg.average == "token" else 1 / len(samples)
+        anchor = cfg.anchor if cfg.policy.anchor else 0.0
+        total = total + weight * share * (loss + anchor * drift)
+    total.backward()
+    return total.item(), {n: q.grad.numpy().copy() for n, q in student.named_parameters() if q.grad is not None}
+
+
+def on_ranks(world: int, folder: Path, function: Any, *args: Any) -> Any:
+    """Run `function(rank, world, *args)` on gloo ranks; returns what rank 0 returned."""
+    out = folder / "rank0.pkl"
+    mp.spawn(_rank_main, args=(world, str(folder / "rendezvous"), str(out), function, args), nprocs=world)  # type: ignore[no-untyped-call]
+    return pickle.loads(out.read_bytes())
+
+
+def _rank_main(rank: int, world: int, rendezvous: str, out: str, function: Any, args: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    result = function(rank, world, *args)
+    if rank == 0:
+        Path(out).write_bytes(pickle.dumps(result))
+    dist.barrier()
+    os._exit(0)  # past the interpreter's teardown, in which gloo's threads sometimes abort the process

@@ -1,0 +1,26 @@
+"""Grouping of samples for forward passes."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fopd_cli.engines.batching import balanced_shares, by_token_budget
+
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(1, 400))
+def test_budget_is_kept_and_nothing_is_lost(lengths: list[int], budget: int) -> None:
+    groups = by_token_budget(lengths, budget)
+    assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
+
+
+@given(LENGTHS, st.integers(1, 5))
+def test_shares_are_balanced(lengths: list[int], ranks: int) -> None:
+    shares = balanced_shares(lengths, ranks)
+    assert sorted(i for s in shares for i in s) == list(range(len(lengths)))
+    cost = [sum(lengths[i] ** 2 for i in share) for share in shares]
+    assert max(cost) - min(cost) <= max(n**2 for n in lengths)

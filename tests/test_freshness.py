@@ -1,0 +1,170 @@
+"""freshness/ against independent float64 formulas and simulation."""
+
+from __future__ import annotations
+
+import math
+from decimal import Context, Decimal, localcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fopd_cli.freshness import drift, score
+from fopd_cli.freshness.refresh import Refresh
+from fopd_cli.tensors import log1mexp
+
+
+def random_logprobs(rows: int, vocab: int, seed: int, scale: float = 2.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.log_softmax(scale * torch.randn(rows, vocab, generator=generator, dtype=torch.float64), -1)
+
+
+def numpy_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return (p * np.log(p / q)).sum(-1)
+
+
+def test_exact_is_kl_of_new_from_old() -> None:
+    new, old = random_logprobs(5, 11, 0), random_logprobs(5, 11, 1)
+    expected = numpy_kl(new.exp().numpy(), old.exp().numpy())
+    np.testing.assert_allclose(drift.exact(new, old).numpy(), expected, rtol=1e-12)
+
+
+def test_exact_takes_zero_probabilities() -> None:
+    new = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    old = torch.tensor([[0.25, 0.25, 0.5]]).log()
+    assert drift.exact(new, old).item() == pytest.approx(math.log(2))
+
+
+def test_topk_is_kl_over_merged_classes() -> None:
+    new, old = random_logprobs(4, 9, 2), random_logprobs(4, 9, 3)
+    ids = old.topk(3, -1).indices
+    merged = [
+        np.concatenate([x.exp().gather(-1, ids).numpy(), 1 - x.exp().gather(-1, ids).sum(-1, keepdim=True).numpy()], -1)
+        for x in (new, old)
+    ]
+    found = drift.topk(new.gather(-1, ids), old.gather(-1, ids))
+    np.testing.assert_allclose(found.numpy(), numpy_kl(*merged), rtol=1e-9)
+
+
+def test_topk_rises_to_exact_as_k_grows() -> None:
+    new, old = random_logprobs(20, 32, 4), random_logprobs(20, 32, 5)
+    order = old.argsort(-1, descending=True)
+    values = [drift.topk(new.gather(-1, order[:, :k]), old.gather(-1, order[:, :k])).mean() for k in (1, 4, 16, 31)]
+    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert values[-1] <= drift.exact(new, old).mean() + 1e-9
+    assert values[-1].item() == pytest.approx(drift.exact(new, old).mean().item(), rel=1e-3)
+
+
+def test_sampled_is_unbiased_and_never_negative() -> None:
+    """Its expectation under pi_r, computed exactly by summing over the vocabulary, is the KL."""
+    new, old = random_logprobs(6, 13, 6), random_logprobs(6, 13, 7)
+    every_token = drift.sampled(new, old)
+    assert (every_token >= 0).all()
+    np.testing.assert_allclose((old.exp() * every_token).sum(-1).numpy(), drift.exact(new, old).numpy(), rtol=1e-9)
+
+
+def test_sampled_gradient_is_that_of_the_kl() -> None:
+    logits = torch.randn(13, dtype=torch.float64, requires_grad=True)
+    old = random_logprobs(1, 13, 8)[0]
+    (old.exp() * drift.sampled(torch.log_softmax(logits, -1), old)).sum().backward()
+    ours = logits.grad.clone()
+    logits.grad = None
+    drift.exact(torch.log_softmax(logits, -1), old).backward()
+    np.testing.assert_allclose(ours.numpy(), logits.grad.numpy(), rtol=1e-8, atol=1e-12)
+
+
+def test_sampled_far_apart_is_finite() -> None:
+    assert torch.isfinite(drift.sampled(torch.tensor([0.0]), torch.tensor([-1e4]))).all()
+
+
+def test_same_policy_has_no_drift() -> None:
+    p = random_logprobs(3, 7, 9)
+    assert drift.exact(p, p).abs().max() < 1e-15
+    assert drift.sampled(p, p).abs().max() == 0
+    assert drift.topk(p[:, :2], p[:, :2]).abs().max() < 1e-15
+
+
+def test_per_sample_means_and_coverage() -> None:
+    values = torch.tensor([1.0, 3.0, 5.0, 7.0, float("nan"), 9.0])
+    sample = torch.tensor([0, 0, 0, 1, 1, 2])
+    loss_bearing = torch.tensor([True, True, False, True, True, False])
+    aligned = torch.tensor([True, True, True, True, False, True])
+    mean, coverage = drift.per_sample(values, aligned, loss_bearing, sample, 3)
+    assert mean.tolist() == [2.0, 7.0, 0.0]
+    assert coverage.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_noise_floor_is_a_mean_that_later_forgets() -> None:
+    floor = drift.NoiseFloor(memory=4)
+    floor.update([1.0, 3.0])
+    assert floor.value == 2.0
+    floor.update([2.0, 2.0, 6.0])
+    assert floor.value == 3.0  # the fifth counts 1/4, not 1/5
+    assert floor.subtract(torch.tensor([1.0, 5.0])).tolist() == [0.0, 2.0]
+
+
+@given(st.integers(0, 50), st.floats(0, 30), st.floats(0, 30), st.floats(0, 3), st.floats(0, 3))
+def test_score_is_equation_11(lag: int, roll: float, sup: float, alpha: float, beta: float) -> None:
+    f = score.freshness(*(torch.tensor([x], dtype=torch.float64) for x in (lag, roll, sup, 1.0, 1.0)), alpha, beta)
+    expected = math.exp(-(alpha * math.sqrt(roll) + beta * math.sqrt(sup))) / (lag + 1)
+    assert f.item() == pytest.approx(expected, rel=1e-12)
+    assert f.item() <= score.largest_xi(lag)
+
+
+def test_score_is_zero_where_nothing_is_aligned() -> None:
+    one = torch.ones(3)
+    f = score.freshness(one * 0, one * 0, one * 0, torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 0.0]), 1, 1)
+    assert f.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("sync", [1.0, 1.0]),
+        ("async", [1.0, 1.0]),
+        ("fixed_refresh", [1.0, 1.0]),
+        ("lag_weight", [0.9, 0.15]),
+        ("reweight", [0.7, 0.0]),
+        ("reweight+anchor", [0.7, 0.0]),
+        ("fopd", [0.7, 0.0]),
+    ],
+)
+def test_policies_weigh_as_named(policy: str, expected: list[float]) -> None:
+    found = score.weights(
+        score.POLICIES[policy], torch.tensor([0.8, 0.05], dtype=torch.float64), torch.tensor([0, 3]), xi=0.1
+    )
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_only_the_named_policies_anchor_and_refresh() -> None:
+    assert {n for n, p in score.POLICIES.items() if p.anchor} == {"reweight+anchor", "fopd"}
+    assert {n: p.refresh for n, p in score.POLICIES.items() if p.refresh != "never"} == {
+        "fixed_refresh": "fixed",
+        "fopd": "adaptive",
+    }
+
+
+def test_adaptive_refresh_obeys_thresholds_and_interval() -> None:
+    refresh = Refresh("adaptive", mean=0.2, coverage_roll=0.5, coverage_sup=0.6, every_at_least=10, every=3)
+    assert refresh.reason(9, 0.0, 0.0, 0.0) is None
+    assert refresh.reason(10, 0.21, 0.5, 0.6) is None
+    assert "freshness" in refresh.reason(10, 0.2, 1, 1)
+    assert "rollout coverage" in refresh.reason(10, 0.3, 0.49, 1)
+    assert "supervision coverage" in refresh.reason(10, 0.3, 1, 0.59)
+    refresh.last = 10
+    assert refresh.reason(19, 0.0, 0.0, 0.0) is None
+
+
+def test_fixed_refresh_and_never() -> None:
+    fixed = Refresh("fixed", 0, 0, 0, every_at_least=1000, every=3)
+    assert [bool(fixed.reason(step, 1, 1, 1)) for step in (1, 2, 3)] == [False, False, True]
+    assert Refresh("never", 1, 1, 1, 1, 1).reason(100, 0, 0, 0) is None
+
+
+@given(st.floats(-60, -1e-12))
+def test_log1mexp(x: float) -> None:
+    with localcontext(Context(prec=60)):
+        expected = float((1 - Decimal(x).exp()).ln())
+    assert log1mexp(torch.tensor(x, dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-12, abs=1e-300)

@@ -1,0 +1,224 @@
+"""The learner's step against plain PyTorch, on one rank and on two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import learner_kit as kit
+import numpy as np
+import pytest
+import torch
+
+from fopd_cli.engines.fsdp_learner import LearnerConfig, lr_factor
+from fopd_cli.freshness.score import POLICIES
+from fopd_cli.losses.chunked import LossSpec
+from fopd_cli.samples import Sample, StepReport
+
+# fp32, sums in another order; gradients here are of the order of 0.1.
+RTOL, ATOL = 1e-4, 2e-6
+
+
+@pytest.fixture(scope="module")
+def samples(pair: Path) -> list[Sample]:
+    return kit.make_samples(pair)
+
+
+def step(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[StepReport, dict[str, np.ndarray]]:
+    learner = kit.make_learner(pair, cfg)
+    report = learner.train(0, samples)
+    return report, kit.gradients(learner)
+
+
+def close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = RTOL, atol: float = ATOL) -> None:
+    assert set(found) == set(expected)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=atol, err_msg=name)
+
+
+CASES = {
+    "async": {},
+    "by token": {"average": "token"},
+    "reweight": {"policy": POLICIES["reweight"]},
+    "anchored": {"policy": POLICIES["reweight+anchor"], "anchor": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_is_plain_pytorch(pair: Path, samples: list[Sample], case: str) -> None:
+    cfg = kit.config(**CASES[case])
+    loss, expected = kit.reference(pair, samples, cfg)
+    report, found = step(pair, samples, cfg)
+    assert report.loss == pytest.approx(loss, rel=1e-5)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 30, 10_000])
+def test_micro_batches_and_padding_change_nothing(pair: Path, samples: list[Sample], micro_tokens: int) -> None:
+    cfg = kit.config(policy=POLICIES["reweight+anchor"], anchor=1.0)
+    loss, expected = kit.reference(pair, samples, cfg)
+    report, found = step(pair, samples, replace(cfg, micro_tokens=micro_tokens))
+    assert report.loss == pytest.approx(loss, rel=1e-5)
+    close(found, expected)
+
+
+def test_activation_checkpointing_and_chunks_change_nothing(pair: Path, samples: list[Sample]) -> None:
+    cfg = kit.config()
+    _, expected = step(pair, samples, cfg)
+    chunked = LossSpec("reverse_kl", "full", chunk_bytes=4 * kit.VOCAB * 5)
+    _, found = step(pair, samples, replace(cfg, activation_checkpointing=True, loss=chunked))
+    close(found, expected)
+
+
+def rank_step(rank: int, world: int, pair: Path, samples: list[Sample], cfg: LearnerConfig) -> Any:
+    learner = kit.make_learner(pair, cfg, rank, world)
+    report = learner.train(0, samples)
+    found = kit.gradients(learner)
+    weights = {name: tensor.clone().numpy() for name, tensor in learner.publish()}
+    return report, found, weights
+
+
+@pytest.mark.parametrize("count", [7, 1])
+def test_two_ranks_are_plain_pytorch(pair: Path, samples: list[Sample], tmp_path: Path, count: int) -> None:
+    """With one sample the second rank has none and must still join in."""
+    cfg = kit.config(policy=POLICIES["reweight+anchor"], anchor=1.0)
+    loss, expected = kit.reference(pair, samples[:count], cfg)
+    report, found, weights = kit.on_ranks(2, tmp_path, rank_step, pair, samples[:count], cfg)
+    assert report.loss == pytest.approx(loss, rel=1e-5)
+    close(found, expected)
+    alone = kit.make_learner(pair, cfg)
+    one = alone.train(0, samples[:count])
+    for name in ("keys", "lag", "length", "loss", "kl", "drift_roll", "freshness", "weight"):
+        np.testing.assert_allclose(getattr(report.stats, name), getattr(one.stats, name), rtol=1e-4, atol=1e-6)
+    # AdamW's first step is lr * sign(gradient), which a gradient of rounding size can flip: most weights must agree.
+    published = dict(alone.publish())
+    agree = np.concatenate([np.isclose(weights[n], published[n].numpy(), atol=1e-5).ravel() for n in published])
+    assert agree.mean() > 0.999
+    assert report.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+
+
+def rank_bf16(rank: int, world: int, pair: Path, samples: list[Sample]) -> Any:
+    cfg = kit.config(compute_dtype=torch.bfloat16, clip=1.0)
+    learner = kit.make_learner(pair, cfg, rank, world)
+    masters = {str(p.dtype) for p in learner.student.parameters()}
+    reports = [learner.train(i, samples) for i in range(5)]
+    return reports, masters, kit.gradients(learner)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bf16_compute_keeps_fp32_masters(pair: Path, samples: list[Sample], tmp_path: Path, world: int) -> None:
+    reports, masters, _ = kit.on_ranks(world, tmp_path, rank_bf16, pair, samples)
+    loss, _ = kit.reference(pair, samples, kit.config())
+    assert masters == {"torch.float32"}
+    assert reports[0].loss == pytest.approx(loss, rel=0.05)
+    assert reports[-1].loss < reports[0].loss
+
+
+def test_normalized_weights_divide_by_their_mean(pair: Path, samples: list[Sample]) -> None:
+    cfg = kit.config(policy=POLICIES["reweight"])
+    raw, raw_gradients = step(pair, samples, cfg)
+    normalized, found = step(pair, samples, replace(cfg, weights="normalized"))
+    mean = raw.stats.weight.mean()
+    assert normalized.loss == pytest.approx(raw.loss / mean, rel=1e-5)
+    close(found, {name: g / mean for name, g in raw_gradients.items()})
+
+
+def test_step_scale_multiplies_the_learning_rate(pair: Path, samples: list[Sample]) -> None:
+    cfg = kit.config(policy=POLICIES["reweight"], step_scale="freshness")
+    report, _ = step(pair, samples, cfg)
+    assert report.lr == pytest.approx(1e-3 * report.stats.weight.mean())
+
+
+def test_the_anchor_pulls_towards_the_policy_that_sampled(pair: Path) -> None:
+    """With no loss to follow but the anchor, drift falls; without it, it grows."""
+    fresh = kit.make_samples(pair, drifted=False)
+    end = {}
+    for anchor in (0.0, 100.0):
+        learner = kit.make_learner(pair, kit.config(policy=POLICIES["reweight+anchor"], anchor=anchor))
+        for i in range(6):
+            report = learner.train(i, fresh)
+        end[anchor] = report.stats.drift_roll.mean()
+    assert end[100.0] < 0.5 * end[0.0]
+
+
+def test_when_everything_is_gated_nothing_is_updated(pair: Path, samples: list[Sample]) -> None:
+    learner = kit.make_learner(pair, kit.config(policy=POLICIES["reweight"], xi=2.0, weights="normalized"))
+    before = {n: t.clone() for n, t in learner.publish()}
+    report = learner.train(0, samples)
+    assert report.skipped
+    assert learner.version == 1
+    assert all(torch.equal(before[n], t) for n, t in learner.publish())
+
+
+def test_student_as_its_own_teacher_has_no_loss(pair: Path) -> None:
+    """On policy, judged by itself: loss, drift and gradient are 0 up to rounding."""
+    same = pair / "same"
+    if not same.exists():
+        same.mkdir()
+        for name in ("student", "teacher"):
+            (same / name).symlink_to(pair / "student")
+    sampled = kit.make_samples(same, drifted=False, width=96)
+    learner = kit.make_learner(same, kit.config())
+    report = learner.train(0, sampled)
+    assert abs(report.stats.kl).max() < 1e-5
+    assert abs(report.stats.drift_roll).max() < 1e-8
+    assert report.grad_norm < 1e-3
+
+
+def test_measuring_learns_nothing_and_sees_the_same(pair: Path, samples: list[Sample]) -> None:
+    learner = kit.make_learner(pair, kit.config())
+    before = {n: t.clone() for n, t in learner.publish()}
+    stats = learner.measure(samples)
+    assert all(torch.equal(before[n], t) for n, t in learner.publish())
+    report = learner.train(0, samples)
+    np.testing.assert_allclose(stats.kl, report.stats.kl, rtol=1e-5)
+
+
+def test_the_noise_floor_comes_from_samples_without_lag(pair: Path, samples: list[Sample]) -> None:
+    learner = kit.make_learner(pair, kit.config(policy=POLICIES["reweight"]))
+    first = learner.train(0, samples)
+    assert first.noise_floor == 0
+    expected = first.stats.drift_roll[first.stats.lag == 0].mean()
+    assert learner.floor.value == pytest.approx(expected)
+    second = learner.train(1, samples)
+    assert second.noise_floor == pytest.approx(expected)
+    f = np.exp(-np.sqrt(np.maximum(0, second.stats.drift_roll - expected))) / (second.stats.lag + 1)
+    np.testing.assert_allclose(second.stats.freshness, f, rtol=1e-4)
+
+
+def rank_save(rank: int, world: int, pair: Path, samples: list[Sample], folder: Path) -> Any:
+    learner = kit.make_learner(pair, kit.config(), rank, world)
+    learner.train(0, samples)
+    extra = learner.save(folder)
+    after = learner.train(1, samples)
+    return extra, after.loss, {n: t.clone().numpy() for n, t in learner.publish()}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_state_saved_by_any_number_of_ranks_goes_on_with_one(
+    pair: Path, samples: list[Sample], tmp_path: Path, world: int
+) -> None:
+    extra, loss, expected = kit.on_ranks(world, tmp_path, rank_save, pair, samples, tmp_path / "saved")
+    learner = kit.make_learner(pair, kit.config())
+    learner.restore(tmp_path / "saved", extra)
+    assert learner.version == 1
+    report = learner.train(1, samples)
+    assert report.loss == pytest.approx(loss, rel=1e-6)
+    for name, tensor in learner.publish():
+        np.testing.assert_allclose(tensor.numpy(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rate_schedule() -> None:
+    cfg = kit.config(warmup_steps=4, steps=14, decay="cosine", min_lr_ratio=0.2)
+    factors = [lr_factor(cfg, i) for i in range(15)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[9] == pytest.approx(0.6)
+    assert factors[14] == pytest.approx(0.2)
+    assert lr_factor(replace(cfg, decay="linear"), 9) == pytest.approx(0.6)
+    assert lr_factor(replace(cfg, decay="constant"), 13) == 1.0
+
+
+def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> None:
+    with pytest.raises(RuntimeError, match="asked for optimizer step 3"):
+        kit.make_learner(pair, kit.config()).train(3, samples)

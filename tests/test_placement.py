@@ -1,0 +1,65 @@
+"""Who gets which device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import small_recipe
+
+from fopd_cli.errors import UserError
+from fopd_cli.recipe import Recipe, load_recipe
+from fopd_cli.runtime.placement import Plan, place
+
+
+def recipe(tmp_path: Path, **placement: Any) -> Recipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(tmp_path, placement=placement)))
+    return load_recipe(path)
+
+
+def devices(plan: Plan) -> list[list[int]]:
+    return [[d for w in group for d in w.devices] for group in (plan.samplers, plan.teachers, plan.learners)]
+
+
+def test_auto_follows_the_box(tmp_path: Path) -> None:
+    auto = recipe(tmp_path)
+    assert place(auto, 0, 8).mode == "cpu"
+    assert place(auto, 1, 8).mode == "timeslice"
+    eight = place(auto, 8, 64)
+    assert eight.mode == "partition"
+    assert devices(eight) == [[0, 1, 2, 3], [4, 5], [6, 7]]
+
+
+def test_partition_as_asked(tmp_path: Path) -> None:
+    plan = place(recipe(tmp_path, mode="partition", sampler=3, teacher=2, learner=3), 8, 64)
+    assert devices(plan) == [[0, 1, 2], [3, 4], [5, 6, 7]]
+    assert [w.world for w in plan.learners] == [3, 3, 3]
+
+
+def test_timeslice_gives_everyone_everything(tmp_path: Path) -> None:
+    plan = place(recipe(tmp_path, mode="timeslice"), 2, 16)
+    assert devices(plan) == [[0, 1], [0, 1], [0, 1]]
+    assert plan.exclusive
+    assert plan.learners[0].threads == 8
+
+
+def test_cpu_shares_the_cores(tmp_path: Path) -> None:
+    plan = place(recipe(tmp_path, mode="cpu", learner=2, threads={"sampler": 3}), 4, 8)
+    assert devices(plan) == [[], [], []]
+    assert [w.threads for w in (plan.samplers[0], plan.teachers[0], *plan.learners)] == [3, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("placement", "count", "message"),
+    [
+        ({"mode": "partition"}, 0, "there are none"),
+        ({"mode": "partition"}, 2, "at least 3"),
+        ({"mode": "partition", "sampler": 6, "teacher": 2, "learner": 2}, 8, "more than the 8"),
+    ],
+)
+def test_what_cannot_be_placed(tmp_path: Path, placement: dict[str, Any], count: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        place(recipe(tmp_path, **placement), count, 8)

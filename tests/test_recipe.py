@@ -1,0 +1,137 @@
+"""Recipes: every mistake is one line that names the key and the remedy; the shipped ones are sound."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, small_recipe
+
+from fopd_cli.errors import UserError
+from fopd_cli.recipe import dump_recipe, explain, load_recipe
+from fopd_cli.runtime.placement import place
+
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(tmp_path)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.step=3", "learner.step: unknown key; did you mean 'steps'"),
+        ("task.horzon=3", "task.horzon: unknown key; did you mean 'horizon'"),
+        ("freshness.refresh.meen=3", "freshness.refresh.meen: unknown key; did you mean 'mean'"),
+        ("tutor.model=x", "tutor: unknown key"),
+        ("learner.lr=fast", "learner.lr: .* it is 'fast'"),
+        ("learner.steps=0", "learner.steps: .* greater than 0"),
+        ("schedule.depth=-1", "schedule.depth"),
+        ("freshness.policy=f-opd", "freshness.policy: .*'fopd'"),
+        ("loss.kind=kl", "loss.kind"),
+        ("student.model=null", "student.model: .* valid string"),
+        ("learner", "write key=value"),
+        ("student.model.x=1", "student.model is no section"),
+        ("task.name=math", "task.train: is required"),
+    ],
+)
+def test_mistakes_in_one_key(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(recipe, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.depth=4", "freshness.xi=0.2"], r"freshness.xi: .* 1/\(lag \+ 1\) = 0.2 at lag 4; choose xi under 0.2"),
+        (["schedule.lag=9", "freshness.xi=0.1", "schedule.depth=0"], "at lag 9"),
+        (["freshness.policy=sync", "schedule.depth=2"], "set schedule.depth: 0"),
+        (["loss.support=topk", "loss.tail=false"], "set loss.tail: true"),
+        (["loss.support=sampled", "loss.kind=forward_kl"], "set loss.kind: reverse_kl"),
+        (["loss.support=full", "teacher.targets=topk"], "set teacher.targets: hidden"),
+        (["loss.support=topk", "teacher.targets=sampled"], "set teacher.targets: topk"),
+        (["freshness.drift=topk", "sampler.top_p=0.9"], "set sampler.top_p: 1"),
+    ],
+)
+def test_contradictions(recipe: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe, overrides)
+
+
+def test_a_threshold_that_does_not_weigh_is_no_contradiction(recipe: Path) -> None:
+    load_recipe(recipe, ["freshness.policy=async", "schedule.depth=9", "freshness.xi=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [1", "not valid YAML"), ("- 1", "a recipe is a mapping"), ("", "a recipe is a mapping")]
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+    with pytest.raises(UserError, match="no such recipe"):
+        load_recipe(tmp_path / "nothing.yaml")
+    with pytest.raises(UserError, match="is a directory"):
+        load_recipe(tmp_path)
+
+
+def test_overrides_and_the_resolved_dump(recipe: Path, tmp_path: Path) -> None:
+    parsed = load_recipe(recipe, ["learner.lr=1e-5", "freshness.refresh.mean=0.3", "placement.threads.sampler=2"])
+    assert (parsed.learner.lr, parsed.freshness.refresh.mean, parsed.placement.threads.sampler) == (1e-5, 0.3, 2)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(parsed))
+    assert load_recipe(again) == parsed
+
+
+def test_paths_beside_the_recipe_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub" / "student").mkdir(parents=True)
+    (tmp_path / "here" / "student").mkdir(parents=True)
+    (tmp_path / "here" / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = tmp_path / "sub" / "r.yaml"
+    path.write_text("student: {model: student}\nteacher: {model: teacher}\ntask: {name: arithmetic}\n")
+    parsed = load_recipe(path)
+    assert parsed.student.model == str(tmp_path / "sub" / "student")
+    assert parsed.teacher.model == str(tmp_path / "here" / "teacher")
+    path.write_text("student: {model: Qwen/Qwen2.5-0.5B}\nteacher: {model: a/b}\ntask: {name: arithmetic}\n")
+    assert load_recipe(path).student.model == "Qwen/Qwen2.5-0.5B"
+
+
+def test_every_key_is_explained() -> None:
+    keys = list(explain())
+    assert len(keys) > 70
+    for key, kind, default, meaning in keys:
+        assert meaning.strip(), key
+        assert kind, key
+        assert default, key
+    assert ("learner.lr", "float", "1.0e-06", "Peak learning rate.") in keys
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_recipes_load_and_place(path: Path) -> None:
+    recipe = load_recipe(path)
+    for devices in (0, 1, 8):
+        if recipe.placement.mode != "partition" or devices == 8:
+            assert place(recipe, devices, cores=16).describe()
+
+
+def test_the_named_recipes_are_there() -> None:
+    assert {"quickstart", "one-gpu", "qwen-7b-from-32b", "paper-reasoning"} <= {p.stem for p in SHIPPED}
+
+
+def test_readme_recipe_is_sound(tmp_path: Path) -> None:
+    """The recipe that the README explains is a real one."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        path = tmp_path / "readme.yaml"
+        path.write_text(block)
+        load_recipe(path)

@@ -1,0 +1,264 @@
+"""Interruptions of every kind, for real: nothing is lost, nothing is left behind, the error names the culprit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import (
+    RUN_TIMEOUT_S,
+    Fopd,
+    check_accounts,
+    descendants,
+    lines,
+    metrics,
+    small_recipe,
+    steps_done,
+    summary,
+    wait_for,
+)
+
+
+def slow(pair: Path, depth: int, steps: int = 12, **changes: Any) -> dict[str, Any]:
+    """Long enough to be interrupted in the middle: a slow teacher, a checkpoint every other step."""
+    changes.setdefault("learner", {"steps": steps})
+    return small_recipe(pair, schedule={"depth": depth}, teacher={"delay_ms": 10, "batch_samples": 4}, **changes)
+
+
+def start(fopd: Fopd, recipe: dict[str, Any], name: str = "run") -> tuple[subprocess.Popen[str], Path]:
+    run = fopd.folder / name
+    return fopd.start("run", fopd.recipe(recipe, f"{name}.yaml"), "--run-dir", run), run
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL the command alone; everything that it started must follow by itself."""
+    family = descendants(process.pid)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: gone(family), "the workers to die with their conductor", 5.0)
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").glob("step-??????"))
+
+
+def shared_memory_left() -> set[str]:
+    return {p.name for p in Path("/dev/shm").glob("torch_*")}
+
+
+def test_killed_and_resumed_is_bitwise_uninterrupted(fopd: Fopd, pair: Path) -> None:
+    """Depth 0, killed twice at random moments."""
+    whole = fopd.run(slow(pair, 0), "whole")
+    rng, before = random.Random(11), shared_memory_left()
+    process, run = start(fopd, slow(pair, 0))
+    wait_for(lambda: checkpoints(run), "a checkpoint")
+    time.sleep(rng.uniform(0, 0.5))
+    kill_tree(process)
+    process = fopd.start("resume", run)
+    reached = steps_done(run)
+    wait_for(lambda: steps_done(run) > reached + 1, "more steps")
+    time.sleep(rng.uniform(0, 0.3))
+    kill_tree(process)
+    fopd("resume", run)
+    assert metrics(run) == metrics(whole)
+    assert lines(run / "ledger.jsonl") == lines(whole / "ledger.jsonl")
+    assert check_accounts(run) == check_accounts(whole)
+    same = ("steps", "score_last", "kl_last", "mean_freshness", "generated_tokens", "trained_tokens")
+    assert {k: summary(run)[k] for k in same} == {k: summary(whole)[k] for k in same}
+    assert shared_memory_left() <= before
+
+
+@pytest.mark.parametrize(
+    ("depth", "policy", "seed"),
+    [(2, "fopd", 1), (3, "fixed_refresh", 2), pytest.param(1, "reweight", 3, marks=pytest.mark.slow)],
+)
+def test_accounts_survive_kills_at_random_moments(fopd: Fopd, pair: Path, depth: int, policy: str, seed: int) -> None:
+    rng = random.Random(seed)
+    fresh = {"policy": policy, "refresh": {"every": 4}}
+    process, run = start(fopd, slow(pair, depth, freshness=fresh))
+    wait_for(lambda: checkpoints(run), "a checkpoint")
+    for _ in range(2):
+        time.sleep(rng.uniform(0.0, 0.6))
+        kill_tree(process)
+        process = fopd.start("resume", run)
+        reached = steps_done(run)
+        wait_for(lambda reached=reached: steps_done(run) > reached or process.poll() is not None, "more steps")
+    process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0
+    prompts = check_accounts(run)
+    assert prompts["trained"] + prompts["gated"] == 12 * 8
+    assert prompts["in_flight"] == 0
+    steps = [r["step"] for r in metrics(run) if r["kind"] == "step"]
+    assert steps == list(range(1, 13))
+    assert summary(run)["max_lag"] <= depth
+
+
+def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(fopd: Fopd, pair: Path) -> None:
+    process, run = start(fopd, slow(pair, 2, steps=60, checkpoint={"every": 0}))
+    wait_for(lambda: steps_done(run) >= 3, "three steps")
+    family = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "fopd resume" in err
+    assert gone(family)
+    (name,) = checkpoints(run)
+    assert int(name[-6:]) == steps_done(run)
+    fopd("resume", run, "--set", "learner.steps=20")
+    assert summary(run)["steps"] == max(20, int(name[-6:]))
+    check_accounts(run)
+
+
+def test_ctrl_c_twice_stops_at_once(fopd: Fopd, pair: Path) -> None:
+    recipe = slow(pair, 2, steps=60)
+    recipe["teacher"]["delay_ms"] = 3000  # the running step would take many seconds
+    process, run = start(fopd, recipe)
+    wait_for(lambda: (run / "trace.json").exists() and "generate" in (run / "trace.json").read_text(), "rollouts")
+    family = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert gone(family)
+
+
+def test_ctrl_c_on_a_time_sliced_box(fopd: Fopd, pair: Path) -> None:
+    process, run = start(fopd, slow(pair, 1, steps=60, placement={"mode": "timeslice"}, checkpoint={"every": 0}))
+    wait_for(lambda: steps_done(run) >= 2, "two steps")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert checkpoints(run)
+    fopd("resume", run, "--set", f"learner.steps={steps_done(run) + 2}")
+    check_accounts(run)
+
+
+@pytest.mark.parametrize("role", ["sampler-0", "teacher-0", "learner-0", "grader-0"])
+def test_a_killed_worker_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pair: Path, role: str) -> None:
+    process, run = start(fopd, slow(pair, 1, steps=60))
+    wait_for(lambda: checkpoints(run), "a checkpoint")
+    family = descendants(process.pid)
+    # Each worker holds its log open; no other process does.
+    log = str(run / "logs" / f"{role}.log")
+    victim = next(p for p in family if os.path.realpath(f"/proc/{p.pid}/fd/1") == log)
+    victim.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert "Traceback" not in err
+    assert role in err
+    assert "SIGKILL" in err
+    assert gone(family)
+    if role == "learner-0":
+        at = int(checkpoints(run)[-1][-6:])
+        fopd("resume", run, "--set", f"learner.steps={at + 2}")
+        check_accounts(run)
+
+
+def test_a_hanging_worker_is_named(fopd: Fopd, pair: Path) -> None:
+    process, run = start(fopd, slow(pair, 1, steps=200, runtime={"timeout_s": 3.0}))
+    wait_for(lambda: steps_done(run) >= 2, "two steps")
+    log = str(run / "logs" / "teacher-0.log")
+    family = descendants(process.pid)
+    victim = next(p for p in family if os.path.realpath(f"/proc/{p.pid}/fd/1") == log)
+    victim.suspend()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "teacher-0" in err
+    assert "has not moved" in err
+    assert gone(family)
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(fopd: Fopd, pair: Path) -> None:
+    run = fopd.run(small_recipe(pair, learner={"steps": 4}))
+    assert checkpoints(run) == ["step-000002", "step-000004"]
+    shard = next((run / "checkpoints" / "step-000004" / "learner").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert "bytes, its manifest says" in fopd("resume", run, "--step", "4", code=2).err
+    expected = metrics(run)
+    done = fopd("resume", run)
+    assert str(shard) in done.err
+    assert "falling back to step 2" in done.err
+    assert metrics(run) == expected
+    for step in ("step-000002", "step-000004"):
+        (run / "checkpoints" / step / "state.json").write_text("{}")
+    assert "no complete checkpoint" in fopd("resume", run, code=2).err
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(fopd: Fopd, pair: Path) -> None:
+    run = fopd.run(small_recipe(pair))
+    err = fopd("resume", run, "--set", "task.horizon=3", "--set", "learner.steps=9", code=2).err
+    assert "another recipe (task differ)" in err
+    assert "fewer" in (e := fopd("resume", run, "--set", "learner.steps=2", code=2).err) or "less than" in e
+    assert "no checkpoint of step 3" in fopd("resume", run, "--step", "3", code=2).err
+    fopd("resume", run, "--set", "learner.steps=6")
+    assert summary(run)["steps"] == 6
+    check_accounts(run)
+
+
+def test_a_run_directory_in_use_is_refused(fopd: Fopd, pair: Path) -> None:
+    process, run = start(fopd, slow(pair, 0, steps=200))
+    wait_for(lambda: checkpoints(run), "a checkpoint")
+    err = fopd("resume", run, code=2).err
+    assert f"live process {process.pid}" in err
+    kill_tree(process)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk_loses_nothing(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
+    """A run directory on a file system that fills up: training goes on, it is said, only the last save must succeed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a file system")
+    try:
+        process = fopd.start(
+            "run", fopd.recipe(slow(pair, 1, steps=10, checkpoint={"every": 2, "keep": 1})), "--run-dir", disk / "run"
+        )
+        wait_for(lambda: checkpoints(disk / "run"), "a checkpoint")
+        (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - 300_000))
+        _, err = process.communicate(timeout=RUN_TIMEOUT_S)
+        assert process.returncode == 2, err
+        assert "NO CHECKPOINT was written" in err
+        assert "No space left" in err
+        assert "Traceback" not in err
+        stands = checkpoints(disk / "run")
+        (disk / "ballast").unlink()
+        assert len(stands) == 1
+        fopd("resume", disk / "run")
+        assert summary(disk / "run")["steps"] == 10
+        check_accounts(disk / "run")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_metrics_survive_a_line_cut_short(fopd: Fopd, pair: Path) -> None:
+    run = fopd.run(small_recipe(pair))
+    expected = metrics(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')
+    fopd("resume", run, "--step", "2")
+    assert metrics(run) == expected
+    redone = [json.loads(line)["step"] for line in (run / "metrics.superseded.jsonl").read_text().splitlines()]
+    assert redone == [3, 4, 4]
+
+
+def test_python_dash_m_is_the_same_command() -> None:
+    out = subprocess.run([sys.executable, "-m", "fopd_cli", "--version"], capture_output=True, text=True, check=True)
+    assert out.stdout.strip()

@@ -1,0 +1,308 @@
+"""The schedule on a virtual clock: real decisions, simulated durations, no processes."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fopd_cli.runtime.schedule import (
+    Abort,
+    Generate,
+    Lease,
+    Load,
+    Measure,
+    Schedule,
+    ScheduleConfig,
+    Score,
+    State,
+    Train,
+)
+from fopd_cli.samples import SampleId
+
+
+def config(**changes: Any) -> ScheduleConfig:
+    values: dict[str, Any] = {
+        "steps": 6, "batch": 4, "depth": 2, "lag": None, "inflight": "wait", "replicas": 1, "concurrency": 8,
+        "score_batch": 2, "exclusive": False, "eval_versions": frozenset(),
+    }  # fmt: skip
+    return ScheduleConfig(**{**values, **changes})
+
+
+def stream(number: int) -> SampleId:
+    return SampleId("train", 0, number, 0)
+
+
+class Simulator:
+    """Stands in for the conductor and its workers; every duration is drawn from `rng`."""
+
+    def __init__(
+        self, cfg: ScheduleConfig, seed: int = 0, durations: dict[str, tuple[float, float]] | None = None,
+        evals: int = 0, refresh_every: int = 0, arena: int | None = None,
+    ) -> None:  # fmt: skip
+        self.rng = random.Random(seed)
+        self.durations = {"sample": (0.1, 5.0), "score": (0.1, 1.0), "train": (0.5, 2.0), "load": (0.0, 0.3), **(durations or {})}
+        self.arena, self.held = arena, 0
+        self.schedule = Schedule(
+            cfg, stream, [SampleId("eval", 0, i, 0) for i in range(evals)], self._reserve, self._release
+        )
+        self.clock, self.events, self.order = 0.0, [], 0
+        self.lags: list[int] = []
+        self.steps: list[tuple[float, tuple[str, ...]]] = []
+        self.measured: Counter[int] = Counter()
+        self.trained: list[str] = []
+        self.refresh_every = refresh_every
+        self.sampler_version: dict[int, int] = {}
+        self.evictions = 0
+        self.busy: dict[str, list[tuple[float, float]]] = {"sample": [], "score": [], "train": []}
+
+    def _reserve(self, keys: tuple[int, ...]) -> bool:
+        if self.arena is not None and self.held + len(keys) > self.arena:
+            return False
+        self.held += len(keys)
+        return True
+
+    def _release(self, key: int) -> None:
+        self.held -= 1
+        self.evictions += 1
+
+    def after(self, what: str, call: Any) -> None:
+        duration = self.rng.uniform(*self.durations[what])
+        if what in self.busy:
+            self.busy[what].append((self.clock, self.clock + duration))
+        heapq.heappush(self.events, (self.clock + duration, self.order, call))
+        self.order += 1
+
+    def run(self) -> Simulator:
+        s = self.schedule
+        s.on_learner_ready()
+        for _ in range(200_000):
+            while actions := s.actions():
+                for action in actions:
+                    self.start(action)
+            if s.done:
+                return self
+            assert self.events, f"deadlock at step {s.step}: {[(t.key, t.state) for t in s.tickets.values()]}"
+            self.clock, _, call = heapq.heappop(self.events)
+            call()
+        raise AssertionError("does not end")
+
+    def start(self, action: Any) -> None:
+        s = self.schedule
+        match action:
+            case Generate(replica, keys):
+                for key in keys:
+                    self.after("sample", lambda r=replica, k=key, v=s.replicas[replica].loaded: self.sampled(r, k, v))
+            case Load(replica, version):
+                assert version <= s.step
+                assert version >= s.step - 1, "its slot may be overwritten"
+                self.after("load", lambda: s.on_loaded(replica, version))
+            case Score(keys):
+                self.after("score", lambda: [self._release_dropped() for _ in s.on_scored(keys)])
+            case Train(step, keys):
+                assert all(r.loading is None or r.loading >= step for r in s.replicas)
+                self.lags += [step - s.tickets[k].version for k in keys]
+                self.trained += [str(s.tickets[k].sample) for k in keys]
+                self.steps.append((self.clock, tuple(str(s.tickets[k].sample) for k in keys)))
+                self.after("train", lambda: self.finish_step(step, keys))
+            case Measure(version, keys):
+                self.measured[version] += len(keys)
+                self.after("train", lambda: self.finish_measure(version, keys))
+            case Lease(_, waker):
+                s.on_leased(waker)
+            case Abort(_):
+                pass
+
+    def _release_dropped(self) -> None:
+        self.held -= 1
+
+    def sampled(self, replica: int, key: int, version: int) -> None:
+        if self.schedule.on_sampled(replica, key, version):
+            self.schedule.on_graded(key)
+
+    def finish_measure(self, version: int, keys: tuple[int, ...]) -> None:
+        self.held -= len(keys)
+        self.schedule.on_measured(version, keys)
+
+    def finish_step(self, step: int, keys: tuple[int, ...]) -> None:
+        self.held -= len(keys)
+        self.schedule.on_trained(step, dict.fromkeys(keys, "trained"))
+        if self.refresh_every and (step + 1) % self.refresh_every == 0 and step + 1 < self.schedule.config.steps:
+            scored = sum(t.state is State.SCORED for t in self.schedule.tickets.values())
+            self.held -= scored
+            self.schedule.refresh()
+
+
+def accounts(s: Schedule) -> None:
+    c = s.counts
+    assert c["drawn"] == c["trained"] + c["gated"] + c["refreshed"] + s.in_flight
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    depth=st.integers(0, 5), batch=st.integers(1, 6), replicas=st.integers(1, 3), concurrency=st.integers(1, 9),
+    score_batch=st.integers(1, 5), inflight=st.sampled_from(["keep", "wait"]), exclusive=st.booleans(),
+    evals=st.integers(0, 7), refresh=st.sampled_from([0, 2, 3]), arena=st.booleans(), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_lag_is_bounded_and_accounts_are_exact(
+    depth: int, batch: int, replicas: int, concurrency: int, score_batch: int, inflight: Any, exclusive: bool,
+    evals: int, refresh: int, arena: bool, seed: int,
+) -> None:  # fmt: skip
+    """Whatever the durations: it ends, no sample is older than the depth, none is trained twice, none is lost."""
+    cfg = config(
+        depth=depth, batch=batch, replicas=replicas, concurrency=concurrency, score_batch=score_batch, inflight=inflight,
+        exclusive=exclusive, eval_versions=frozenset({0, 3, 6}),
+    )  # fmt: skip
+    sim = Simulator(cfg, seed, evals=evals, refresh_every=refresh, arena=3 * batch + score_batch if arena else None).run()
+    assert max(sim.lags) <= depth
+    assert len(sim.trained) == len(set(sim.trained)) == 6 * batch
+    accounts(sim.schedule)
+    assert sim.schedule.in_flight == 0
+    assert sim.held == 0
+    if evals:
+        assert sim.measured == {0: evals, 3: evals, 6: evals}
+
+
+@settings(max_examples=60, deadline=None)
+@given(lag=st.integers(0, 5), batch=st.integers(1, 5), replicas=st.integers(1, 2), seed=st.integers(0, 10**6))
+def test_fixed_lag_is_exact(lag: int, batch: int, replicas: int, seed: int) -> None:
+    sim = Simulator(config(lag=lag, batch=batch, replicas=replicas, steps=9), seed).run()
+    expected = [step - max(0, step - lag) for step in range(9) for _ in range(batch)]
+    assert sim.lags == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(lag=st.sampled_from([None, 0, 2]), seed=st.integers(0, 10**6))
+def test_deterministic_modes_form_the_same_batches_whatever_the_durations(lag: int | None, seed: int) -> None:
+    cfg = config(depth=0, lag=lag, concurrency=3, score_batch=3, batch=5)
+    assert [b for _, b in Simulator(cfg, seed).run().steps] == [b for _, b in Simulator(cfg, seed + 1).run().steps]
+
+
+def test_deterministic_teacher_groups() -> None:
+    """At depth 0 the teacher's groups too are the same, whatever the order of arrival."""
+    groups = []
+    for seed in range(4):
+        sim = Simulator(config(depth=0, concurrency=3, score_batch=4, batch=10, steps=2), seed)
+        seen: list[tuple[int, ...]] = []
+        start = sim.start
+        sim.start = lambda a, start=start, seen=seen: (seen.append(a.keys) if isinstance(a, Score) else None, start(a))[1]  # type: ignore[method-assign]
+        sim.run()
+        groups.append(sorted(seen))
+    assert all(g == groups[0] for g in groups)
+
+
+def test_depth_overlaps_and_depth_zero_does_not() -> None:
+    times = {"sample": (1.0, 1.0), "score": (2.0, 2.0), "train": (2.0, 2.0), "load": (0.0, 0.0)}
+    runs = {d: Simulator(config(depth=d, steps=10, score_batch=4), durations=times).run() for d in (0, 2)}
+
+    def overlap(sim: Simulator) -> float:
+        return sum(
+            max(0.0, min(b, d) - max(a, c)) for a, b in sim.busy["train"] for c, d in sim.busy["sample"] + sim.busy["score"]
+        )
+
+    assert overlap(runs[0]) == 0
+    assert overlap(runs[2]) > 5
+    assert runs[2].clock < 0.7 * runs[0].clock
+
+
+def test_a_straggler_is_overtaken_only_until_its_deadline() -> None:
+    cfg = config(depth=2, batch=2, steps=8, concurrency=20)
+    s = Simulator(cfg, 1, durations={"sample": (0.1, 0.1)})
+    straggler: list[int] = []
+    original = s.after
+
+    def after(what: str, call: Any) -> None:
+        if what == "sample" and not straggler:
+            straggler.append(0)
+            s.durations["sample"] = (50.0, 50.0)
+            original(what, call)
+            s.durations["sample"] = (0.1, 0.1)
+        else:
+            original(what, call)
+
+    s.after = after  # type: ignore[method-assign]
+    s.run()
+    late = next(i for i, (_, batch) in enumerate(s.steps) if str(stream(0)) in batch)
+    assert late == 2, "two steps overtake it, the third must wait for it"
+    assert s.steps[2][0] >= 50
+
+
+def test_nothing_new_is_admitted_past_the_bound() -> None:
+    s = Schedule(config(depth=2, batch=4, concurrency=100), stream, [])
+    s.on_learner_ready()
+    assert s.actions() == [Load(0, 0)]
+    s.on_loaded(0, 0)
+    (generate,) = s.actions()
+    assert isinstance(generate, Generate)
+    assert len(generate.keys) == 12  # (depth + 0 + 1) batches
+    assert s.actions() == []
+
+
+def test_admission_after_a_restart_counts_what_was_consumed() -> None:
+    """A known trap: after recovery the capacity must not inflate."""
+    first = Simulator(config(depth=1, steps=4), 3).run().schedule
+    state = first.state_dict()
+    again = Schedule(config(depth=1, steps=10, concurrency=100), stream, [])
+    again.load_state_dict(state)
+    again.on_learner_ready()
+    again.actions()
+    again.on_loaded(0, 4)
+    assert len(again.actions()[0].keys) == 8  # (depth + 1) batches, not (depth + version + 1)
+
+
+def test_a_restart_plans_what_was_in_flight_again_without_drawing_it_twice() -> None:
+    s = Schedule(config(depth=2, batch=2), stream, [])
+    s.on_learner_ready()
+    s.actions()
+    s.on_loaded(0, 0)
+    keys = s.actions()[0].keys
+    s.on_sampled(0, keys[0], 0)
+    s.on_graded(keys[0])
+    again = Schedule(config(depth=2, batch=2), stream, [])
+    again.load_state_dict(s.state_dict())
+    assert again.counts["drawn"] == len(keys) == again.in_flight
+    again.on_learner_ready()
+    actions = again.actions()
+    assert [type(a) for a in actions] == [Score, Load]
+    again.on_loaded(0, 0)
+    assert set(again.actions()[0].keys) == set(keys[1:])
+    assert again.counts["drawn"] == len(keys)
+
+
+def test_refresh_draws_the_same_prompts_again() -> None:
+    s = Schedule(config(depth=2, batch=2), stream, [])
+    s.on_learner_ready()
+    s.actions()
+    s.on_loaded(0, 0)
+    keys = s.actions()[0].keys
+    before = {s.tickets[k].sample for k in keys}
+    assert set(s.refresh()) == set(keys)
+    assert s.on_sampled(0, keys[0], 0) is False
+    redrawn = [s.tickets[k].sample for k in s.actions()[-1].keys]
+    assert {(r.prompt, r.attempt) for r in redrawn} == {(b.prompt, 1) for b in before}
+    accounts(s)
+
+
+def test_a_sample_older_than_the_bound_raises() -> None:
+    s = Schedule(config(depth=0, batch=1), stream, [])
+    s.on_learner_ready()
+    s.actions()
+    s.on_loaded(0, 0)
+    (key,) = s.actions()[0].keys
+    s.on_sampled(0, key, 0)
+    s.on_graded(key)
+    s.on_scored(s.actions()[0].keys)
+    s.step = 1  # as if the admission had been broken
+    with pytest.raises(RuntimeError, match="lag 1 > 0"):
+        s.actions()
+
+
+def test_a_full_arena_takes_back_what_is_less_urgent() -> None:
+    sim = Simulator(config(depth=4, batch=4, steps=12, score_batch=3, concurrency=40), 5, arena=8).run()
+    assert sim.evictions > 0
+    assert sim.schedule.counts["trained"] == 48
