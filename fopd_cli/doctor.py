@@ -78,15 +78,15 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
         check_model_name(model, key)
     task = load_task(*task_arguments(recipe))
     student, teacher = recipe.student.model, recipe.teacher.model
+    config, teacher_config = hf.load_config(student, "student.model"), hf.load_config(teacher, "teacher.model")
     tokenizer = hf.load_tokenizer(student, "student.model")
-    config = hf.load_config(student, "student.model")
     stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
     for split in ("train", "eval"):
         if not stream.prompts[split]:
             raise UserError(f"task: there is no {split} prompt; give it at least one")
     return Inputs(
-        recipe, plan, config, hf.load_config(teacher, "teacher.model"), tokenizer, hf.load_tokenizer(teacher, "teacher.model"),
-        stream, hf.weight_layout(config),
+        recipe, plan, config, teacher_config, tokenizer, hf.load_tokenizer(teacher, "teacher.model"), stream,
+        hf.weight_layout(config),
     )  # fmt: skip
 
 

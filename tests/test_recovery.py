@@ -52,6 +52,12 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     wait_for(lambda: gone(family), "the workers to die with their conductor", 5.0)
 
 
+def worker(run: Path, name: str, family: list[psutil.Process]) -> psutil.Process:
+    """A worker's process: the one that writes its log."""
+    log = str(run / "logs" / f"{name}.log")
+    return next(p for p in family if os.path.realpath(f"/proc/{p.pid}/fd/1") == log)
+
+
 def checkpoints(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").glob("step-??????"))
 
@@ -116,7 +122,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(fopd: Fopd, pair: Path) -
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "fopd resume" in err
-    assert gone(family)
+    wait_for(lambda: gone(family), "all that it started to end", 5.0)
     (name,) = checkpoints(run)
     assert int(name[-6:]) == steps_done(run)
     fopd("resume", run, "--set", "learner.steps=20")
@@ -125,18 +131,20 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(fopd: Fopd, pair: Path) -
 
 
 def test_ctrl_c_twice_stops_at_once(fopd: Fopd, pair: Path) -> None:
-    recipe = slow(pair, 2, steps=60)
-    recipe["teacher"]["delay_ms"] = 3000  # the running step would take many seconds
-    process, run = start(fopd, recipe)
-    wait_for(lambda: (run / "trace.json").exists() and "generate" in (run / "trace.json").read_text(), "rollouts")
+    """The running step never ends here, because the learner is stopped; the second Ctrl-C does not wait for it."""
+    process, run = start(fopd, slow(pair, 2, steps=200))
+    wait_for(lambda: steps_done(run) >= 2, "two steps")
     family = descendants(process.pid)
+    worker(run, "learner-0", family).suspend()
+    time.sleep(1.0)  # the next step reaches it
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(1.0)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=15)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert gone(family)
+    wait_for(lambda: gone(family), "all that it started to end", 5.0)
 
 
 def test_ctrl_c_on_a_time_sliced_box(fopd: Fopd, pair: Path) -> None:
@@ -155,16 +163,13 @@ def test_a_killed_worker_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pai
     process, run = start(fopd, slow(pair, 1, steps=60))
     wait_for(lambda: checkpoints(run), "a checkpoint")
     family = descendants(process.pid)
-    # Each worker holds its log open; no other process does.
-    log = str(run / "logs" / f"{role}.log")
-    victim = next(p for p in family if os.path.realpath(f"/proc/{p.pid}/fd/1") == log)
-    victim.kill()
+    worker(run, role, family).kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
     assert "Traceback" not in err
     assert role in err
     assert "SIGKILL" in err
-    assert gone(family)
+    wait_for(lambda: gone(family), "all that it started to end", 5.0)
     if role == "learner-0":
         at = int(checkpoints(run)[-1][-6:])
         fopd("resume", run, "--set", f"learner.steps={at + 2}")
@@ -174,15 +179,13 @@ def test_a_killed_worker_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pai
 def test_a_hanging_worker_is_named(fopd: Fopd, pair: Path) -> None:
     process, run = start(fopd, slow(pair, 1, steps=200, runtime={"timeout_s": 3.0}))
     wait_for(lambda: steps_done(run) >= 2, "two steps")
-    log = str(run / "logs" / "teacher-0.log")
     family = descendants(process.pid)
-    victim = next(p for p in family if os.path.realpath(f"/proc/{p.pid}/fd/1") == log)
-    victim.suspend()
+    worker(run, "teacher-0", family).suspend()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3
     assert "teacher-0" in err
     assert "has not moved" in err
-    assert gone(family)
+    wait_for(lambda: gone(family), "all that it started to end", 5.0)
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(fopd: Fopd, pair: Path) -> None:

@@ -48,9 +48,10 @@ class TransformersTeacher:
         self.vocab = vocab  # logits past it are padding and are cut off
         self.model = _HiddenAndHead(model.eval().requires_grad_(False))
         if world > 1:
+            mesh = dist.init_device_mesh(device.type, (world,))
             for block in backbone(model).layers:
-                fully_shard(block)
-            fully_shard(self.model)
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
         else:
             self.model.to(device)
 

@@ -151,7 +151,8 @@ class Conductor:
         finally:
             self.telemetry.close()
             for number, handler in previous.items():
-                signal.signal(number, handler)
+                # On the way out after a Ctrl-C another one must not turn a clean end into a torn one.
+                signal.signal(number, signal.SIG_IGN if self._interrupts else handler)
             for path in self.run_dir.path.glob(".rendezvous-*"):
                 path.unlink()
 
@@ -211,11 +212,14 @@ class Conductor:
         self._await(names, m.Ready)
 
     def _await(self, names: set[str], kind: type) -> None:
+        """Wait for one message of this kind from each of these workers; others are handled as ever."""
         while names:
             for worker, message in self.fleet.receive(timeout=0.5):
-                assert isinstance(message, kind)
-                names.discard(worker.name)
-            if self._interrupts:
+                if isinstance(message, kind):
+                    names.discard(worker.name)
+                else:
+                    self._handle(worker, message)
+            if self._interrupts and kind is m.Ready:
                 raise Interrupted("stopped before the first step; nothing was trained since the last checkpoint")
 
     # ---- actions ------------------------------------------------------------------------------------------------

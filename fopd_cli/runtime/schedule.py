@@ -304,10 +304,12 @@ class Schedule:
     def _pass_lease(self) -> list[Action]:
         """Whoever has work gets the box: the learner first, so that samples are consumed while they are fresh."""
         wants: dict[Role, bool] = {
-            "learner": self.paused or self._plan_learner() is not None,
+            "learner": self._plan_learner() is not None,
             "teacher": bool(self._plan_score()),
             "sampler": any(self._next_version(r) is not None or any(self._admissible(r)) for r in self.replicas),
         }
+        if self.paused:
+            wants = {"learner": True}
         for role, wanted in wants.items():
             if wanted and role != self.lease:
                 self._switching = True

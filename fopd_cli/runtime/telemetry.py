@@ -63,7 +63,7 @@ class Trace:
 
     def __init__(self, path: Path) -> None:
         fresh = not path.exists() or path.stat().st_size == 0
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # by lines, so that kill -9 loses none
         if fresh:
             self._file.write("[\n")
         self._tracks: dict[str, int] = {}
