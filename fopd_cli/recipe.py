@@ -269,6 +269,8 @@ class Placement(Section):
 class Runtime(Section):
     timeout_s: Annotated[float, Field(gt=0)] = 900.0
     """A worker that owes an answer and has not moved for so long is stopped and named."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """The same while a worker loads its model."""
 
 
 class Recipe(Section):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW = pytest.mark.slow
 TINY = ROOT / "recipes" / "tiny"
 RUN_TIMEOUT_S = 240
 
@@ -84,6 +84,7 @@ class Fopd:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self.started: list[subprocess.Popen[str]] = []
 
     def recipe(self, content: dict[str, Any], name: str = "recipe.yaml") -> Path:
         path = self.folder / name
@@ -92,7 +93,7 @@ class Fopd:
 
     def start(self, *args: str | Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "fopd_cli", *map(str, args)]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             cwd=self.folder,
             env=self.environment,
@@ -101,6 +102,15 @@ class Fopd:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        self.started.append(process)
+        return process
+
+    def stop_all(self) -> None:
+        """A test that failed half-way must not leave a run behind."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
 
     def __call__(self, *args: str | Path, code: int = 0, timeout: float = RUN_TIMEOUT_S) -> Done:
         """Run to the end and check the exit code."""
@@ -108,7 +118,7 @@ class Fopd:
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             raise
         assert process.returncode == code, f"exit {process.returncode}, expected {code}\n{out}\n{err}"
         if code != 0:
@@ -122,8 +132,10 @@ class Fopd:
 
 
 @pytest.fixture
-def fopd(tmp_path: Path) -> Fopd:
-    return Fopd(tmp_path)
+def fopd(tmp_path: Path) -> Iterator[Fopd]:
+    command = Fopd(tmp_path)
+    yield command
+    command.stop_all()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

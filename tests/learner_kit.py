@@ -45,7 +45,12 @@ def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 
     rng = np.random.Generator(np.random.PCG64(0))
     sampler.submit(
         [
-            Request(i, rng.integers(4, 200, size=2 + i % 3).astype(np.int32), 7 + i, SamplingParams(max_new_tokens=4 + 2 * i))
+            Request(
+                i,
+                rng.integers(4, 200, size=2 + i % 3).astype(np.int32),
+                7 + i,
+                SamplingParams(max_new_tokens=4 + 2 * i),
+            )
             for i in range(count)
         ]
     )

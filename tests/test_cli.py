@@ -49,7 +49,9 @@ def test_different_tokenizers(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
     a, b = list(vocab)[10:12]
     vocab[a], vocab[b] = vocab[b], vocab[a]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "different tokenizers: 2 of 260 shared ids differ" in refuse(fopd, small_recipe(pair, teacher={"model": str(other)}))
+    assert "different tokenizers: 2 of 260 shared ids differ" in refuse(
+        fopd, small_recipe(pair, teacher={"model": str(other)})
+    )
 
 
 def test_different_ends(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
@@ -88,7 +90,9 @@ def test_datasets_that_are_missing_empty_or_lack_a_column(fopd: Fopd, pair: Path
 
 
 def test_a_prompt_longer_than_the_context(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": "x" * n, "answer": "1"}) + "\n" for n in (5, 1020)))
+    (tmp_path / "q.jsonl").write_text(
+        "".join(json.dumps({"question": "x" * n, "answer": "1"}) + "\n" for n in (5, 1020))
+    )
     recipe = small_recipe(pair)
     recipe["task"] = {"name": "math", "train": "q.jsonl", "eval": "q.jsonl", "eval_prompts": 1}
     message = refuse(fopd, recipe)

@@ -167,7 +167,9 @@ def test_teacher_targets_are_the_models(student: str, request: pytest.FixtureReq
             np.testing.assert_allclose(target.logprobs.numpy(), expected, atol=2e-5)
             if target.topk_logprobs is not None and target.topk_ids is not None:
                 assert (target.topk_logprobs.diff(dim=-1) <= 0).all()
-                for row, ids, y, logp in zip(target.topk_logprobs, target.topk_ids, rollout.response_ids, expected, strict=True):
+                for row, ids, y, logp in zip(
+                    target.topk_logprobs, target.topk_ids, rollout.response_ids, expected, strict=True
+                ):
                     if y in ids:
                         assert row[ids.tolist().index(y)].item() == pytest.approx(logp, abs=2e-5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Context, Decimal, localcontext
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_topk_rises_to_exact_as_k_grows() -> None:
     new, old = random_logprobs(20, 32, 4), random_logprobs(20, 32, 5)
     order = old.argsort(-1, descending=True)
     values = [drift.topk(new.gather(-1, order[:, :k]), old.gather(-1, order[:, :k])).mean() for k in (1, 4, 16, 31)]
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in pairwise(values))
     assert values[-1] <= drift.exact(new, old).mean() + 1e-9
     assert values[-1].item() == pytest.approx(drift.exact(new, old).mean().item(), rel=1e-3)
 

@@ -31,7 +31,9 @@ def step(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[StepRep
     return report, kit.gradients(learner)
 
 
-def close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = RTOL, atol: float = ATOL) -> None:
+def close(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = RTOL, atol: float = ATOL
+) -> None:
     assert set(found) == set(expected)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=rtol, atol=atol, err_msg=name)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from fopd_cli.freshness.drift import with_tail
 from fopd_cli.losses.chunked import LossSpec, Positions, token_terms
 from fopd_cli.losses.divergence import divergence, policy_gradient
 from fopd_cli.losses.objective import objective
@@ -27,7 +26,9 @@ def softmax(x: torch.Tensor) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)])
+@pytest.mark.parametrize(
+    ("kind", "beta"), [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
+)
 def test_divergences_are_their_formulas(kind: str, beta: float) -> None:
     student, teacher = pair_of_logits()
     pi, p = softmax(student), softmax(teacher)
@@ -109,7 +110,9 @@ def test_policy_gradient_off_policy() -> None:
 # ---- chunked ----------------------------------------------------------------------------------------------------------
 
 
-def positions(n: int = 23, widths: tuple[int, int] = (8, 12), vocab: int = 19) -> tuple[Positions, torch.Tensor, torch.Tensor]:
+def positions(
+    n: int = 23, widths: tuple[int, int] = (8, 12), vocab: int = 19
+) -> tuple[Positions, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:

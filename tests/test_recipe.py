@@ -50,7 +50,10 @@ def test_mistakes_in_one_key(recipe: Path, override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["schedule.depth=4", "freshness.xi=0.2"], r"freshness.xi: .* 1/\(lag \+ 1\) = 0.2 at lag 4; choose xi under 0.2"),
+        (
+            ["schedule.depth=4", "freshness.xi=0.2"],
+            r"freshness.xi: .* 1/\(lag \+ 1\) = 0.2 at lag 4; choose xi under 0.2",
+        ),
         (["schedule.lag=9", "freshness.xi=0.1", "schedule.depth=0"], "at lag 9"),
         (["freshness.policy=sync", "schedule.depth=2"], "set schedule.depth: 0"),
         (["loss.support=topk", "loss.tail=false"], "set loss.tail: true"),

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import (
     RUN_TIMEOUT_S,
+    SLOW,
     Fopd,
     check_accounts,
     descendants,
@@ -90,7 +91,7 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(fopd: Fopd, pair: Path) -> 
 
 @pytest.mark.parametrize(
     ("depth", "policy", "seed"),
-    [(2, "fopd", 1), (3, "fixed_refresh", 2), pytest.param(1, "reweight", 3, marks=pytest.mark.slow)],
+    [(2, "fopd", 1), pytest.param(3, "fixed_refresh", 2, marks=SLOW), pytest.param(1, "reweight", 3, marks=SLOW)],
 )
 def test_accounts_survive_kills_at_random_moments(fopd: Fopd, pair: Path, depth: int, policy: str, seed: int) -> None:
     rng = random.Random(seed)
@@ -102,7 +103,10 @@ def test_accounts_survive_kills_at_random_moments(fopd: Fopd, pair: Path, depth:
         kill_tree(process)
         process = fopd.start("resume", run)
         reached = steps_done(run)
-        wait_for(lambda reached=reached: steps_done(run) > reached or process.poll() is not None, "more steps")
+        wait_for(
+            lambda reached=reached, process=process: steps_done(run) > reached or process.poll() is not None,
+            "more steps",
+        )
     process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0
     prompts = check_accounts(run)
@@ -147,6 +151,7 @@ def test_ctrl_c_twice_stops_at_once(fopd: Fopd, pair: Path) -> None:
     wait_for(lambda: gone(family), "all that it started to end", 5.0)
 
 
+@SLOW
 def test_ctrl_c_on_a_time_sliced_box(fopd: Fopd, pair: Path) -> None:
     process, run = start(fopd, slow(pair, 1, steps=60, placement={"mode": "timeslice"}, checkpoint={"every": 0}))
     wait_for(lambda: steps_done(run) >= 2, "two steps")
@@ -158,7 +163,10 @@ def test_ctrl_c_on_a_time_sliced_box(fopd: Fopd, pair: Path) -> None:
     check_accounts(run)
 
 
-@pytest.mark.parametrize("role", ["sampler-0", "teacher-0", "learner-0", "grader-0"])
+@pytest.mark.parametrize(
+    "role",
+    ["learner-0", "sampler-0", pytest.param("teacher-0", marks=SLOW), pytest.param("grader-0", marks=SLOW)],
+)
 def test_a_killed_worker_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pair: Path, role: str) -> None:
     process, run = start(fopd, slow(pair, 1, steps=60))
     wait_for(lambda: checkpoints(run), "a checkpoint")
@@ -251,6 +259,7 @@ def test_a_full_disk_loses_nothing(fopd: Fopd, pair: Path, tmp_path: Path) -> No
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+@SLOW
 def test_metrics_survive_a_line_cut_short(fopd: Fopd, pair: Path) -> None:
     run = fopd.run(small_recipe(pair))
     expected = metrics(run)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, Fopd, check_accounts, lines, make_pair, metrics, small_recipe, summary
+from conftest import SLOW, TINY, Fopd, check_accounts, lines, make_pair, metrics, small_recipe, summary
 
 
 def test_two_synchronous_runs_are_bitwise_the_same(fopd: Fopd, pair: Path) -> None:
@@ -114,7 +114,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [pytest.param(p, marks=() if p in ("fopd", "reweight") else SLOW) for p in POLICIES])
 def test_policies(fopd: Fopd, pair: Path, policy: str) -> None:
     fresh = {"policy": policy, "xi": 0.01, **POLICIES[policy]}
     run = fopd.run(small_recipe(pair, schedule={"depth": 2}, freshness=fresh, learner={"steps": 7}))
@@ -138,7 +138,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("topk", "cached") else SLOW) for n in LOSSES])
 def test_losses(fopd: Fopd, pair: Path, name: str) -> None:
     run = fopd.run(small_recipe(pair, loss=LOSSES[name], schedule={"depth": 1}, learner={"steps": 6}))
     check_accounts(run)
@@ -148,7 +148,7 @@ def test_losses(fopd: Fopd, pair: Path, name: str) -> None:
         assert s["kl_last"] < s["kl_first"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=SLOW)])
 def test_a_llama_pair_on_questions_from_a_file(fopd: Fopd, llama_pair: Path, tmp_path: Path, dtype: str) -> None:
     """Two local model directories, a chat template, a jsonl of questions: KL falls, the student loads elsewhere."""
     rows = [{"question": f"What is {i} plus {i + 1}?", "answer": f"#### {2 * i + 1}"} for i in range(60)]
@@ -193,6 +193,7 @@ def test_eval_prints_the_score_that_the_run_reports(fopd: Fopd, tmp_path: Path) 
     assert teacher["score"] > out["score"]
 
 
+@SLOW
 def test_students_that_differ_from_their_teacher_in_padding(fopd: Fopd, tmp_path: Path) -> None:
     """Qwen's case: one tokenizer, vocabularies padded to 151,936 and 152,064."""
     import torch
@@ -206,7 +207,7 @@ def test_students_that_differ_from_their_teacher_in_padding(fopd: Fopd, tmp_path
     assert s["kl_last"] < s["kl_first"]
 
 
-@pytest.mark.slow
+@SLOW
 def test_quickstart_learns(fopd: Fopd) -> None:
     """The recipe that the README promises something of."""
     fopd("run", TINY.parent / "quickstart.yaml", "--run-dir", fopd.folder / "q")

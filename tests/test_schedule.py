@@ -46,7 +46,13 @@ class Simulator:
         evals: int = 0, refresh_every: int = 0, arena: int | None = None,
     ) -> None:  # fmt: skip
         self.rng = random.Random(seed)
-        self.durations = {"sample": (0.1, 5.0), "score": (0.1, 1.0), "train": (0.5, 2.0), "load": (0.0, 0.3), **(durations or {})}
+        self.durations = {
+            "sample": (0.1, 5.0),
+            "score": (0.1, 1.0),
+            "train": (0.5, 2.0),
+            "load": (0.0, 0.3),
+            **(durations or {}),
+        }
         self.arena, self.held = arena, 0
         self.schedule = Schedule(
             cfg, stream, [SampleId("eval", 0, i, 0) for i in range(evals)], self._reserve, self._release
@@ -158,7 +164,9 @@ def test_lag_is_bounded_and_accounts_are_exact(
         depth=depth, batch=batch, replicas=replicas, concurrency=concurrency, score_batch=score_batch, inflight=inflight,
         exclusive=exclusive, eval_versions=frozenset({0, 3, 6}),
     )  # fmt: skip
-    sim = Simulator(cfg, seed, evals=evals, refresh_every=refresh, arena=3 * batch + score_batch if arena else None).run()
+    sim = Simulator(
+        cfg, seed, evals=evals, refresh_every=refresh, arena=3 * batch + score_batch if arena else None
+    ).run()
     assert max(sim.lags) <= depth
     assert len(sim.trained) == len(set(sim.trained)) == 6 * batch
     accounts(sim.schedule)
@@ -190,7 +198,9 @@ def test_deterministic_teacher_groups() -> None:
         sim = Simulator(config(depth=0, concurrency=3, score_batch=4, batch=10, steps=2), seed)
         seen: list[tuple[int, ...]] = []
         start = sim.start
-        sim.start = lambda a, start=start, seen=seen: (seen.append(a.keys) if isinstance(a, Score) else None, start(a))[1]  # type: ignore[method-assign]
+        sim.start = lambda a, start=start, seen=seen: (seen.append(a.keys) if isinstance(a, Score) else None, start(a))[
+            1
+        ]  # type: ignore[method-assign]
         sim.run()
         groups.append(sorted(seen))
     assert all(g == groups[0] for g in groups)
@@ -202,7 +212,9 @@ def test_depth_overlaps_and_depth_zero_does_not() -> None:
 
     def overlap(sim: Simulator) -> float:
         return sum(
-            max(0.0, min(b, d) - max(a, c)) for a, b in sim.busy["train"] for c, d in sim.busy["sample"] + sim.busy["score"]
+            max(0.0, min(b, d) - max(a, c))
+            for a, b in sim.busy["train"]
+            for c, d in sim.busy["sample"] + sim.busy["score"]
         )
 
     assert overlap(runs[0]) == 0

@@ -44,7 +44,7 @@ def test_arithmetic_holds_out_what_it_evaluates_on() -> None:
 
 
 def test_arithmetic_refuses_more_questions_than_exist() -> None:
-    with pytest.raises(UserError, match="raise task.horizon"):
+    with pytest.raises(UserError, match=r"raise task\.horizon"):
         Arithmetic(horizon=1, eval_prompts=150)
 
 
@@ -112,7 +112,10 @@ def test_math_without_answers_grades_nothing(tmp_path: Path) -> None:
         ("", "has no rows"),
         ("{nonsense", "line 1 of .* is not JSON"),
         ("[1]", "line 1 of .* is no JSON object"),
-        ('{"problem": "x", "answer": "1"}', r"row 1 of .* has no column 'question'; it has \['answer', 'problem'\]; set task.question"),
+        (
+            '{"problem": "x", "answer": "1"}',
+            r"row 1 of .* has no column 'question'; it has \['answer', 'problem'\]; set task.question",
+        ),
         ('{"question": "x"}', "no column 'answer'"),
     ],
 )

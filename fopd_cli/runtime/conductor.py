@@ -36,7 +36,7 @@ from fopd_cli.runtime.rundir import RunDir, fingerprint
 from fopd_cli.runtime.schedule import Abort, Generate, Lease, Load, Measure, Schedule, Score, Train
 from fopd_cli.runtime.sizes import arena_bytes
 from fopd_cli.runtime.stream import PromptStream, evaluation_ids, schedule_config
-from fopd_cli.runtime.telemetry import Telemetry
+from fopd_cli.runtime.telemetry import Resume, Telemetry
 from fopd_cli.runtime.workers import Fleet, Worker
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
 
@@ -99,7 +99,7 @@ class Conductor:
         self._eval: dict[int, tuple[SampleId, float, Rollout]] = {}
         self._eval_stats: list[SampleStats] = []
         self._interrupts = 0
-        self._resume_step: int | None = None
+        self._resume: Resume | None = None
         self._last_saved: int | None = None
         self._step_began = time.time()
 
@@ -131,15 +131,17 @@ class Conductor:
             self.arena.memory[offset : offset + len(raw)] = torch.from_numpy(raw)
             self.slots[key] = m.Slot(offset, self.rollouts[key].response_length)
         self.setup.restore = (folder / "learner", state["learner"])
-        self._resume_step = self._last_saved = step
+        self._resume = Resume(step, frozenset(self.schedule.evaluated))
+        self._last_saved = step
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary. Ctrl-C or SIGTERM: checkpoint and stop; a second one: stop now."""
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         began = time.time() - self.totals.wall_seconds
-        self.telemetry = Telemetry(self.run_dir.path, self.recipe.learner.steps, self._resume_step)
+        limits = self.recipe.runtime
+        self.telemetry = Telemetry(self.run_dir.path, self.recipe.learner.steps, self._resume)
         try:
-            with Fleet(self.run_dir.logs, self.recipe.runtime.timeout_s) as self.fleet:
+            with Fleet(self.run_dir.logs, limits.timeout_s, limits.start_timeout_s) as self.fleet:
                 self._start_workers()
                 while not self.schedule.done:
                     self._advance()
@@ -450,7 +452,7 @@ class Conductor:
         prompt = hf.decode(self.model.tokenizer, rollout.token_ids[: rollout.prompt_length])
         self.telemetry.samples.write(
             {
-                "step": step, "sample": str(sample), "versions": rollout.spans, "prompt": prompt,
+                "kind": sample.split, "step": step, "sample": str(sample), "versions": rollout.spans, "prompt": prompt,
                 "response": self._text(rollout), "score": grade, "finish": rollout.finish,
             }
         )  # fmt: skip

@@ -154,4 +154,3 @@ class Failed:
 
     kind: Literal["user", "worker"]
     message: str
-    traceback: str

@@ -231,7 +231,7 @@ def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             extra, error = {}, None
             try:
                 extra = engine.save(command.folder)
-            except Exception as problem:  # a full disk comes wrapped in torch's own exceptions
+            except BaseException as problem:  # a full disk comes wrapped in torch's CheckpointException, no Exception
                 error = disk_error(problem)
                 if error is None:
                     raise

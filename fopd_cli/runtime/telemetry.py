@@ -15,6 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,21 @@ from fopd_cli.runtime.messages import Span
 BUSY = ("generate", "score", "train", "publish", "measure", "grade")
 
 
-class JsonLines:
-    """An append-only file of records; on resume, records of steps that will be redone are moved aside, not lost."""
+@dataclass(frozen=True)
+class Resume:
+    """Where a resumed run takes up: the step, and the versions whose evaluation is complete."""
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
+    step: int
+    evaluated: frozenset[int]
+
+
+class JsonLines:
+    """An append-only file of records; on resume, records of what will be redone are moved aside, not lost."""
+
+    def __init__(self, path: Path, resume: Resume | None) -> None:
         self.path = path
-        if resume_step is not None and path.exists():
-            self._rewind(resume_step)
+        if resume is not None and path.exists():
+            self._rewind(resume)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
@@ -41,15 +50,18 @@ class JsonLines:
     def close(self) -> None:
         self._file.close()
 
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, resume: Resume) -> None:
         kept: list[str] = []
         redone: list[str] = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                at = json.loads(line)["step"]
+                record = json.loads(line)
+                again = record["step"] > resume.step
             except (ValueError, KeyError):
                 continue  # a line cut short by the crash
-            (kept if at <= step else redone).append(line)
+            if record.get("kind") == "eval" and record["step"] not in resume.evaluated:
+                again = True  # a checkpoint is written before the evaluation of the same step
+            (redone if again else kept).append(line)
         if redone:
             with self.path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as aside:
                 aside.write("".join(line + "\n" for line in redone))
@@ -86,17 +98,15 @@ class Trace:
 class Telemetry:
     """All of a run's output files and its progress bar."""
 
-    def __init__(self, run_dir: Path, steps: int, resume_step: int | None) -> None:
+    def __init__(self, run_dir: Path, steps: int, resume: Resume | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.metrics = JsonLines(run_dir / "metrics.jsonl", resume_step)
-        self.ledger = JsonLines(run_dir / "ledger.jsonl", resume_step)
-        self.samples = JsonLines(run_dir / "samples.jsonl", resume_step)
+        self.metrics = JsonLines(run_dir / "metrics.jsonl", resume)
+        self.ledger = JsonLines(run_dir / "ledger.jsonl", resume)
+        self.samples = JsonLines(run_dir / "samples.jsonl", resume)
         self.trace = Trace(run_dir / "trace.json")
-        self.board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
-        )
-        self.progress = Progress(steps, resume_step or 0)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume is None else resume.step + 1)
+        self.progress = Progress(steps, resume.step if resume else 0)
         self._busy: dict[str, float] = defaultdict(float)
         self._busy_total: dict[str, float] = defaultdict(float)
         self._window = self._began = time.time()

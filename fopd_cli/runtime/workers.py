@@ -5,7 +5,7 @@ middle of a message can spoil only its own queue. The conductor waits on all out
 
 No worker outlives the command: the kernel kills it when its parent dies (PR_SET_PDEATHSIG), whatever killed the parent.
 No worker hangs unnoticed: it bumps its pulse as it works, and one that owes an answer and has had no pulse for
-`timeout_s` has its stacks written to its log, is killed and named.
+`timeout_s` (`start_timeout_s` while it loads its model) has its stacks written to its log, is killed and named.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Worker:
     pulse: torch.Tensor
     log: Path
     owed: int = 0
+    started: bool = False  # has said that its engine stands
     sent_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -102,8 +103,8 @@ class Worker:
 class Fleet:
     """All workers of a run. Use as a context manager: leaving it stops them, an exception kills them."""
 
-    def __init__(self, logs: Path, timeout_s: float) -> None:
-        self.logs, self.timeout_s = logs, timeout_s
+    def __init__(self, logs: Path, timeout_s: float, start_timeout_s: float) -> None:
+        self.logs, self.timeout_s, self.start_timeout_s = logs, timeout_s, start_timeout_s
         self.workers: dict[str, Worker] = {}
         self._context = mp.get_context("spawn")
 
@@ -162,6 +163,7 @@ class Fleet:
                 self._died(worker)
             if isinstance(message, Failed):
                 self._failed(worker, message)
+            worker.started = True
             worker.owed -= 1
             worker.sent_at = time.monotonic()
             messages.append((worker, message))
@@ -182,12 +184,13 @@ class Fleet:
         now = time.monotonic()
         for worker in self.workers.values():
             silence = now - max(float(worker.pulse[0]), worker.sent_at)
-            if worker.owed > 0 and silence > self.timeout_s:
+            limit, key = (self.timeout_s, "timeout_s") if worker.started else (self.start_timeout_s, "start_timeout_s")
+            if worker.owed > 0 and silence > limit:
                 with contextlib.suppress(OSError):
                     os.kill(worker.process.pid, signal.SIGUSR1)  # faulthandler writes all stacks to its log
                     time.sleep(0.5)
                 raise WorkerError(
-                    f"{worker.name} (pid {worker.process.pid}) has not moved for {silence:.0f} s (runtime.timeout_s); "
+                    f"{worker.name} (pid {worker.process.pid}) has not moved for {silence:.0f} s (runtime.{key}); "
                     f"its stacks are in {worker.log}"
                 )
 
@@ -253,13 +256,14 @@ def _main(
     try:
         target(spec, mailbox, *args)
     except UserError as error:
-        mailbox.send(Failed("user", str(error), ""))
+        mailbox.send(Failed("user", str(error)))
     except BaseException as error:
-        text = traceback.format_exc()
-        print(text, file=sys.stderr, flush=True)
         first = (str(error).strip().splitlines() or [""])[0]
-        mailbox.send(Failed("worker", f"{type(error).__name__}: {first}", text))
+        mailbox.send(Failed("worker", f"{type(error).__name__}: {first}"))
+        with contextlib.suppress(OSError):  # the log may be what filled the disk
+            traceback.print_exc()
     outbox.close()
     outbox.join_thread()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(0)  # past the interpreter's teardown, in which gloo's threads sometimes abort the process

@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""What freshness control costs, and what FSDP2 costs where it has nothing to shard: learner steps side by side.
+
+    python benchmarks/learner.py [--repeats 20] [--hidden 256] [--vocab 32000]
+
+Times whole optimizer steps of one process on one batch, the variants in turn within each repeat, and prints the median
+of the ratios pair by pair. `loss alone` computes the distillation loss and nothing for freshness.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from fopd_cli.engines import fsdp_learner
+from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
+from fopd_cli.freshness import drift
+from fopd_cli.freshness.score import POLICIES
+from fopd_cli.losses.chunked import LossSpec
+from fopd_cli.samples import Rollout, Sample, TeacherTargets
+
+CPU = torch.device("cpu")
+
+
+def model(hidden: int, vocab: int) -> Any:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4, head_dim=32,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, tie_word_embeddings=True,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def batch(count: int, length: int, hidden: int, vocab: int) -> list[Sample]:
+    rng = np.random.Generator(np.random.PCG64(0))
+    samples = []
+    for i in range(count):
+        n = int(rng.integers(length // 2, length))
+        ids = rng.integers(0, vocab, size=n + 8).astype(np.int32)
+        logprobs = np.full(n, -np.log(vocab), dtype=np.float32)
+        rollout = Rollout(i, ids, 8, np.ones(n, dtype=bool), logprobs, [(0, 0, n)], "length")
+        samples.append(Sample(rollout, TeacherTargets("hidden", hidden=torch.randn(n, hidden)), lag=i % 3))
+    return samples
+
+
+def learner(hidden: int, vocab: int, policy: str, sharded: bool = False) -> FsdpLearner:
+    config = LearnerConfig(
+        loss=LossSpec("reverse_kl", "full"), policy=POLICIES[policy], alpha=1.0, beta=1.0, xi=0.01, anchor=1.0, weights="raw",
+        step_scale="none", average="sample", lr=1e-5, warmup_steps=0, decay="constant", min_lr_ratio=0.1, steps=10**6,
+        betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, micro_tokens=4096, compute_dtype=torch.float32,
+        activation_checkpointing=False, vocab=vocab,
+    )  # fmt: skip
+    head = torch.randn(vocab, hidden) / hidden**0.5
+    if sharded:  # any compute dtype but fp32 shards; the cast is then undone, so that only FSDP's own work differs
+        policy_class = fsdp_learner.MixedPrecisionPolicy
+        fsdp_learner.MixedPrecisionPolicy = lambda **kw: policy_class(**{**kw, "param_dtype": torch.float32})  # type: ignore[misc, assignment]
+        made = FsdpLearner(model(hidden, vocab), head, replace(config, compute_dtype=torch.bfloat16), CPU, 0, 1)
+        fsdp_learner.MixedPrecisionPolicy = policy_class  # type: ignore[misc]
+        return made
+    return FsdpLearner(model(hidden, vocab), head, config, CPU, 0, 1)
+
+
+class without_drift:
+    """Within it, the drift estimator does nothing: what remains is the loss alone."""
+
+    def __enter__(self) -> None:
+        self.real = drift.sampled
+        drift.sampled = lambda new, old: torch.zeros_like(old)
+
+    def __exit__(self, *_: Any) -> None:
+        drift.sampled = self.real
+
+
+def timed(one: FsdpLearner, samples: list[Sample]) -> float:
+    start = time.perf_counter()
+    one.train(one.version, samples)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        measure(args)
+        dist.destroy_process_group()
+
+
+def measure(args: argparse.Namespace) -> None:
+    samples = batch(args.samples, args.length, args.hidden, args.vocab)
+    variants = {
+        "loss alone": learner(args.hidden, args.vocab, "async"),
+        "async (drift measured)": learner(args.hidden, args.vocab, "async"),
+        "fopd (weights, anchor)": learner(args.hidden, args.vocab, "fopd"),
+        "fopd under FSDP2, one rank": learner(args.hidden, args.vocab, "fopd", sharded=True),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(args.repeats + 2):
+        for name, one in variants.items():
+            if name == "loss alone":
+                with without_drift():
+                    seconds = timed(one, samples)
+            else:
+                seconds = timed(one, samples)
+            if repeat >= 2:
+                times[name].append(seconds)
+    tokens = sum(len(s.rollout.token_ids) for s in samples)
+    print(
+        f"{args.samples} samples, {tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, {torch.get_num_threads()} threads"
+    )
+    for name, seconds_list in times.items():
+        ratios = [a / b for a, b in zip(seconds_list, times["loss alone"], strict=True)]
+        print(
+            f"{name:28} median {statistics.median(seconds_list) * 1e3:7.1f} ms   x loss alone: "
+            f"{statistics.median(ratios):.3f} (min {min(ratios):.3f}, max {max(ratios):.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

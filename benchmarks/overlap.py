@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Does asynchrony pay? The same run at depth 0 and depth 2, with a teacher made slow by a configured delay.
+
+    python benchmarks/overlap.py [--steps 30] [--delay-ms 4] [--repeats 3]
+
+Prints wall seconds between the first and the last optimizer step, alternating the two, and the ratio pair by pair. With
+work for the teacher as long as for sampler and learner together, the best that overlap can give is a ratio of 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def seconds(depth: int, steps: int, delay_ms: float, folder: Path) -> float:
+    """Wall seconds of steps 2 .. `steps`, as the run itself records them."""
+    run = folder / "run"
+    settings = [
+        f"schedule.depth={depth}",
+        f"learner.steps={steps}",
+        f"teacher.delay_ms={delay_ms}",
+        "checkpoint.every=0",
+    ]
+    command = [sys.executable, "-m", "fopd_cli", "run", str(ROOT / "recipes/quickstart.yaml"), "--run-dir", str(run)]
+    for setting in settings:
+        command += ["--set", setting]
+    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    walls = [r["timing"]["wall_seconds"] for r in records if r["kind"] == "step"]
+    return float(walls[-1] - walls[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--delay-ms", type=float, default=4.0, help="of the teacher, for each sample")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    ratios = []
+    for _ in range(args.repeats):
+        found = {}
+        for depth in (0, 2):
+            with tempfile.TemporaryDirectory() as folder:
+                found[depth] = seconds(depth, args.steps, args.delay_ms, Path(folder))
+        ratios.append(found[0] / found[2])
+        print(f"depth 0: {found[0]:.2f} s   depth 2: {found[2]:.2f} s   ratio {ratios[-1]:.2f}", flush=True)
+    print(
+        f"median ratio of {len(ratios)}: {statistics.median(ratios):.2f} (depth 0 / depth 2; above 1: asynchrony pays)"
+    )
+
+
+if __name__ == "__main__":
+    main()
