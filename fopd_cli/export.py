@@ -18,7 +18,7 @@ PREFIX = "lm."  # the learner keeps the model under this name
 def export_student(run: RunDir, out: Path, step: int | None) -> int:
     """Write the student of a checkpoint (default: the newest sound one) to `out`; returns its step.
 
-    Weights are saved in the dtype that the original student was saved in.
+    Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those of this model.
     """
     recipe = run.load_recipe([])
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep)
@@ -30,8 +30,8 @@ def export_student(run: RunDir, out: Path, step: int | None) -> int:
     state = {"model": {PREFIX + name: tensor for name, tensor in model.state_dict().items()}}
     dcp.load(state, store.path(step) / "learner", alone=True)
     model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()})
-    config = hf.load_config(recipe.student.model, "student.model")
-    model.to(getattr(config, "dtype", None) or torch.float32)
+    evaluated_in = json.loads((store.path(step) / "state.json").read_text())["student_dtype"]
+    model.to(getattr(torch, evaluated_in))
     try:
         model.save_pretrained(out)  # type: ignore[operator]
         hf.load_tokenizer(recipe.student.model, "student.model").save_pretrained(out)

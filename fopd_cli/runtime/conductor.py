@@ -512,6 +512,7 @@ class Conductor:
             "schedule": schedule,
             "refresh_last": self.refresh.last,
             "learner": learner,
+            "student_dtype": str(self.setup.channel.dtype).removeprefix("torch."),
             "totals": vars(self.totals),
             "grades": {k: self.grades[k] for k in known if k in self.grades},
             "rollouts": save_buffer(folder / "buffer.safetensors", rollouts, targets),
