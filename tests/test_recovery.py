@@ -185,7 +185,7 @@ def test_a_killed_worker_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pai
 
 
 def test_a_hanging_worker_is_named(fopd: Fopd, pair: Path) -> None:
-    process, run = start(fopd, slow(pair, 1, steps=200, runtime={"timeout_s": 3.0}))
+    process, run = start(fopd, slow(pair, 1, steps=200, runtime={"timeout_s": 5.0}))
     wait_for(lambda: steps_done(run) >= 2, "two steps")
     family = descendants(process.pid)
     worker(run, "teacher-0", family).suspend()

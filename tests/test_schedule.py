@@ -11,18 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fopd_cli.runtime.schedule import (
-    Abort,
-    Generate,
-    Lease,
-    Load,
-    Measure,
-    Schedule,
-    ScheduleConfig,
-    Score,
-    State,
-    Train,
-)
+from fopd_cli.runtime.schedule import Schedule
+from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, ScheduleConfig, Score, State, Train
 from fopd_cli.samples import SampleId
 
 

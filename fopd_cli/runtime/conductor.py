@@ -33,10 +33,11 @@ from fopd_cli.runtime.checkpoint import CheckpointStore, disk_error, load_buffer
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.rundir import RunDir, fingerprint
-from fopd_cli.runtime.schedule import Abort, Generate, Lease, Load, Measure, Schedule, Score, Train
+from fopd_cli.runtime.schedule import Schedule
 from fopd_cli.runtime.sizes import arena_bytes
 from fopd_cli.runtime.stream import PromptStream, evaluation_ids, schedule_config
 from fopd_cli.runtime.telemetry import Resume, Telemetry
+from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Score, Train
 from fopd_cli.runtime.workers import Fleet, Worker
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
 

@@ -44,7 +44,7 @@ def resolve_dtype(name: str, cuda: bool) -> torch.dtype:
 if TYPE_CHECKING:
     from fopd_cli.engines.fsdp_learner import LearnerConfig
 
-SPAN_S = 1.0  # a sampler that is never idle reports its work in spans of about this length
+SPAN_S = 0.25  # a sampler that is never idle reports its work in spans of about this length
 
 
 # ---- building engines -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 
 from fopd_cli.engines import hf
 from fopd_cli.recipe import Recipe
-from fopd_cli.runtime.schedule import ScheduleConfig
+from fopd_cli.runtime.tickets import ScheduleConfig
 from fopd_cli.samples import Prompt, SampleId
 from fopd_cli.tasks import Task
 
