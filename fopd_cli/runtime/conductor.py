@@ -137,10 +137,10 @@ class Conductor:
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the summary. Ctrl-C or SIGTERM: checkpoint and stop; a second one: stop now."""
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         began = time.time() - self.totals.wall_seconds
         limits = self.recipe.runtime
         self.telemetry = Telemetry(self.run_dir.path, self.recipe.learner.steps, self._resume)
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             with Fleet(self.run_dir.logs, limits.timeout_s, limits.start_timeout_s) as self.fleet:
                 self._start_workers()
