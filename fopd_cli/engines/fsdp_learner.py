@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fopd_cli.engines import dcp
 from fopd_cli.engines.batching import balanced_shares, by_token_budget, right_padded
-from fopd_cli.engines.hf import backbone
+from fopd_cli.engines.hf import backbone, blocks
 from fopd_cli.freshness import drift, score
 from fopd_cli.losses.chunked import LossSpec, Positions, TokenTerms, token_terms
 from fopd_cli.losses.objective import objective
@@ -127,7 +127,7 @@ class FsdpLearner:
         """One rank that computes in fp32 has nothing to shard or cast; otherwise FSDP2 keeps the fp32 masters."""
         lm, config = self.student.lm, self.config
         if config.activation_checkpointing:
-            block_type = type(backbone(lm).layers[0])
+            block_type = type(blocks(lm)[0])
             apply_activation_checkpointing(lm, checkpoint_wrapper, check_fn=lambda m: isinstance(m, block_type))
         if self.world == 1 and config.compute_dtype == torch.float32:
             self.student.to(self.device)
@@ -136,7 +136,7 @@ class FsdpLearner:
             param_dtype=config.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         mesh = dist.init_device_mesh(self.device.type, (self.world,))
-        for block in backbone(lm).layers:
+        for block in blocks(lm):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(self.student, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 

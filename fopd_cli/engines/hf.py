@@ -68,6 +68,15 @@ def backbone(model: Any) -> Any:
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
+def blocks(model: Any) -> Any:
+    """The transformer blocks: the units of sharding and of activation checkpointing."""
+    for name in ("layers", "h"):
+        found = getattr(backbone(model), name, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise UserError(f"{type(model).__name__}: fopd does not know where this architecture keeps its transformer blocks")
+
+
 @torch.no_grad()
 def check_head(model: Any, key: str) -> None:
     """Logits must be `hidden @ head.T`: a bias, a scale or a soft cap after the head would be lost by our losses."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from fopd_cli.engines.batching import by_token_budget, right_padded
-from fopd_cli.engines.hf import backbone
+from fopd_cli.engines.hf import backbone, blocks
 from fopd_cli.samples import Rollout, TeacherTargets
 
 HEAD_CHUNK_BYTES = 256 << 20  # of one float32 [positions, vocab] tensor
@@ -49,7 +49,7 @@ class TransformersTeacher:
         self.model = _HiddenAndHead(model.eval().requires_grad_(False))
         if world > 1:
             mesh = dist.init_device_mesh(device.type, (world,))
-            for block in backbone(model).layers:
+            for block in blocks(model):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
         else:
