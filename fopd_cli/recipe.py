@@ -7,6 +7,7 @@ recipe first, then in the current directory. What runs is written to the run dir
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
 
 from fopd_cli.errors import UserError
 
@@ -35,11 +46,50 @@ class Student(Section):
     """Model directory or hub id of the student; it is trained, and its tokenizer is the run's."""
 
 
+class Vllm(Section):
+    """What engine vllm needs to know; other engines do not look at it."""
+
+    tensor_parallel: Positive = 1
+    """Devices (on a CPU: processes) that one replica is split over; must divide the attention heads."""
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of a device's memory for weights and KV cache, if kv_cache_gb does not say (CUDA)."""
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    """KV cache of a replica. Default: on CUDA what gpu_memory leaves; on a CPU what all running requests can need, at most an eighth of the RAM."""
+    eager: bool = False
+    """No CUDA graphs and no compilation: starts faster, generates slower. Always so on a CPU."""
+    max_batched_tokens: Positive | None = None
+    """Tokens a forward pass. Default: vLLM's for a sampler; 2048 for a teacher, whose prompt log-probs take 8 bytes x vocabulary a token."""
+
+
+class SamplerVllm(Vllm):
+    prefix_caching: bool = True
+    """Share the KV cache of equal prompt beginnings; dropped at every weight update."""
+
+
+class Http(Section):
+    """What engine http needs to know; other engines do not look at it."""
+
+    url: str | None = None
+    """Base of an OpenAI-compatible server that returns prompt log-probs for token ids (vLLM does), for example http://localhost:8000/v1."""
+    api_key_env: str | None = None
+    """Environment variable that holds the API key; null: the server wants none."""
+    concurrency: Positive = 16
+    """Requests under way at once."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Of one request."""
+    retries: NonNegative = 5
+    """Further tries after a refused connection, a time-out, or status 408, 429 or 5xx, with doubling pauses."""
+
+
 class Teacher(Section):
+    name: str = "teacher"
+    """How prompts name it, where there are several: teacher may be a list of such sections."""
     model: str
-    """Model directory or hub id of the frozen teacher; its tokenizer must give the same ids."""
-    engine: Literal["transformers"] = "transformers"
-    """What runs the teacher."""
+    """Model directory or hub id of the frozen teacher (engine http: the model's name on the server); its tokenizer must give the same ids."""
+    engine: Literal["transformers", "vllm", "http"] = "transformers"
+    """What runs the teacher. transformers: hidden states, hence exact losses; vllm and http: top-k or sampled log-probs."""
+    vllm: Vllm = Vllm()
+    http: Http = Http()
     targets: Literal["auto", "hidden", "topk", "sampled"] = "auto"
     """What the teacher hands over: hidden states (exact losses), top-k log-probs, or one log-prob a token. auto: what loss.support needs."""
     k: Positive = 64
@@ -47,11 +97,11 @@ class Teacher(Section):
     dtype: Dtype = "auto"
     """Weights and hidden states; auto: bf16 on CUDA, fp32 on a CPU."""
     batch_samples: Positive = 16
-    """Samples a scoring call."""
+    """Samples a scoring call, at most; it never waits for a call to fill up."""
     micro_tokens: Positive = 16384
     """Padded tokens a forward pass."""
     buffer_gb: Annotated[float, Field(gt=0)] | None = None
-    """Shared memory for targets; a full buffer holds the teacher back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at least two batches' worst case."""
+    """Shared memory for targets (of all teachers; the largest value counts); a full buffer holds the teacher back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at least two batches' worst case."""
     delay_ms: Annotated[float, Field(ge=0)] = 0.0
     """Sleep so long for every scored sample: a slow teacher, for studies."""
 
@@ -117,8 +167,9 @@ Task = Annotated[
 
 
 class Sampler(Section):
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     """What generates."""
+    vllm: SamplerVllm = SamplerVllm()
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Of the behaviour policy; behaviour log-probs and drift are at this temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -163,8 +214,8 @@ class Learner(Section):
 class Loss(Section):
     kind: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
-    support: Literal["full", "topk", "sampled"] = "full"
-    """full vocabulary (exact); the teacher's top-k and a tail class; or the sampled token alone (policy gradient)."""
+    support: Literal["auto", "full", "topk", "sampled"] = "auto"
+    """full vocabulary (exact); the teacher's top-k and a tail class; or the sampled token alone (policy gradient). auto: full if all teachers give hidden states, else topk."""
     beta: Share = 0.5
     """Of jsd, in TRL's convention: 0 is forward_kl, 1 is reverse_kl."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -271,11 +322,19 @@ class Runtime(Section):
     """A worker that owes an answer and has not moved for so long is stopped and named."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """The same while a worker loads its model."""
+    restarts: NonNegative = 2
+    """How often a sampler or a teacher that died or hung is started again, each. A learner is not: resume the run."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, dict | Teacher) else value
 
 
 class Recipe(Section):
+    model_config = ConfigDict(serialize_by_alias=True)
+
     student: Student
-    teacher: Teacher
+    teachers: Annotated[tuple[Teacher, ...], BeforeValidator(_as_list), Field(alias="teacher", min_length=1)]
     task: Task
     sampler: Sampler = Sampler()
     learner: Learner = Learner()
@@ -294,11 +353,25 @@ class Recipe(Section):
         return self.schedule.depth if self.schedule.lag is None else self.schedule.lag
 
     @property
+    def support(self) -> Literal["full", "topk", "sampled"]:
+        """loss.support, resolved: exact where all teachers give hidden states."""
+        if self.loss.support != "auto":
+            return self.loss.support
+        exact = all(t.engine == "transformers" and t.targets in ("auto", "hidden") for t in self.teachers)
+        return "full" if exact else "topk"
+
+    @property
     def targets(self) -> Literal["hidden", "topk", "sampled"]:
-        """What the teacher hands over, resolved."""
-        if self.teacher.targets != "auto":
-            return self.teacher.targets
-        return "hidden" if self.loss.support == "full" else self.loss.support
+        """What the teachers hand over, resolved; all of them the same."""
+        chosen = self.teachers[0].targets
+        if chosen != "auto":
+            return chosen
+        return "hidden" if self.support == "full" else self.support
+
+    @field_serializer("teachers", mode="wrap")
+    def _one_teacher_is_no_list(self, value: Any, handler: Any) -> Any:
+        dumped = handler(value)
+        return dumped[0] if len(dumped) == 1 else dumped
 
     @model_validator(mode="after")
     def _contradictions(self) -> Recipe:
@@ -319,21 +392,44 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if fresh.policy == "sync" and max_lag > 0:
         yield f"freshness.policy: sync means schedule.depth 0, but the lag may be {max_lag} here; set schedule.depth: 0"
-    if loss.support == "topk" and not loss.tail:
+    yield from _teacher_contradictions(recipe)
+    support = recipe.support
+    if support == "topk" and not loss.tail:
         yield (
             "loss.tail: a top-k divergence without a tail class lets the student hide mass outside the top k "
             "(and a truncated forward KL can go negative); set loss.tail: true"
         )
-    if loss.support == "sampled" and loss.kind != "reverse_kl":
+    if support == "sampled" and loss.kind != "reverse_kl":
         yield f"loss.kind: sampled support is the policy gradient of reverse_kl, {loss.kind} has none; set loss.kind: reverse_kl"
-    if loss.support == "topk" and loss.temperature != 1:
+    if support == "topk" and loss.temperature != 1:
         yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
-    if loss.support == "full" and recipe.targets != "hidden":
+    if support == "full" and recipe.targets != "hidden":
         yield f"teacher.targets: loss.support full needs hidden states, not {recipe.targets}; set teacher.targets: hidden"
-    if loss.support == "topk" and recipe.targets != "topk":
+    if support == "topk" and recipe.targets != "topk":
         yield f"teacher.targets: loss.support topk needs top-k log-probs, not {recipe.targets}; set teacher.targets: topk"
     if fresh.drift != "sampled" and recipe.sampler.top_p < 1:
         yield f"freshness.drift: {fresh.drift} needs the untruncated behaviour policy; set sampler.top_p: 1 or drift: sampled"
+
+
+def _teacher_contradictions(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with a teacher, or with several together."""
+    teachers = recipe.teachers
+    names = [t.name for t in teachers]
+    if len(set(names)) < len(names):
+        yield f"teacher.name: {max(names, key=names.count)!r} stands twice; give each teacher a name of its own"
+    for t in teachers:
+        if not re.fullmatch(r"[A-Za-z0-9_.]+", t.name):
+            yield f"teacher.name: {t.name!r} must be letters, digits, '_' or '.'; prompts and log files use it"
+        if t.engine != "transformers" and (t.targets == "hidden" or recipe.support == "full"):
+            yield (
+                f"teacher.engine: {t.engine} gives log-probs, not the hidden states that loss.support full needs; "
+                "set loss.support: topk (or auto), or teacher.engine: transformers"
+            )
+        if t.engine == "http" and t.http.url is None:
+            yield "teacher.http.url: engine http needs the server's address, for example http://localhost:8000/v1"
+    for key, values in (("targets", {t.targets for t in teachers}), ("k", {t.k for t in teachers})):
+        if len(values) > 1 and (key == "targets" or recipe.targets == "topk"):
+            yield f"teacher.{key}: {', '.join(map(str, sorted(values)))}: all teachers must have the same"
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------------
@@ -352,7 +448,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+        raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(_fields(Recipe))}")
     for override in overrides:
         _set(raw, override)
     _resolve_paths(raw, path.resolve().parent)
@@ -364,7 +460,7 @@ def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain_error(e) for e in error.errors()]
+        lines = [_explain_error(e, raw) for e in error.errors()]
         raise UserError(f"{source}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
@@ -387,31 +483,50 @@ def _set(raw: dict[str, Any], override: str) -> None:
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
+        if isinstance(child, list):
+            _set_item(child, [*parents[i + 1 :], last], value, override)
+            return
         if not isinstance(child, dict):
             raise UserError(f"--set {override!r}: {'.'.join(parents[: i + 1])} is no section")
         node = child
     node[last] = parsed
 
 
+def _set_item(items: list[Any], path: list[str], value: str, override: str) -> None:
+    """One of several teachers, by its number or name: teacher.0.k=8, teacher.maths.k=8."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    index = int(path[0]) if path[0].isdigit() else names.index(path[0]) if path[0] in names else len(items)
+    if index >= len(items) or len(path) < 2 or not isinstance(items[index], dict):
+        raise UserError(
+            f"--set {override!r}: there are {len(items)} of them; name one by number or name, as in teacher.0.k=8"
+        )
+    _set(items[index], f"{'.'.join(path[1:])}={value}")
+
+
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     """Paths beside the recipe win over paths in the current directory; what exists in neither stays as it is."""
     for section, keys in (("student", ("model",)), ("teacher", ("model",)), ("task", ("train", "eval"))):
-        values = raw.get(section)
-        if not isinstance(values, dict):
-            continue
-        for key in keys:
-            value = values.get(key)
-            if not isinstance(value, str) or value.startswith("hf:"):
-                continue
-            for base in (folder, Path.cwd()):
-                candidate = base / Path(value).expanduser()
-                if candidate.exists():
-                    values[key] = str(candidate.resolve())
-                    break
+        found = raw.get(section)
+        for values in found if isinstance(found, list) else [found]:
+            if isinstance(values, dict) and values.get("engine") != "http":
+                for key in keys:
+                    values.update(_resolved(values, key, folder))
 
 
-def _explain_error(error: Any) -> str:
-    loc = [str(part) for part in error["loc"] if part not in ("arithmetic", "math", "plugin")]
+def _resolved(values: dict[str, Any], key: str, folder: Path) -> dict[str, str]:
+    value = values.get(key)
+    if isinstance(value, str) and not value.startswith("hf:"):
+        for base in (folder, Path.cwd()):
+            candidate = base / Path(value).expanduser()
+            if candidate.exists():
+                return {key: str(candidate.resolve())}
+    return {}
+
+
+def _explain_error(error: Any, raw: dict[str, Any]) -> str:
+    numbered = isinstance(raw.get("teacher"), list)  # a single teacher is a list of one only to pydantic
+    tags = ("arithmetic", "math", "plugin")
+    loc = [str(part) for part in error["loc"] if part not in tags and (numbered or not isinstance(part, int))]
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         known = _known_keys(loc[:-1], error["loc"])
@@ -429,8 +544,14 @@ def _explain_error(error: Any) -> str:
 def _known_keys(parents: list[str], loc: tuple[Any, ...]) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in parents:
-        model = _section_models(model.model_fields[part].annotation, loc)[0]
-    return list(model.model_fields)
+        if not part.isdigit():
+            model = _section_models(_fields(model)[part].annotation, loc)[0]
+    return list(_fields(model))
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    """Fields by the names that recipes use."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _section_models(annotation: Any, loc: tuple[Any, ...] = ()) -> list[type[BaseModel]]:
@@ -454,7 +575,7 @@ def explain() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _explain(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    for name, field in model.model_fields.items():
+    for name, field in _fields(model).items():
         sections = _section_models(field.annotation)
         if sections:
             for section in sections:

@@ -31,6 +31,7 @@ class Prompt:
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     payload: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None  # name of the teacher that judges it; None: the first
 
 
 @dataclass(frozen=True, order=True)
@@ -127,6 +128,7 @@ class TeacherTargets:
 
     `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes exact logits.
     `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the likeliest tokens.
+    `teacher` is the number of the teacher that said it.
     """
 
     kind: TargetKind
@@ -134,6 +136,7 @@ class TeacherTargets:
     logprobs: torch.Tensor | None = None
     topk_logprobs: torch.Tensor | None = None
     topk_ids: torch.Tensor | None = None
+    teacher: int = 0
 
 
 @dataclass

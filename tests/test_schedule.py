@@ -19,7 +19,7 @@ from fopd_cli.samples import SampleId
 def config(**changes: Any) -> ScheduleConfig:
     values: dict[str, Any] = {
         "steps": 6, "batch": 4, "depth": 2, "lag": None, "inflight": "wait", "replicas": 1, "concurrency": 8,
-        "score_batch": 2, "exclusive": False, "eval_versions": frozenset(),
+        "score_batch": (2,), "exclusive": False, "eval_versions": frozenset(),
     }  # fmt: skip
     return ScheduleConfig(**{**values, **changes})
 
@@ -33,7 +33,7 @@ class Simulator:
 
     def __init__(
         self, cfg: ScheduleConfig, seed: int = 0, durations: dict[str, tuple[float, float]] | None = None,
-        evals: int = 0, refresh_every: int = 0, arena: int | None = None,
+        evals: int = 0, refresh_every: int = 0, arena: int | None = None, faults: int = 0,
     ) -> None:  # fmt: skip
         self.rng = random.Random(seed)
         self.durations = {
@@ -41,21 +41,28 @@ class Simulator:
             "score": (0.1, 1.0),
             "train": (0.5, 2.0),
             "load": (0.0, 0.3),
+            "fault": (0.0, 30.0),
+            "restart": (0.1, 4.0),
             **(durations or {}),
         }
         self.arena, self.held = arena, 0
         self.schedule = Schedule(
-            cfg, stream, [SampleId("eval", 0, i, 0) for i in range(evals)], self._reserve, self._release
-        )
+            cfg, stream, [SampleId("eval", 0, i, 0) for i in range(evals)], self._reserve, self._release,
+            lambda sample: sample.prompt % len(cfg.score_batch),
+        )  # fmt: skip
+        self.lives: Counter[tuple[str, int]] = Counter()  # how often each engine was lost: what it owed never comes
         self.clock, self.events, self.order = 0.0, [], 0
         self.lags: list[int] = []
         self.steps: list[tuple[float, tuple[str, ...]]] = []
         self.measured: Counter[int] = Counter()
         self.trained: list[str] = []
         self.refresh_every = refresh_every
-        self.sampler_version: dict[int, int] = {}
+        self.scoring: list[dict[int, tuple[int, ...]]] = [{} for _ in cfg.score_batch]
+        self.calls = 0
         self.evictions = 0
         self.busy: dict[str, list[tuple[float, float]]] = {"sample": [], "score": [], "train": []}
+        for _ in range(faults):
+            self.after("fault", self.fault)
 
     def _reserve(self, keys: tuple[int, ...]) -> bool:
         if self.arena is not None and self.held + len(keys) > self.arena:
@@ -73,6 +80,29 @@ class Simulator:
             self.busy[what].append((self.clock, self.clock + duration))
         heapq.heappush(self.events, (self.clock + duration, self.order, call))
         self.order += 1
+
+    def from_engine(self, role: str, index: int, what: str, call: Any) -> None:
+        """An answer that comes only if its engine lives till then."""
+        life = self.lives[role, index]
+        self.after(what, lambda: call() if self.lives[role, index] == life else None)
+
+    def fault(self) -> None:
+        """One sampler or teacher dies; it is back after a while."""
+        s = self.schedule
+        role, engines = self.rng.choice([("sampler", s.replicas), ("teacher", s.teachers)])
+        index = self.rng.randrange(len(engines))
+        if not engines[index].up:
+            return
+        self.lives[role, index] += 1
+        if role == "sampler":
+            s.on_sampler_lost(index)
+            self.after("restart", lambda: s.on_sampler_back(index))
+        else:
+            scoring = sum(len(keys) for keys in self.scoring[index].values())
+            assert len(s.on_teacher_lost(index)) <= scoring
+            self.held -= scoring
+            self.scoring[index].clear()
+            self.after("restart", lambda: s.on_teacher_back(index))
 
     def run(self) -> Simulator:
         s = self.schedule
@@ -93,13 +123,17 @@ class Simulator:
         match action:
             case Generate(replica, keys):
                 for key in keys:
-                    self.after("sample", lambda r=replica, k=key, v=s.replicas[replica].loaded: self.sampled(r, k, v))
+                    version = s.replicas[replica].loaded
+                    self.from_engine("sampler", replica, "sample", lambda r=replica, k=key, v=version: self.sampled(r, k, v))
             case Load(replica, version):
                 assert version <= s.step
                 assert version >= s.step - 1, "its slot may be overwritten"
-                self.after("load", lambda: s.on_loaded(replica, version))
-            case Score(keys):
-                self.after("score", lambda: [self._release_dropped() for _ in s.on_scored(keys)])
+                self.from_engine("sampler", replica, "load", lambda: s.on_loaded(replica, version))
+            case Score(teacher, keys):
+                assert {s.tickets[k].teacher for k in keys} == {teacher}
+                self.calls += 1
+                self.scoring[teacher][self.calls] = keys
+                self.from_engine("teacher", teacher, "score", lambda c=self.calls: self.scored(teacher, c))
             case Train(step, keys):
                 assert all(r.loading is None or r.loading >= step for r in s.replicas)
                 self.lags += [step - s.tickets[k].version for k in keys]
@@ -114,8 +148,8 @@ class Simulator:
             case Abort(_):
                 pass
 
-    def _release_dropped(self) -> None:
-        self.held -= 1
+    def scored(self, teacher: int, call: int) -> None:
+        self.held -= len(self.schedule.on_scored(teacher, self.scoring[teacher].pop(call)))
 
     def sampled(self, replica: int, key: int, version: int) -> None:
         if self.schedule.on_sampled(replica, key, version):
@@ -143,19 +177,20 @@ def accounts(s: Schedule) -> None:
 @given(
     depth=st.integers(0, 5), batch=st.integers(1, 6), replicas=st.integers(1, 3), concurrency=st.integers(1, 9),
     score_batch=st.integers(1, 5), inflight=st.sampled_from(["keep", "wait"]), exclusive=st.booleans(),
-    evals=st.integers(0, 7), refresh=st.sampled_from([0, 2, 3]), arena=st.booleans(), seed=st.integers(0, 10**6),
+    evals=st.integers(0, 7), refresh=st.sampled_from([0, 2, 3]), arena=st.booleans(), faults=st.integers(0, 4),
+    teachers=st.integers(1, 2), seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_lag_is_bounded_and_accounts_are_exact(
     depth: int, batch: int, replicas: int, concurrency: int, score_batch: int, inflight: Any, exclusive: bool,
-    evals: int, refresh: int, arena: bool, seed: int,
+    evals: int, refresh: int, arena: bool, faults: int, teachers: int, seed: int,
 ) -> None:  # fmt: skip
-    """Whatever the durations: it ends, no sample is older than the depth, none is trained twice, none is lost."""
+    """Whatever the durations and whoever dies: it ends, no sample is older than the depth, none is trained twice or lost."""
     cfg = config(
-        depth=depth, batch=batch, replicas=replicas, concurrency=concurrency, score_batch=score_batch, inflight=inflight,
+        depth=depth, batch=batch, replicas=replicas, concurrency=concurrency, score_batch=(score_batch,) * teachers, inflight=inflight,
         exclusive=exclusive, eval_versions=frozenset({0, 3, 6}),
     )  # fmt: skip
     sim = Simulator(
-        cfg, seed, evals=evals, refresh_every=refresh, arena=3 * batch + score_batch if arena else None
+        cfg, seed, evals=evals, refresh_every=refresh, arena=3 * batch + score_batch if arena else None, faults=faults
     ).run()
     assert max(sim.lags) <= depth
     assert len(sim.trained) == len(set(sim.trained)) == 6 * batch
@@ -167,9 +202,13 @@ def test_lag_is_bounded_and_accounts_are_exact(
 
 
 @settings(max_examples=60, deadline=None)
-@given(lag=st.integers(0, 5), batch=st.integers(1, 5), replicas=st.integers(1, 2), seed=st.integers(0, 10**6))
-def test_fixed_lag_is_exact(lag: int, batch: int, replicas: int, seed: int) -> None:
-    sim = Simulator(config(lag=lag, batch=batch, replicas=replicas, steps=9), seed).run()
+@given(
+    lag=st.integers(0, 5), batch=st.integers(1, 5), replicas=st.integers(1, 2), exclusive=st.booleans(),
+    faults=st.integers(0, 3), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_fixed_lag_is_exact(lag: int, batch: int, replicas: int, exclusive: bool, faults: int, seed: int) -> None:
+    cfg = config(lag=lag, batch=batch, replicas=replicas, steps=9, exclusive=exclusive)
+    sim = Simulator(cfg, seed, faults=faults).run()
     expected = [step - max(0, step - lag) for step in range(9) for _ in range(batch)]
     assert sim.lags == expected
 
@@ -177,15 +216,17 @@ def test_fixed_lag_is_exact(lag: int, batch: int, replicas: int, seed: int) -> N
 @settings(max_examples=30, deadline=None)
 @given(lag=st.sampled_from([None, 0, 2]), seed=st.integers(0, 10**6))
 def test_deterministic_modes_form_the_same_batches_whatever_the_durations(lag: int | None, seed: int) -> None:
-    cfg = config(depth=0, lag=lag, concurrency=3, score_batch=3, batch=5)
-    assert [b for _, b in Simulator(cfg, seed).run().steps] == [b for _, b in Simulator(cfg, seed + 1).run().steps]
+    cfg = config(depth=0, lag=lag, concurrency=3, score_batch=(3,), batch=5)
+    steps = [b for _, b in Simulator(cfg, seed).run().steps]
+    assert steps == [b for _, b in Simulator(cfg, seed + 1).run().steps]
+    assert steps == [b for _, b in Simulator(cfg, seed + 2, faults=3).run().steps], "a restarted engine changes nothing"
 
 
 def test_deterministic_teacher_groups() -> None:
     """At depth 0 the teacher's groups too are the same, whatever the order of arrival."""
     groups = []
     for seed in range(4):
-        sim = Simulator(config(depth=0, concurrency=3, score_batch=4, batch=10, steps=2), seed)
+        sim = Simulator(config(depth=0, concurrency=3, score_batch=(4,), batch=10, steps=2), seed)
         seen: list[tuple[int, ...]] = []
         start = sim.start
         sim.start = lambda a, start=start, seen=seen: (seen.append(a.keys) if isinstance(a, Score) else None, start(a))[
@@ -198,7 +239,7 @@ def test_deterministic_teacher_groups() -> None:
 
 def test_depth_overlaps_and_depth_zero_does_not() -> None:
     times = {"sample": (1.0, 1.0), "score": (2.0, 2.0), "train": (2.0, 2.0), "load": (0.0, 0.0)}
-    runs = {d: Simulator(config(depth=d, steps=10, score_batch=4), durations=times).run() for d in (0, 2)}
+    runs = {d: Simulator(config(depth=d, steps=10, score_batch=(4,)), durations=times).run() for d in (0, 2)}
 
     def overlap(sim: Simulator) -> float:
         return sum(
@@ -298,13 +339,13 @@ def test_a_sample_older_than_the_bound_raises() -> None:
     (key,) = s.actions()[0].keys
     s.on_sampled(0, key, 0)
     s.on_graded(key)
-    s.on_scored(s.actions()[0].keys)
+    s.on_scored(0, s.actions()[0].keys)
     s.step = 1  # as if the admission had been broken
     with pytest.raises(RuntimeError, match="lag 1 > 0"):
         s.actions()
 
 
 def test_a_full_arena_takes_back_what_is_less_urgent() -> None:
-    sim = Simulator(config(depth=4, batch=4, steps=12, score_batch=3, concurrency=40), 5, arena=8).run()
+    sim = Simulator(config(depth=4, batch=4, steps=12, score_batch=(3,), concurrency=40), 5, arena=8).run()
     assert sim.evictions > 0
     assert sim.schedule.counts["trained"] == 48

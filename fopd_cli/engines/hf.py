@@ -179,5 +179,15 @@ def weight_layout(config: Any) -> list[tuple[str, tuple[int, ...]]]:
     return layout
 
 
+def tied_names(config: Any) -> dict[str, str]:
+    """Other name -> the name under which it is published, of every tied weight."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, tensor in empty_model(config).state_dict(keep_vars=True).items():
+        if first.setdefault(id(tensor), name) != name:
+            tied[name] = first[id(tensor)]
+    return tied
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

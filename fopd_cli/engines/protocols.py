@@ -6,7 +6,7 @@ owns its device memory; `sleep` gives that memory back to the other roles of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,17 +31,18 @@ class Sampler(Protocol):
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
 
-    def load(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
+    def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Become `version`, entirely. Running requests go on under it: their next tokens open a new span, and what
         those tokens attend to is recomputed with the new weights."""
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """Give device memory back; nothing runs. The weights may be forgotten: a `load` follows `wake`."""
 
     def wake(self) -> None: ...
 
 
 class Teacher(Protocol):
-    """The frozen teacher, judging. On several ranks all call `score` together, each with its own rollouts."""
+    """A frozen teacher, judging. On several ranks all call `score` together, each with its own rollouts."""
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         """Fill the targets (views into shared memory) of each rollout."""

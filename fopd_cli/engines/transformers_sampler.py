@@ -11,7 +11,7 @@ prompt and weights, not on its neighbours (up to the kernels' rounding for a bat
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,43 +20,15 @@ import torch
 from torch import Tensor
 
 from fopd_cli.engines.hf import TokenRules
+from fopd_cli.engines.rows import Row
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
 
 @dataclass
-class _Row:
-    """One running request."""
+class _Row(Row):
+    """One running request, and its random numbers."""
 
-    request: Request
-    uniforms: np.ndarray  # float64 (max_new_tokens,)
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    topk_logprobs: list[np.ndarray] = field(default_factory=list)
-    topk_ids: list[np.ndarray] = field(default_factory=list)
-    spans: list[tuple[int, int, int]] = field(default_factory=list)
-
-    def append(self, token: int, logprob: float, version: int) -> None:
-        n = len(self.ids)
-        self.ids.append(token)
-        self.logprobs.append(logprob)
-        if self.spans and self.spans[-1][0] == version:
-            self.spans[-1] = (version, self.spans[-1][1], n + 1)
-        else:
-            self.spans.append((version, n, n + 1))
-
-    def rollout(self, finish: Any) -> Rollout:
-        prompt = self.request.token_ids
-        return Rollout(
-            key=self.request.key,
-            token_ids=np.concatenate([prompt, np.asarray(self.ids, dtype=np.int32)]),
-            prompt_length=len(prompt),
-            loss_mask=np.ones(len(self.ids), dtype=bool),
-            logprobs=np.asarray(self.logprobs, dtype=np.float32),
-            spans=self.spans,
-            finish=finish,
-            topk_logprobs=np.stack(self.topk_logprobs) if self.topk_logprobs else None,
-            topk_ids=np.stack(self.topk_ids) if self.topk_ids else None,
-        )
+    uniforms: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (max_new_tokens,)
 
 
 class TransformersSampler:
@@ -83,7 +55,7 @@ class TransformersSampler:
         self._rows, self._cache = [], None
 
     @torch.no_grad()
-    def load(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> None:
+    def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = self.model.state_dict(keep_vars=True)
         for name, tensor in weights:
             own[name].copy_(tensor)
@@ -113,7 +85,8 @@ class TransformersSampler:
     def _start(self) -> None:
         requests = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
         self._rows = [
-            _Row(r, np.random.Generator(np.random.PCG64(r.seed)).random(r.params.max_new_tokens)) for r in requests
+            _Row(r, uniforms=np.random.Generator(np.random.PCG64(r.seed)).random(r.params.max_new_tokens))
+            for r in requests
         ]
         width = max(len(r.token_ids) for r in requests)
         ids = np.full((len(requests), width), self.rules.pad, dtype=np.int64)

@@ -6,7 +6,6 @@ that has fewer joins in with a dummy row, because the weights are gathered by ev
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,12 +38,10 @@ class _HiddenAndHead(nn.Module):
 
 
 class TransformersTeacher:
-    """Implements `protocols.Teacher`. `delay_s` sleeps that long for every sample: a slow teacher, for studies."""
+    """Implements `protocols.Teacher`."""
 
-    def __init__(
-        self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int, delay_s: float = 0.0
-    ) -> None:
-        self.device, self.world, self.micro_tokens, self.delay_s = device, world, micro_tokens, delay_s
+    def __init__(self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int) -> None:
+        self.device, self.world, self.micro_tokens = device, world, micro_tokens
         self.vocab = vocab  # logits past it are padding and are cut off
         self.model = _HiddenAndHead(model.eval().requires_grad_(False))
         if world > 1:
@@ -62,8 +59,6 @@ class TransformersTeacher:
             self._score_batch([rollouts[i] for i in indices], [targets[i] for i in indices])
         for _ in range(self._most(len(batches)) - len(batches)):
             self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
-        if self.delay_s:
-            time.sleep(self.delay_s * len(rollouts))
 
     def sleep(self) -> None:
         self.model.to("cpu")

@@ -21,6 +21,10 @@ samplers hold version t.
 
 **Two weight slots.** Version t + 1 is written over version t - 1, so step t starts only when no sampler is still
 being told to load something older than t.
+
+**Lost engines.** What a lost sampler was generating, or a lost teacher scoring, goes back one state, and whoever has
+room takes it up: a replica that lives, or the same one when it is back. A sampler that is back, or awake after its
+sleep on a time-sliced box, holds no weights and loads the newest before anything else.
 """
 
 from __future__ import annotations
@@ -52,12 +56,20 @@ class _Replica:
     loading: int | None = None
     stale: bool = False  # a refresh wants the newest weights before anything else
     running: set[int] = field(default_factory=set)
+    up: bool = True
+    blank: bool = True  # it holds no weights: just started, or slept
+
+
+@dataclass
+class _Teacher:
+    scoring: int = 0  # calls under way
+    up: bool = True
 
 
 class Schedule:
     """See the module's docstring. `prompt_stream(n)` is the n-th training draw, `eval_ids` the held-out ones.
 
-    `reserve(keys)` takes memory for the targets of all these samples, or none and says False; `release(key)` gives it back.
+    `teacher_of(sample)` is the number of the teacher that judges it. `reserve(keys)` takes memory for the targets of all these samples, or none and says False; `release(key)` gives it back.
     """
 
     def __init__(
@@ -67,11 +79,12 @@ class Schedule:
         eval_ids: Iterable[SampleId],
         reserve: Callable[[tuple[int, ...]], bool] = lambda keys: True,
         release: Callable[[int], None] = lambda key: None,
+        teacher_of: Callable[[SampleId], int] = lambda sample: 0,
     ) -> None:
         self.config = config
         self.prompt_stream = prompt_stream
         self.eval_ids = list(eval_ids)
-        self.reserve, self.release = reserve, release
+        self.reserve, self.release, self.teacher_of = reserve, release, teacher_of
         self.tickets: dict[int, Ticket] = {}
         self.retries: list[SampleId] = []  # dropped by a refresh, to be drawn again before new prompts
         self.cursor = 0  # next number of the prompt stream
@@ -80,7 +93,7 @@ class Schedule:
         self.consumed = 0  # samples consumed by those steps
         self.replicas = [_Replica() for _ in range(config.replicas)]
         self.learner_busy = True  # until `on_learner_ready`
-        self.scoring = 0  # teacher calls under way
+        self.teachers = [_Teacher() for _ in config.score_batch]
         self.counts: Counter[str] = Counter()  # drawn, trained, gated, refreshed
         self.evaluated: set[int] = set()
         self.lease: Role | None = None
@@ -98,7 +111,7 @@ class Schedule:
         r = self.replicas[replica]
         if r.loading != version:
             raise RuntimeError(f"sampler {replica} loaded version {version}, expected {r.loading}")
-        r.loaded, r.loading = version, None
+        r.loaded, r.loading, r.blank = version, None, False
 
     def on_sampled(self, replica: int, key: int, oldest_version: int) -> bool:
         """Returns False for a sample that a refresh has dropped, or a pause abandoned, meanwhile."""
@@ -115,9 +128,9 @@ class Schedule:
         if key in self.tickets:
             self.tickets[key].graded = True
 
-    def on_scored(self, keys: Iterable[int]) -> list[int]:
+    def on_scored(self, teacher: int, keys: Iterable[int]) -> list[int]:
         """Returns the keys that a refresh has dropped meanwhile."""
-        self.scoring -= 1
+        self.teachers[teacher].scoring -= 1
         dropped = []
         for key in keys:
             if key in self.tickets:
@@ -148,7 +161,30 @@ class Schedule:
         return complete
 
     def on_leased(self, role: Role) -> None:
+        if self.lease == "sampler":
+            for replica in self.replicas:
+                replica.blank = True
         self.lease, self._switching = role, False
+
+    def on_sampler_lost(self, index: int) -> None:
+        """A replica died or was stopped: its unfinished samples are planned again."""
+        replica = self.replicas[index]
+        self._plan_again(replica.running)
+        replica.up, replica.blank, replica.loading = False, True, None
+
+    def on_sampler_back(self, index: int) -> None:
+        self.replicas[index].up = True
+
+    def on_teacher_lost(self, index: int) -> list[int]:
+        """A teacher died or was stopped; returns the keys that it was scoring, whose reservations are to be released."""
+        self.teachers[index] = _Teacher(up=False)
+        lost = [t for t in self.tickets.values() if t.state is State.SCORING and t.teacher == index]
+        for ticket in lost:
+            ticket.state = State.SAMPLED
+        return [t.key for t in lost]
+
+    def on_teacher_back(self, index: int) -> None:
+        self.teachers[index].up = True
 
     def refresh(self) -> list[int]:
         """Drop every training sample that is not being trained on; returns the keys. Their prompts are drawn again."""
@@ -169,10 +205,12 @@ class Schedule:
     def abandon(self) -> None:
         """Running generations are stopped (the conductor aborts them); their samples are planned again."""
         for replica in self.replicas:
-            replica.running.clear()
-        for ticket in self.tickets.values():
-            if ticket.state is State.SAMPLING:
-                ticket.state = State.PLANNED
+            self._plan_again(replica.running)
+
+    def _plan_again(self, running: set[int]) -> None:
+        for key in running & self.tickets.keys():
+            self.tickets[key].state = State.PLANNED
+        running.clear()
 
     # ---- what to start ------------------------------------------------------------------------------------------
     # `_plan_*` only look; `_start_*` change the state and return the actions that the conductor must carry out.
@@ -209,13 +247,13 @@ class Schedule:
 
     def _busy(self) -> bool:
         sampling = any(r.running or r.loading is not None for r in self.replicas)
-        return self.learner_busy or self.scoring > 0 or sampling
+        return self.learner_busy or any(t.scoring for t in self.teachers) or sampling
 
     def _pass_lease(self) -> list[Action]:
         """Whoever has work gets the box: the learner first, so that samples are consumed while they are fresh."""
         wants: dict[Role, bool] = {
             "learner": self._plan_learner() is not None,
-            "teacher": bool(self._plan_score()),
+            "teacher": any(self._plan_score(i) for i in range(len(self.teachers))),
             "sampler": any(self._next_version(r) is not None or any(self._admissible(r)) for r in self.replicas),
         }
         if self.paused:
@@ -306,20 +344,21 @@ class Schedule:
 
     def _start_teacher(self) -> list[Action]:
         out: list[Action] = []
-        while self.scoring < self.config.score_ahead:
-            group = self._reserved(self._plan_score())
-            if not group:
-                break
-            self.scoring += 1
-            for key in group:
-                self.tickets[key].state = State.SCORING
-            out.append(Score(group))
+        for index, teacher in enumerate(self.teachers):
+            while teacher.up and teacher.scoring < self.config.score_ahead:
+                group = self._reserved(self._plan_score(index))
+                if not group:
+                    break
+                teacher.scoring += 1
+                for key in group:
+                    self.tickets[key].state = State.SCORING
+                out.append(Score(index, group))
         return out
 
-    def _plan_score(self) -> tuple[int, ...]:
-        """The next samples for one teacher call."""
-        size = self.config.score_batch
-        sampled = [t for t in self.tickets.values() if t.state is State.SAMPLED]
+    def _plan_score(self, teacher: int) -> tuple[int, ...]:
+        """The next samples for one call of a teacher."""
+        size = self.config.score_batch[teacher]
+        sampled = [t for t in self.tickets.values() if t.state is State.SAMPLED and t.teacher == teacher]
         if not self.config.deterministic:
             sampled.sort(key=lambda t: (not t.evaluation, t.version, t.key))
             return tuple(t.key for t in sampled[:size])
@@ -330,7 +369,8 @@ class Schedule:
             if (block + 1) * size > self.next_key and not exhausted and not ticket.evaluation:
                 continue
             mates = [t for k in range(block * size, (block + 1) * size) if (t := self.tickets.get(k))]
-            group = [t for t in mates if t.evaluation == ticket.evaluation and t.state is not State.SCORED]
+            mates = [t for t in mates if t.evaluation == ticket.evaluation and t.teacher == teacher]
+            group = [t for t in mates if t.state is not State.SCORED]
             if all(t.state is State.SAMPLED for t in group):
                 return tuple(t.key for t in group)
         return ()
@@ -374,10 +414,15 @@ class Schedule:
 
     def _next_version(self, replica: _Replica) -> int | None:
         """The version that the replica should load now, if any."""
-        if replica.loading is not None or replica.loaded == self.step:
+        if not replica.up or replica.loading is not None:
+            return None
+        if replica.blank:  # with a fixed lag the version that it had, which is still in one of the two slots
+            keep = self.config.lag is not None and replica.loaded >= 0 and not replica.stale
+            return replica.loaded if keep else self.step
+        if replica.loaded == self.step:
             return None
         idle = not replica.running
-        if self.config.lag is None or replica.loaded < 0 or replica.stale:
+        if self.config.lag is None or replica.stale:
             return self.step if idle or self.config.inflight == "keep" else None
         return replica.loaded + 1 if idle and self._room(replica) <= 0 else None
 
@@ -390,7 +435,7 @@ class Schedule:
     def _admissible(self, replica: _Replica) -> tuple[list[int], int]:
         """(held-out samples, number of training samples) that the replica may be given now."""
         draining = self.config.lag is None and self.config.inflight == "wait" and replica.loaded < self.step
-        if replica.loading is not None or replica.loaded < 0 or draining:
+        if not replica.up or replica.loading is not None or replica.blank or draining:
             return [], 0
         # Whole groups where two runs must agree: a batch's composition then does not depend on timing.
         free = self.config.concurrency - len(replica.running)
@@ -424,7 +469,7 @@ class Schedule:
     def _add(self, sample: SampleId) -> int:
         key = self.next_key
         self.next_key += 1
-        self.tickets[key] = Ticket(key, sample)
+        self.tickets[key] = Ticket(key, sample, teacher=self.teacher_of(sample))
         return key
 
     # ---- state on disk ------------------------------------------------------------------------------------------
@@ -458,7 +503,9 @@ class Schedule:
         self.retries = [SampleId(*s) for s in state["retries"]]
         self.tickets = {}
         for t in state["tickets"]:
-            ticket = Ticket(t["key"], SampleId(*t["sample"]), State(t["state"]), t["version"], t["graded"], t["drawn"])
+            sample = SampleId(*t["sample"])
+            ticket = Ticket(t["key"], sample, State(t["state"]), t["version"], t["graded"], t["drawn"])
+            ticket.teacher = self.teacher_of(sample)
             if ticket.state is State.PLANNED:
                 ticket.graded = False
             self.tickets[ticket.key] = ticket

