@@ -64,10 +64,10 @@ def learner(hidden: int, vocab: int, policy: str, sharded: bool = False) -> Fsdp
     if sharded:  # any compute dtype but fp32 shards; the cast is then undone, so that only FSDP's own work differs
         policy_class = fsdp_learner.MixedPrecisionPolicy
         fsdp_learner.MixedPrecisionPolicy = lambda **kw: policy_class(**{**kw, "param_dtype": torch.float32})  # type: ignore[misc, assignment]
-        made = FsdpLearner(model(hidden, vocab), head, replace(config, compute_dtype=torch.bfloat16), CPU, 0, 1)
+        made = FsdpLearner(model(hidden, vocab), [head], replace(config, compute_dtype=torch.bfloat16), CPU, 0, 1)
         fsdp_learner.MixedPrecisionPolicy = policy_class  # type: ignore[misc]
         return made
-    return FsdpLearner(model(hidden, vocab), head, config, CPU, 0, 1)
+    return FsdpLearner(model(hidden, vocab), [head], config, CPU, 0, 1)
 
 
 class without_drift:

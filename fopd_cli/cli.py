@@ -161,7 +161,8 @@ def doctor_command(
     parsed = load_recipe(recipe, set_ or ())
     inputs = doctor.load_inputs(parsed, place(parsed, cuda_devices()))
     typer.echo(f"placement: {inputs.plan.describe()}")
-    typer.echo(f"teacher targets: {inputs.target_spec.kind}, {inputs.target_spec.nbytes(1)} bytes a token")
+    for section, spec in zip(parsed.teachers, inputs.target_specs, strict=True):
+        typer.echo(f"{section.name} ({section.engine}): {spec.kind} targets, {spec.nbytes(1)} bytes a token")
     found = list(doctor.findings(inputs, Path("runs")))
     if sanity and not any(f.level == "error" for f in found):
         found += [f for f in [doctor.sanity(inputs)] if f]

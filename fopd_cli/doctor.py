@@ -16,11 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fopd_cli.engines import hf
+from fopd_cli.engines import hf, vllm_engine
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import Recipe
+from fopd_cli.recipe import Recipe, Teacher, Vllm
+from fopd_cli.runtime.build import http_server, resolve_dtype, task_arguments
 from fopd_cli.runtime.placement import Plan
-from fopd_cli.runtime.roles import resolve_dtype, task_arguments
+from fopd_cli.runtime.publish import Layout
 from fopd_cli.runtime.sizes import arena_bytes, available_memory, free_shared_memory
 from fopd_cli.runtime.stream import PromptStream
 from fopd_cli.samples import TargetSpec
@@ -43,29 +44,43 @@ class Finding:
 
 
 @dataclass
+class LocalTeacher:
+    """A teacher that runs here. `key` names it in findings."""
+
+    key: str
+    section: Teacher
+    config: Any
+    tokenizer: Any
+
+
+@dataclass
 class Inputs:
     """Everything that a run reads, loaded but for the weights."""
 
     recipe: Recipe
     plan: Plan
     student_config: Any
-    teacher_config: Any
     tokenizer: Any
-    teacher_tokenizer: Any
+    teachers: list[LocalTeacher]
     stream: PromptStream
-    layout: list[tuple[str, tuple[int, ...]]]
+    layout: Layout
 
     @property
     def vocab(self) -> int:
-        """Ids that both models have; the rest is padding of one of them."""
-        return min(_text(self.student_config).vocab_size, _text(self.teacher_config).vocab_size)
+        """Ids that all models here have; the rest is padding of one of them."""
+        return min(hf.vocab_size(c) for c in (self.student_config, *(t.config for t in self.teachers)))
 
     @property
-    def target_spec(self) -> TargetSpec:
-        recipe = self.recipe
-        dtype = resolve_dtype(recipe.teacher.dtype, bool(self.plan.teachers[0].devices))
-        width = {"hidden": _text(self.teacher_config).hidden_size, "topk": recipe.teacher.k, "sampled": 1}
-        return TargetSpec(recipe.targets, width[recipe.targets], dtype)
+    def target_specs(self) -> tuple[TargetSpec, ...]:
+        """Of each teacher, remote ones included."""
+        kind, local = self.recipe.targets, {t.section.name: t for t in self.teachers}
+        specs = []
+        for section, ranks in zip(self.recipe.teachers, self.plan.teachers, strict=True):
+            width = section.k if kind == "topk" else 1
+            if kind == "hidden":
+                width = hf.text_config(local[section.name].config).hidden_size
+            specs.append(TargetSpec(kind, width, resolve_dtype(section.dtype, bool(ranks[0].devices))))
+        return tuple(specs)
 
     @property
     def parameters(self) -> int:
@@ -74,20 +89,24 @@ class Inputs:
 
 def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     """Raises `UserError` for the first thing that cannot be read."""
-    for key, model in (("student.model", recipe.student.model), ("teacher.model", recipe.teacher.model)):
-        check_model_name(model, key)
+    local = [t for t in recipe.teachers if t.engine != "http"]
+    keys = {t.name: f"teacher {t.name!r}: model" if len(recipe.teachers) > 1 else "teacher.model" for t in local}
+    check_model_name(recipe.student.model, "student.model")
+    for t in local:
+        check_model_name(t.model, keys[t.name])
     task = load_task(*task_arguments(recipe))
-    student, teacher = recipe.student.model, recipe.teacher.model
-    config, teacher_config = hf.load_config(student, "student.model"), hf.load_config(teacher, "teacher.model")
-    tokenizer = hf.load_tokenizer(student, "student.model")
-    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
+    config = hf.load_config(recipe.student.model, "student.model")
+    teachers = [
+        LocalTeacher(keys[t.name], t, hf.load_config(t.model, keys[t.name]), hf.load_tokenizer(t.model, keys[t.name]))
+        for t in local
+    ]
+    tokenizer = hf.load_tokenizer(recipe.student.model, "student.model")
+    names = [t.name for t in recipe.teachers]
+    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt, names)
     for split in ("train", "eval"):
         if not stream.prompts[split]:
             raise UserError(f"task: there is no {split} prompt; give it at least one")
-    return Inputs(
-        recipe, plan, config, teacher_config, tokenizer, hf.load_tokenizer(teacher, "teacher.model"), stream,
-        hf.weight_layout(config),
-    )  # fmt: skip
+    return Inputs(recipe, plan, config, tokenizer, teachers, stream, hf.weight_layout(config))
 
 
 def check_model_name(model: str, key: str) -> None:
@@ -102,17 +121,51 @@ def check_model_name(model: str, key: str) -> None:
 
 def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     """All that can be found without loading weights; `disk` is where the run will write."""
-    yield from _tokenizers(inputs)
-    yield from _ends(inputs)
-    yield from _templates(inputs)
+    yield from _vllm(inputs)
+    for teacher in inputs.teachers:
+        yield from _tokenizers(inputs, teacher)
+        yield from _ends(inputs, teacher)
+        yield from _templates(inputs, teacher)
+        yield from _sameness(inputs, teacher)
+    yield from _servers(inputs)
     yield from _lengths(inputs)
-    yield from _sameness(inputs)
     yield from _disk(inputs, disk)
     yield from _memory(inputs)
 
 
-def _tokenizers(inputs: Inputs) -> Iterator[Finding]:
-    ours, theirs = inputs.tokenizer.get_vocab(), inputs.teacher_tokenizer.get_vocab()
+def _vllm(inputs: Inputs) -> Iterator[Finding]:
+    """Whether vLLM is there, in the tested version, and can split the models as asked."""
+    engines: list[tuple[str, str, Vllm, Any]]
+    engines = [("sampler", inputs.recipe.sampler.engine, inputs.recipe.sampler.vllm, inputs.student_config)]
+    engines += [(t.key.removesuffix(".model"), t.section.engine, t.section.vllm, t.config) for t in inputs.teachers]
+    wanted = [e for e in engines if e[1] == "vllm"]
+    problem = vllm_engine.problem() if wanted else None
+    if problem is not None:
+        what, _, cure = problem.partition(": ")
+        yield Finding("error", f"{wanted[0][0]}.engine: {what}", cure)
+    for key, _, section, config in wanted:
+        heads = hf.text_config(config).num_attention_heads
+        if heads % section.tensor_parallel:
+            yield Finding(
+                "error", f"{key}.vllm.tensor_parallel: {section.tensor_parallel} does not divide the model's {heads} attention heads",
+                f"set it to a divisor of {heads}",
+            )  # fmt: skip
+
+
+def _servers(inputs: Inputs) -> Iterator[Finding]:
+    """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs."""
+    remote = [t for t in inputs.recipe.teachers if t.engine == "http"]
+    if remote:
+        from fopd_cli.engines.http_teacher import HttpTeacher
+
+        probe = hf.encode_prompt(inputs.tokenizer, inputs.stream.prompts["train"][0])
+        for section in remote:
+            HttpTeacher(http_server(section), inputs.vocab).check(inputs.tokenizer, probe, section.k)
+    yield from ()
+
+
+def _tokenizers(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
+    ours, theirs = inputs.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     ours_by_id, theirs_by_id = {i: t for t, i in ours.items()}, {i: t for t, i in theirs.items()}
     shared = set(ours_by_id) & set(theirs_by_id)
     different = sorted(i for i in shared if ours_by_id[i] != theirs_by_id[i])
@@ -134,10 +187,10 @@ def _tokenizers(inputs: Inputs) -> Iterator[Finding]:
         )
 
 
-def _ends(inputs: Inputs) -> Iterator[Finding]:
+def _ends(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     recipe = inputs.recipe
     ours = hf.token_rules(recipe.student.model, inputs.tokenizer, inputs.student_config, "student.model").eos
-    theirs = hf.token_rules(recipe.teacher.model, inputs.teacher_tokenizer, inputs.teacher_config, "teacher.model").eos
+    theirs = hf.token_rules(teacher.section.model, teacher.tokenizer, teacher.config, teacher.key).eos
     if ours == theirs:
         return
     yield Finding(
@@ -148,8 +201,8 @@ def _ends(inputs: Inputs) -> Iterator[Finding]:
     )
 
 
-def _templates(inputs: Inputs) -> Iterator[Finding]:
-    ours, theirs = (getattr(t, "chat_template", None) for t in (inputs.tokenizer, inputs.teacher_tokenizer))
+def _templates(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
+    ours, theirs = (getattr(t, "chat_template", None) for t in (inputs.tokenizer, teacher.tokenizer))
     if any(p.messages for p in inputs.stream.prompts["train"][:1]) and ours != theirs:
         yield Finding(
             "warning",
@@ -160,13 +213,16 @@ def _templates(inputs: Inputs) -> Iterator[Finding]:
 
 def _lengths(inputs: Inputs) -> Iterator[Finding]:
     r = inputs.recipe
-    for key, config in (("student.model", inputs.student_config), ("teacher.model", inputs.teacher_config)):
-        context = getattr(_text(config), "max_position_embeddings", None)
+    # vLLM generates one token after what it scores.
+    models = [("student.model", inputs.student_config, 0)]
+    models += [(t.key, t.config, int(t.section.engine == "vllm")) for t in inputs.teachers]
+    for key, config, extra in models:
+        context = getattr(hf.text_config(config), "max_position_embeddings", None)
         for split, new in (
             ("train", r.sampler.max_new_tokens), ("eval", r.eval.max_new_tokens or r.sampler.max_new_tokens),
         ):  # fmt: skip
             longest, index = inputs.stream.longest(split)
-            if context is not None and longest + new > context:
+            if context is not None and longest + new + extra > context:
                 yield Finding(
                     "error",
                     f"{key}: {split} prompt {index} has {longest} tokens, with {new} new ones that is more than the "
@@ -175,8 +231,8 @@ def _lengths(inputs: Inputs) -> Iterator[Finding]:
                 )
 
 
-def _sameness(inputs: Inputs) -> Iterator[Finding]:
-    if inputs.recipe.student.model == inputs.recipe.teacher.model:
+def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
+    if inputs.recipe.student.model == teacher.section.model:
         yield Finding("warning", "student and teacher are the same model: every loss is 0", "name a larger teacher")
 
 
@@ -197,28 +253,35 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
 def _memory(inputs: Inputs) -> Iterator[Finding]:
     recipe, plan = inputs.recipe, inputs.plan
     sampler_bytes = resolve_dtype(recipe.sampler.dtype, bool(plan.samplers[0].devices)).itemsize * inputs.parameters
-    shared = arena_bytes(recipe, inputs.target_spec) + 2 * sampler_bytes
+    shared = arena_bytes(recipe, inputs.target_specs) + 2 * sampler_bytes
     if shared > free_shared_memory():
         yield Finding(
             "error", f"shared memory: {shared / GB:.2f} GB are needed, /dev/shm has {free_shared_memory() / GB:.2f} GB free",
             "in Docker add --ipc=host (or --shm-size); else lower learner.batch_samples or sampler.max_new_tokens",
         )  # fmt: skip
-    teacher = inputs.target_spec.dtype.itemsize * _count_parameters(inputs.teacher_config)
+    ranks = {t.name: r for t, r in zip(recipe.teachers, plan.teachers, strict=True)}
+    teachers = []
+    for t in inputs.teachers:
+        size = resolve_dtype(t.section.dtype, bool(ranks[t.section.name][0].devices)).itemsize
+        teachers.append((t, ranks[t.section.name], size * _count_parameters(t.config)))
     learner = 16 * inputs.parameters  # fp32 master, gradient, two moments
     if not plan.learners[0].devices:
-        needed = learner + teacher * len(plan.teachers) + sampler_bytes * len(plan.samplers)
+        needed = learner + sum(size * len(r) for _, r, size in teachers) + sampler_bytes * len(plan.samplers)
         if needed + shared > available_memory():
             yield Finding(
                 "error", f"the models need about {(needed + shared) / GB:.1f} GB of RAM, {available_memory() / GB:.1f} GB are free",
                 "use smaller models, or a machine with more memory",
             )  # fmt: skip
         return
-    for role, workers, total in (("learner", plan.learners, learner), ("teacher", plan.teachers, teacher)):
-        need = total / len(workers)
+    groups = [
+        (plan.learners, learner / len(plan.learners)),
+        (plan.samplers, sampler_bytes / len(plan.samplers[0].devices)),
+    ]
+    for t, workers, total in teachers:  # transformers: sharded over its ranks; vllm: every rank holds all of it
+        groups.append((workers, total / len(workers if t.section.engine == "transformers" else workers[0].devices)))
+    for workers, need in groups:
         for worker in workers:
-            yield from _device_memory(f"{role} on cuda:{worker.devices[0]}", worker.devices[0], need)
-    for worker in plan.samplers:
-        yield from _device_memory(f"sampler on cuda:{worker.devices[0]}", worker.devices[0], sampler_bytes)
+            yield from _device_memory(f"{worker.name} on cuda:{worker.devices[0]}", worker.devices[0], need)
 
 
 def _device_memory(who: str, device: int, need: float) -> Iterator[Finding]:
@@ -247,12 +310,12 @@ def sanity(inputs: Inputs) -> Finding | None:
     """
     from fopd_cli.engines.fsdp_learner import FsdpLearner
     from fopd_cli.engines.transformers_teacher import TransformersTeacher
-    from fopd_cli.runtime.roles import learner_config, make_sampler
+    from fopd_cli.runtime.build import learner_config, transformers_sampler
     from fopd_cli.samples import Request, Rollout, Sample, SampleId, SamplingParams, TeacherTargets
 
     recipe, dtype, cpu = inputs.recipe, torch.float32, torch.device("cpu")
     path = recipe.student.model
-    sampler = make_sampler(path, dtype, cpu, concurrency=4)
+    sampler = transformers_sampler(path, dtype, cpu, concurrency=4)
     params = SamplingParams(recipe.sampler.temperature, 1.0, min(32, recipe.sampler.max_new_tokens))
     count = min(4, len(inputs.stream.prompts["train"]))
     sampler.submit(
@@ -264,14 +327,13 @@ def sanity(inputs: Inputs) -> Finding | None:
     rollouts: list[Rollout] = []
     while sampler.busy:
         rollouts += sampler.step()
-    width = _text(inputs.student_config).hidden_size
+    width = hf.text_config(inputs.student_config).hidden_size
     targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts]
-    vocab = _text(inputs.student_config).vocab_size
+    vocab = hf.text_config(inputs.student_config).vocab_size
     TransformersTeacher(hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab).score(rollouts, targets)
     config = learner_config(recipe, torch.float32, vocab, support="full", drift="sampled")
-    learner = FsdpLearner(
-        hf.load_model(path, "student.model", dtype), hf.load_head(path, "student.model", dtype), config, cpu, 0, 1
-    )
+    heads = [hf.load_head(path, "student.model", dtype)]
+    learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)
     stats = learner.measure([Sample(r, t, lag=0) for r, t in zip(rollouts, targets, strict=True)])
     loss, drift = float(np.abs(stats.kl).max()), float(np.abs(stats.drift_roll).max())
     limit = SANITY_LIMIT_NATS[dtype]
@@ -281,11 +343,6 @@ def sanity(inputs: Inputs) -> Finding | None:
         "error", f"the student judged by itself has loss {loss:.2e} and drift {drift:.2e} nats, which should be 0 (limit {limit})",
         "the sampler, teacher and learner disagree about this model; please report it with the model's name",
     )  # fmt: skip
-
-
-def _text(config: Any) -> Any:
-    """The language model's part of a multi-modal configuration."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _count_parameters(config: Any) -> int:

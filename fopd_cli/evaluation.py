@@ -14,9 +14,9 @@ import torch
 from fopd_cli.engines import hf
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
+from fopd_cli.runtime.build import make_sampler, resolve_dtype, task_arguments
 from fopd_cli.runtime.params import sampling_params
-from fopd_cli.runtime.roles import make_sampler, resolve_dtype, task_arguments
-from fopd_cli.runtime.stream import PromptStream, evaluation_ids
+from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids
 from fopd_cli.runtime.telemetry import mean_and_error
 from fopd_cli.samples import Request, Rollout
 from fopd_cli.tasks import load_task
@@ -28,12 +28,8 @@ def evaluate(model: str, recipe: Recipe, out: Path | None) -> dict[str, Any]:
     task = load_task(*task_arguments(recipe))
     tokenizer = hf.load_tokenizer(model, "MODEL")
     stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
-    sampler = make_sampler(
-        model,
-        resolve_dtype(recipe.sampler.dtype, cuda),
-        torch.device("cuda" if cuda else "cpu"),
-        recipe.sampler.concurrency,
-    )
+    dtype, device = resolve_dtype(recipe.sampler.dtype, cuda), torch.device("cuda" if cuda else "cpu")
+    sampler = make_sampler(recipe, model, dtype, device, context_tokens(recipe, stream))
     ids = evaluation_ids(recipe, stream)
     params = sampling_params(recipe, evaluation=True)
     began, rollouts = time.monotonic(), []

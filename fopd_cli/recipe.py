@@ -136,6 +136,8 @@ class MathTask(Section):
     """The same for the held-out source, if its columns have other names."""
     eval_answer: str | None = None
     """The same for the held-out source, if its columns have other names."""
+    teacher: str | None = None
+    """Column that names the teacher of each row, where there are several; null: the first teacher judges all."""
     template: str = "{question}"
     """Text sent to the student; {question} is replaced."""
     system: str | None = None

@@ -18,7 +18,7 @@ from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.freshness.score import POLICIES
 from fopd_cli.losses.chunked import LossSpec
-from fopd_cli.runtime.roles import make_sampler
+from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 
 
     `width` is the teacher's hidden size.
     """
-    sampler = make_sampler(str(pair / "student"), torch.float32, CPU, count)
+    sampler = transformers_sampler(str(pair / "student"), torch.float32, CPU, count)
     rng = np.random.Generator(np.random.PCG64(0))
     sampler.submit(
         [
@@ -73,7 +73,7 @@ def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 
 
 def make_learner(pair: Path, cfg: LearnerConfig, rank: int = 0, world: int = 1) -> FsdpLearner:
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
-    return FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), head, cfg, CPU, rank, world)
+    return FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), [head], cfg, CPU, rank, world)
 
 
 def gradients(learner: FsdpLearner) -> dict[str, np.ndarray]:

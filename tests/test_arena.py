@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fopd_cli.runtime.arena import Arena, WeightChannel, targets_at
+from fopd_cli.runtime.arena import Arena, targets_at
+from fopd_cli.runtime.publish import WeightChannel
 from fopd_cli.samples import TargetSpec
 
 

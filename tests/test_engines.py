@@ -12,7 +12,7 @@ import torch
 from fopd_cli.engines import hf
 from fopd_cli.engines.transformers_sampler import TransformersSampler, behaviour_logprobs, inverse_transform
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
-from fopd_cli.runtime.roles import make_sampler
+from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec, TeacherTargets
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def model_logprobs(model: Any, rollout: Rollout, temperature: float = 1.0) -> np
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_behaviour_logprobs_are_the_models(student: str, temperature: float) -> None:
-    sampler = make_sampler(student, torch.float32, CPU, concurrency=4)
+    sampler = transformers_sampler(student, torch.float32, CPU, concurrency=4)
     sampler.submit(requests(10, SamplingParams(temperature=temperature, max_new_tokens=12)))
     rollouts = drain(sampler)
     model = hf.load_model(student, "m", torch.float32)
@@ -62,7 +62,7 @@ def test_behaviour_logprobs_are_the_models(student: str, temperature: float) -> 
 
 def test_a_rollout_does_not_depend_on_its_neighbours(student: str) -> None:
     params = SamplingParams(max_new_tokens=8)
-    together, alone = (make_sampler(student, torch.float32, CPU, concurrency=n) for n in (8, 1))
+    together, alone = (transformers_sampler(student, torch.float32, CPU, concurrency=n) for n in (8, 1))
     for sampler in (together, alone):
         sampler.submit(requests(8, params))
     first, second = drain(together), drain(alone)
@@ -79,7 +79,7 @@ def other_weights(student: str) -> dict[str, torch.Tensor]:
 
 def test_new_weights_in_the_middle_open_a_span_and_are_whole(student: str) -> None:
     """Tokens before and after the update have the log-probs of the old and of the new model, context included."""
-    sampler = make_sampler(student, torch.float32, CPU, concurrency=4)
+    sampler = transformers_sampler(student, torch.float32, CPU, concurrency=4)
     sampler.submit(requests(4, SamplingParams(max_new_tokens=12)))
     for _ in range(5):
         sampler.step()
@@ -100,7 +100,7 @@ def test_new_weights_in_the_middle_open_a_span_and_are_whole(student: str) -> No
 
 
 def test_abort_forgets_everything(student: str) -> None:
-    sampler = make_sampler(student, torch.float32, CPU, concurrency=2)
+    sampler = transformers_sampler(student, torch.float32, CPU, concurrency=2)
     sampler.submit(requests(5, SamplingParams(max_new_tokens=50)))
     sampler.step()
     sampler.abort()
@@ -110,7 +110,7 @@ def test_abort_forgets_everything(student: str) -> None:
 
 def test_topk_and_full_behaviour_distributions(student: str) -> None:
     for keep, width in ((5, 5), (-1, 260)):
-        sampler = make_sampler(student, torch.float32, CPU, concurrency=4)
+        sampler = transformers_sampler(student, torch.float32, CPU, concurrency=4)
         sampler.submit(requests(3, SamplingParams(max_new_tokens=6, keep_topk=keep)))
         for rollout in drain(sampler).values():
             assert rollout.topk_logprobs is not None
@@ -146,7 +146,7 @@ def targets_for(kind: Any, width: int, rollouts: list[Rollout]) -> list[TeacherT
 
 
 def test_teacher_targets_are_the_models(student: str, request: pytest.FixtureRequest) -> None:
-    sampler = make_sampler(student, torch.float32, CPU, concurrency=8)
+    sampler = transformers_sampler(student, torch.float32, CPU, concurrency=8)
     sampler.submit(requests(7, SamplingParams(max_new_tokens=9)))
     rollouts = list(drain(sampler).values())
     path = str(Path(student).parent / "teacher")

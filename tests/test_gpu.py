@@ -15,7 +15,7 @@ from conftest import TINY, Fopd, check_accounts, small_recipe, summary
 
 from fopd_cli.engines import hf
 from fopd_cli.engines.fsdp_learner import FsdpLearner
-from fopd_cli.runtime.roles import make_sampler
+from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
 pytestmark = [
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def test_the_sampler_gives_the_models_logprobs(pair: Path) -> None:
-    sampler = make_sampler(str(pair / "student"), torch.float32, torch.device("cuda"), concurrency=4)
+    sampler = transformers_sampler(str(pair / "student"), torch.float32, torch.device("cuda"), concurrency=4)
     prompt = np.arange(4, 10, dtype=np.int32)
     sampler.submit([Request(i, prompt, i, SamplingParams(max_new_tokens=12)) for i in range(6)])
     rollouts: list[Rollout] = []
@@ -49,7 +49,7 @@ def test_the_learner_is_plain_pytorch(pair: Path, tmp_path: Path, dtype: torch.d
         dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     model = hf.load_model(str(pair / "student"), "m", torch.float32)
-    learner = FsdpLearner(model, head, cfg, torch.device("cuda"), 0, 1)
+    learner = FsdpLearner(model, [head], cfg, torch.device("cuda"), 0, 1)
     loss, _ = kit.reference(pair, samples, cfg)
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     first = learner.train(0, samples)

@@ -14,14 +14,14 @@ from fopd_cli.recipe import Recipe, load_recipe
 from fopd_cli.runtime.placement import Plan, place
 
 
-def recipe(tmp_path: Path, **placement: Any) -> Recipe:
+def recipe(tmp_path: Path, *overrides: str, **placement: Any) -> Recipe:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(small_recipe(tmp_path, placement=placement)))
-    return load_recipe(path)
+    return load_recipe(path, overrides)
 
 
 def devices(plan: Plan) -> list[list[int]]:
-    return [[d for w in group for d in w.devices] for group in (plan.samplers, plan.teachers, plan.learners)]
+    return [[d for w in group for d in w.devices] for group in (plan.samplers, *plan.teachers, plan.learners)]
 
 
 def test_auto_follows_the_box(tmp_path: Path) -> None:
@@ -49,7 +49,30 @@ def test_timeslice_gives_everyone_everything(tmp_path: Path) -> None:
 def test_cpu_shares_the_cores(tmp_path: Path) -> None:
     plan = place(recipe(tmp_path, mode="cpu", learner=2, threads={"sampler": 3}), 4, 8)
     assert devices(plan) == [[], [], []]
-    assert [w.threads for w in (plan.samplers[0], plan.teachers[0], *plan.learners)] == [3, 2, 2, 2]
+    assert [w.threads for w in (plan.samplers[0], *plan.teachers[0], *plan.learners)] == [3, 2, 2, 2]
+
+
+def test_a_replica_may_span_devices(tmp_path: Path) -> None:
+    vllm = ("sampler.engine=vllm", "sampler.vllm.tensor_parallel=2")
+    plan = place(recipe(tmp_path, *vllm, mode="partition", sampler=4, teacher=2, learner=2), 8, 64)
+    assert [w.devices for w in plan.samplers] == [(0, 1), (2, 3)]
+    with pytest.raises(UserError, match=r"sampler.vllm.tensor_parallel: 2 does not divide the 3"):
+        place(recipe(tmp_path, *vllm, mode="partition", sampler=3, teacher=2, learner=3), 8, 64)
+
+
+def test_several_teachers_share_their_devices_and_a_remote_one_has_none(tmp_path: Path) -> None:
+    teachers = (
+        "teacher=[{name: maths, model: a/b}, {name: far, model: c, engine: http, http: {url: 'http://x/v1'}}, "
+        "{name: code, model: d/e}]",
+        "loss.support=topk",
+    )
+    plan = place(recipe(tmp_path, *teachers, mode="partition", sampler=2, teacher=4, learner=2), 8, 64)
+    assert [[w.devices for w in t] for t in plan.teachers] == [[(2,), (4,)], [()], [(3,), (5,)]]
+    assert [w.name for t in plan.teachers for w in t] == [
+        "teacher-maths-0", "teacher-maths-1", "teacher-far-0", "teacher-code-0", "teacher-code-1",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="fewer than the 2 teachers"):
+        place(recipe(tmp_path, *teachers, mode="partition", sampler=2, teacher=1, learner=2), 8, 64)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_paths_beside_the_recipe_win(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path.write_text("student: {model: student}\nteacher: {model: teacher}\ntask: {name: arithmetic}\n")
     parsed = load_recipe(path)
     assert parsed.student.model == str(tmp_path / "sub" / "student")
-    assert parsed.teacher.model == str(tmp_path / "here" / "teacher")
+    assert parsed.teachers[0].model == str(tmp_path / "here" / "teacher")
     path.write_text("student: {model: Qwen/Qwen2.5-0.5B}\nteacher: {model: a/b}\ntask: {name: arithmetic}\n")
     assert load_recipe(path).student.model == "Qwen/Qwen2.5-0.5B"
 

@@ -124,7 +124,9 @@ class Simulator:
             case Generate(replica, keys):
                 for key in keys:
                     version = s.replicas[replica].loaded
-                    self.from_engine("sampler", replica, "sample", lambda r=replica, k=key, v=version: self.sampled(r, k, v))
+                    self.from_engine(
+                        "sampler", replica, "sample", lambda r=replica, k=key, v=version: self.sampled(r, k, v)
+                    )
             case Load(replica, version):
                 assert version <= s.step
                 assert version >= s.step - 1, "its slot may be overwritten"

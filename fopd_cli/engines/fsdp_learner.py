@@ -102,12 +102,13 @@ class _Student(nn.Module):
 
 
 class FsdpLearner:
-    """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_head` `(V, teacher width)` or None."""
+    """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_heads` `(V, teacher width)` stand in the
+    order of the teachers, none where the targets are log-probs."""
 
     def __init__(
         self,
         model: Any,
-        teacher_head: Tensor | None,
+        teacher_heads: Sequence[Tensor],
         config: LearnerConfig,
         device: torch.device,
         rank: int,
@@ -116,7 +117,7 @@ class FsdpLearner:
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.version = 0
         self.floor = drift.NoiseFloor()
-        self.teacher_head = None if teacher_head is None else teacher_head[: config.vocab].to(device)
+        self.teacher_heads = [head[: config.vocab].to(device) for head in teacher_heads]
         self.student = _Student(model.train())
         self._shard()
         self.optimizer = torch.optim.AdamW(
@@ -198,8 +199,12 @@ class FsdpLearner:
         lengths = [len(s.rollout.token_ids) for s in samples]
         split = []
         for share in balanced_shares(lengths, self.world):
-            groups = by_token_budget([lengths[i] for i in share], self.config.micro_tokens)
-            split.append([[share[i] for i in group] for group in groups])
+            groups = []
+            for teacher in sorted({samples[i].targets.teacher for i in share}):  # each has a head of its own
+                own = [i for i in share if samples[i].targets.teacher == teacher]
+                packed = by_token_budget([lengths[i] for i in own], self.config.micro_tokens)
+                groups += [[own[i] for i in group] for group in packed]
+            split.append(groups)
         most = max(len(groups) for groups in split)
         return split[self.rank] + [[] for _ in range(most - len(split[self.rank]))]
 
@@ -218,7 +223,13 @@ class FsdpLearner:
         ids = right_padded([r.token_ids for r in rollouts]).to(self.device)
         terms = TokenTerms(
             *self.student(
-                ids, sample, torch.from_numpy(columns).to(self.device), at, config.loss, config.vocab, self.teacher_head
+                ids,
+                sample,
+                torch.from_numpy(columns).to(self.device),
+                at,
+                config.loss,
+                config.vocab,
+                self.teacher_heads[chosen[0].targets.teacher] if self.teacher_heads else None,
             )
         )
         mask = torch.from_numpy(np.concatenate([r.loss_mask for r in rollouts])).to(self.device)
@@ -361,7 +372,7 @@ class FsdpLearner:
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[name] = value.to(device)
-        self.teacher_head = None if self.teacher_head is None else self.teacher_head.to(device)
+        self.teacher_heads = [head.to(device) for head in self.teacher_heads]
         with torch.cuda.device(self.device) if device == "cpu" else nullcontext():
             torch.cuda.empty_cache()
 
@@ -377,7 +388,9 @@ def _dummy(sample: Sample) -> Sample:
         r, token_ids=r.token_ids[: r.prompt_length + 1], loss_mask=r.loss_mask[:1], logprobs=r.logprobs[:1],
         topk_logprobs=first(r.topk_logprobs), topk_ids=first(r.topk_ids),
     )  # fmt: skip
-    targets = TeacherTargets(t.kind, first(t.hidden), first(t.logprobs), first(t.topk_logprobs), first(t.topk_ids))
+    targets = TeacherTargets(
+        t.kind, first(t.hidden), first(t.logprobs), first(t.topk_logprobs), first(t.topk_ids), t.teacher
+    )
     return Sample(rollout, targets, sample.lag)
 
 

@@ -179,6 +179,24 @@ def weight_layout(config: Any) -> list[tuple[str, tuple[int, ...]]]:
     return layout
 
 
+def text_config(config: Any) -> Any:
+    """The language model's part of a multi-modal configuration."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def vocab_size(config: Any) -> int:
+    """Rows of the unembedding, padding included."""
+    return int(text_config(config).vocab_size)
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    text = text_config(config)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
+
+
 def tied_names(config: Any) -> dict[str, str]:
     """Other name -> the name under which it is published, of every tied weight."""
     first: dict[int, str] = {}

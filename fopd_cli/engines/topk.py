@@ -13,5 +13,7 @@ def first_k(ids: Tensor, logprobs: Tensor, vocab: int, k: int) -> tuple[Tensor, 
     order = logprobs.masked_fill(ids >= vocab, -float("inf")).argsort(stable=True, dim=-1, descending=True)[:, :k]
     top = ids.gather(-1, order)
     if (top >= vocab).any():
-        raise RuntimeError(f"the teacher's top tokens are padding (ids from {vocab} on); it does not fit this tokenizer")
+        raise RuntimeError(
+            f"the teacher's top tokens are padding (ids from {vocab} on); it does not fit this tokenizer"
+        )
     return logprobs.gather(-1, order), top

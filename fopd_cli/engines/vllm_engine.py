@@ -14,10 +14,11 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,7 +81,7 @@ class VllmEngine:
 
         vllm_plugin.register()
         try:
-            engine = LLMEngine.from_engine_args(EngineArgs(**_engine_args(options)))
+            engine: Any = LLMEngine.from_engine_args(EngineArgs(**_engine_args(options)))
         except ValueError as error:  # pydantic's ValidationError is one too
             raise UserError(f"{options.key}: vLLM refuses: {_message(error)}") from None
         self._client: Any = engine.engine_core
@@ -93,7 +94,7 @@ class VllmEngine:
         """Whether `step` has anything to do."""
         return bool(self._running)
 
-    def add(self, key: int, token_ids: Sequence[int], **sampling: Any) -> None:
+    def add(self, key: int, token_ids: np.ndarray, **sampling: Any) -> None:
         """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it."""
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
@@ -102,7 +103,7 @@ class VllmEngine:
         self._running.add(name)
         self._client.add_request(
             EngineCoreRequest(
-                request_id=name, prompt_token_ids=list(map(int, token_ids)), mm_features=None,
+                request_id=name, prompt_token_ids=token_ids.tolist(), mm_features=None,
                 sampling_params=SamplingParams(detokenize=False, **sampling), pooling_params=None, arrival_time=0.0,
                 lora_request=None, cache_salt=None, data_parallel_rank=None,
             )

@@ -45,6 +45,8 @@ class VllmTeacher:
         target.logprobs.copy_(found.logprobs[rows, 0])
         if target.topk_logprobs is not None and target.topk_ids is not None:
             ids, logprobs = found.logprob_token_ids[rows, 1:], found.logprobs[rows, 1:]
-            values, top = first_k(torch.as_tensor(ids), torch.as_tensor(logprobs), self.vocab, target.topk_ids.shape[-1])
+            values, top = first_k(
+                torch.as_tensor(ids), torch.as_tensor(logprobs), self.vocab, target.topk_ids.shape[-1]
+            )
             target.topk_logprobs.copy_(values)
             target.topk_ids.copy_(top)

@@ -64,7 +64,8 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        loaded = self.model.load_weights(iter(update_info.weights))
+        model: Any = self.model
+        loaded = model.load_weights(iter(update_info.weights))
         missing = self._expected - loaded if loaded is not None else set()
         if missing:
             raise RuntimeError(f"the update lacks weights of {sorted(missing)[:3]}; the engine is of no use any more")

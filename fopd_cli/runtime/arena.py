@@ -72,10 +72,10 @@ class Arena:
         self._free.insert(i, (offset, size))
 
 
-def targets_at(memory: Tensor, offset: int, spec: TargetSpec, positions: int) -> TeacherTargets:
+def targets_at(memory: Tensor, offset: int, spec: TargetSpec, positions: int, teacher: int = 0) -> TeacherTargets:
     """One sample's targets as views into the arena's memory (any process)."""
     views = {}
     for name, dtype, shape in spec.fields(positions):
         views[name] = view(memory, offset, dtype, shape)
         offset += views[name].nbytes
-    return TeacherTargets(spec.kind, **views)
+    return TeacherTargets(spec.kind, **views, teacher=teacher)

@@ -14,32 +14,38 @@ import json
 import signal
 import time
 import uuid
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fopd_cli.engines import hf
-from fopd_cli.errors import Interrupted, UserError
+from fopd_cli.errors import Interrupted, UserError, WorkerError
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.freshness.score import POLICIES
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime import records, roles
-from fopd_cli.runtime.arena import Arena, WeightChannel
+from fopd_cli.runtime.arena import Arena
+from fopd_cli.runtime.build import Setup, resolve_dtype
 from fopd_cli.runtime.checkpoint import CheckpointStore, disk_error, load_buffer, save_buffer, write_synced
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.publish import Layout, WeightChannel
 from fopd_cli.runtime.rundir import RunDir, fingerprint
 from fopd_cli.runtime.schedule import Schedule
 from fopd_cli.runtime.sizes import arena_bytes
-from fopd_cli.runtime.stream import PromptStream, evaluation_ids, schedule_config
+from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
 from fopd_cli.runtime.telemetry import Resume, Telemetry
 from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Score, Train
-from fopd_cli.runtime.workers import Fleet, Worker
+from fopd_cli.runtime.workers import Fleet, Worker, WorkerSpec
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
+
+MAINS = {
+    "learner": roles.learner_main, "teacher": roles.teacher_main, "sampler": roles.sampler_main, "grader": roles.grader_main,
+}  # fmt: skip
 
 
 @dataclass
@@ -53,17 +59,18 @@ class Totals:
     samples: int = 0
     max_lag: int = 0
     skipped_steps: int = 0
+    restarts: int = 0  # of samplers and teachers
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by version
 
 
 @dataclass
 class Model:
-    """What the conductor knows of the two models without loading them."""
+    """What the conductor knows of student and teachers without loading them."""
 
     tokenizer: Any
     vocab: int
-    target_spec: TargetSpec
-    layout: list[tuple[str, tuple[int, ...]]]
+    target_specs: tuple[TargetSpec, ...]
+    layout: Layout
 
 
 class Conductor:
@@ -72,18 +79,18 @@ class Conductor:
     def __init__(self, recipe: Recipe, run_dir: RunDir, plan: Plan, stream: PromptStream, model: Model) -> None:
         self.recipe, self.run_dir, self.plan, self.stream, self.model = recipe, run_dir, plan, stream, model
         self.store = CheckpointStore(run_dir.checkpoints, recipe.checkpoint.keep)
-        self.arena = Arena(arena_bytes(recipe, model.target_spec))
+        self.arena = Arena(arena_bytes(recipe, model.target_specs))
         policy = POLICIES[recipe.freshness.policy]
         r = recipe.freshness.refresh
         self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
         self.schedule = Schedule(
             schedule_config(recipe, len(plan.samplers), plan.exclusive), stream.train_id, evaluation_ids(recipe, stream),
-            self._reserve, self._release,
+            self._reserve, self._release, stream.teacher,
         )  # fmt: skip
         cuda = bool(plan.samplers[0].devices)
-        self.setup = roles.Setup(
-            recipe, model.vocab, model.target_spec, self.arena.memory,
-            WeightChannel.create(model.layout, roles.resolve_dtype(recipe.sampler.dtype, cuda)),
+        self.setup = Setup(
+            recipe, model.vocab, model.target_specs, context_tokens(recipe, stream), self.arena.memory,
+            WeightChannel.create(model.layout, resolve_dtype(recipe.sampler.dtype, cuda)),
             run_dir.path / f".rendezvous-{uuid.uuid4().hex[:8]}",
         )  # fmt: skip
         self.totals = Totals()
@@ -93,7 +100,12 @@ class Conductor:
         self._params = {
             "train": sampling_params(recipe, evaluation=False), "eval": sampling_params(recipe, evaluation=True),
         }  # fmt: skip
-        self._score_answers: deque[list[Any]] = deque()  # [keys, answers still due], oldest first
+        self._score_answers: deque[list[Any]] = deque()  # [teacher, keys, answers still due], oldest first
+        self._restarts: Counter[str] = Counter()  # by name of the worker, or of the teacher's first rank
+        self._asleep_lost: list[WorkerSpec] = []  # died in their sleep; started again when their role wakes
+        self._failure: str | None = None  # why the run has to end
+        self._gone: set[str] = set()  # started again too often
+        self._starting: dict[str, int] = {}  # restarted ranks that are not ready yet
         self._answers_due = 0  # of the learner's or a lease's current command
         self._first_answer: Any = None
         self._saved: list[m.Saved] = []
@@ -130,7 +142,7 @@ class Conductor:
             if offset is None:
                 raise UserError("teacher.buffer_gb: too small for the buffer in the checkpoint; raise it")
             self.arena.memory[offset : offset + len(raw)] = torch.from_numpy(raw)
-            self.slots[key] = m.Slot(offset, self.rollouts[key].response_length)
+            self.slots[key] = m.Slot(offset, self.rollouts[key].response_length, self.schedule.tickets[key].teacher)
         self.setup.restore = (folder / "learner", state["learner"])
         self._resume = Resume(step, frozenset(self.schedule.evaluated))
         self._last_saved = step
@@ -147,7 +159,7 @@ class Conductor:
                 while not self.schedule.done:
                     self._advance()
                     self.totals.wall_seconds = time.time() - began
-                    if self._interrupts:
+                    if self._interrupts or self._failure:
                         self._leave(began)
                 self._save_checkpoint(final=True)
             return self._finish(began)
@@ -176,16 +188,17 @@ class Conductor:
         )
 
     def _leave(self, began: float) -> None:
-        """After Ctrl-C: let the running step end, save, go."""
+        """After Ctrl-C, or without samplers or a teacher: let the running step end, save, go."""
         self.schedule.paused = True
         if self.plan.exclusive:
             self.schedule.abandon()
-            for replica in range(len(self.plan.samplers)):
-                self._start(Abort(replica))
+            self._abort_all()
         while self.schedule.learner_busy or (self.plan.exclusive and self.schedule.lease != "learner"):
             self._advance()
         self.totals.wall_seconds = time.time() - began
         self._save_checkpoint(final=True)
+        if self._failure:
+            raise WorkerError(f"{self._failure}; go on with: fopd resume {self.run_dir.path}")
         raise Interrupted(
             f"stopped after {self.schedule.step} of {self.recipe.learner.steps} steps; "
             f"go on with: fopd resume {self.run_dir.path}"
@@ -194,22 +207,25 @@ class Conductor:
     def _start_workers(self) -> None:
         """The learner first: it publishes the weights that all others start from. Sharing devices, one at a time."""
         self.telemetry.progress.say(f"starting {self.plan.describe()}")
-        groups = [
-            (self.plan.learners, roles.learner_main), (self.plan.teachers, roles.teacher_main),
-            (self.plan.samplers, roles.sampler_main), ((self.plan.grader,), roles.grader_main),
-        ]  # fmt: skip
         waiting: set[str] = set()
-        for specs, target in groups:
+        for role in ("learner", "teacher", "sampler", "grader"):
+            specs = self._specs(role)
             for spec in specs:
-                self.fleet.start(spec, target, self.setup)
+                self._spawn(spec)
                 waiting.add(spec.name)
-            if self.plan.exclusive and specs[0].role != "grader":
+            if self.plan.exclusive and role != "grader":
                 self._await_ready(waiting)
                 for spec in specs:
                     self.fleet.send(spec.name, m.SleepCommand())
                 self._await({spec.name for spec in specs}, m.Asleep)
         self._await_ready(waiting)
         self.schedule.on_learner_ready()
+
+    def _specs(self, role: str) -> list[WorkerSpec]:
+        return [s for s in self.plan.everyone if s.role == role]
+
+    def _spawn(self, spec: WorkerSpec) -> None:
+        self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in ("sampler", "teacher"))
 
     def _await_ready(self, names: set[str]) -> None:
         self._await(names, m.Ready)
@@ -218,8 +234,10 @@ class Conductor:
         """Wait for one message of this kind from each of these workers; others are handled as ever."""
         while names:
             for worker, message in self.fleet.receive(timeout=0.5):
-                if isinstance(message, kind):
+                if isinstance(message, kind) and worker.name in names:
                     names.discard(worker.name)
+                elif isinstance(message, m.Lost) and worker.name in names:
+                    raise WorkerError(message.reason)  # in its first start, or in a change of turns
                 else:
                     self._handle(worker, message)
             if self._interrupts and kind is m.Ready:
@@ -235,10 +253,10 @@ class Conductor:
                 self._to_sampler(replica, m.LoadCommand(version))
             case Abort(replica):
                 self._to_sampler(replica, m.AbortCommand())
-            case Score(keys):
+            case Score(teacher, keys):
                 command = m.ScoreCommand([self.rollouts[k] for k in keys], [self.slots[k] for k in keys])
-                self._score_answers.append([keys, len(self.plan.teachers)])
-                self._to_all(self.plan.teachers, command)
+                self._score_answers.append([teacher, keys, len(self.plan.teachers[teacher])])
+                self._to_all(self.plan.teachers[teacher], command)
             case Train(step, keys):
                 self._step_began = time.time()
                 self._learn(step, keys)
@@ -271,11 +289,16 @@ class Conductor:
             self.fleet.send(spec.name, command)
 
     def _pass_lease(self, sleeper: str | None, waker: str) -> None:
-        groups = {"sampler": self.plan.samplers, "teacher": self.plan.teachers, "learner": self.plan.learners}
         for role, command, kind in ((sleeper, m.SleepCommand(), m.Asleep), (waker, m.WakeCommand(), m.Awake)):
             if role is not None:
-                self._to_all(groups[role], command)
-                self._await({spec.name for spec in groups[role]}, kind)
+                specs = [s for s in self._specs(role) if s.name in self.fleet.workers]
+                self._to_all(specs, command)
+                self._await({spec.name for spec in specs}, kind)
+        back = [s for s in self._asleep_lost if s.role == waker]
+        self._asleep_lost = [s for s in self._asleep_lost if s.role != waker]
+        for spec in back:
+            self._spawn(spec)
+        self._await_ready({spec.name for spec in back})
         self.schedule.on_leased(waker)  # type: ignore[arg-type]
 
     def _reserve(self, keys: tuple[int, ...]) -> bool:
@@ -283,12 +306,13 @@ class Conductor:
         taken: list[int] = []
         for key in keys:
             positions = self.rollouts[key].response_length
-            offset = self.arena.allocate(self.model.target_spec.nbytes(positions))
+            teacher = self.schedule.tickets[key].teacher
+            offset = self.arena.allocate(self.model.target_specs[teacher].nbytes(positions))
             if offset is None:
                 for other in taken:
                     self._release(other)
                 return False
-            self.slots[key] = m.Slot(offset, positions)
+            self.slots[key] = m.Slot(offset, positions, teacher)
             taken.append(key)
         return True
 
@@ -305,6 +329,8 @@ class Conductor:
     # ---- messages -----------------------------------------------------------------------------------------------
 
     def _handle(self, worker: Worker, message: Any) -> None:
+        if not isinstance(message, m.Lost) and self.fleet.workers.get(worker.name) is not worker:
+            return  # said before it was lost; what it had under way is done again
         for span in getattr(message, "spans", None) or ([message.span] if hasattr(message, "span") else []):
             self.telemetry.span(worker.name, span)
         match message:
@@ -320,7 +346,11 @@ class Conductor:
                         self.grades[key] = grade
                         self.schedule.on_graded(key)
             case m.Scored():
-                self._on_scored(message.keys)
+                self._on_scored(worker.spec.index, message.keys)
+            case m.Lost():
+                self._on_lost(worker.spec, message.reason)
+            case m.Ready():
+                self._on_back(worker.spec)
             case m.Trained() | m.Measured():
                 self._on_learned(worker, message)
             case m.Saved():
@@ -341,14 +371,75 @@ class Conductor:
         if items:
             self.fleet.send("grader-0", m.GradeCommand(items))
 
-    def _on_scored(self, keys: list[int]) -> None:
+    def _on_scored(self, teacher: int, keys: list[int]) -> None:
         """A teacher call is complete when all its ranks have answered."""
-        entry = next(e for e in self._score_answers if list(e[0]) == keys)
-        entry[1] -= 1
-        if entry[1] == 0:
+        entry = next(e for e in self._score_answers if e[0] == teacher and list(e[1]) == keys)
+        entry[2] -= 1
+        if entry[2] == 0:
             self._score_answers.remove(entry)
-            for key in self.schedule.on_scored(keys):
+            for key in self.schedule.on_scored(teacher, keys):
                 self._forget(key)
+
+    def _on_lost(self, spec: WorkerSpec, reason: str) -> None:
+        """A sampler or a teacher is gone: what it had under way is done again by whoever can, and it is started anew.
+
+        All ranks of a teacher go together, for they compute together. After `runtime.restarts` of them a replica
+        stays away; without any sampler, or without a teacher, the run ends with a checkpoint.
+        """
+        teacher = spec.role == "teacher"
+        ranks = self.plan.teachers[spec.index] if teacher else (spec,)
+        name = ranks[0].name
+        if spec.life < self._restarts[name]:
+            return  # another rank of the same teacher was lost before it, and all were replaced
+        for other in ranks:
+            if other.name in self.fleet.workers:
+                self.fleet.remove(other.name)
+        if teacher:
+            for key in self.schedule.on_teacher_lost(spec.index):
+                self._release(key)
+            self._drop_calls(spec.index)
+        else:
+            self.schedule.on_sampler_lost(spec.rank)
+        self._restarts[name] += 1
+        if self._restarts[name] > self.recipe.runtime.restarts:
+            self.telemetry.progress.say(
+                f"{reason}; it was started {self.recipe.runtime.restarts} times again (runtime.restarts) and stays away"
+            )
+            self._gone.add(name)
+            if teacher or all(s.name in self._gone for s in self.plan.samplers):
+                self._failure = f"{reason}; there is no other {spec.role} left"
+            return
+        self.totals.restarts += 1
+        self.telemetry.progress.say(
+            f"{reason}; starting it again ({self._restarts[name]} of {self.recipe.runtime.restarts})"
+        )
+        again = [replace(s, life=self._restarts[name]) for s in ranks]
+        if self.plan.exclusive and self.schedule.lease != spec.role:
+            self._asleep_lost += again
+            self._on_back(spec)
+            return
+        self._starting[name] = len(again)
+        for s in again:
+            self._spawn(s)
+
+    def _drop_calls(self, teacher: int) -> None:
+        """Forget what a lost teacher was asked; samples that a refresh had dropped meanwhile are let go for good."""
+        for entry in [e for e in self._score_answers if e[0] == teacher]:
+            self._score_answers.remove(entry)
+            for key in entry[1]:
+                if key not in self.schedule.tickets:
+                    self._forget(key)
+
+    def _on_back(self, spec: WorkerSpec) -> None:
+        """A restarted engine stands (all its ranks)."""
+        name = self.plan.teachers[spec.index][0].name if spec.role == "teacher" else spec.name
+        self._starting[name] = self._starting.get(name, 1) - 1
+        if self._starting[name] > 0:
+            return
+        if spec.role == "teacher":
+            self.schedule.on_teacher_back(spec.index)
+        else:
+            self.schedule.on_sampler_back(spec.rank)
 
     def _on_learned(self, worker: Worker, message: m.Trained | m.Measured) -> None:
         """A learner command is complete when all ranks have answered; rank 0's answer is the one that counts."""
@@ -431,11 +522,10 @@ class Conductor:
         if reason is None:
             return
         self.refresh.last = step
-        scoring = {k for keys, _ in self._score_answers for k in keys}
+        scoring = {k for _, keys, _ in self._score_answers for k in keys}
         names = {k: t.sample for k, t in self.schedule.tickets.items() if t.drawn}
         dropped = self.schedule.refresh()
-        for replica in range(len(self.plan.samplers)):
-            self._start(Abort(replica))
+        self._abort_all()
         for key in dropped:
             if key not in scoring:
                 self._forget(key)
@@ -445,6 +535,11 @@ class Conductor:
         )
         self.telemetry.ledger.write({"step": step, "refreshed": ids})
         self.telemetry.progress.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
+
+    def _abort_all(self) -> None:
+        for spec in self.plan.samplers:
+            if spec.name in self.fleet.workers:
+                self._start(Abort(spec.rank))
 
     def _text(self, rollout: Rollout) -> str:
         return hf.decode(self.model.tokenizer, rollout.response_ids)
@@ -505,8 +600,11 @@ class Conductor:
         known = {t["key"] for t in schedule["tickets"] if t["state"] != "planned"}
         scored = {t["key"] for t in schedule["tickets"] if t["state"] == "scored"}
         memory = self.arena.memory.numpy()
-        nbytes = self.model.target_spec.nbytes
-        targets = {k: memory[(s := self.slots[k]).offset : s.offset + nbytes(s.positions)] for k in sorted(scored)}
+        targets = {}
+        for key in sorted(scored):
+            slot = self.slots[key]
+            nbytes = self.model.target_specs[slot.teacher].nbytes(slot.positions)
+            targets[key] = memory[slot.offset : slot.offset + nbytes]
         rollouts = [self.rollouts[k] for k in sorted(known)]
         state = {
             "fingerprint": fingerprint(self.recipe),

@@ -28,10 +28,11 @@ class AbortCommand:
 
 @dataclass
 class Slot:
-    """Where one sample's teacher targets lie in the arena; `positions` is the response length."""
+    """Where one sample's teacher targets lie in the arena; `positions` is the response length, `teacher` who fills it."""
 
     offset: int
     positions: int
+    teacher: int = 0
 
 
 @dataclass
@@ -154,3 +155,10 @@ class Failed:
 
     kind: Literal["user", "worker"]
     message: str
+
+
+@dataclass
+class Lost:
+    """Said by the fleet for a worker that died, hung or raised, and is stopped: `reason` names it, and its log."""
+
+    reason: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import Recipe
+from fopd_cli.recipe import Recipe, Sampler, Teacher
 from fopd_cli.runtime.workers import WorkerSpec
 
 Devices = tuple[int, ...]  # CUDA ordinals of one process; empty: the CPU
@@ -19,7 +19,7 @@ class Plan:
 
     mode: Literal["cpu", "timeslice", "partition"]
     samplers: tuple[WorkerSpec, ...]
-    teachers: tuple[WorkerSpec, ...]
+    teachers: tuple[tuple[WorkerSpec, ...], ...]  # the ranks of each teacher
     learners: tuple[WorkerSpec, ...]
     grader: WorkerSpec
 
@@ -27,12 +27,18 @@ class Plan:
     def exclusive(self) -> bool:
         return self.mode == "timeslice"
 
+    @property
+    def everyone(self) -> tuple[WorkerSpec, ...]:
+        """All processes."""
+        return (*self.learners, *(s for t in self.teachers for s in t), *self.samplers, self.grader)
+
     def describe(self) -> str:
         """One line for people."""
         parts = []
-        for workers in (self.samplers, self.teachers, self.learners):
+        for workers in (self.samplers, *self.teachers, self.learners):
             where = [f"cuda:{d}" for w in workers for d in w.devices] or [f"cpu, {workers[0].threads} threads each"]
-            parts.append(f"{len(workers)} {workers[0].role} ({', '.join(where)})")
+            label = f" {workers[0].label}" if workers[0].label else ""
+            parts.append(f"{len(workers)} {workers[0].role}{label} ({', '.join(where)})")
         return f"{self.mode}: " + "; ".join(parts)
 
 
@@ -52,52 +58,97 @@ def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
     if mode == "partition" and devices == 0:
         raise UserError("placement.mode: partition needs CUDA devices and there are none; set it to cpu or timeslice")
     if mode == "partition":
-        return _partition(recipe, devices, cores)
-    if mode == "timeslice" and devices > 0:
-        everywhere: list[Devices] = [(d,) for d in range(devices)]
-        return _plan(recipe, "timeslice", [everywhere, everywhere, everywhere], cores)
-    p = recipe.placement
-    counts = [p.sampler or 1, p.teacher or 1, p.learner or 1]
-    return _plan(recipe, mode, [[()] * n for n in counts], cores)
-
-
-def _partition(recipe: Recipe, devices: int, cores: int) -> Plan:
-    p = recipe.placement
-    if devices < 3:
-        raise UserError(
-            f"placement.mode: partition needs at least 3 CUDA devices, one a role, and there are {devices}; set it to timeslice"
+        groups = _partition(recipe, devices)
+    elif mode == "timeslice" and devices > 0:
+        everywhere = list(range(devices))
+        groups = _Groups(
+            _replicas(everywhere, recipe.sampler, "sampler"),
+            [_replicas(everywhere, t, "teacher") for t in recipe.teachers],
+            [(d,) for d in everywhere],
         )
-    sampler = p.sampler or max(1, devices // 2)
-    teacher = p.teacher or max(1, devices // 4)
+    else:
+        p = recipe.placement
+        teachers: list[list[Devices]] = [[()] * (1 if t.engine == "http" else p.teacher or 1) for t in recipe.teachers]
+        groups = _Groups([()] * (p.sampler or 1), teachers, [()] * (p.learner or 1))
+    return _plan(recipe, mode, groups, cores)
+
+
+@dataclass
+class _Groups:
+    """The devices of every process, by role."""
+
+    samplers: list[Devices]
+    teachers: list[list[Devices]]
+    learners: list[Devices]
+
+
+def _partition(recipe: Recipe, devices: int) -> _Groups:
+    p = recipe.placement
+    local = [t for t in recipe.teachers if t.engine != "http"]
+    fewest = 2 + len(local)
+    if devices < fewest:
+        raise UserError(
+            f"placement.mode: partition needs at least {fewest} CUDA devices, one a role, and there are {devices}; set it to timeslice"
+        )
+    split = _processes(recipe.sampler)
+    sampler = p.sampler or max(split, devices // 2 // split * split)
+    teacher = (p.teacher or max(len(local), devices // 4)) if local else 0
     learner = p.learner or max(1, devices - sampler - teacher)
     if sampler + teacher + learner > devices:
         raise UserError(
             f"placement: sampler {sampler} + teacher {teacher} + learner {learner} devices are more than the {devices} there are"
         )
-    numbers = iter(range(devices))
-    groups: list[list[Devices]] = [[(next(numbers),) for _ in range(n)] for n in (sampler, teacher, learner)]
-    return _plan(recipe, "partition", groups, cores)
+    if teacher < len(local):
+        raise UserError(f"placement.teacher: {teacher} devices are fewer than the {len(local)} teachers")
+    numbers = list(range(devices))
+    ours, theirs, rest = numbers[:sampler], numbers[sampler:][:teacher], numbers[sampler + teacher :][:learner]
+    shares = {t.name: theirs[i :: len(local)] for i, t in enumerate(local)}
+    return _Groups(
+        _replicas(ours, recipe.sampler, "sampler"),
+        [_replicas(shares.get(t.name, []), t, "teacher") for t in recipe.teachers],
+        [(d,) for d in rest],
+    )
 
 
-def _plan(
-    recipe: Recipe, mode: Literal["cpu", "timeslice", "partition"], groups: list[list[Devices]], cores: int
-) -> Plan:
-    samplers, teachers, learners = groups
+def _processes(engine: Sampler | Teacher) -> int:
+    """Devices that one replica is split over."""
+    return engine.vllm.tensor_parallel if engine.engine == "vllm" else 1
+
+
+def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[Devices]:
+    """One process per replica, each with the devices that it is split over; a remote teacher has none."""
+    if engine.engine == "http":
+        return [()]
+    split = _processes(engine)
+    if len(devices) % split:
+        raise UserError(
+            f"{role}.vllm.tensor_parallel: {split} does not divide the {len(devices)} devices of the {role}; change it or placement.{role}"
+        )
+    return [tuple(devices[i : i + split]) for i in range(0, len(devices), split)]
+
+
+def _plan(recipe: Recipe, mode: Literal["cpu", "timeslice", "partition"], groups: _Groups, cores: int) -> Plan:
     threads = recipe.placement.threads
     # Taking turns, each role may use all cores; side by side they share them.
-    workers = len(samplers) + len(teachers) + len(learners)
+    busy = [t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if engine.engine != "http"]
+    workers = len(groups.samplers) + sum(map(len, busy)) + len(groups.learners)
 
-    def share(count: int) -> int:
-        return max(1, cores // (count if mode == "timeslice" else workers))
-
-    def specs(role: str, devices: list[Devices], wanted: int | None) -> tuple[WorkerSpec, ...]:
+    def specs(
+        role: str, devices: list[Devices], wanted: int | None, index: int = 0, label: str = ""
+    ) -> tuple[WorkerSpec, ...]:
         n = len(devices)
-        return tuple(WorkerSpec(role, rank, n, devices[rank], wanted or share(n)) for rank in range(n))
+        share = wanted or max(1, cores // (n if mode == "timeslice" else workers))
+        return tuple(WorkerSpec(role, rank, n, devices[rank], share, index, label) for rank in range(n))
 
+    several = len(recipe.teachers) > 1
+    teachers = [
+        specs("teacher", group, threads.teacher, i, engine.name if several else "")
+        for i, (group, engine) in enumerate(zip(groups.teachers, recipe.teachers, strict=True))
+    ]
     return Plan(
         mode,
-        specs("sampler", samplers, threads.sampler),
-        specs("teacher", teachers, threads.teacher),
-        specs("learner", learners, threads.learner),
+        specs("sampler", groups.samplers, threads.sampler),
+        tuple(teachers),
+        specs("learner", groups.learners, threads.learner),
         WorkerSpec("grader", 0, 1, (), 1),
     )

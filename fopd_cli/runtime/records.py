@@ -144,6 +144,7 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "trained_tokens": totals.trained_tokens,
         "skipped_steps": totals.skipped_steps,
         "refreshes": schedule.refreshes,
+        "restarts": totals.restarts,
         "prompts": {
             "drawn": counts["drawn"],
             "trained": counts["trained"],

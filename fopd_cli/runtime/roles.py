@@ -1,139 +1,24 @@
-"""What each worker process does with its commands, and the one place where recipe names become engines."""
+"""What each worker process does with its commands."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines import hf
-from fopd_cli.engines.protocols import Learner, Sampler, Teacher
-from fopd_cli.freshness.score import POLICIES
-from fopd_cli.losses.chunked import LossSpec
-from fopd_cli.recipe import Recipe
+from fopd_cli.engines.protocols import Learner
 from fopd_cli.runtime import messages as m
-from fopd_cli.runtime.arena import WeightChannel, targets_at
+from fopd_cli.runtime.arena import targets_at
+from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, task_arguments
 from fopd_cli.runtime.checkpoint import disk_error
+from fopd_cli.runtime.publish import WeightChannel
 from fopd_cli.runtime.workers import Mailbox, WorkerSpec
-from fopd_cli.samples import Sample, TargetSpec, TeacherTargets
-
-
-@dataclass
-class Setup:
-    """What every worker of a run is given at its start."""
-
-    recipe: Recipe
-    vocab: int  # ids under which student and teacher mean the same token
-    target_spec: TargetSpec
-    arena: torch.Tensor
-    channel: WeightChannel
-    rendezvous: Path  # a fresh file name; each group of ranks adds its role
-    restore: tuple[Path, dict[str, Any]] | None = None  # learner state to resume from
-
-
-def resolve_dtype(name: str, cuda: bool) -> torch.dtype:
-    return hf.DTYPES[("bf16" if cuda else "fp32") if name == "auto" else name]
-
-
-if TYPE_CHECKING:
-    from fopd_cli.engines.fsdp_learner import LearnerConfig
+from fopd_cli.samples import Sample, TeacherTargets
 
 SPAN_S = 0.25  # a sampler that is never idle reports its work in spans of about this length
-
-
-# ---- building engines -------------------------------------------------------------------------------------------------
-
-
-def _device(spec: WorkerSpec) -> torch.device:
-    return torch.device("cuda", 0) if spec.devices else torch.device("cpu")
-
-
-def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
-    """One process group a role. A file is the meeting point: ports can be taken, a fresh file cannot."""
-    if spec.world == 1 and not always:
-        return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if spec.devices else "gloo"
-    dist.init_process_group(
-        backend, init_method=f"file://{setup.rendezvous}-{spec.role}", rank=spec.rank, world_size=spec.world
-    )
-
-
-def learner_config(recipe: Recipe, compute: torch.dtype, vocab: int, **loss_overrides: Any) -> LearnerConfig:
-    """The learner's, loss's and freshness's sections as the learner wants them."""
-    from fopd_cli.engines.fsdp_learner import LearnerConfig
-
-    loss, fresh, lrn = recipe.loss, recipe.freshness, recipe.learner
-    spec = LossSpec(
-        kind=loss.kind, support=loss.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
-        importance=loss.importance, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
-        chunk_bytes=loss.chunk_mb << 20,
-    )  # fmt: skip
-    return LearnerConfig(
-        loss=replace(spec, **loss_overrides), policy=POLICIES[fresh.policy], alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
-        anchor=fresh.anchor, weights=fresh.weights, step_scale=fresh.step_scale, average=loss.average, lr=lrn.lr,
-        warmup_steps=lrn.warmup_steps, decay=lrn.decay, min_lr_ratio=lrn.min_lr_ratio, steps=lrn.steps, betas=lrn.betas,
-        weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, compute_dtype=compute,
-        activation_checkpointing=lrn.activation_checkpointing, vocab=vocab,
-    )  # fmt: skip
-
-
-def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
-    from fopd_cli.engines.fsdp_learner import FsdpLearner
-
-    recipe, device = setup.recipe, _device(spec)
-    compute = resolve_dtype(recipe.learner.dtype, bool(spec.devices))
-    _join_group(spec, setup, always=compute != torch.float32)
-    config = learner_config(recipe, compute, setup.vocab)
-    head = None
-    if recipe.targets == "hidden":
-        head = hf.load_head(recipe.teacher.model, "teacher.model", setup.target_spec.dtype)
-    model = hf.load_model(recipe.student.model, "student.model", torch.float32)
-    learner = FsdpLearner(model, head, config, device, spec.rank, spec.world)
-    if setup.restore:
-        learner.restore(*setup.restore)
-    return learner
-
-
-def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
-    from fopd_cli.engines.transformers_teacher import TransformersTeacher
-
-    _join_group(spec, setup, always=False)
-    teacher = setup.recipe.teacher
-    model = hf.load_model(teacher.model, "teacher.model", setup.target_spec.dtype)
-    return TransformersTeacher(
-        model, _device(spec), spec.world, teacher.micro_tokens, setup.vocab, delay_s=teacher.delay_ms / 1000
-    )
-
-
-def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
-    recipe = setup.recipe
-    return make_sampler(
-        recipe.student.model,
-        resolve_dtype(recipe.sampler.dtype, bool(spec.devices)),
-        _device(spec),
-        recipe.sampler.concurrency,
-    )
-
-
-def make_sampler(model_path: str, dtype: torch.dtype, device: torch.device, concurrency: int) -> Sampler:
-    """The student sampler on the weights of a model directory; `fopd eval` uses it as the run does."""
-    from fopd_cli.engines.transformers_sampler import TransformersSampler
-
-    config = hf.load_config(model_path, "student.model")
-    tokenizer = hf.load_tokenizer(model_path, "student.model")
-    rules = hf.token_rules(model_path, tokenizer, config, "student.model")
-    model = hf.load_model(model_path, "student.model", dtype)
-    return TransformersSampler(model, rules, device, concurrency)
-
-
-# ---- the workers' loops -----------------------------------------------------------------------------------------------
 
 
 def _rest(engine: Any, mailbox: Mailbox, command: Any) -> None:
@@ -168,7 +53,8 @@ def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
         elif isinstance(command, m.LoadCommand):
             start = time.time()
             engine.load(command.version, setup.channel.read(command.version))
-            mailbox.send(m.Loaded(command.version, m.Span("load", start, time.time(), {"version": command.version})))
+            setup.channel.check(command.version)
+            mailbox.send(m.Loaded(command.version, _load_span(command.version, setup.channel, start)))
         elif isinstance(command, m.AbortCommand):
             engine.abort()
             began, tokens = None, 0
@@ -178,12 +64,19 @@ def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             _rest(engine, mailbox, command)
 
 
+def _load_span(version: int, channel: WeightChannel, start: float) -> m.Span:
+    end = time.time()
+    gb_per_s = channel.slot_bytes / 1e9 / max(end - start, 1e-9)
+    return m.Span("load", start, end, {"version": version, "ms": 1e3 * (end - start), "gb_per_s": gb_per_s})
+
+
 def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """All ranks get the same command; each scores its share, rank 0 answers when it is done with its own.
 
     The conductor waits for every rank's answer, so the targets of a group are complete when the last one is in.
     """
     engine = build_teacher(spec, setup)
+    delay_s = setup.recipe.teachers[spec.index].delay_ms / 1000
     mailbox.send(m.Ready())
     while True:
         command = mailbox.receive(block=True)
@@ -192,6 +85,7 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             share = slice(spec.rank, None, spec.world)
             targets = _targets(setup, command.slots)[share]
             engine.score(command.rollouts[share], targets)
+            time.sleep(delay_s * len(targets))
             tokens = sum(len(r.token_ids) for r in command.rollouts[share])
             keys = [r.key for r in command.rollouts]
             mailbox.send(
@@ -259,17 +153,10 @@ def grader_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
         mailbox.send(m.Graded(grades, m.Span("grade", start, time.time(), {"samples": len(grades)})))
 
 
-def task_arguments(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """(name, keyword arguments) of the recipe's task."""
-    options = recipe.task.model_dump()
-    name = options.pop("name")
-    return name, options.get("options", options)
-
-
 def publish(spec: WorkerSpec, engine: Learner, channel: WeightChannel) -> int:
     """Write the learner's weights into their slot; all ranks gather, rank 0 writes."""
     return channel.write(engine.version, engine.publish(), keep=spec.rank == 0)
 
 
 def _targets(setup: Setup, slots: Sequence[m.Slot]) -> list[TeacherTargets]:
-    return [targets_at(setup.arena, s.offset, setup.target_spec, s.positions) for s in slots]
+    return [targets_at(setup.arena, s.offset, setup.target_specs[s.teacher], s.positions, s.teacher) for s in slots]

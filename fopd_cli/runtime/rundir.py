@@ -78,6 +78,8 @@ class RunDir:
 def fingerprint(recipe: Recipe) -> dict[str, str]:
     """A short hash of each identity section, by its name."""
     dumped = recipe.model_dump(mode="json")
+    # What runs a teacher, and where, may change between two starts; what it is and what it hands over may not.
+    dumped["teacher"] = [[t.name, t.model, t.k, t.dtype, recipe.targets] for t in recipe.teachers]
     return {
         name: hashlib.sha256(json.dumps(dumped[name], sort_keys=True).encode()).hexdigest()[:16] for name in IDENTITY
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from fopd_cli.recipe import Recipe
@@ -14,13 +15,14 @@ SMALLEST_BATCHES = 3
 SHM = Path("/dev/shm")
 
 
-def arena_bytes(recipe: Recipe, spec: TargetSpec) -> int:
+def arena_bytes(recipe: Recipe, specs: Sequence[TargetSpec]) -> int:
     """Shared memory for teacher targets. With room for three batches' worst case the run cannot stall for it."""
     response = max(recipe.sampler.max_new_tokens, recipe.eval.max_new_tokens or 0)
-    batch = recipe.learner.batch_samples * (spec.nbytes(response) + 64)
+    batch = recipe.learner.batch_samples * (max(spec.nbytes(response) for spec in specs) + 64)
     smallest = SMALLEST_BATCHES * batch
-    if recipe.teacher.buffer_gb is not None:
-        return max(smallest, int(recipe.teacher.buffer_gb * 1e9))
+    asked = [t.buffer_gb for t in recipe.teachers if t.buffer_gb is not None]
+    if asked:
+        return max(smallest, int(max(asked) * 1e9))
     wanted = (recipe.max_lag + 2) * batch
     return max(smallest, min(wanted, total_memory() // 4))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fopd_cli.engines import hf
+from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.tickets import ScheduleConfig
 from fopd_cli.samples import Prompt, SampleId
@@ -16,9 +17,13 @@ from fopd_cli.tasks import Task
 class PromptStream:
     """Each epoch is a fresh permutation of the training prompts; each prompt is sampled `samples_per_prompt` times in a row."""
 
-    def __init__(self, task: Task, tokenizer: object, seed: int, samples_per_prompt: int) -> None:
+    def __init__(
+        self, task: Task, tokenizer: object, seed: int, samples_per_prompt: int, teachers: Sequence[str] = ()
+    ) -> None:
         self.prompts: dict[str, Sequence[Prompt]] = {"train": task.prompts("train"), "eval": task.prompts("eval")}
         self.tokenizer, self.seed, self.samples_per_prompt = tokenizer, seed, samples_per_prompt
+        self._teachers = {name: i for i, name in enumerate(teachers)}
+        self._check_teachers()
         self._orders: dict[int, np.ndarray] = {}
         self._ids: dict[tuple[str, int], np.ndarray] = {}
 
@@ -30,6 +35,18 @@ class PromptStream:
             rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             self._orders = {epoch: rng.permutation(len(self.prompts["train"]))}
         return SampleId("train", epoch, int(self._orders[epoch][position]), replica)
+
+    def teacher(self, sample: SampleId) -> int:
+        """Number of the teacher that judges a sample: the one that its prompt names, else the first."""
+        return self._teachers.get(self.prompt(sample).teacher or "", 0)
+
+    def _check_teachers(self) -> None:
+        for split, prompts in self.prompts.items():
+            for p in prompts:
+                if p.teacher is not None and self._teachers and p.teacher not in self._teachers:
+                    raise UserError(
+                        f"task: {split} prompt {p.index} names the teacher {p.teacher!r}; there are {', '.join(self._teachers)}"
+                    )
 
     def prompt(self, sample: SampleId) -> Prompt:
         return self.prompts[sample.split][sample.prompt]
@@ -49,6 +66,12 @@ class PromptStream:
         return max((len(self.encoded(split, i)), i) for i in range(len(self.prompts[split])))
 
 
+def context_tokens(recipe: Recipe, stream: PromptStream) -> int:
+    """Tokens of the longest sample that there can be."""
+    new = {"train": recipe.sampler.max_new_tokens, "eval": recipe.eval.max_new_tokens or recipe.sampler.max_new_tokens}
+    return max(stream.longest(split)[0] + new[split] for split in new)
+
+
 def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
     """All held-out samples; the same ids, hence the same random numbers, at every version and in `fopd eval`."""
     return [
@@ -65,5 +88,5 @@ def schedule_config(recipe: Recipe, replicas: int, exclusive: bool) -> ScheduleC
     return ScheduleConfig(
         steps=steps, batch=recipe.learner.batch_samples, depth=recipe.schedule.depth, lag=recipe.schedule.lag,
         inflight=recipe.schedule.inflight, replicas=replicas, concurrency=recipe.sampler.concurrency,
-        score_batch=recipe.teacher.batch_samples, exclusive=exclusive, eval_versions=frozenset({0, steps, *between}),
+        score_batch=tuple(t.batch_samples for t in recipe.teachers), exclusive=exclusive, eval_versions=frozenset({0, steps, *between}),
     )  # fmt: skip

@@ -29,7 +29,7 @@ import torch
 import torch.multiprocessing as mp
 
 from fopd_cli.errors import UserError, WorkerError
-from fopd_cli.runtime.messages import Failed, StopCommand
+from fopd_cli.runtime.messages import Failed, Lost, StopCommand
 
 PR_SET_PDEATHSIG = 1
 STOP_TIMEOUT_S = 10.0
@@ -37,17 +37,23 @@ STOP_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One process: `role` and `rank` name it, `devices` are CUDA ordinals (empty: the CPU), `threads` its CPU share."""
+    """One process: `role` and `rank` name it, `devices` are CUDA ordinals (empty: the CPU), `threads` its CPU share.
+
+    `index` is the number of the teacher, where there are several; `label` then tells them apart. `life` counts restarts.
+    """
 
     role: str
     rank: int
     world: int
     devices: tuple[int, ...]
     threads: int
+    index: int = 0
+    label: str = ""
+    life: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.role}-{self.rank}"
+        return "-".join(filter(None, (self.role, self.label, str(self.rank))))
 
 
 class Mailbox:
@@ -85,6 +91,7 @@ class Worker:
     outbox: Any
     pulse: torch.Tensor
     log: Path
+    replaceable: bool
     owed: int = 0
     started: bool = False  # has said that its engine stands
     sent_at: float = field(default_factory=time.monotonic)
@@ -101,7 +108,11 @@ class Worker:
 
 
 class Fleet:
-    """All workers of a run. Use as a context manager: leaving it stops them, an exception kills them."""
+    """All workers of a run. Use as a context manager: leaving it stops them, an exception kills them.
+
+    A worker that dies, hangs or raises ends the run with a `WorkerError`; one that is `replaceable` is stopped and
+    reported as `Lost` instead, among the messages.
+    """
 
     def __init__(self, logs: Path, timeout_s: float, start_timeout_s: float) -> None:
         self.logs, self.timeout_s, self.start_timeout_s = logs, timeout_s, start_timeout_s
@@ -116,7 +127,7 @@ class Fleet:
             self.stop()
         self.kill()
 
-    def start(self, spec: WorkerSpec, target: Callable[..., None], *args: Any) -> Worker:
+    def start(self, spec: WorkerSpec, target: Callable[..., None], *args: Any, replaceable: bool = False) -> Worker:
         """Spawn `target(spec, mailbox, *args)`. Its output goes to `logs/NAME.log`."""
         inbox: Any = self._context.Queue()
         outbox: Any = self._context.Queue()
@@ -129,7 +140,7 @@ class Fleet:
             process.start()
         # With our copy of the write end closed, a worker that dies inside a message ends it instead of stalling us.
         outbox._writer.close()
-        worker = Worker(spec, process, inbox, outbox, pulse, log, owed=1)  # it owes Ready
+        worker = Worker(spec, process, inbox, outbox, pulse, log, replaceable, owed=1)  # it owes Ready
         self.workers[spec.name] = worker
         return worker
 
@@ -149,50 +160,69 @@ class Fleet:
             if reader in readers:
                 messages += self._drain(readers[reader])
         for sentinel in ready:
-            if sentinel in sentinels:
-                self._died(sentinels[sentinel])
-        self._check_pulses()
-        return messages
+            worker = sentinels.get(sentinel)
+            if worker is not None and self.workers.get(worker.name) is worker:
+                messages += self._drain(worker)  # what it said before it died
+                if self.workers.get(worker.name) is worker:
+                    messages += self._lost(worker, self._death(worker))
+        return messages + self._check_pulses()
 
     def _drain(self, worker: Worker) -> list[tuple[Worker, Any]]:
-        messages = []
+        messages: list[tuple[Worker, Any]] = []
         while worker.outbox._reader.poll():
             try:
                 message = worker.outbox.get()
             except (EOFError, OSError):
-                self._died(worker)
+                return messages + self._lost(worker, self._death(worker))
             if isinstance(message, Failed):
-                self._failed(worker, message)
+                return messages + self._failed(worker, message)
             worker.started = True
             worker.owed -= 1
             worker.sent_at = time.monotonic()
             messages.append((worker, message))
         return messages
 
-    def _failed(self, worker: Worker, message: Failed) -> None:
+    def _failed(self, worker: Worker, message: Failed) -> list[tuple[Worker, Any]]:
         if message.kind == "user":
             raise UserError(message.message)
-        raise WorkerError(f"{worker.name} failed: {message.message} (its log: {worker.log})")
+        return self._lost(worker, f"{worker.name} failed: {message.message} (its log: {worker.log})")
 
-    def _died(self, worker: Worker) -> None:
+    def _death(self, worker: Worker) -> str:
         worker.process.join(STOP_TIMEOUT_S)
         code = worker.process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
-        raise WorkerError(f"{worker.name} (pid {worker.process.pid}) {how}; its log: {worker.log}")
+        return f"{worker.name} (pid {worker.process.pid}) {how}; its log: {worker.log}"
 
-    def _check_pulses(self) -> None:
-        now = time.monotonic()
-        for worker in self.workers.values():
+    def _lost(self, worker: Worker, reason: str) -> list[tuple[Worker, Any]]:
+        """The end of a worker, and of the run unless it can be replaced."""
+        if not worker.replaceable:
+            raise WorkerError(reason)
+        self.remove(worker.name)
+        return [(worker, Lost(reason))]
+
+    def remove(self, name: str) -> None:
+        """Stop a worker at once and forget it; what it may still have said is never heard."""
+        worker = self.workers.pop(name)
+        worker.process.kill()
+        worker.process.join(STOP_TIMEOUT_S)
+        worker.inbox.cancel_join_thread()
+        worker.inbox.close()
+
+    def _check_pulses(self) -> list[tuple[Worker, Any]]:
+        now, lost = time.monotonic(), []
+        for worker in list(self.workers.values()):
             silence = now - max(float(worker.pulse[0]), worker.sent_at)
             limit, key = (self.timeout_s, "timeout_s") if worker.started else (self.start_timeout_s, "start_timeout_s")
             if worker.owed > 0 and silence > limit:
                 with contextlib.suppress(OSError):
                     os.kill(worker.process.pid, signal.SIGUSR1)  # faulthandler writes all stacks to its log
                     time.sleep(0.5)
-                raise WorkerError(
+                lost += self._lost(
+                    worker,
                     f"{worker.name} (pid {worker.process.pid}) has not moved for {silence:.0f} s (runtime.{key}); "
-                    f"its stacks are in {worker.log}"
+                    f"its stacks are in {worker.log}",
                 )
+        return lost
 
     def stop(self) -> None:
         """Ask everyone to leave and wait a moment."""
@@ -205,13 +235,9 @@ class Fleet:
     def kill(self) -> None:
         """End whoever is left, at once."""
         for worker in self.workers.values():
-            if worker.process.is_alive():
-                worker.process.kill()
-        for worker in self.workers.values():
-            worker.process.join(STOP_TIMEOUT_S)
-            worker.inbox.cancel_join_thread()
-            worker.inbox.close()
-        self.workers.clear()
+            worker.process.kill()
+        for name in list(self.workers):
+            self.remove(name)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ class Math:
         answer: str | None = "answer",
         eval_question: str | None = None,
         eval_answer: str | None = None,
+        teacher: str | None = None,
         template: str = "{question}",
         system: str | None = None,
         chat: bool = True,
@@ -46,6 +47,7 @@ class Math:
         self.sources = {"train": train, "eval": eval}
         self.questions = {"train": question, "eval": eval_question or question}
         self.answers = {"train": answer, "eval": eval_answer or answer}
+        self.teacher = teacher
         self.template, self.system, self.chat = template, system, chat
         self.eval_prompts = eval_prompts
 
@@ -54,7 +56,7 @@ class Math:
         held_out = self._read("eval", limit=self.eval_prompts)
         if split == "eval":
             return self._to_prompts(held_out)
-        known = {text for text, _, _ in held_out}
+        known = {row[0] for row in held_out}
         rows = [row for row in self._read("train") if row[0] not in known]
         if not rows:
             raise UserError(
@@ -72,32 +74,34 @@ class Math:
             return 1.0
         return float(_verify(gold, answer))
 
-    def _to_prompts(self, rows: Iterable[tuple[str, Any, Any]]) -> list[Prompt]:
+    def _to_prompts(self, rows: Iterable[tuple[str, Any, Any, Any]]) -> list[Prompt]:
         prompts = []
-        for i, (_, question, answer) in enumerate(rows):
+        for i, (_, question, answer, teacher) in enumerate(rows):
             messages = question if isinstance(question, list) else self._messages(str(question))
             shown: dict[str, Any] = {"messages": messages} if self.chat else {"text": messages[-1]["content"]}
-            prompts.append(Prompt(index=i, payload={"answer": answer}, **shown))
+            name = None if teacher is None else str(teacher)
+            prompts.append(Prompt(index=i, payload={"answer": answer}, teacher=name, **shown))
         return prompts
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.template.replace("{question}", question)}]
 
-    def _read(self, split: str, limit: int | None = None) -> list[tuple[str, Any, Any]]:
-        """(text that identifies it, question, answer) of each distinct row."""
+    def _read(self, split: str, limit: int | None = None) -> list[tuple[str, Any, Any, Any]]:
+        """(text that identifies it, question, answer, teacher) of each distinct row."""
         source, key = self.sources[split], f"task.{split}"
         rows = _hub_rows(source, key) if source.startswith("hf:") else _jsonl_rows(Path(source), key)
         if not rows:
             raise UserError(f"{key}: {source!r} has no rows")
-        distinct: dict[str, tuple[str, Any, Any]] = {}
+        distinct: dict[str, tuple[str, Any, Any, Any]] = {}
         for number, row in enumerate(rows, 1):
             where = f"{key}: row {number} of {source!r}"
             question = _column(row, self.questions[split], where, "task.question")
             column = self.answers[split]
             answer = None if column is None else _column(row, column, where, "task.answer")
             text = str(question[-1]["content"] if isinstance(question, list) else question)
-            distinct.setdefault(text, (text, question, answer))
+            teacher = None if self.teacher is None else _column(row, self.teacher, where, "task.teacher")
+            distinct.setdefault(text, (text, question, answer, teacher))
         return list(distinct.values())[:limit]
 
 

@@ -1,0 +1,199 @@
+"""The composition root: from recipe names to engines. Each engine is imported only in the process that runs it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fopd_cli.engines import hf
+from fopd_cli.engines.protocols import Learner, Sampler, Teacher
+from fopd_cli.engines.vllm_engine import VllmOptions
+from fopd_cli.errors import UserError
+from fopd_cli.freshness.score import POLICIES
+from fopd_cli.losses.chunked import LossSpec
+from fopd_cli.recipe import Recipe, Vllm
+from fopd_cli.recipe import Teacher as TeacherSection
+from fopd_cli.runtime.params import sampling_params
+from fopd_cli.runtime.publish import WeightChannel
+from fopd_cli.runtime.sizes import total_memory
+from fopd_cli.runtime.workers import WorkerSpec
+from fopd_cli.samples import TargetSpec
+
+if TYPE_CHECKING:
+    from fopd_cli.engines.fsdp_learner import LearnerConfig
+    from fopd_cli.engines.http_teacher import HttpServer
+
+TEACHER_BATCHED_TOKENS = 2048  # vLLM keeps [tokens, vocab] logits of them, twice, outside its memory profile
+KV_BLOCK = 128  # tokens; vLLM's on a CPU
+
+
+@dataclass
+class Setup:
+    """What every worker of a run is given at its start."""
+
+    recipe: Recipe
+    vocab: int  # ids under which student and teacher mean the same token
+    target_specs: tuple[TargetSpec, ...]  # of each teacher
+    context: int  # tokens of the longest sample that there can be
+    arena: torch.Tensor
+    channel: WeightChannel
+    rendezvous: Path  # a fresh file name; each group of ranks adds its role
+    restore: tuple[Path, dict[str, Any]] | None = None  # learner state to resume from
+
+
+def resolve_dtype(name: str, cuda: bool) -> torch.dtype:
+    return hf.DTYPES[("bf16" if cuda else "fp32") if name == "auto" else name]
+
+
+def _device(spec: WorkerSpec) -> torch.device:
+    return torch.device("cuda", 0) if spec.devices else torch.device("cpu")
+
+
+def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
+    """One process group a role. A file is the meeting point: ports can be taken, a fresh file cannot."""
+    if spec.world == 1 and not always:
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "cpu:gloo,cuda:nccl" if spec.devices else "gloo"
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{setup.rendezvous}-{spec.role}-{spec.index}-{spec.life}",
+        rank=spec.rank,
+        world_size=spec.world,
+    )
+
+
+def learner_config(recipe: Recipe, compute: torch.dtype, vocab: int, **loss_overrides: Any) -> LearnerConfig:
+    """The learner's, loss's and freshness's sections as the learner wants them."""
+    from fopd_cli.engines.fsdp_learner import LearnerConfig
+
+    loss, fresh, lrn = recipe.loss, recipe.freshness, recipe.learner
+    spec = LossSpec(
+        kind=loss.kind, support=recipe.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
+        importance=loss.importance, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
+        chunk_bytes=loss.chunk_mb << 20,
+    )  # fmt: skip
+    return LearnerConfig(
+        loss=replace(spec, **loss_overrides), policy=POLICIES[fresh.policy], alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
+        anchor=fresh.anchor, weights=fresh.weights, step_scale=fresh.step_scale, average=loss.average, lr=lrn.lr,
+        warmup_steps=lrn.warmup_steps, decay=lrn.decay, min_lr_ratio=lrn.min_lr_ratio, steps=lrn.steps, betas=lrn.betas,
+        weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, compute_dtype=compute,
+        activation_checkpointing=lrn.activation_checkpointing, vocab=vocab,
+    )  # fmt: skip
+
+
+def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
+    from fopd_cli.engines.fsdp_learner import FsdpLearner
+
+    recipe, device = setup.recipe, _device(spec)
+    compute = resolve_dtype(recipe.learner.dtype, bool(spec.devices))
+    _join_group(spec, setup, always=compute != torch.float32)
+    config = learner_config(recipe, compute, setup.vocab)
+    heads = []
+    if recipe.targets == "hidden":
+        pairs = zip(recipe.teachers, setup.target_specs, strict=True)
+        heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
+    model = hf.load_model(recipe.student.model, "student.model", torch.float32)
+    learner = FsdpLearner(model, heads, config, device, spec.rank, spec.world)
+    if setup.restore:
+        learner.restore(*setup.restore)
+    return learner
+
+
+def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
+    teacher, dtype = setup.recipe.teachers[spec.index], setup.target_specs[spec.index].dtype
+    if teacher.engine == "http":
+        from fopd_cli.engines.http_teacher import HttpTeacher
+
+        return HttpTeacher(http_server(teacher), setup.vocab)
+    if teacher.engine == "vllm":
+        from fopd_cli.engines.vllm_teacher import VllmTeacher
+
+        padding = max(0, hf.vocab_size(hf.load_config(teacher.model, "teacher.model")) - setup.vocab)
+        options = VllmOptions(
+            max_tokens=setup.context + 1,  # the token that vLLM insists on generating
+            max_requests=teacher.batch_samples, max_logprobs=teacher.k + padding,
+            **_vllm_options("teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec)),
+        )  # fmt: skip
+        capped = replace(options, max_batched_tokens=options.max_batched_tokens or TEACHER_BATCHED_TOKENS)
+        return VllmTeacher(with_cpu_cache(capped, teacher.model), setup.vocab, padding)
+    from fopd_cli.engines.transformers_teacher import TransformersTeacher
+
+    _join_group(spec, setup, always=False)
+    model = hf.load_model(teacher.model, "teacher.model", dtype)
+    return TransformersTeacher(model, _device(spec), spec.world, teacher.micro_tokens, setup.vocab)
+
+
+def http_server(teacher: TeacherSection) -> HttpServer:
+    """How to reach a remote teacher. Raises `UserError` if its API key is not there."""
+    from fopd_cli.engines.http_teacher import HttpServer
+
+    h = teacher.http
+    key = os.environ.get(h.api_key_env) if h.api_key_env else None
+    if h.api_key_env and not key:
+        raise UserError(f"teacher.http.api_key_env: the environment variable {h.api_key_env} is not set")
+    assert h.url is not None
+    return HttpServer(h.url.rstrip("/"), teacher.model, key, h.concurrency, h.timeout_s, h.retries)
+
+
+def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
+    dtype = resolve_dtype(setup.recipe.sampler.dtype, bool(spec.devices))
+    return make_sampler(setup.recipe, setup.recipe.student.model, dtype, _device(spec), setup.context)
+
+
+def make_sampler(recipe: Recipe, model_path: str, dtype: torch.dtype, device: torch.device, context: int) -> Sampler:
+    """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does."""
+    section = recipe.sampler
+    if section.engine == "vllm":
+        from fopd_cli.engines.vllm_sampler import VllmSampler
+
+        config, tokenizer = hf.load_config(model_path, "student.model"), hf.load_tokenizer(model_path, "student.model")
+        rules = hf.token_rules(model_path, tokenizer, config, "student.model")
+        options = VllmOptions(
+            max_tokens=context, max_requests=section.concurrency,
+            max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
+            prefix_caching=section.vllm.prefix_caching, live_weights=True,
+            **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device),
+        )  # fmt: skip
+        return VllmSampler(with_cpu_cache(options, model_path), rules, hf.tied_names(config))
+    return transformers_sampler(model_path, dtype, device, section.concurrency)
+
+
+def transformers_sampler(model_path: str, dtype: torch.dtype, device: torch.device, concurrency: int) -> Sampler:
+    """The reference engine, which runs anywhere."""
+    from fopd_cli.engines.transformers_sampler import TransformersSampler
+
+    config, tokenizer = hf.load_config(model_path, "student.model"), hf.load_tokenizer(model_path, "student.model")
+    rules = hf.token_rules(model_path, tokenizer, config, "student.model")
+    return TransformersSampler(hf.load_model(model_path, "student.model", dtype), rules, device, concurrency)
+
+
+def _vllm_options(key: str, model: str, section: Vllm, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What the sampler's and the teacher's vLLM have in common."""
+    return {
+        "key": key, "model": model, "dtype": dtype, "cuda": device.type == "cuda", "eager": section.eager,
+        "tensor_parallel": section.tensor_parallel, "gpu_memory": section.gpu_memory,
+        "kv_cache_bytes": None if section.kv_cache_gb is None else int(section.kv_cache_gb * 1e9),
+        "max_batched_tokens": section.max_batched_tokens,
+    }  # fmt: skip
+
+
+def with_cpu_cache(options: VllmOptions, model: str) -> VllmOptions:
+    """On a CPU the KV cache that all running requests can need; vLLM's own default would take most of the RAM."""
+    if options.cuda or options.kv_cache_bytes is not None:
+        return options
+    tokens = options.max_requests * (options.max_tokens + 2 * KV_BLOCK)
+    wanted = tokens * hf.kv_bytes_per_token(hf.load_config(model, options.key), options.dtype)
+    return replace(options, kv_cache_bytes=max(64 << 20, min(wanted, total_memory() // 8)))
+
+
+def task_arguments(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """(name, keyword arguments) of the recipe's task."""
+    options = recipe.task.model_dump()
+    name = options.pop("name")
+    return name, options.get("options", options)
