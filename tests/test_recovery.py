@@ -163,13 +163,29 @@ def test_ctrl_c_on_a_time_sliced_box(fopd: Fopd, pair: Path) -> None:
     check_accounts(run)
 
 
-@pytest.mark.parametrize(
-    "role",
-    ["learner-0", "sampler-0", pytest.param("teacher-0", marks=SLOW), pytest.param("grader-0", marks=SLOW)],
-)
-def test_a_killed_worker_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pair: Path, role: str) -> None:
+def test_a_killed_learner_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pair: Path) -> None:
     process, run = start(fopd, slow(pair, 1, steps=60))
     wait_for(lambda: checkpoints(run), "a checkpoint")
+    family = descendants(process.pid)
+    worker(run, "learner-0", family).kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert "Traceback" not in err
+    assert "learner-0" in err
+    assert "SIGKILL" in err
+    wait_for(lambda: gone(family), "all that it started to end", 5.0)
+    at = int(checkpoints(run)[-1][-6:])
+    fopd("resume", run, "--set", f"learner.steps={at + 2}")
+    check_accounts(run)
+
+
+@pytest.mark.parametrize(
+    "role",
+    ["sampler-0", pytest.param("teacher-0", marks=SLOW), pytest.param("grader-0", marks=SLOW)],
+)
+def test_the_last_one_lost_ends_the_run_with_a_checkpoint(fopd: Fopd, pair: Path, role: str) -> None:
+    process, run = start(fopd, slow(pair, 1, steps=60, runtime={"restarts": 0}, checkpoint={"every": 0}))
+    wait_for(lambda: steps_done(run) >= 2, "two steps")
     family = descendants(process.pid)
     worker(run, role, family).kill()
     _, err = process.communicate(timeout=60)
@@ -177,23 +193,60 @@ def test_a_killed_worker_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pai
     assert "Traceback" not in err
     assert role in err
     assert "SIGKILL" in err
+    assert "fopd resume" in err
     wait_for(lambda: gone(family), "all that it started to end", 5.0)
-    if role == "learner-0":
-        at = int(checkpoints(run)[-1][-6:])
-        fopd("resume", run, "--set", f"learner.steps={at + 2}")
-        check_accounts(run)
+    (name,) = checkpoints(run)
+    assert int(name[-6:]) == steps_done(run)
+    fopd("resume", run, "--set", f"learner.steps={steps_done(run) + 2}")
+    check_accounts(run)
 
 
-def test_a_hanging_worker_is_named(fopd: Fopd, pair: Path) -> None:
-    process, run = start(fopd, slow(pair, 1, steps=200, runtime={"timeout_s": 5.0}))
-    wait_for(lambda: steps_done(run) >= 2, "two steps")
-    family = descendants(process.pid)
-    worker(run, "teacher-0", family).suspend()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 3
-    assert "teacher-0" in err
-    assert "has not moved" in err
-    wait_for(lambda: gone(family), "all that it started to end", 5.0)
+def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -> None:
+    """Depth 0: sampler, teacher and grader killed or stopped in the middle; the metrics are those of a quiet run."""
+    quiet = fopd.run(slow(pair, 0), "quiet")
+    process, run = start(fopd, slow(pair, 0, runtime={"timeout_s": 8.0}))
+    for step, name, blow in ((2, "sampler-0", "kill"), (5, "grader-0", "kill"), (7, "teacher-0", "suspend")):
+        wait_for(lambda step=step: steps_done(run) >= step, f"step {step}")
+        getattr(worker(run, name, descendants(process.pid)), blow)()
+    _, err = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0, err
+    assert summary(run)["restarts"] == 3
+    for name in ("sampler-0", "grader-0", "teacher-0"):
+        assert any(name in line and "starting it again (1 of 2)" in line for line in err.splitlines()), name
+    assert "teacher-0" in next(line for line in err.splitlines() if "has not moved" in line)
+    assert metrics(run) == metrics(quiet)
+    assert check_accounts(run) == check_accounts(quiet)
+
+
+@SLOW
+def test_other_replicas_take_over(fopd: Fopd, pair: Path) -> None:
+    """Of two samplers one dies for good; the other does its work, and every sample is accounted for."""
+    recipe = slow(pair, 2, steps=24, placement={"sampler": 2}, runtime={"restarts": 0})
+    process, run = start(fopd, recipe)
+    wait_for(lambda: steps_done(run) >= 3, "three steps")
+    worker(run, "sampler-1", descendants(process.pid)).kill()
+    _, err = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0, err
+    assert "stays away" in err
+    prompts = check_accounts(run)
+    assert prompts["trained"] + prompts["gated"] == 24 * 8
+    assert prompts["in_flight"] == 0
+    assert summary(run)["max_lag"] <= 2
+
+
+@SLOW
+@pytest.mark.parametrize("role", ["sampler-0", "teacher-0"])
+def test_an_engine_lost_on_a_time_sliced_box(fopd: Fopd, pair: Path, role: str) -> None:
+    """Awake or asleep: it is replaced when its turn comes."""
+    recipe = slow(pair, 1, steps=16, placement={"mode": "timeslice"})
+    process, run = start(fopd, recipe)
+    for step in (2, 5):
+        wait_for(lambda step=step: steps_done(run) >= step, f"step {step}")
+        worker(run, role, descendants(process.pid)).kill()
+    _, err = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0, err
+    assert summary(run)["restarts"] == 2
+    check_accounts(run)
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(fopd: Fopd, pair: Path) -> None:

@@ -137,6 +137,24 @@ def test_a_rollout_depends_on_seed_prompt_and_version_alone(host: kit.Host, stud
         np.testing.assert_allclose(rollout.logprobs, alone[key].logprobs, atol=1e-5)
 
 
+def _crowd(student: str) -> dict[int, Rollout]:
+    engine = kit.original(kit.sampler(student), student)
+    engine.submit(requests(64, SamplingParams(max_new_tokens=8), longest=200))
+    early = [r for _ in range(3) for r in engine.step()]
+    engine.load(1, kit.published(hf.load_model(student, "m", torch.float32).state_dict(), student))
+    return {r.key: r for r in early} | kit.drain(engine)
+
+
+def test_more_tokens_at_once_than_fit_a_forward_pass(host: kit.Host, pair: Path) -> None:
+    """Prompts, and after an update all running requests, are computed in several passes."""
+    student = str(pair / "student")
+    rollouts, model = host(_crowd, student), hf.load_model(student, "m", torch.float32)
+    assert len(rollouts) == 64
+    assert sum(len(r.token_ids) for r in rollouts.values()) > 4096
+    for rollout in rollouts.values():
+        np.testing.assert_allclose(rollout.logprobs, of_sampled(model_logprobs(model, rollout), rollout), atol=2e-5)
+
+
 def _finishing_order(student: str) -> list[tuple[int, int]]:
     engine = kit.original(kit.sampler(student), student)
     lengths = [40, 3, 7, 2]
@@ -312,7 +330,7 @@ def _score(teacher: str, kind: Any, k: int, rollouts: list[Rollout], vocab: int)
     engine = _TEACHERS.get(teacher)
     if engine is None:
         # Fewer batched tokens than a sample has: its log-probs then come in pieces.
-        opts = kit.options(teacher, prefix_caching=False, live_weights=False, max_batched_tokens=64)
+        opts = kit.options(teacher, prefix_caching=False, live_weights=False, seeded=False, max_batched_tokens=64)
         engine = _TEACHERS[teacher] = VllmTeacher(opts, vocab=260, padding=0)
     engine.vocab, engine.padding = vocab, 260 - vocab
     spec = TargetSpec(kind, k, torch.float32)

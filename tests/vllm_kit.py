@@ -64,7 +64,7 @@ def _serve(pipe: Any, log: str) -> None:
 def options(model: str, dtype: torch.dtype = torch.float32, **changes: Any) -> vllm_engine.VllmOptions:
     values: dict[str, Any] = {
         "key": "sampler.vllm", "cuda": False, "max_tokens": MAX_TOKENS, "max_requests": 64, "max_logprobs": -1,
-        "kv_cache_bytes": 64 << 20, "live_weights": True, "prefix_caching": True,
+        "kv_cache_bytes": 64 << 20, "live_weights": True, "prefix_caching": True, "seeded": True,
     }  # fmt: skip
     return vllm_engine.VllmOptions(model=model, dtype=dtype, **{**values, **changes})
 

@@ -45,6 +45,7 @@ class VllmOptions:
     max_batched_tokens: int | None = None
     prefix_caching: bool = False
     live_weights: bool = False  # whether `load` will be called
+    seeded: bool = False  # whether requests have seeds of their own
 
 
 def installed_version() -> str | None:
@@ -172,7 +173,8 @@ def _environment(options: VllmOptions) -> None:
         VLLM_HOST_IP="127.0.0.1",  # tensor-parallel ranks meet on this machine
         FOPD_ENGINE_PARENT=str(os.getpid()),
     )
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # what fopd prints is for programs to read
     if not options.cuda:
         # vLLM would pin threads to cores that our other workers compute on as well; OMP_NUM_THREADS is set already.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -194,8 +196,15 @@ def _engine_args(options: VllmOptions) -> dict[str, Any]:
         "enforce_eager": options.eager or not options.cuda,
         "kv_cache_memory_bytes": options.kv_cache_bytes,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
-    if options.max_batched_tokens is not None:
+    if options.seeded and not options.cuda:
+        # With a prefill in pieces vLLM takes a random number back, which generators on a CPU cannot do: it raises.
+        args["enable_chunked_prefill"] = False
+        args["max_num_batched_tokens"] = max(
+            options.max_batched_tokens or 4096, options.max_requests, options.max_tokens
+        )
+    elif options.max_batched_tokens is not None:
         args["max_num_batched_tokens"] = max(options.max_batched_tokens, options.max_requests)
     if options.live_weights:
         args["weight_transfer_config"] = {"backend": "fopd"}

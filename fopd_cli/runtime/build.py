@@ -157,7 +157,7 @@ def make_sampler(recipe: Recipe, model_path: str, dtype: torch.dtype, device: to
         options = VllmOptions(
             max_tokens=context, max_requests=section.concurrency,
             max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
-            prefix_caching=section.vllm.prefix_caching, live_weights=True,
+            prefix_caching=section.vllm.prefix_caching, live_weights=True, seeded=True,
             **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device),
         )  # fmt: skip
         return VllmSampler(with_cpu_cache(options, model_path), rules, hf.tied_names(config))

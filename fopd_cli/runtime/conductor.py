@@ -14,8 +14,8 @@ import json
 import signal
 import time
 import uuid
-from collections import Counter, deque
-from dataclasses import dataclass, field, replace
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from fopd_cli.runtime.checkpoint import CheckpointStore, disk_error, load_buffer
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import Layout, WeightChannel
+from fopd_cli.runtime.restarts import REPLACEABLE, Restarts
 from fopd_cli.runtime.rundir import RunDir, fingerprint
 from fopd_cli.runtime.schedule import Schedule
 from fopd_cli.runtime.sizes import arena_bytes
@@ -59,7 +60,7 @@ class Totals:
     samples: int = 0
     max_lag: int = 0
     skipped_steps: int = 0
-    restarts: int = 0  # of samplers and teachers
+    restarts: int = 0  # of samplers, teachers and the grader
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by version
 
 
@@ -101,14 +102,13 @@ class Conductor:
             "train": sampling_params(recipe, evaluation=False), "eval": sampling_params(recipe, evaluation=True),
         }  # fmt: skip
         self._score_answers: deque[list[Any]] = deque()  # [teacher, keys, answers still due], oldest first
-        self._restarts: Counter[str] = Counter()  # by name of the worker, or of the teacher's first rank
+        self.restarts = Restarts(plan, recipe.runtime.restarts)
         self._asleep_lost: list[WorkerSpec] = []  # died in their sleep; started again when their role wakes
         self._failure: str | None = None  # why the run has to end
-        self._gone: set[str] = set()  # started again too often
-        self._starting: dict[str, int] = {}  # restarted ranks that are not ready yet
         self._answers_due = 0  # of the learner's or a lease's current command
         self._first_answer: Any = None
         self._saved: list[m.Saved] = []
+        self._load: dict[str, float] = {}  # a sampler's latest weight update
         self._eval: dict[int, tuple[SampleId, float, Rollout]] = {}
         self._eval_stats: list[SampleStats] = []
         self._interrupts = 0
@@ -219,13 +219,14 @@ class Conductor:
                     self.fleet.send(spec.name, m.SleepCommand())
                 self._await({spec.name for spec in specs}, m.Asleep)
         self._await_ready(waiting)
+        self._grade_the_rest()  # of a checkpoint's buffer
         self.schedule.on_learner_ready()
 
     def _specs(self, role: str) -> list[WorkerSpec]:
         return [s for s in self.plan.everyone if s.role == role]
 
     def _spawn(self, spec: WorkerSpec) -> None:
-        self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in ("sampler", "teacher"))
+        self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in REPLACEABLE)
 
     def _await_ready(self, names: set[str]) -> None:
         self._await(names, m.Ready)
@@ -338,6 +339,7 @@ class Conductor:
                 self._on_sampled(worker.spec.rank, message.rollouts)
                 self._sampler_owes(worker.spec.rank)
             case m.Loaded():
+                self._load = {f"load_{k}": message.span.args[k] for k in ("ms", "gb_per_s")}
                 self.schedule.on_loaded(worker.spec.rank, message.version)
                 self._sampler_owes(worker.spec.rank)
             case m.Graded():
@@ -360,15 +362,22 @@ class Conductor:
 
     def _on_sampled(self, replica: int, rollouts: list[Rollout]) -> None:
         """Finished generations: to the grader now, to the teacher when the schedule says so."""
-        items = []
+        kept = []
         for rollout in rollouts:
             self.totals.generated_tokens += rollout.response_length
-            if not self.schedule.on_sampled(replica, rollout.key, rollout.oldest_version):
-                continue
-            self.rollouts[rollout.key] = rollout
-            sample = self.schedule.tickets[rollout.key].sample
-            items.append((rollout.key, self.stream.prompt(sample), self._text(rollout)))
-        if items:
+            if self.schedule.on_sampled(replica, rollout.key, rollout.oldest_version):
+                self.rollouts[rollout.key] = rollout
+                kept.append(rollout)
+        self._grade(kept)
+
+    def _grade_the_rest(self) -> None:
+        """All samples at hand that no grader has graded."""
+        self._grade([r for k, r in self.rollouts.items() if k not in self.grades])
+
+    def _grade(self, rollouts: list[Rollout]) -> None:
+        if rollouts and "grader-0" in self.fleet.workers:  # else the run is ending, or it is told when it is back
+            samples = [self.schedule.tickets[r.key].sample for r in rollouts]
+            items = [(r.key, self.stream.prompt(s), self._text(r)) for r, s in zip(rollouts, samples, strict=True)]
             self.fleet.send("grader-0", m.GradeCommand(items))
 
     def _on_scored(self, teacher: int, keys: list[int]) -> None:
@@ -381,46 +390,42 @@ class Conductor:
                 self._forget(key)
 
     def _on_lost(self, spec: WorkerSpec, reason: str) -> None:
-        """A sampler or a teacher is gone: what it had under way is done again by whoever can, and it is started anew.
+        """A sampler, a teacher or the grader is gone: what it had under way is done again, and it is started anew.
 
-        All ranks of a teacher go together, for they compute together. After `runtime.restarts` of them a replica
-        stays away; without any sampler, or without a teacher, the run ends with a checkpoint.
+        After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a checkpoint.
         """
-        teacher = spec.role == "teacher"
-        ranks = self.plan.teachers[spec.index] if teacher else (spec,)
-        name = ranks[0].name
-        if spec.life < self._restarts[name]:
-            return  # another rank of the same teacher was lost before it, and all were replaced
-        for other in ranks:
-            if other.name in self.fleet.workers:
-                self.fleet.remove(other.name)
-        if teacher:
+        if self.restarts.known(spec):
+            return
+        for rank in self.restarts.ranks(spec):
+            if rank.name in self.fleet.workers:
+                self.fleet.remove(rank.name)
+        if spec.role == "teacher":
             for key in self.schedule.on_teacher_lost(spec.index):
                 self._release(key)
             self._drop_calls(spec.index)
-        else:
+        elif spec.role == "sampler":
             self.schedule.on_sampler_lost(spec.rank)
-        self._restarts[name] += 1
-        if self._restarts[name] > self.recipe.runtime.restarts:
+        again = self.restarts.again(spec)
+        if not again:
             self.telemetry.progress.say(
-                f"{reason}; it was started {self.recipe.runtime.restarts} times again (runtime.restarts) and stays away"
+                f"{reason}; started again {self.restarts.limit} times (runtime.restarts), it stays away"
             )
-            self._gone.add(name)
-            if teacher or all(s.name in self._gone for s in self.plan.samplers):
-                self._failure = f"{reason}; there is no other {spec.role} left"
+            if self.restarts.nobody_left(spec.role):
+                self._failure = f"{reason}; there is no other {spec.role}"
             return
         self.totals.restarts += 1
         self.telemetry.progress.say(
-            f"{reason}; starting it again ({self._restarts[name]} of {self.recipe.runtime.restarts})"
+            f"{reason}; starting it again ({self.restarts.count(spec)} of {self.restarts.limit})"
         )
-        again = [replace(s, life=self._restarts[name]) for s in ranks]
-        if self.plan.exclusive and self.schedule.lease != spec.role:
+        if self.plan.exclusive and spec.role not in (self.schedule.lease, "grader"):
             self._asleep_lost += again
-            self._on_back(spec)
+            for rank in again:
+                self._on_back(rank)
             return
-        self._starting[name] = len(again)
-        for s in again:
-            self._spawn(s)
+        for rank in again:
+            self._spawn(rank)
+        if spec.role == "grader":
+            self._grade_the_rest()
 
     def _drop_calls(self, teacher: int) -> None:
         """Forget what a lost teacher was asked; samples that a refresh had dropped meanwhile are let go for good."""
@@ -431,14 +436,12 @@ class Conductor:
                     self._forget(key)
 
     def _on_back(self, spec: WorkerSpec) -> None:
-        """A restarted engine stands (all its ranks)."""
-        name = self.plan.teachers[spec.index][0].name if spec.role == "teacher" else spec.name
-        self._starting[name] = self._starting.get(name, 1) - 1
-        if self._starting[name] > 0:
+        """A process that was started again stands, or will when its turn comes."""
+        if not self.restarts.ready(spec):
             return
         if spec.role == "teacher":
             self.schedule.on_teacher_back(spec.index)
-        else:
+        elif spec.role == "sampler":
             self.schedule.on_sampler_back(spec.rank)
 
     def _on_learned(self, worker: Worker, message: m.Trained | m.Measured) -> None:
@@ -485,7 +488,7 @@ class Conductor:
             "buffer_samples": len(self.rollouts) - len(keys), "buffer_bytes": self.arena.used_bytes,
             "in_flight": self.schedule.in_flight, "publish_seconds": report.publish_seconds,
             "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
-            "wall_seconds": self.totals.wall_seconds,
+            "wall_seconds": self.totals.wall_seconds, **self._load,
         }  # fmt: skip
         record = records.step(step, report, rollouts, [self.grades[k] for k in keys])
         self.telemetry.metrics.write({**record, "timing": timing})
