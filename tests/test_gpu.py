@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import TINY, Fopd, check_accounts, small_recipe, summary
 
-from fopd_cli.engines import hf
+from fopd_cli.engines import hf, vllm_engine
 from fopd_cli.engines.fsdp_learner import FsdpLearner
 from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.samples import Request, Rollout, SamplingParams
@@ -75,4 +75,18 @@ def test_a_time_sliced_run_on_one_gpu(fopd: Fopd, compute: str) -> None:
     assert s["kl_last"] < 0.5 * s["kl_first"]
     check_accounts(run)
     fopd("resume", run, "--step", "20")
+    check_accounts(run)
+
+
+@pytest.mark.skipif(vllm_engine.problem() is not None, reason=str(vllm_engine.problem()))
+def test_a_time_sliced_run_on_one_gpu_with_vllm(fopd: Fopd) -> None:
+    """vLLM sleeps and wakes beside the learner and a vLLM teacher on the same device."""
+    vllm = {"engine": "vllm", "vllm": {"gpu_memory": 0.3}}
+    recipe: dict[str, Any] = small_recipe(
+        TINY, task={"horizon": 3, "eval_prompts": 64}, sampler={"max_new_tokens": 32, "concurrency": 64, **vllm},
+        learner={"steps": 40, "batch_samples": 64, "lr": 2e-3}, schedule={"depth": 1}, placement={"mode": "timeslice"},
+    )  # fmt: skip
+    recipe["teacher"] |= vllm
+    run = fopd.run(recipe)
+    assert summary(run)["score_last"] > summary(run)["score_first"] + 0.2
     check_accounts(run)

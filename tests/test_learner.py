@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from fopd_cli.engines.fsdp_learner import LearnerConfig, lr_factor
+from fopd_cli.engines import hf
+from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig, lr_factor
+from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.freshness.score import POLICIES
 from fopd_cli.losses.chunked import LossSpec
-from fopd_cli.samples import Sample, StepReport
+from fopd_cli.samples import Sample, StepReport, TeacherTargets
 
 # fp32, sums in another order; gradients here are of the order of 0.1.
 RTOL, ATOL = 1e-4, 2e-6
@@ -224,3 +226,32 @@ def test_learning_rate_schedule() -> None:
 def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> None:
     with pytest.raises(RuntimeError, match="asked for optimizer step 3"):
         kit.make_learner(pair, kit.config()).train(3, samples)
+
+
+def two_teachers(pair: Path, samples: list[Sample]) -> list[Sample]:
+    """Every other sample is judged by the student itself, which is narrower than the teacher."""
+    student = hf.load_model(str(pair / "student"), "m", torch.float32)
+    targets = [TeacherTargets("hidden", hidden=torch.empty(s.rollout.response_length, 96), teacher=1) for s in samples]
+    TransformersTeacher(student, kit.CPU, 1, 4096, kit.VOCAB).score([s.rollout for s in samples], targets)
+    return [replace(s, targets=t) if i % 2 else s for i, (s, t) in enumerate(zip(samples, targets, strict=True))]
+
+
+def _measure(rank: int, world: int, pair: Path, samples: list[Sample]) -> np.ndarray:
+    heads = [hf.load_head(str(pair / name), "m", torch.float32) for name in ("teacher", "student")]
+    model = hf.load_model(str(pair / "student"), "m", torch.float32)
+    learner = FsdpLearner(model, heads, kit.config(), kit.CPU, rank, world)
+    measured = learner.measure(samples).kl
+    np.testing.assert_allclose(learner.train(0, samples).stats.kl, measured, rtol=1e-4, atol=1e-7)
+    return measured
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_each_sample_is_measured_against_its_own_teacher(
+    pair: Path, samples: list[Sample], tmp_path: Path, world: int
+) -> None:
+    mixed = two_teachers(pair, samples)
+    alone = kit.make_learner(pair, kit.config()).measure(samples).kl
+    found = kit.on_ranks(world, tmp_path, _measure, pair, mixed)
+    np.testing.assert_allclose(found[::2], alone[::2], rtol=1e-4)
+    assert (np.abs(found[1::2]) < 1e-6).all()
+    assert (alone[1::2] > 1e-3).all()

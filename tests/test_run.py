@@ -177,6 +177,35 @@ def test_a_llama_pair_on_questions_from_a_file(fopd: Fopd, llama_pair: Path, tmp
     assert "hello" in AutoTokenizer.from_pretrained(tmp_path / "out").decode(model.config.eos_token_id) + "hello"
 
 
+@pytest.mark.parametrize("kind", ["hidden", pytest.param("topk", marks=SLOW)])
+def test_several_teachers_judge_what_is_theirs(fopd: Fopd, pair: Path, tmp_path: Path, kind: str) -> None:
+    """Held-out questions go to the student's own twin, so their KL is 0; training questions to the real teacher."""
+    rows = [{"question": f"{i}+{i}=", "answer": str(2 * i), "who": "twin" if i < 8 else "wise"} for i in range(60)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = small_recipe(
+        pair, task=None, learner={"steps": 2, "lr": 1e-9}, schedule={"depth": 1}, placement={"teacher": 2 if kind == "topk" else 1},
+    )  # fmt: skip
+    recipe["task"] = {
+        "name": "math", "train": "q.jsonl", "eval": "q.jsonl", "eval_prompts": 8, "chat": False, "teacher": "who",
+    }  # fmt: skip
+    both = {"targets": kind, "k": 8, "batch_samples": 4}
+    recipe["loss"] = {"support": "full" if kind == "hidden" else "topk"}
+    recipe["teacher"] = [
+        {"name": "wise", "model": str(pair / "teacher"), **both}, {"name": "twin", "model": str(pair / "student"), **both},
+    ]  # fmt: skip
+    run = fopd.run(recipe)
+    check_accounts(run)
+    records = metrics(run)
+    assert all(abs(r["kl"]) < 1e-6 for r in records if r["kind"] == "eval")
+    assert all(r["kl"] > 0.01 for r in records if r["kind"] == "step")
+    assert {p.name for p in (run / "logs").glob("teacher*")} >= {"teacher-wise-0.log", "teacher-twin-0.log"}
+    fopd("resume", run, "--step", "2", "--set", "learner.steps=4", "--set", "teacher.twin.batch_samples=2")
+    check_accounts(run)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({**row, "who": "nobody"}) + "\n" for row in rows))
+    err = fopd("run", fopd.recipe(recipe), "--run-dir", tmp_path / "never", code=2).err
+    assert "names the teacher 'nobody'; there are wise, twin" in err
+
+
 def test_eval_prints_the_score_that_the_run_reports(fopd: Fopd, tmp_path: Path) -> None:
     recipe = small_recipe(
         TINY, task={"horizon": 3, "eval_prompts": 40}, sampler={"max_new_tokens": 30, "concurrency": 16},

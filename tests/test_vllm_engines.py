@@ -18,12 +18,25 @@ from fopd_cli.runtime.publish import WeightChannel
 from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec, TeacherTargets
 
 PROBLEM = vllm_engine.problem()
-pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
+
+
+@pytest.mark.parametrize(("version", "expected"), [(None, "is not installed"), ("0.31.2", "tested with 0.32.0")])
+def test_a_version_that_does_not_fit_is_named(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(vllm_engine, "installed_version", lambda: version)
+    assert expected in str(vllm_engine.problem())
+
+
+def new_host(folder: Path) -> kit.Host:
+    if PROBLEM is not None:
+        pytest.skip(PROBLEM)
+    return kit.Host(folder / "vllm.log")
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Host]:
-    server = kit.Host(tmp_path_factory.mktemp("vllm") / "vllm.log")
+    server = new_host(tmp_path_factory.mktemp("vllm"))
     yield server
     server.close()
 
@@ -264,7 +277,7 @@ def _partial(student: str) -> str:
 
 def test_a_partial_update_is_refused(tmp_path: Path, pair: Path) -> None:
     """In an engine of its own, for it is of no use afterwards."""
-    host = kit.Host(tmp_path / "vllm.log")
+    host = new_host(tmp_path)
     try:
         assert "lacks weights" in host(_partial, str(pair / "student"))
     finally:
@@ -306,7 +319,7 @@ def _split(model: str) -> tuple[list[Rollout], list[Rollout], list[int]]:
 
 def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(tmp_path: Path, pair: Path) -> None:
     model = str(pair / "teacher")  # it has heads enough
-    host = kit.Host(tmp_path / "vllm.log")
+    host = new_host(tmp_path)
     try:
         rollouts, _, children = host(_split, model)
     finally:

@@ -67,6 +67,20 @@ def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
     assert score == pytest.approx(s["score_last"], abs=0.05)
 
 
+@SLOW
+@pytest.mark.parametrize("inflight", ["keep", "wait"])
+def test_time_slicing(fopd: Fopd, pair: Path, inflight: str) -> None:
+    """Engines take turns; a sampler that slept has no weights and loads the newest."""
+    recipe = vllm_recipe(
+        pair, teacher={"engine": "vllm", "k": 8}, placement={"mode": "timeslice"}, learner={"steps": 8},
+        schedule={"depth": 1, "inflight": inflight},
+    )  # fmt: skip
+    run = fopd.run(recipe)
+    check_accounts(run)
+    assert summary(run)["max_lag"] == 1
+    assert summary(run)["kl_last"] < summary(run)["kl_first"]
+
+
 def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fopd, pair: Path) -> None:
     recipe = vllm_recipe(
         pair,

@@ -82,7 +82,7 @@ class VllmEngine:
 
         vllm_plugin.register()
         try:
-            engine: Any = LLMEngine.from_engine_args(EngineArgs(**_engine_args(options)))
+            engine: Any = LLMEngine.from_engine_args(EngineArgs(**engine_args(options)))
         except ValueError as error:  # pydantic's ValidationError is one too
             raise UserError(f"{options.key}: vLLM refuses: {_message(error)}") from None
         self._client: Any = engine.engine_core
@@ -144,12 +144,13 @@ class VllmEngine:
         return late
 
     def sleep(self) -> None:
-        """Give device memory back, weights included (vLLM's level 2): `load` must follow `wake`. No-op on a CPU."""
+        """Give device memory back: live weights are dropped (vLLM's level 2, `load` must follow `wake`), frozen ones
+        move to the host (level 1). On a CPU there is nothing to give but the prefix cache."""
         if self._running:
             raise RuntimeError("vLLM cannot sleep while requests run")
         self._core.reset_prefix_cache()
         if self.options.cuda:
-            self._client.sleep(level=2)
+            self._client.sleep(level=2 if self.options.live_weights else 1)
 
     def wake(self) -> None:
         if self.options.cuda:
@@ -180,7 +181,8 @@ def _environment(options: VllmOptions) -> None:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def _engine_args(options: VllmOptions) -> dict[str, Any]:
+def engine_args(options: VllmOptions) -> dict[str, Any]:
+    """The keyword arguments of vLLM's `EngineArgs` and `LLM`."""
     args: dict[str, Any] = {
         "model": options.model,
         "skip_tokenizer_init": True,
