@@ -34,8 +34,9 @@ from fopd_cli.engines.transformers_sampler import TransformersSampler
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.engines.vllm_sampler import VllmSampler
 from fopd_cli.engines.vllm_teacher import VllmTeacher
+from fopd_cli.runtime.arena import shared_bytes, targets_at
 from fopd_cli.runtime.publish import WeightChannel
-from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec, TeacherTargets
+from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, DTYPE, K, CONTEXT = torch.device("cpu"), torch.bfloat16, 64, 256
@@ -165,10 +166,8 @@ def scoring(name: str, folder: Path, rounds: int) -> list[str]:
         ids = rng.integers(4, min(250, vocab), size=16 + n).astype(np.int32)
         rollouts.append(Rollout(i, ids, 16, np.ones(n, bool), np.zeros(n, np.float32), [(0, 0, n)], "stop"))
     spec = TargetSpec("topk", K, DTYPE)
-    targets = [
-        TeacherTargets("topk", **{f: torch.zeros(s, dtype=d) for f, d, s in spec.fields(r.response_length)})
-        for r in rollouts
-    ]
+    room = shared_bytes(spec.nbytes(200))
+    targets = [targets_at(room, 0, spec, r.response_length) for r in rollouts]
     tokens = sum(len(r.token_ids) for r in rollouts)
     fast = VllmTeacher(options(folder, live_weights=False, seeded=False, max_batched_tokens=2048), vocab, 0)
     plain = TransformersTeacher(hf.load_model(str(folder), "m", DTYPE), CPU, 1, 16384, vocab)
