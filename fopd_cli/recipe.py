@@ -230,7 +230,7 @@ class Loss(Section):
     """Of sampled support: multiply by pi_now/pi_sampled."""
     average: Literal["sample", "token"] = "sample"
     """Whether every sample counts alike (the paper's mean over i) or every token."""
-    chunk_mb: Positive = 256
+    chunk_mb: Positive = 64
     """Largest [positions, vocab] float32 tensor; changes memory and speed, not the loss."""
 
 

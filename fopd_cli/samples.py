@@ -150,7 +150,7 @@ class Sample:
 
 @dataclass
 class SampleStats:
-    """Per-sample results of one learner pass; arrays have one entry per sample of the batch, in batch order."""
+    """Per-sample results of one learner pass, means over loss-bearing tokens; one entry per sample, in batch order."""
 
     keys: np.ndarray  # int64
     lag: np.ndarray  # int64, optimizer steps
@@ -159,6 +159,11 @@ class SampleStats:
     kl: np.ndarray  # float64, KL(pi_t || p), or its estimate on the support at hand
     forward_kl: np.ndarray  # float64, KL(p || pi_t), nan where the support cannot tell
     entropy: np.ndarray  # float64, nats; nan where the support cannot tell
+    kl_quartiles: (
+        np.ndarray
+    )  # float64 (samples, 4), `kl` over the first .. last quarter of the response; nan: no token there
+    student_mass: np.ndarray  # float64, the student's probability of the teacher's top-k; 1: full support, nan: sampled
+    teacher_mass: np.ndarray  # float64, the teacher's own
     drift_roll: np.ndarray  # float64, D_roll_i before the noise floor is taken off
     drift_sup: np.ndarray  # float64
     coverage_roll: np.ndarray  # float64 in [0, 1]

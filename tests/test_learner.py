@@ -228,6 +228,22 @@ def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> No
         kit.make_learner(pair, kit.config()).train(3, samples)
 
 
+def test_kl_by_quarter_of_the_response(pair: Path, samples: list[Sample]) -> None:
+    stats = kit.make_learner(pair, kit.config()).measure(samples)
+    lengths = [s.rollout.response_length for s in samples]
+    assert stats.kl_quartiles.shape == (len(samples), 4)
+    whole = [i for i, n in enumerate(lengths) if n % 4 == 0]
+    assert whole
+    np.testing.assert_allclose(stats.kl_quartiles[whole].mean(-1), stats.kl[whole], rtol=1e-5)
+    short = replace(samples[0].rollout, token_ids=samples[0].rollout.token_ids[: samples[0].rollout.prompt_length + 1])
+    one = replace(short, loss_mask=short.loss_mask[:1], logprobs=short.logprobs[:1])
+    targets = replace(samples[0].targets, hidden=samples[0].targets.hidden[:1])
+    (quarters,) = (
+        kit.make_learner(pair, kit.config()).measure([replace(samples[0], rollout=one, targets=targets)]).kl_quartiles
+    )
+    assert np.isfinite(quarters).tolist() == [True, False, False, False]
+
+
 def two_teachers(pair: Path, samples: list[Sample]) -> list[Sample]:
     """Every other sample is judged by the student itself, which is narrower than the teacher."""
     student = hf.load_model(str(pair / "student"), "m", torch.float32)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fopd_cli.losses.chunked import LossSpec, Positions, token_terms
+from fopd_cli.losses.chunked import LossSpec, Positions, TokenTerms, chunked_objective
 from fopd_cli.losses.divergence import divergence, policy_gradient
-from fopd_cli.losses.objective import objective
+from fopd_cli.losses.objective import shares, weighting
 
 F64 = torch.float64
 
@@ -112,7 +113,8 @@ def test_policy_gradient_off_policy() -> None:
 
 def positions(
     n: int = 23, widths: tuple[int, int] = (8, 12), vocab: int = 19
-) -> tuple[Positions, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, Positions, torch.Tensor, torch.Tensor]:
+    """Hidden states, positions, the student's head and the teacher's."""
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -125,7 +127,6 @@ def positions(
     teacher = torch.log_softmax(teacher_hidden @ teacher_head.T, -1)
     teacher_top = teacher.topk(4, -1)
     at = Positions(
-        student_hidden=normal(n, widths[0]).requires_grad_(),
         tokens=tokens,
         behaviour=behaviour.gather(-1, tokens[:, None])[:, 0],
         behaviour_topk=top.values,
@@ -135,78 +136,224 @@ def positions(
         teacher_topk=teacher_top.values,
         teacher_topk_ids=teacher_top.indices,
     )
-    return at, normal(vocab, widths[0]).requires_grad_(), teacher_head
+    return normal(n, widths[0]).requires_grad_(), at, normal(vocab, widths[0]).requires_grad_(), teacher_head
 
 
-@pytest.mark.parametrize("drift", ["sampled", "topk"])
+LENGTHS = [4, 1, 9, 6, 3]  # of the samples that the 23 positions belong to
+SHARES = torch.tensor([0.1, 0.3, 0.2, 0.25, 0.15])
+ANCHOR = 0.3
+
+
+def each_alone(n: int = 23) -> Any:
+    """Every position a sample of its own, of share 1: the objective is then the sum of all terms."""
+    ones = torch.ones(n)
+    return weighting(torch.arange(n), ones.bool(), ones.bool(), ones, ANCHOR, None)
+
+
+def terms_of(
+    spec: LossSpec, hidden: torch.Tensor, at: Positions, head: torch.Tensor, teacher_head: torch.Tensor | None
+) -> TokenTerms:
+    return chunked_objective(spec, hidden, at, head, teacher_head, each_alone(len(at.tokens)))[1]
+
+
+def halving(samples: torch.Tensor, drifts: torch.Tensor) -> torch.Tensor:
+    """Some weight that depends on the whole sample's drift."""
+    return torch.exp(-drifts) / (samples + 1)
+
+
+def reference(
+    spec: LossSpec, hidden: torch.Tensor, at: Positions, head: torch.Tensor, teacher_head: torch.Tensor, weighed: bool,
+    mask: torch.Tensor,
+) -> list[torch.Tensor]:  # fmt: skip
+    """The objective and its gradients in float64, from the formulas, all logits at once, by autograd."""
+    h, w = hidden.detach().to(F64).requires_grad_(), head.detach().to(F64).requires_grad_()
+    logits = h @ w.T
+    s, acting = (torch.log_softmax(logits / t, -1) for t in (spec.temperature, spec.sampling_temperature))
+    t = torch.log_softmax(at.teacher_hidden.to(F64) @ teacher_head.to(F64).T / spec.temperature, -1)
+    y = at.tokens[:, None]
+    if spec.support == "full":
+        loss = divergence(spec.kind, s, t, spec.beta)
+    elif spec.support == "topk":
+        kept, theirs = s.gather(-1, at.teacher_topk_ids).exp(), at.teacher_topk.to(F64).exp()
+        ours, theirs = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1).log() for p in (kept, theirs))
+        loss = divergence(spec.kind, ours, theirs, spec.beta)
+    else:
+        advantage = at.teacher_logprobs.to(F64) - acting.gather(-1, y)[:, 0].detach()
+        loss = -advantage * acting.gather(-1, y)[:, 0]
+    if spec.drift == "sampled":
+        rho = (acting.gather(-1, y)[:, 0] - at.behaviour.to(F64)).exp()
+        drift = rho * rho.log() - rho + 1
+    else:
+        new, old = acting.gather(-1, at.behaviour_topk_ids).exp(), at.behaviour_topk.to(F64).exp()
+        new, old = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (new, old))
+        drift = (new * (new / old).log()).sum(-1)
+    value = torch.zeros((), dtype=F64)
+    start = 0
+    for i, n in enumerate(LENGTHS):
+        rows = slice(start, start + n)
+        kept = mask[rows].to(F64)
+        count = kept.sum().clamp(min=1)
+        l_i, d_i = (kept * loss[rows]).sum() / count, (kept * drift[rows]).sum() / count
+        weight = halving(torch.tensor(i), d_i.detach()) if weighed else 1.0
+        value = value + SHARES[i] * weight * (l_i + ANCHOR * d_i)
+        start += n
+    return [value, *torch.autograd.grad(value, [h, w])]
+
+
+CASES = [
+    *((kind, "full", "sampled", t, ts) for kind in ("forward_kl", "reverse_kl", "jsd") for t, ts in ((1.0, 1.0), (0.7, 1.3))),
+    *((kind, "topk", drift, 1.0, 0.8) for kind in ("forward_kl", "reverse_kl", "jsd") for drift in ("sampled", "topk")),
+    ("reverse_kl", "sampled", "sampled", 1.0, 1.0), ("reverse_kl", "full", "topk", 0.9, 0.9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 1000])
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize(("kind", "support", "drift", "temperature", "sampling"), CASES)
+def test_the_objective_and_its_gradients(
+    kind: str, support: str, drift: str, temperature: float, sampling: float, weighed: bool, chunk: int
+) -> None:
+    """Whatever the chunks: samples shorter and longer than one, weights that need the whole sample, masked positions."""
+    hidden, at, head, teacher_head = positions()
+    spec = LossSpec(
+        kind=kind, support=support, drift=drift, beta=0.3, temperature=temperature, sampling_temperature=sampling, chunk_bytes=4 * 19 * chunk
+    )  # fmt: skip
+    sample = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
+    mask = torch.ones(23, dtype=torch.bool)
+    mask[[4, 7, 12, 20, 21, 22]] = False  # sample 1 and sample 4 have nothing left
+    behaviour = at.behaviour.clone()
+    behaviour[7] = torch.nan  # no log-prob where nothing was sampled
+    at = replace(at, behaviour=behaviour)
+    coefficients = weighting(sample, mask, mask, SHARES, ANCHOR, halving if weighed else None)
+    value, _ = chunked_objective(spec, hidden, at, head, teacher_head, coefficients)
+    found = [value, *torch.autograd.grad(value, [hidden, head])]
+    whole = replace(at, behaviour=torch.nan_to_num(behaviour, nan=-1.0))
+    for ours, theirs in zip(found, reference(spec, hidden, whole, head, teacher_head, weighed, mask), strict=True):
+        torch.testing.assert_close(ours.to(F64), theirs, rtol=2e-4, atol=2e-6)
+
+
 @pytest.mark.parametrize("support", ["full", "topk", "sampled"])
+def test_upstream_gradients_scale(support: str) -> None:
+    hidden, at, head, teacher_head = positions()
+    value, _ = chunked_objective(LossSpec("reverse_kl", support), hidden, at, head, teacher_head, each_alone())
+    once = torch.autograd.grad(value, [hidden, head], retain_graph=True)
+    thrice = torch.autograd.grad(3 * value, [hidden, head])
+    for a, b in zip(once, thrice, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_nothing_is_learnt_without_gradients() -> None:
+    hidden, at, head, teacher_head = positions()
+    spec = LossSpec("reverse_kl", "full")
+    _, learning = chunked_objective(spec, hidden, at, head, teacher_head, each_alone())
+    with torch.no_grad():
+        value, measured = chunked_objective(spec, hidden, at, head, teacher_head, each_alone())
+    assert not value.requires_grad
+    torch.testing.assert_close(measured.loss, learning.loss)
+    assert torch.isfinite(measured.forward_kl).all()  # only measured, for it costs a pass
+
+
+def test_an_empty_mask_is_a_loss_of_zero() -> None:
+    hidden, at, head, teacher_head = positions()
+    nothing = torch.zeros(23, dtype=torch.bool)
+    sample = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
+    for weigh in (None, halving):
+        coefficients = weighting(sample, nothing, nothing, SHARES, ANCHOR, weigh)
+        value, _ = chunked_objective(LossSpec("reverse_kl", "full"), hidden, at, head, teacher_head, coefficients)
+        assert value.item() == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(value, [hidden, head]))
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_chunks_change_nothing(kind: str, support: str, drift: str) -> None:
-    at, head, teacher_head = positions()
-    spec = LossSpec(kind=kind, support=support, drift=drift, temperature=1.0, sampling_temperature=0.8)
-    whole = run_terms(spec, at, head, teacher_head)
-    chunked = run_terms(replace(spec, chunk_bytes=4 * 19 * 5), at, head, teacher_head)
-    for a, b in zip(whole, chunked, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+@pytest.mark.parametrize("support", ["full", "topk"])
+def test_probabilities_down_to_1e_30_are_no_nan(kind: str, support: str) -> None:
+    """Student and teacher each certain of another token, and of one that the sampler would hardly ever have drawn."""
+    logits = torch.full((4, 19), -69.0)
+    logits[range(4), range(4)] = 0.0
+    hidden, head = logits.clone().requires_grad_(), torch.eye(19, requires_grad=True)
+    teacher = logits.roll(5, -1)
+    top = torch.log_softmax(teacher, -1).topk(3, -1)
+    at = Positions(
+        tokens=torch.tensor([9, 9, 0, 1]), behaviour=torch.tensor([-0.1, -69.0, -69.0, 0.0]), teacher_hidden=teacher,
+        teacher_topk=top.values, teacher_topk_ids=top.indices,
+    )  # fmt: skip
+    value, terms = chunked_objective(LossSpec(kind, support), hidden, at, head, torch.eye(19), each_alone(4))
+    gradients = torch.autograd.grad(value, [hidden, head])
+    assert torch.isfinite(value)
+    assert torch.isfinite(terms.loss).all()
+    assert all(torch.isfinite(g).all() for g in gradients)
 
 
-def run_terms(spec: LossSpec, at: Positions, head: torch.Tensor, teacher_head: torch.Tensor) -> list[torch.Tensor]:
-    terms = token_terms(spec, at, head, teacher_head)
-    gradients = torch.autograd.grad((terms.loss + 0.3 * terms.drift).sum(), [at.student_hidden, head])
-    return [terms.loss.detach(), terms.drift.detach(), terms.kl, terms.forward_kl, terms.entropy, *gradients]
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_bf16_gradients_are_within_its_noise(kind: str) -> None:
+    """Hidden states and heads in bf16, sums in fp32: as far from float64 as rounding the inputs alone."""
+    hidden, at, head, teacher_head = positions(widths=(64, 64))
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, head)]
+    at = replace(at, teacher_hidden=at.teacher_hidden.bfloat16())
+    sample = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
+    mask = torch.ones(23, dtype=torch.bool)
+    spec = LossSpec(kind, "full", beta=0.3, chunk_bytes=4 * 19 * 5)
+    teacher_low = teacher_head.bfloat16()
+    value, _ = chunked_objective(
+        spec, low[0], at, low[1], teacher_low, weighting(sample, mask, mask, SHARES, ANCHOR, None)
+    )
+    found = torch.autograd.grad(value, low)
+    expected = reference(spec, low[0].float(), at, low[1].float(), teacher_low.float(), False, mask)
+    for ours, theirs in zip(found, expected[1:], strict=True):
+        assert (ours.to(F64) - theirs).norm() < 2e-2 * theirs.norm()
 
 
-def test_full_loss_is_that_of_the_logits() -> None:
-    at, head, teacher_head = positions()
-    terms = token_terms(LossSpec("reverse_kl", "full", temperature=0.7), at, head, teacher_head)
-    pi = softmax(at.student_hidden.double() @ head.double().T / 0.7)
+def test_mass_on_the_support_is_reported() -> None:
+    hidden, at, head, teacher_head = positions()
+    terms = terms_of(LossSpec("reverse_kl", "topk"), hidden, at, head, None)
+    pi = softmax(hidden.double() @ head.double().T)
+    expected = np.take_along_axis(pi, at.teacher_topk_ids.numpy(), -1).sum(-1)
+    np.testing.assert_allclose(terms.student_mass.numpy(), expected, rtol=1e-4)
+    np.testing.assert_allclose(terms.teacher_mass.numpy(), at.teacher_topk.exp().sum(-1).numpy(), rtol=1e-6)
+    assert (terms_of(LossSpec("reverse_kl", "full"), hidden, at, head, teacher_head).student_mass == 1).all()
+
+
+def test_terms_are_those_of_the_logits() -> None:
+    hidden, at, head, teacher_head = positions()
+    terms = terms_of(LossSpec("reverse_kl", "full", temperature=0.7), hidden, at, head, teacher_head)
+    pi = softmax(hidden.double() @ head.double().T / 0.7)
     p = softmax(at.teacher_hidden.double() @ teacher_head.double().T / 0.7)
-    np.testing.assert_allclose(terms.loss.detach().numpy(), (pi * np.log(pi / p)).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(terms.loss.numpy(), (pi * np.log(pi / p)).sum(-1), rtol=1e-4)
     np.testing.assert_allclose(terms.entropy.numpy(), -(pi * np.log(pi)).sum(-1), rtol=1e-4)
 
 
-def test_drift_is_at_the_sampling_temperature() -> None:
-    at, head, teacher_head = positions()
-    terms = token_terms(LossSpec("reverse_kl", "full", sampling_temperature=0.5), at, head, teacher_head)
-    pi = softmax(at.student_hidden.double() @ head.double().T / 0.5)[np.arange(23), at.tokens.numpy()]
-    rho = pi / np.exp(at.behaviour.double().numpy())
-    np.testing.assert_allclose(terms.drift.detach().numpy(), rho * np.log(rho) - rho + 1, rtol=1e-3, atol=1e-5)
-
-
 def test_topk_loss_nears_the_full_one_as_k_grows() -> None:
-    at, head, teacher_head = positions()
-    full = token_terms(LossSpec("reverse_kl", "full"), at, head, teacher_head).loss.mean().item()
+    hidden, at, head, teacher_head = positions()
+    full = terms_of(LossSpec("reverse_kl", "full"), hidden, at, head, teacher_head).loss.mean().item()
     teacher = torch.log_softmax(at.teacher_hidden @ teacher_head.T, -1)
     found = []
     for k in (2, 8, 18):
         top = teacher.topk(k, -1)
         some = replace(at, teacher_topk=top.values, teacher_topk_ids=top.indices)
-        found.append(token_terms(LossSpec("reverse_kl", "topk"), some, head, None).loss.mean().item())
+        found.append(terms_of(LossSpec("reverse_kl", "topk"), hidden, some, head, None).loss.mean().item())
     assert found[0] < found[1] < found[2] <= full + 1e-5
     assert found[2] == pytest.approx(full, rel=1e-3)
 
 
 def test_vocabularies_that_differ_in_padding() -> None:
     """The larger vocabulary is cut and renormalised."""
-    at, head, teacher_head = positions()
+    hidden, at, head, teacher_head = positions()
     padded = torch.cat([teacher_head, torch.full((3, teacher_head.shape[1]), 7.0)])
     spec = LossSpec("forward_kl", "full")
-    torch.testing.assert_close(token_terms(spec, at, head, padded).loss, token_terms(spec, at, head, teacher_head).loss)
+    ours = terms_of(spec, hidden, at, head, padded).loss
+    torch.testing.assert_close(ours, terms_of(spec, hidden, at, head, teacher_head).loss)
 
 
 def test_a_teacher_that_is_off_by_one_position_is_noticed() -> None:
-    at, _, teacher_head = positions()
-    same = replace(at, student_hidden=at.teacher_hidden.clone().requires_grad_())
+    _, at, _, teacher_head = positions()
+    same = at.teacher_hidden.clone().requires_grad_()
     spec = LossSpec("reverse_kl", "full")
-    assert token_terms(spec, same, teacher_head, teacher_head).loss.abs().max() < 1e-5
-    shifted = replace(same, teacher_hidden=at.teacher_hidden.roll(1, 0))
-    assert token_terms(spec, shifted, teacher_head, teacher_head).loss.mean() > 0.5
+    assert terms_of(spec, same, at, teacher_head, teacher_head).loss.abs().max() < 1e-6
+    shifted = replace(at, teacher_hidden=at.teacher_hidden.roll(1, 0))
+    assert terms_of(spec, same, shifted, teacher_head, teacher_head).loss.mean() > 0.5
 
 
-def test_objective_averages_by_sample_or_token() -> None:
-    losses, drifts = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
-    lengths, weights = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 1.0])
-    by_sample = objective(losses, drifts, lengths, weights, 0.1, "sample", global_samples=4, global_tokens=99)
-    assert by_sample.item() == pytest.approx((0.5 * (1 + 1) + 1.0 * (2 + 2)) / 4)
-    by_token = objective(losses, drifts, lengths, weights, 0.0, "token", global_samples=99, global_tokens=8)
-    assert by_token.item() == pytest.approx((0.5 * 1 * 1 + 1.0 * 3 * 2) / 8)
+def test_shares_are_by_sample_or_token() -> None:
+    lengths = torch.tensor([1.0, 3.0])
+    assert shares(lengths, "sample", samples=4, tokens=99).tolist() == [0.25, 0.25]
+    assert shares(lengths, "token", samples=99, tokens=8).tolist() == [0.125, 0.375]

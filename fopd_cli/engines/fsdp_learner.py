@@ -3,7 +3,7 @@
 One optimizer step on a batch of B samples:
 
     1. every rank takes a share of the samples (balanced by squared lengths) and splits it under a token budget
-    2. per micro-batch: one forward gives losses l_i, drifts D_roll_i; from these f_i and w_i; then backward
+    2. per micro-batch: one forward gives drifts D_roll_i, from these f_i and w_i, losses and the head's gradients; then backward
     3. the gradient is summed over ranks, divided by the batch's mean weight if weights are normalised, clipped, applied
 
 A micro-batch's weights need only its own forward pass; what needs the whole batch (normalisation, the learning rate's
@@ -34,8 +34,8 @@ from fopd_cli.engines import dcp
 from fopd_cli.engines.batching import balanced_shares, by_token_budget, right_padded
 from fopd_cli.engines.hf import backbone, blocks
 from fopd_cli.freshness import drift, score
-from fopd_cli.losses.chunked import LossSpec, Positions, TokenTerms, token_terms
-from fopd_cli.losses.objective import objective
+from fopd_cli.losses.chunked import LossSpec, Positions, TokenTerms, Weighting, chunked_objective
+from fopd_cli.losses.objective import shares, weighting
 from fopd_cli.samples import Sample, SampleStats, StepReport, TeacherTargets
 
 
@@ -94,11 +94,14 @@ class _Student(nn.Module):
         spec: LossSpec,
         vocab: int,
         teacher_head: Tensor | None,
+        weighting: Weighting,
     ) -> tuple[Tensor, ...]:
         hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
-        head = self.lm.get_output_embeddings().weight[:vocab]
-        terms = token_terms(spec, replace(at, student_hidden=hidden[rows, columns]), head, teacher_head)
-        return tuple(getattr(terms, f.name) for f in fields(TokenTerms))  # a tuple: FSDP hooks on tensors it can see
+        head = self.lm.get_output_embeddings().weight
+        head = head if head.shape[0] == vocab else head[:vocab]
+        value, terms = chunked_objective(spec, hidden[rows, columns], at, head, teacher_head, weighting)
+        # A tuple: FSDP hooks on tensors that it can see.
+        return (value, *(getattr(terms, f.name) for f in fields(TokenTerms)))
 
 
 class FsdpLearner:
@@ -152,9 +155,8 @@ class FsdpLearner:
         for number, indices in enumerate(micro):
             self._sync_gradients(last=number == len(micro) - 1)
             part, objective_value, anchor_value = self._forward(samples, indices)
-            # FSDP averages gradients over ranks, but the objective already divides by global counts.
-            (objective_value * self.world).backward()
-            loss, anchor = loss + objective_value.item(), anchor + anchor_value
+            objective_value.backward()
+            loss, anchor = loss + objective_value.item() / self.world, anchor + anchor_value
             if indices:
                 stats.append((indices, part))
         merged = self._gather(stats, len(samples))
@@ -215,40 +217,46 @@ class FsdpLearner:
         """
         config = self.config
         chosen = [samples[i] for i in indices] or [_dummy(samples[0])]
-        rollouts = [s.rollout for s in chosen]
-        counts = [r.response_length for r in rollouts]
-        sample = torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor(counts)).to(self.device)
+        rollouts, n = [s.rollout for s in chosen], len(chosen)
+        counts = torch.tensor([r.response_length for r in rollouts])
+        sample = torch.repeat_interleave(torch.arange(n), counts).to(self.device)
         columns = np.concatenate([np.arange(r.prompt_length - 1, len(r.token_ids) - 1) for r in rollouts])
         at = self._positions(chosen)
-        ids = right_padded([r.token_ids for r in rollouts]).to(self.device)
-        terms = TokenTerms(
-            *self.student(
-                ids,
-                sample,
-                torch.from_numpy(columns).to(self.device),
-                at,
-                config.loss,
-                config.vocab,
-                self.teacher_heads[chosen[0].targets.teacher] if self.teacher_heads else None,
-            )
-        )
         mask = torch.from_numpy(np.concatenate([r.loss_mask for r in rollouts])).to(self.device)
-        n = len(chosen)
-        loss, _ = drift.per_sample(terms.loss, mask, mask, sample, n)
-        drift_roll, coverage = drift.per_sample(terms.drift, torch.isfinite(at.behaviour), mask, sample, n)
+        aligned = torch.isfinite(at.behaviour)
         lag = torch.tensor([s.lag for s in chosen], device=self.device)
+        lengths = torch.zeros(n, device=self.device).index_add(0, sample, mask.float())
+        _, coverage = drift.per_sample(torch.zeros_like(at.behaviour), aligned, mask, sample, n)
         # Contexts of single-turn tasks never change and the teacher is frozen: D_sup is exactly 0, all of it aligned.
-        drift_sup, coverage_sup = torch.zeros_like(drift_roll), torch.ones_like(coverage)
-        f = score.freshness(
-            lag, self.floor.subtract(drift_roll.detach()), drift_sup, coverage, coverage_sup, config.alpha, config.beta
-        )
-        w = score.weights(config.policy, f, lag, config.xi) if indices else torch.zeros_like(f)
-        lengths = torch.zeros_like(f).index_add(0, sample, mask.to(f.dtype))
+        drift_sup, coverage_sup = torch.zeros_like(lengths), torch.ones_like(lengths)
+
+        def freshness(of: Tensor, drift_roll: Tensor) -> Tensor:
+            above = self.floor.subtract(drift_roll)
+            return score.freshness(
+                lag[of], above, drift_sup[of], coverage[of], coverage_sup[of], config.alpha, config.beta
+            )
+
+        def weigh(of: Tensor, drift_roll: Tensor) -> Tensor:
+            return score.weights(config.policy, freshness(of, drift_roll), lag[of], config.xi)
+
         total = sum(int(s.rollout.loss_mask.sum()) for s in samples)
-        share = (lengths, w)
-        weight = config.anchor if config.policy.anchor else 0.0
-        value = objective(loss, drift_roll, *share, weight, config.average, len(samples), total)
-        anchor = objective(drift_roll.detach(), drift_roll, *share, 0.0, config.average, len(samples), total)
+        share = shares(lengths, config.average, len(samples), total) * bool(indices)
+        anchored = config.anchor if config.policy.anchor else 0.0
+        # FSDP averages gradients over ranks, but shares are of the whole batch: hence the factor.
+        coefficients = weighting(
+            sample, mask, aligned, share * self.world, anchored, None if config.policy.weights == "one" else weigh
+        )
+        value, *found = self.student(
+            right_padded([r.token_ids for r in rollouts]).to(self.device), sample,
+            torch.from_numpy(columns).to(self.device), at, config.loss, config.vocab,
+            self.teacher_heads[chosen[0].targets.teacher] if self.teacher_heads else None, coefficients,
+        )  # fmt: skip
+        terms = TokenTerms(*found)
+        loss, _ = drift.per_sample(terms.loss, mask, mask, sample, n)
+        drift_roll, _ = drift.per_sample(terms.drift, aligned, mask, sample, n)
+        everyone = torch.arange(n, device=self.device)
+        f, w = freshness(everyone, drift_roll), weigh(everyone, drift_roll)
+        anchor = (share * w * drift_roll).sum()
 
         def mean(term: Tensor) -> np.ndarray:
             return _numpy(drift.per_sample(term.detach(), mask, mask, sample, n)[0])
@@ -256,7 +264,8 @@ class FsdpLearner:
         stats = SampleStats(
             keys=np.array([r.key for r in rollouts]), lag=_numpy(lag).astype(np.int64),
             length=_numpy(lengths).astype(np.int64), loss=_numpy(loss), kl=mean(terms.kl), forward_kl=mean(terms.forward_kl),
-            entropy=mean(terms.entropy), drift_roll=_numpy(drift_roll), drift_sup=_numpy(drift_sup),
+            entropy=mean(terms.entropy), kl_quartiles=_quartiles(terms.kl, mask, sample, counts.to(self.device)),
+            student_mass=mean(terms.student_mass), teacher_mass=mean(terms.teacher_mass), drift_roll=_numpy(drift_roll), drift_sup=_numpy(drift_sup),
             coverage_roll=_numpy(coverage), coverage_sup=_numpy(coverage_sup), freshness=_numpy(f), weight=_numpy(w),
         )  # fmt: skip
         return stats, value, anchor.item()
@@ -281,7 +290,6 @@ class FsdpLearner:
         assert tokens is not None
         assert behaviour is not None
         return Positions(
-            student_hidden=torch.empty(0),  # filled in by the forward
             tokens=tokens,
             behaviour=behaviour,
             behaviour_topk=stack([s.rollout.topk_logprobs for s in samples], torch.float32),
@@ -375,6 +383,16 @@ class FsdpLearner:
         self.teacher_heads = [head.to(device) for head in self.teacher_heads]
         with torch.cuda.device(self.device) if device == "cpu" else nullcontext():
             torch.cuda.empty_cache()
+
+
+def _quartiles(term: Tensor, mask: Tensor, sample: Tensor, counts: Tensor) -> np.ndarray:
+    """(samples, 4): the term's mean over each quarter of a response's positions; nan where none bears loss."""
+    starts = torch.cumsum(counts, 0) - counts
+    place = torch.arange(len(sample), device=sample.device) - starts[sample]
+    bucket = 4 * sample + 4 * place // counts[sample]
+    empty = torch.zeros(4 * len(counts), device=term.device)
+    total = empty.index_add(0, bucket, torch.where(mask, term, 0.0))
+    return _numpy(total / empty.index_add(0, bucket, mask.to(term.dtype))).reshape(-1, 4)
 
 
 def _dummy(sample: Sample) -> Sample:

@@ -35,13 +35,15 @@ def topk(new: Tensor, old: Tensor) -> Tensor:
     return exact(with_tail(new), with_tail(old))
 
 
+MAX_LOG_RHO = 60.0  # e^60 is far past any score that is not 0, and finite in float32
+
+
 def sampled(new: Tensor, old: Tensor) -> Tensor:
     """`rho log rho - rho + 1`, `rho = pi_t(y)/pi_r(y)`, from log-probs `(...)` of the sampled token `y ~ pi_r`.
 
     Non-negative, and unbiased for KL(pi_t || pi_r): E[rho log rho] is that KL and E[rho] = 1 under pi_r.
     """
-    # e^60 is far past any score that is not 0, and finite in float32, so that a weight of 0 still silences it.
-    log_rho = (new - old).clamp(max=60)
+    log_rho = (new - old).clamp(max=MAX_LOG_RHO)  # finite, so that a weight of 0 still silences it
     rho = log_rho.exp()
     return rho * log_rho - rho + 1
 

@@ -33,13 +33,19 @@ def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
+def one_name(kind: LossKind, beta: float) -> LossKind:
+    """The two ends of the JSD under the names of the KLs that they are."""
+    if kind == "jsd" and beta in (0, 1):
+        return "reverse_kl" if beta else "forward_kl"
+    return kind
+
+
 def divergence(kind: LossKind, student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     """The recipe's divergence, `(...)`."""
-    if kind == "forward_kl" or (kind == "jsd" and beta == 0):
-        return kl(teacher, student)
-    if kind == "reverse_kl" or (kind == "jsd" and beta == 1):
-        return kl(student, teacher)
-    return jsd(student, teacher, beta)
+    name = one_name(kind, beta)
+    if name == "jsd":
+        return jsd(student, teacher, beta)
+    return kl(teacher, student) if name == "forward_kl" else kl(student, teacher)
 
 
 def policy_gradient(

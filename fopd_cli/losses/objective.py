@@ -1,30 +1,39 @@
 """From per-position terms to the scalar that is minimised.
 
-    L = mean_i( w_i l_i ) + lambda mean_i( w_i D_roll_i )
+    L = sum_i share_i w_i ( l_i + lambda D_roll_i )
 
-`average: sample` is the paper's: l_i is the mean over sample i's tokens, and samples count alike. `average: token`
-weighs every loss-bearing token alike. Both divide by *global* counts that the caller supplies, so that the sum over
-any split into micro-batches and ranks is the same number.
+`average: sample` is the paper's mean over i: share_i = 1/B, l_i the mean over sample i's tokens, samples count alike.
+`average: token` makes share_i the sample's part of all loss-bearing tokens. Both divide by *global* counts that the caller
+supplies, so that the sum over any split into micro-batches and ranks is the same number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from fopd_cli.losses.chunked import Weighting
 
-def objective(
-    losses: Tensor,
-    drifts: Tensor,
-    lengths: Tensor,
-    weights: Tensor,
-    anchor: float,
-    average: Literal["sample", "token"],
-    global_samples: int,
-    global_tokens: int,
-) -> Tensor:
-    """This micro-batch's share of L. All tensors `(samples,)`; `weights` carry no gradient."""
-    share = lengths / global_tokens if average == "token" else 1.0 / global_samples
-    terms = losses if anchor == 0 else losses + anchor * drifts
-    return (weights * share * terms).sum()
+
+def shares(lengths: Tensor, average: Literal["sample", "token"], samples: int, tokens: int) -> Tensor:
+    """share_i `(n,)` of samples with so many loss-bearing tokens, in a batch of `samples` and `tokens`."""
+    return lengths / tokens if average == "token" else torch.full_like(lengths, 1 / samples)
+
+
+def weighting(
+    sample: Tensor, loss_bearing: Tensor, aligned: Tensor, share: Tensor, anchor: float,
+    weigh: Callable[[Tensor, Tensor], Tensor] | None,
+) -> Weighting:  # fmt: skip
+    """Each position's coefficients. `sample`, `loss_bearing`, `aligned` `(N,)`; `share` `(n,)`; `anchor` is lambda."""
+    used = aligned & loss_bearing
+
+    def mean(mask: Tensor) -> Tensor:
+        ones = mask.to(share.dtype)
+        count = torch.zeros_like(share).index_add(0, sample, ones)
+        return ones / count.clamp(min=1)[sample]
+
+    in_drift = mean(used)
+    return Weighting(sample, mean(loss_bearing) * share[sample], in_drift * share[sample] * anchor, in_drift, weigh)

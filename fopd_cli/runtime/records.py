@@ -30,6 +30,9 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
         "score": _mean(np.array(grades)),
         "kl": _token_mean(s.kl, s.length),
         "entropy": _token_mean(s.entropy, s.length),
+        "kl_by_quartile": [_mean(column) for column in s.kl_quartiles.T],
+        "student_mass": _mean(s.student_mass),
+        "teacher_mass": _mean(s.teacher_mass),
         "lag_mean": float(s.lag.mean()),
         "lag_max": int(s.lag.max()),
         "freshness": float(s.freshness.mean()),
@@ -82,6 +85,7 @@ def evaluation(
         "kl": tokens_mean("kl"),
         "forward_kl": tokens_mean("forward_kl"),
         "entropy": tokens_mean("entropy"),
+        "kl_by_quartile": [_mean(column) for column in np.concatenate([s.kl_quartiles for s in stats]).T],
         "response_length": float(np.mean([r.response_length for r in rollouts])),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
     }
@@ -97,6 +101,7 @@ def evaluation_line(record: dict[str, Any]) -> str:
 def scalars(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, float]:
     """For TensorBoard."""
     flat = {f"train/{k}": float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+    flat |= {f"train/kl_quarter_{i}": value for i, value in enumerate(record["kl_by_quartile"], 1)}
     flat |= {f"busy/{role}": share for role, share in timing["busy"].items()}
     flat |= {f"idle/{role}": 1 - share for role, share in timing["busy"].items()}
     names = ("seconds", "buffer_samples", "buffer_bytes", "in_flight", "publish_seconds", "publish_gb_per_s")
