@@ -216,8 +216,8 @@ class Learner(Section):
 class Loss(Section):
     kind: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
-    support: Literal["auto", "full", "topk", "sampled"] = "auto"
-    """full vocabulary (exact); the teacher's top-k and a tail class; or the sampled token alone (policy gradient). auto: full if all teachers give hidden states, else topk."""
+    support: Literal["auto", "full", "topk", "sampled", "mc"] = "auto"
+    """full vocabulary (exact); the teacher's top-k and a tail class; the sampled token alone (policy gradient); or several draws a position (mc). auto: full if all teachers give hidden states, else topk."""
     beta: Share = 0.5
     """Of jsd, in TRL's convention: 0 is forward_kl, 1 is reverse_kl."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -227,7 +227,9 @@ class Loss(Section):
     advantage: Literal["cached", "recomputed"] = "recomputed"
     """Of sampled support: log p - log pi with the pi that sampled (cached) or the pi of now."""
     importance: bool = False
-    """Of sampled support: multiply by pi_now/pi_sampled."""
+    """Of sampled support: multiply by pi_now/pi_sampled. mc support always does."""
+    draws: Positive = 8
+    """Of mc support: tokens drawn from the behaviour policy at every position, with replacement; the first is the response's own."""
     average: Literal["sample", "token"] = "sample"
     """Whether every sample counts alike (the paper's mean over i) or every token."""
     chunk_mb: Positive = 64
@@ -355,7 +357,7 @@ class Recipe(Section):
         return self.schedule.depth if self.schedule.lag is None else self.schedule.lag
 
     @property
-    def support(self) -> Literal["full", "topk", "sampled"]:
+    def support(self) -> Literal["full", "topk", "sampled", "mc"]:
         """loss.support, resolved: exact where all teachers give hidden states."""
         if self.loss.support != "auto":
             return self.loss.support
@@ -368,7 +370,8 @@ class Recipe(Section):
         chosen = self.teachers[0].targets
         if chosen != "auto":
             return chosen
-        return "hidden" if self.support == "full" else self.support
+        support = self.support
+        return "hidden" if support == "full" or support == "mc" else support
 
     @field_serializer("teachers", mode="wrap")
     def _one_teacher_is_no_list(self, value: Any, handler: Any) -> Any:
@@ -401,12 +404,14 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             "loss.tail: a top-k divergence without a tail class lets the student hide mass outside the top k "
             "(and a truncated forward KL can go negative); set loss.tail: true"
         )
-    if support == "sampled" and loss.kind != "reverse_kl":
-        yield f"loss.kind: sampled support is the policy gradient of reverse_kl, {loss.kind} has none; set loss.kind: reverse_kl"
+    if support in ("sampled", "mc") and loss.kind != "reverse_kl":
+        yield f"loss.kind: {support} support is the policy gradient of reverse_kl, {loss.kind} has none; set loss.kind: reverse_kl"
+    if support == "mc" and recipe.sampler.engine != "transformers":
+        yield f"loss.support: mc needs draws beside the response, which sampler.engine {recipe.sampler.engine} does not give; set sampler.engine: transformers or loss.support: sampled"
     if support == "topk" and loss.temperature != 1:
         yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
-    if support == "full" and recipe.targets != "hidden":
-        yield f"teacher.targets: loss.support full needs hidden states, not {recipe.targets}; set teacher.targets: hidden"
+    if support in ("full", "mc") and recipe.targets != "hidden":
+        yield f"teacher.targets: loss.support {support} needs hidden states, not {recipe.targets}; set teacher.targets: hidden"
     if support == "topk" and recipe.targets != "topk":
         yield f"teacher.targets: loss.support topk needs top-k log-probs, not {recipe.targets}; set teacher.targets: topk"
     if fresh.drift != "sampled" and recipe.sampler.top_p < 1:
@@ -422,9 +427,9 @@ def _teacher_contradictions(recipe: Recipe) -> Iterator[str]:
     for t in teachers:
         if not re.fullmatch(r"[A-Za-z0-9_.]+", t.name):
             yield f"teacher.name: {t.name!r} must be letters, digits, '_' or '.'; prompts and log files use it"
-        if t.engine != "transformers" and (t.targets == "hidden" or recipe.support == "full"):
+        if t.engine != "transformers" and (t.targets == "hidden" or recipe.support in ("full", "mc")):
             yield (
-                f"teacher.engine: {t.engine} gives log-probs, not the hidden states that loss.support full needs; "
+                f"teacher.engine: {t.engine} gives log-probs, not the hidden states that loss.support {recipe.support} needs; "
                 "set loss.support: topk (or auto), or teacher.engine: transformers"
             )
         if t.engine == "http" and t.http.url is None:

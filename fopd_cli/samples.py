@@ -61,6 +61,7 @@ class SamplingParams:
     top_p: float = 1.0
     max_new_tokens: int = 256
     keep_topk: int = 0  # behaviour log-probs of the k likeliest tokens; -1: of the whole vocabulary
+    draws: int = 1  # tokens drawn at every position, the response's own included
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Rollout:
     finish: Literal["stop", "length"]
     topk_logprobs: np.ndarray | None = None  # float32 (n, k)
     topk_ids: np.ndarray | None = None  # int32 (n, k); None: the whole vocabulary in id order
+    draw_ids: np.ndarray | None = None  # int32 (n, draws - 1): drawn from pi_r beside the response's own token
+    draw_logprobs: np.ndarray | None = None  # float32 (n, draws - 1): log pi_r of them
 
     @property
     def response_length(self) -> int:

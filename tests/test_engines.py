@@ -123,11 +123,11 @@ def test_topk_and_full_behaviour_distributions(student: str) -> None:
 
 def test_inverse_transform_samples_the_distribution() -> None:
     logprobs = torch.log(torch.tensor([[0.1, 0.0, 0.6, 0.3]])).expand(100_000, 4)
-    uniforms = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    counts = torch.bincount(inverse_transform(logprobs, uniforms), minlength=4) / 100_000
+    uniforms = torch.rand(100_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = torch.bincount(inverse_transform(logprobs, uniforms).flatten(), minlength=4) / 200_000
     np.testing.assert_allclose(counts.numpy(), [0.1, 0.0, 0.6, 0.3], atol=5e-3)
-    assert inverse_transform(logprobs[:1], torch.tensor([0.0])).item() == 0
-    assert inverse_transform(logprobs[:1], torch.tensor([1 - 1e-16], dtype=torch.float64)).item() == 3
+    assert inverse_transform(logprobs[:1], torch.tensor([[0.0]])).item() == 0
+    assert inverse_transform(logprobs[:1], torch.tensor([[1 - 1e-16]], dtype=torch.float64)).item() == 3
 
 
 def test_top_p_and_greedy_are_renormalised() -> None:
@@ -135,6 +135,28 @@ def test_top_p_and_greedy_are_renormalised() -> None:
     params = [SamplingParams(top_p=0.7), SamplingParams(temperature=0.0), SamplingParams(top_p=0.01)]
     found = behaviour_logprobs(logits, params).exp().numpy()
     np.testing.assert_allclose(found, [[0.625, 0.375, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]], atol=1e-6)
+
+
+def test_draws_beside_the_response(student: str) -> None:
+    """They change nothing of the response, have the log-probs of the policy that drew, and are its draws."""
+    rollouts = []
+    for draws in (1, 65):
+        sampler = transformers_sampler(student, torch.float32, CPU, concurrency=8)
+        sampler.submit(requests(8, SamplingParams(max_new_tokens=8, keep_topk=-1, draws=draws)))
+        rollouts.append(drain(sampler))
+    matches = expected = 0.0
+    for key, rollout in rollouts[1].items():
+        np.testing.assert_array_equal(rollout.token_ids, rollouts[0][key].token_ids)
+        assert rollouts[0][key].draw_ids is None
+        assert rollout.draw_ids is not None
+        assert rollout.topk_logprobs is not None
+        assert rollout.draw_ids.shape == (rollout.response_length, 64)
+        full = np.take_along_axis(rollout.topk_logprobs, rollout.draw_ids.astype(int), -1)
+        np.testing.assert_array_equal(rollout.draw_logprobs, full)
+        likeliest = rollout.topk_logprobs.argmax(-1)
+        matches += float((rollout.draw_ids == likeliest[:, None]).sum())
+        expected += float(np.exp(rollout.topk_logprobs.max(-1)).sum() * 64)
+    assert abs(matches - expected) < 5 * expected**0.5
 
 
 def targets_for(kind: Any, width: int, rollouts: list[Rollout]) -> list[TeacherTargets]:

@@ -357,3 +357,53 @@ def test_shares_are_by_sample_or_token() -> None:
     lengths = torch.tensor([1.0, 3.0])
     assert shares(lengths, "sample", samples=4, tokens=99).tolist() == [0.25, 0.25]
     assert shares(lengths, "token", samples=99, tokens=8).tolist() == [0.125, 0.375]
+
+
+# ---- several draws ----------------------------------------------------------------------------------------------------
+
+
+def with_draws(at: Positions, behaviour: torch.Tensor, draws: int, seed: int = 0) -> Positions:
+    """All draws from `behaviour` (N, V) log-probs, the first one in place of the tokens."""
+    drawn = torch.multinomial(behaviour.exp(), draws, replacement=True, generator=torch.Generator().manual_seed(seed))
+    logprobs = behaviour.gather(-1, drawn)
+    some = replace(at, tokens=drawn[:, 0], behaviour=logprobs[:, 0])
+    return replace(some, draw_ids=drawn[:, 1:], draw_behaviour=logprobs[:, 1:]) if draws > 1 else some
+
+
+def gradients_of(
+    spec: LossSpec, hidden: torch.Tensor, at: Positions, head: torch.Tensor, teacher: torch.Tensor
+) -> torch.Tensor:
+    ones = torch.ones(len(at.tokens))
+    alone = weighting(torch.arange(len(ones)), ones.bool(), ones.bool(), ones, 0.0, None)
+    return torch.autograd.grad(chunked_objective(spec, hidden, at, head, teacher, alone)[0], hidden)[0]
+
+
+def test_one_draw_is_the_sampled_form() -> None:
+    hidden, at, head, teacher_head = positions()
+    behaviour = torch.log_softmax(torch.randn(23, 19, generator=torch.Generator().manual_seed(3)), -1)
+    one = with_draws(at, behaviour, 1)
+    teacher = torch.log_softmax(at.teacher_hidden @ teacher_head.T, -1).gather(-1, one.tokens[:, None])[:, 0]
+    sampled = LossSpec("reverse_kl", "sampled", importance=True)
+    ours = gradients_of(LossSpec("reverse_kl", "mc"), hidden, one, head, teacher_head)
+    theirs = gradients_of(sampled, hidden, replace(one, teacher_logprobs=teacher), head, teacher_head)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_many_draws_near_the_full_gradient() -> None:
+    """Off policy: the error falls as one over the root of the number of draws, to the exact gradient of the reverse KL."""
+    hidden, at, head, teacher_head = positions()
+    now = torch.log_softmax(hidden.detach() @ head.detach().T, -1)
+    behaviour = torch.log_softmax(now + 0.5 * torch.randn(now.shape, generator=torch.Generator().manual_seed(4)), -1)
+    exact = gradients_of(LossSpec("reverse_kl", "full"), hidden, at, head, teacher_head)
+    errors = []
+    for draws in (16, 256, 4096):
+        found = [
+            gradients_of(
+                LossSpec("reverse_kl", "mc"), hidden, with_draws(at, behaviour, draws, seed), head, teacher_head
+            )
+            for seed in range(3)
+        ]
+        errors.append(float(np.mean([(g - exact).norm() / exact.norm() for g in found])))
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[2] < 0.5 * errors[1]
+    assert errors[2] < 0.1

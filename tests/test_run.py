@@ -134,6 +134,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "jsd": {"kind": "jsd", "beta": 0.3, "average": "token"},
     "topk": {"kind": "reverse_kl", "support": "topk"},
     "cached": {"support": "sampled", "advantage": "cached"},
+    "mc": {"support": "mc", "draws": 4},
     "importance": {"support": "sampled", "advantage": "recomputed", "importance": True},
 }
 

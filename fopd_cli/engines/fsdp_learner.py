@@ -294,6 +294,8 @@ class FsdpLearner:
             behaviour=behaviour,
             behaviour_topk=stack([s.rollout.topk_logprobs for s in samples], torch.float32),
             behaviour_topk_ids=stack([s.rollout.topk_ids for s in samples], torch.int64),
+            draw_ids=stack([s.rollout.draw_ids for s in samples], torch.int64),
+            draw_behaviour=stack([s.rollout.draw_logprobs for s in samples], torch.float32),
             teacher_hidden=joined("hidden"),
             teacher_logprobs=joined("logprobs"),
             teacher_topk=joined("topk_logprobs"),
@@ -405,6 +407,7 @@ def _dummy(sample: Sample) -> Sample:
     rollout = replace(
         r, token_ids=r.token_ids[: r.prompt_length + 1], loss_mask=r.loss_mask[:1], logprobs=r.logprobs[:1],
         topk_logprobs=first(r.topk_logprobs), topk_ids=first(r.topk_ids),
+        draw_ids=first(r.draw_ids), draw_logprobs=first(r.draw_logprobs),
     )  # fmt: skip
     targets = TeacherTargets(
         t.kind, first(t.hidden), first(t.logprobs), first(t.topk_logprobs), first(t.topk_ids), t.teacher

@@ -9,6 +9,8 @@ import numpy as np
 
 from fopd_cli.samples import Request, Rollout
 
+EXTRAS = ("topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")
+
 
 @dataclass
 class Row:
@@ -19,6 +21,8 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     topk_logprobs: list[np.ndarray] = field(default_factory=list)
     topk_ids: list[np.ndarray] = field(default_factory=list)
+    draw_ids: list[np.ndarray] = field(default_factory=list)
+    draw_logprobs: list[np.ndarray] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
 
     def append(self, token: int, logprob: float, version: int) -> None:
@@ -41,6 +45,5 @@ class Row:
             logprobs=np.asarray(self.logprobs, dtype=np.float32),
             spans=self.spans,
             finish=finish,
-            topk_logprobs=np.stack(self.topk_logprobs) if self.topk_logprobs else None,
-            topk_ids=np.stack(self.topk_ids) if self.topk_ids else None,
+            **{name: np.stack(rows) if (rows := getattr(self, name)) else None for name in EXTRAS},
         )

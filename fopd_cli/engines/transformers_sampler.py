@@ -29,6 +29,14 @@ class _Row(Row):
     """One running request, and its random numbers."""
 
     uniforms: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (max_new_tokens,)
+    more: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (max_new_tokens, draws - 1)
+
+    @classmethod
+    def of(cls, request: Request) -> _Row:
+        n, draws = request.params.max_new_tokens, request.params.draws
+        # A stream of their own: a response is the same however many draws are made beside it.
+        own, beside = (np.random.Generator(np.random.PCG64(seed)) for seed in (request.seed, [request.seed, 1]))
+        return cls(request, uniforms=own.random(n), more=beside.random((n, draws - 1)))
 
 
 class TransformersSampler:
@@ -84,10 +92,7 @@ class TransformersSampler:
 
     def _start(self) -> None:
         requests = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
-        self._rows = [
-            _Row(r, uniforms=np.random.Generator(np.random.PCG64(r.seed)).random(r.params.max_new_tokens))
-            for r in requests
-        ]
+        self._rows = [_Row.of(r) for r in requests]
         width = max(len(r.token_ids) for r in requests)
         ids = np.full((len(requests), width), self.rules.pad, dtype=np.int64)
         mask = np.zeros((len(requests), width), dtype=np.int64)
@@ -118,15 +123,26 @@ class TransformersSampler:
         params = [row.request.params for row in self._rows]
         uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in self._rows], device=self.device)
         logprobs = behaviour_logprobs(logits, params)
-        chosen = inverse_transform(logprobs, uniforms)
+        chosen = inverse_transform(logprobs, uniforms[:, None])[:, 0]
         picked = logprobs.gather(-1, chosen[:, None])[:, 0].cpu().numpy()
         self._ids = torch.cat([self._ids, chosen[:, None]], -1)
         self._mask = torch.cat([self._mask, torch.ones_like(chosen)[:, None]], -1)
+        self._draw_more(logprobs)
         ids = chosen.cpu().numpy()
         for row, token, logprob in zip(self._rows, ids, picked, strict=True):
             row.append(int(token), float(logprob), self.version)
         self._keep_topk(logprobs, params[0].keep_topk)
         return ids
+
+    def _draw_more(self, logprobs: Tensor) -> None:
+        if self._rows[0].request.params.draws == 1:
+            return
+        uniforms = torch.from_numpy(np.stack([row.more[len(row.ids)] for row in self._rows])).to(self.device)
+        drawn = inverse_transform(logprobs, uniforms)
+        values = logprobs.gather(-1, drawn).cpu().numpy()
+        for row, ids, value in zip(self._rows, drawn.int().cpu().numpy(), values, strict=True):
+            row.draw_ids.append(ids)
+            row.draw_logprobs.append(value)
 
     def _keep_topk(self, logprobs: Tensor, k: int) -> None:
         if k == 0:
@@ -187,7 +203,7 @@ def behaviour_logprobs(logits: Tensor, params: Sequence[SamplingParams]) -> Tens
 
 
 def inverse_transform(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids `(rows,)`: the first token whose cumulative probability exceeds the row's uniform in [0, 1)."""
+    """Ids `(rows, draws)`: the first token whose cumulative probability exceeds the uniform in [0, 1)."""
     cumulative = logprobs.exp().double().cumsum(-1)
-    threshold = uniforms.double()[:, None] * cumulative[:, -1:]  # the sum is 1 only up to rounding
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)
+    threshold = uniforms.double() * cumulative[:, -1:]  # the sum is 1 only up to rounding
+    return torch.searchsorted(cumulative, threshold, right=True).clamp(max=logprobs.shape[-1] - 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from fopd_cli.freshness import drift
 from fopd_cli.losses.divergence import LossKind, divergence, kl, one_name, policy_gradient
 
-Support = Literal["full", "topk", "sampled"]
+Support = Literal["full", "topk", "sampled", "mc"]
 DriftKind = Literal["exact", "topk", "sampled"]
 
 
@@ -50,6 +50,8 @@ class Positions:
     behaviour: Tensor  # float32 (N,): log pi_r(y)
     behaviour_topk: Tensor | None = None  # float32 (N, k), or (N, V) for the exact drift
     behaviour_topk_ids: Tensor | None = None  # int64 (N, k)
+    draw_ids: Tensor | None = None  # int64 (N, draws - 1)
+    draw_behaviour: Tensor | None = None  # float32 (N, draws - 1): log pi_r of them
     teacher_hidden: Tensor | None = None  # (N, teacher width)
     teacher_logprobs: Tensor | None = None  # float32 (N,): log p(y)
     teacher_topk: Tensor | None = None  # float32 (N, k)
@@ -375,6 +377,11 @@ def _terms(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tensor
         teacher_y = _teacher_logprob(at, teacher_logits)
         loss = policy_gradient(acting_y, teacher_y, at.behaviour, spec.advantage, spec.importance)
         return loss, drifts, acting_y.detach() - teacher_y, nan, entropy, nan, nan
+    if spec.support == "mc":
+        loss = _monte_carlo(spec, at, acting, acting_y, teacher_logits)
+        with torch.no_grad():
+            theirs = torch.log_softmax(teacher_logits / spec.temperature, -1)
+            return loss, drifts, kl(student, theirs), kl(theirs, student), entropy, nan, nan
     if spec.support == "full":
         ours, theirs = student, torch.log_softmax(teacher_logits / spec.temperature, -1)
         masses = (torch.ones_like(entropy), torch.ones_like(entropy))
@@ -389,6 +396,17 @@ def _terms(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tensor
         reverse = loss.detach() if spec.kind == "reverse_kl" else kl(ours, theirs)
         forward = loss.detach() if spec.kind == "forward_kl" else kl(theirs, ours)
     return loss, drifts, reverse, forward, entropy, *masses
+
+
+def _monte_carlo(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor, teacher_logits: Tensor) -> Tensor:
+    """The mean of the policy-gradient form over all draws of a position, each corrected by pi_t/pi_r."""
+    teacher = torch.log_softmax(teacher_logits, -1)
+    ids, student, behaviour = at.tokens[:, None], acting_y[:, None], at.behaviour[:, None]
+    if at.draw_ids is not None and at.draw_behaviour is not None:
+        ids = torch.cat([ids, at.draw_ids], -1)
+        student = torch.cat([student, acting.gather(-1, at.draw_ids)], -1)
+        behaviour = torch.cat([behaviour, at.draw_behaviour], -1)
+    return policy_gradient(student, teacher.gather(-1, ids), behaviour, spec.advantage, importance=True).mean(-1)
 
 
 def _teacher_logprob(at: Positions, teacher_logits: Tensor) -> Tensor:

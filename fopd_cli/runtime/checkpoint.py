@@ -26,7 +26,7 @@ from fopd_cli.samples import Rollout
 
 FORMAT = 1
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ARRAYS = ("token_ids", "loss_mask", "logprobs", "topk_logprobs", "topk_ids")
+ARRAYS = ("token_ids", "loss_mask", "logprobs", "topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")
 
 
 class CheckpointStore:
