@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""What freshness control costs, and what FSDP2 costs where it has nothing to shard: learner steps side by side.
+"""What freshness control costs, what FSDP2 costs where it has nothing to shard, and how fast a step is beside TRL's.
 
     python benchmarks/learner.py [--repeats 20] [--hidden 256] [--vocab 32000]
 
-Times whole optimizer steps of one process on one batch, in CPU seconds (wall time on a shared machine says more about its
-neighbours), the variants in a rotating order within each repeat, and prints the median of the ratios pair by pair. `loss alone` computes the distillation loss and nothing for freshness.
+Times whole optimizer steps of one process on one batch, the variants in a rotating order within each repeat, and prints the
+median of the ratios pair by pair; the first table in CPU seconds (wall time on a shared machine says more about its
+neighbours), the second in wall time, because it compares programs that use their threads differently. `loss alone`
+computes the distillation loss and nothing for freshness. TRL is `GKDTrainer.training_step` (off-policy, reverse KL, gradient
+clipping, AdamW) on the same two models and the same samples, right-padded; its step runs the teacher too, so ours is
+given with the teacher's scoring (`teacher and learner`) and without.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +28,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fopd_cli.engines import fsdp_learner
+from fopd_cli.engines.batching import right_padded
 from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
+from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.freshness import drift
 from fopd_cli.freshness.score import POLICIES
 from fopd_cli.losses.chunked import LossSpec
@@ -39,6 +46,80 @@ def model(hidden: int, vocab: int) -> Any:
         num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, tie_word_embeddings=True,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def same_samples(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """The batch as TRL's collator would give it."""
+    ids = right_padded([s.rollout.token_ids for s in samples])
+    lengths = torch.tensor([len(s.rollout.token_ids) for s in samples])
+    mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    prompt = torch.tensor([s.rollout.prompt_length for s in samples])
+    answer = mask & (torch.arange(ids.shape[1])[None] >= prompt[:, None])
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.where(answer, ids, -100)}
+
+
+def trl_trainer(student: Any, teacher: Any, folder: str) -> Any:
+    """GKDTrainer, ready for `training_step`."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(__file__).parent.parent / "recipes" / "tiny" / "student")
+    talk = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    arguments = GKDConfig(
+        output_dir=folder, lmbda=0.0, beta=1.0, temperature=1.0, learning_rate=1e-5, max_grad_norm=1.0, use_cpu=True,
+        bf16=False, report_to=[], gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = GKDTrainer(
+        model=student, teacher_model=teacher, args=arguments, processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"messages": talk}] * 8),
+    )  # fmt: skip
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # what train() would have set
+    return trainer
+
+
+def against_trl(args: argparse.Namespace, folder: str) -> None:
+    """Tokens a second of whole steps, side by side."""
+    samples = batch(args.samples, args.length, args.hidden, args.vocab)
+    tokens = sum(len(s.rollout.token_ids) for s in samples)
+    ours = learner(args.hidden, args.vocab, "fopd")
+    judge = TransformersTeacher(model(args.hidden, args.vocab), CPU, 1, 4096, args.vocab)
+    ours.teacher_heads = [judge.model.lm.get_output_embeddings().weight.detach()]
+    trainer = trl_trainer(model(args.hidden, args.vocab), model(args.hidden, args.vocab), folder)
+    inputs = same_samples(samples)
+    parameters = list(trainer.model.parameters())
+
+    def whole() -> None:
+        judge.score([s.rollout for s in samples], [s.targets for s in samples])
+        ours.train(ours.version, samples)
+
+    def theirs() -> None:
+        trainer.training_step(trainer.model, dict(inputs))
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    contenders = {
+        "teacher and learner": whole,
+        "learner": lambda: ours.train(ours.version, samples),
+        "TRL GKDTrainer": theirs,
+    }
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(args.repeats + 2):
+        order = list(contenders)
+        for name in order[repeat % 3 :] + order[: repeat % 3]:
+            start = time.perf_counter()
+            contenders[name]()
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - start)
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(times["TRL GKDTrainer"], seconds, strict=True)]
+        print(
+            f"{name:28} median {tokens / statistics.median(seconds):9,.0f} tokens/s   x TRL: {statistics.median(ratios):.2f} "
+            f"(min {min(ratios):.2f}, max {max(ratios):.2f})"
+        )
 
 
 def batch(count: int, length: int, hidden: int, vocab: int) -> list[Sample]:
@@ -100,6 +181,7 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         measure(args)
         dist.destroy_process_group()
+        against_trl(args, folder)
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -155,7 +155,7 @@ def once(p: Problem, loss: Callable[[Problem, Tensor, Tensor], Tensor], device: 
     with PeakMemory(device) as memory:
         start = time.perf_counter()
         value = loss(p, hidden, head)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

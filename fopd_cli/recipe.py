@@ -232,8 +232,8 @@ class Loss(Section):
     """Of mc support: tokens drawn from the behaviour policy at every position, with replacement; the first is the response's own."""
     average: Literal["sample", "token"] = "sample"
     """Whether every sample counts alike (the paper's mean over i) or every token."""
-    chunk_mb: Positive = 64
-    """Largest [positions, vocab] float32 tensor; changes memory and speed, not the loss."""
+    chunk_mb: Positive | None = None
+    """Largest [positions, vocab] float32 tensor, of which there are three; changes memory and speed, not the loss. Default: 32 on a CPU, 512 on CUDA."""
 
 
 class Schedule(Section):
