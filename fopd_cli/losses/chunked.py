@@ -39,7 +39,7 @@ class LossSpec:
     importance: bool = False  # sampled support
     drift: DriftKind = "sampled"
     sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
-    chunk_bytes: int = 32 << 20  # of one float32 [chunk, vocab] tensor
+    chunk_bytes: int = 64 << 20  # of one float32 [chunk, vocab] tensor
 
 
 @dataclass

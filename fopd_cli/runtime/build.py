@@ -78,7 +78,7 @@ def learner_config(
     spec = LossSpec(
         kind=loss.kind, support=recipe.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
         importance=loss.importance, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
-        chunk_bytes=(loss.chunk_mb or (512 if cuda else 32)) << 20,
+        chunk_bytes=(loss.chunk_mb or (512 if cuda else 64)) << 20,
     )  # fmt: skip
     return LearnerConfig(
         loss=replace(spec, **loss_overrides), policy=POLICIES[fresh.policy], alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
