@@ -81,6 +81,7 @@ def test_time_slicing(fopd: Fopd, pair: Path, inflight: str) -> None:
     assert summary(run)["kl_last"] < summary(run)["kl_first"]
 
 
+@SLOW
 def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fopd, pair: Path) -> None:
     recipe = vllm_recipe(
         pair,
