@@ -424,7 +424,9 @@ class Schedule:
         idle = not replica.running
         if self.config.lag is None or replica.stale:
             return self.step if idle or self.config.inflight == "keep" else None
-        return replica.loaded + 1 if idle and self._room(replica) <= 0 else None
+        # Not while another replica samples for this version: if that one is lost, its samples must still find it here.
+        sampled = not any(r.running for r in self.replicas) and self._room(replica) <= 0
+        return replica.loaded + 1 if sampled else None
 
     def _room(self, replica: _Replica) -> int:
         """How many samples may be admitted at the replica's version (the docstring's admission rule)."""
