@@ -271,3 +271,21 @@ def test_each_sample_is_measured_against_its_own_teacher(
     np.testing.assert_allclose(found[::2], alone[::2], rtol=1e-4)
     assert (np.abs(found[1::2]) < 1e-6).all()
     assert (alone[1::2] > 1e-3).all()
+
+
+def _score_unevenly(rank: int, world: int, pair: Path, samples: list[Sample], count: int) -> list[np.ndarray]:
+    model = hf.load_model(str(pair / "teacher"), "m", torch.float32)
+    teacher = TransformersTeacher(model, kit.CPU, world, 16, kit.VOCAB)
+    rollouts = [s.rollout for s in samples][:count]
+    targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, 128)) for r in rollouts]
+    share = slice(rank, None, world)
+    teacher.score(rollouts[share], targets[share])
+    return [t.hidden.numpy() for t in targets[share] if t.hidden is not None]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_sharded_teacher_scores_uneven_shares(pair: Path, samples: list[Sample], tmp_path: Path, count: int) -> None:
+    """One rank has nothing to score, or fewer batches, and must join in all the same."""
+    found = kit.on_ranks(2, tmp_path, _score_unevenly, pair, samples, count)
+    for ours, sample in zip(found, samples[:count:2], strict=True):
+        np.testing.assert_allclose(ours, sample.targets.hidden.numpy(), rtol=1e-4, atol=1e-5)

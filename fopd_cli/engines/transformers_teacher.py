@@ -55,9 +55,11 @@ class TransformersTeacher:
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         batches = by_token_budget([len(r.token_ids) for r in rollouts], self.micro_tokens)
+        # Agreed on before any forward: a rank that has none would wait here for one that waits in its first all-gather.
+        most = self._most(len(batches))
         for indices in batches:
             self._score_batch([rollouts[i] for i in indices], [targets[i] for i in indices])
-        for _ in range(self._most(len(batches)) - len(batches)):
+        for _ in range(most - len(batches)):
             self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
 
     def sleep(self) -> None:
