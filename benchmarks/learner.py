@@ -28,8 +28,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fopd_cli.engines import fsdp_learner
-from fopd_cli.engines.batching import right_padded
 from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
+from fopd_cli.engines.token_batch import TokenBatch
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.freshness import drift
 from fopd_cli.freshness.score import POLICIES
@@ -50,7 +50,7 @@ def model(hidden: int, vocab: int) -> Any:
 
 def same_samples(samples: list[Sample]) -> dict[str, torch.Tensor]:
     """The batch as TRL's collator would give it."""
-    ids = right_padded([s.rollout.token_ids for s in samples])
+    ids = TokenBatch.of([s.rollout.token_ids for s in samples], False, CPU).ids
     lengths = torch.tensor([len(s.rollout.token_ids) for s in samples])
     mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
     prompt = torch.tensor([s.rollout.prompt_length for s in samples])
@@ -138,7 +138,7 @@ def learner(hidden: int, vocab: int, policy: str, sharded: bool = False) -> Fsdp
     config = LearnerConfig(
         loss=LossSpec("reverse_kl", "full"), policy=POLICIES[policy], alpha=1.0, beta=1.0, xi=0.01, anchor=1.0, weights="raw",
         step_scale="none", average="sample", lr=1e-5, warmup_steps=0, decay="constant", min_lr_ratio=0.1, steps=10**6,
-        betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, micro_tokens=4096, compute_dtype=torch.float32,
+        betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, micro_tokens=4096, packing=True, compute_dtype=torch.float32,
         activation_checkpointing=False, vocab=vocab,
     )  # fmt: skip
     head = torch.randn(vocab, hidden) / hidden**0.5

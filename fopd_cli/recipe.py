@@ -99,7 +99,9 @@ class Teacher(Section):
     batch_samples: Positive = 16
     """Samples a scoring call, at most; it never waits for a call to fill up."""
     micro_tokens: Positive = 16384
-    """Padded tokens a forward pass."""
+    """Tokens a forward pass."""
+    packing: bool = True
+    """As learner.packing, for engine transformers."""
     buffer_gb: Annotated[float, Field(gt=0)] | None = None
     """Shared memory for targets (of all teachers; the largest value counts); a full buffer holds the teacher back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at least two batches' worst case."""
     delay_ms: Annotated[float, Field(ge=0)] = 0.0
@@ -192,7 +194,9 @@ class Learner(Section):
     batch_samples: Positive = 64
     """Samples an optimizer step."""
     micro_tokens: Positive = 16384
-    """Padded tokens a forward-backward pass on each rank; changes memory and speed, not the loss."""
+    """Tokens a forward-backward pass on each rank; changes memory and speed, not the loss."""
+    packing: bool = True
+    """Samples lie end to end in one row, each with attention of its own; false pads them to a rectangle. An architecture that cannot be packed is refused."""
     lr: Annotated[float, Field(gt=0)] = 1e-6
     """Peak learning rate."""
     warmup_steps: NonNegative = 10

@@ -30,7 +30,7 @@ def config(**changes: Any) -> LearnerConfig:
     values: dict[str, Any] = {
         "policy": POLICIES["async"], "alpha": 1.0, "beta": 1.0, "xi": 0.01, "anchor": 0.0, "weights": "raw",
         "step_scale": "none", "average": "sample", "lr": 1e-3, "warmup_steps": 0, "decay": "constant", "min_lr_ratio": 0.1,
-        "steps": 10, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 0.0, "micro_tokens": 64,
+        "steps": 10, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 0.0, "micro_tokens": 64, "packing": True,
         "compute_dtype": torch.float32, "activation_checkpointing": False, "vocab": VOCAB,
     }  # fmt: skip
     return LearnerConfig(loss=loss, **{**values, **changes})
@@ -71,6 +71,18 @@ def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 
     return samples
 
 
+def with_observations(samples: list[Sample]) -> list[Sample]:
+    """The same samples as if tool output stood in the middle of the responses: not sampled, no loss."""
+    turns = []
+    for sample in samples:
+        r = sample.rollout
+        mask, logprobs = r.loss_mask.copy(), r.logprobs.copy()
+        mask[1 : 1 + len(mask) // 3] = False
+        logprobs[~mask] = np.nan
+        turns.append(replace(sample, rollout=replace(r, loss_mask=mask, logprobs=logprobs)))
+    return turns
+
+
 def make_learner(pair: Path, cfg: LearnerConfig, rank: int = 0, world: int = 1) -> FsdpLearner:
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     return FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), [head], cfg, CPU, rank, world)
@@ -95,15 +107,17 @@ def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[fl
     student = hf.load_model(str(pair / "student"), "m", torch.float32).train()
     teacher_head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     total = torch.zeros(())
-    all_tokens = sum(s.rollout.response_length for s in samples)
+    all_tokens = sum(int(s.rollout.loss_mask.sum()) for s in samples)
     for sample in samples:
         r = sample.rollout
         ids = torch.from_numpy(r.token_ids).long()[None]
         logits = student(ids).logits[0, r.prompt_length - 1 : -1]
         pi, p = torch.log_softmax(logits, -1), torch.log_softmax(sample.targets.hidden @ teacher_head.T, -1)
+        kept = torch.from_numpy(np.flatnonzero(r.loss_mask))
+        pi, p = pi[kept], p[kept]
         loss = (pi.exp() * (pi - p)).sum(-1).mean()
-        y = torch.from_numpy(r.response_ids).long()
-        log_rho = pi[torch.arange(len(y)), y] - torch.from_numpy(r.logprobs)
+        y = torch.from_numpy(r.response_ids).long()[kept]
+        log_rho = pi[torch.arange(len(y)), y] - torch.from_numpy(r.logprobs)[kept]
         rho = log_rho.exp()
         drift = (rho * log_rho - rho + 1).mean()
         weight = 1.0

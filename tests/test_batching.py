@@ -10,12 +10,20 @@ from fopd_cli.engines.batching import balanced_shares, by_token_budget
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40)
 
 
-@given(LENGTHS, st.integers(1, 400))
-def test_budget_is_kept_and_nothing_is_lost(lengths: list[int], budget: int) -> None:
-    groups = by_token_budget(lengths, budget)
+@given(LENGTHS, st.integers(1, 400), st.booleans())
+def test_budget_is_kept_and_nothing_is_lost(lengths: list[int], budget: int, packed: bool) -> None:
+    groups = by_token_budget(lengths, budget, packed)
     assert sorted(i for g in groups for i in g) == list(range(len(lengths)))
     for group in groups:
-        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= budget
+        own = [lengths[i] for i in group]
+        assert len(group) == 1 or (sum(own) if packed else len(group) * max(own)) <= budget
+
+
+@given(LENGTHS, st.integers(1, 400))
+def test_packed_groups_are_filled(lengths: list[int], budget: int) -> None:
+    """No two groups could have been one."""
+    sizes = sorted(sum(lengths[i] for i in g) for g in by_token_budget(lengths, budget, True))
+    assert len(sizes) < 2 or sizes[0] + sizes[1] > budget
 
 
 @given(LENGTHS, st.integers(1, 5))

@@ -58,13 +58,33 @@ def test_one_rank_is_plain_pytorch(pair: Path, samples: list[Sample], case: str)
     close(found, expected)
 
 
+@pytest.mark.parametrize("observations", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("micro_tokens", [1, 30, 10_000])
-def test_micro_batches_and_padding_change_nothing(pair: Path, samples: list[Sample], micro_tokens: int) -> None:
+def test_packed_padded_and_one_by_one_are_the_same(
+    pair: Path, samples: list[Sample], micro_tokens: int, packing: bool, observations: bool
+) -> None:
+    given = kit.with_observations(samples) if observations else samples
     cfg = kit.config(policy=POLICIES["reweight+anchor"], anchor=1.0)
-    loss, expected = kit.reference(pair, samples, cfg)
-    report, found = step(pair, samples, replace(cfg, micro_tokens=micro_tokens))
+    loss, expected = kit.reference(pair, given, cfg)
+    report, found = step(pair, given, replace(cfg, micro_tokens=micro_tokens, packing=packing))
     assert report.loss == pytest.approx(loss, rel=1e-5)
     close(found, expected)
+    tokens = sum(len(s.rollout.token_ids) for s in samples)
+    assert report.tokens == tokens
+    assert (report.padded_tokens == tokens) == (packing or micro_tokens == 1)
+    np.testing.assert_array_equal(report.stats.length, [s.rollout.loss_mask.sum() for s in given])
+
+
+def test_a_sample_without_any_loss_counts_and_weighs_nothing(pair: Path, samples: list[Sample]) -> None:
+    """An episode that broke off before the student said a word still is one of the batch."""
+    silent = replace(samples[3].rollout, loss_mask=np.zeros(samples[3].rollout.response_length, dtype=bool))
+    given = [*samples[:3], replace(samples[3], rollout=silent)]
+    cfg = kit.config()
+    _, expected = kit.reference(pair, samples[:3], cfg)
+    report, found = step(pair, given, cfg)
+    close(found, {name: 3 / 4 * g for name, g in expected.items()})
+    assert report.stats.length[3] == report.stats.loss[3] == report.stats.freshness[3] == 0
 
 
 def test_activation_checkpointing_and_chunks_change_nothing(pair: Path, samples: list[Sample]) -> None:

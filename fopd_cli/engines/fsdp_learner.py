@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +31,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fopd_cli.engines import dcp
-from fopd_cli.engines.batching import balanced_shares, by_token_budget, right_padded
-from fopd_cli.engines.hf import backbone, blocks
+from fopd_cli.engines.batching import balanced_shares, by_token_budget
+from fopd_cli.engines.hf import blocks
+from fopd_cli.engines.micro_batch import MicroBatch, placeholder
+from fopd_cli.engines.token_batch import enable_packing
 from fopd_cli.freshness import drift, score
-from fopd_cli.losses.chunked import LossSpec, Positions, TokenTerms, Weighting, chunked_objective
+from fopd_cli.losses.chunked import LossSpec, TokenTerms, Weighting, chunked_objective
 from fopd_cli.losses.objective import shares, weighting
-from fopd_cli.samples import Sample, SampleStats, StepReport, TeacherTargets
+from fopd_cli.samples import Sample, SampleStats, StepReport
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class LearnerConfig:
     weight_decay: float
     clip: float
     micro_tokens: int
+    packing: bool
     compute_dtype: torch.dtype
     activation_checkpointing: bool
     vocab: int
@@ -86,20 +89,12 @@ class _Student(nn.Module):
         self.lm = lm
 
     def forward(
-        self,
-        ids: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        at: Positions,
-        spec: LossSpec,
-        vocab: int,
-        teacher_head: Tensor | None,
-        weighting: Weighting,
+        self, batch: MicroBatch, spec: LossSpec, vocab: int, teacher_head: Tensor | None, weighting: Weighting
     ) -> tuple[Tensor, ...]:
-        hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = batch.tokens.hidden(self.lm).index_select(0, batch.index)
         head = self.lm.get_output_embeddings().weight
         head = head if head.shape[0] == vocab else head[:vocab]
-        value, terms = chunked_objective(spec, hidden[rows, columns], at, head, teacher_head, weighting)
+        value, terms = chunked_objective(spec, hidden, batch.at, head, teacher_head, weighting)
         # A tuple: FSDP hooks on tensors that it can see.
         return (value, *(getattr(terms, f.name) for f in fields(TokenTerms)))
 
@@ -121,7 +116,10 @@ class FsdpLearner:
         self.version = 0
         self.floor = drift.NoiseFloor()
         self.teacher_heads = [head[: config.vocab].to(device) for head in teacher_heads]
-        self.student = _Student(model.train())
+        if config.packing:
+            enable_packing(model, "learner.packing")
+        # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
+        self.student = _Student(model.eval())
         self._shard()
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
@@ -187,13 +185,11 @@ class FsdpLearner:
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> SampleStats:
-        self.student.eval()
         parts = []
         for indices in self._batches(samples):
             part, _, _ = self._forward(samples, indices)
             if indices:
                 parts.append((indices, part))
-        self.student.train()
         return self._gather(parts, len(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
@@ -204,8 +200,8 @@ class FsdpLearner:
             groups = []
             for teacher in sorted({samples[i].targets.teacher for i in share}):  # each has a head of its own
                 own = [i for i in share if samples[i].targets.teacher == teacher]
-                packed = by_token_budget([lengths[i] for i in own], self.config.micro_tokens)
-                groups += [[own[i] for i in group] for group in packed]
+                found = by_token_budget([lengths[i] for i in own], self.config.micro_tokens, self.config.packing)
+                groups += [[own[i] for i in group] for group in found]
             split.append(groups)
         most = max(len(groups) for groups in split)
         return split[self.rank] + [[] for _ in range(most - len(split[self.rank]))]
@@ -213,20 +209,14 @@ class FsdpLearner:
     def _forward(self, samples: Sequence[Sample], indices: list[int]) -> tuple[SampleStats, Tensor, float]:
         """One micro-batch: its samples' figures, its share of the objective, its share of the anchor term.
 
-        An empty one runs a dummy row of weight zero, because sharded ranks must all run the same forwards.
+        An empty one runs a placeholder of weight zero, because sharded ranks must all run the same forwards.
         """
         config = self.config
-        chosen = [samples[i] for i in indices] or [_dummy(samples[0])]
-        rollouts, n = [s.rollout for s in chosen], len(chosen)
-        counts = torch.tensor([r.response_length for r in rollouts])
-        sample = torch.repeat_interleave(torch.arange(n), counts).to(self.device)
-        columns = np.concatenate([np.arange(r.prompt_length - 1, len(r.token_ids) - 1) for r in rollouts])
-        at = self._positions(chosen)
-        mask = torch.from_numpy(np.concatenate([r.loss_mask for r in rollouts])).to(self.device)
-        aligned = torch.isfinite(at.behaviour)
-        lag = torch.tensor([s.lag for s in chosen], device=self.device)
-        lengths = torch.zeros(n, device=self.device).index_add(0, sample, mask.float())
-        _, coverage = drift.per_sample(torch.zeros_like(at.behaviour), aligned, mask, sample, n)
+        chosen = [samples[i] for i in indices] or [placeholder(samples[0])]
+        batch, n = MicroBatch.of(chosen, config.packing, self.device), len(chosen)
+        sample, mask, lag, lengths = batch.sample, batch.loss_bearing, batch.lag, batch.lengths
+        aligned = torch.isfinite(batch.at.behaviour)
+        _, coverage = drift.per_sample(torch.zeros_like(batch.at.behaviour), aligned, mask, sample, n)
         # Contexts of single-turn tasks never change and the teacher is frozen: D_sup is exactly 0, all of it aligned.
         drift_sup, coverage_sup = torch.zeros_like(lengths), torch.ones_like(lengths)
 
@@ -246,11 +236,8 @@ class FsdpLearner:
         coefficients = weighting(
             sample, mask, aligned, share * self.world, anchored, None if config.policy.weights == "one" else weigh
         )
-        value, *found = self.student(
-            right_padded([r.token_ids for r in rollouts]).to(self.device), sample,
-            torch.from_numpy(columns).to(self.device), at, config.loss, config.vocab,
-            self.teacher_heads[chosen[0].targets.teacher] if self.teacher_heads else None, coefficients,
-        )  # fmt: skip
+        teacher_head = self.teacher_heads[chosen[0].targets.teacher] if self.teacher_heads else None
+        value, *found = self.student(batch, config.loss, config.vocab, teacher_head, coefficients)
         terms = TokenTerms(*found)
         loss, _ = drift.per_sample(terms.loss, mask, mask, sample, n)
         drift_roll, _ = drift.per_sample(terms.drift, aligned, mask, sample, n)
@@ -259,48 +246,16 @@ class FsdpLearner:
         anchor = (share * w * drift_roll).sum()
 
         def mean(term: Tensor) -> np.ndarray:
-            return _numpy(drift.per_sample(term.detach(), mask, mask, sample, n)[0])
+            return _numpy(drift.per_sample(term, mask, mask, sample, n)[0])
 
         stats = SampleStats(
-            keys=np.array([r.key for r in rollouts]), lag=_numpy(lag).astype(np.int64),
+            keys=np.array([s.rollout.key for s in chosen]), lag=_numpy(lag).astype(np.int64),
             length=_numpy(lengths).astype(np.int64), loss=_numpy(loss), kl=mean(terms.kl), forward_kl=mean(terms.forward_kl),
-            entropy=mean(terms.entropy), kl_quartiles=_quartiles(terms.kl, mask, sample, counts.to(self.device)),
-            student_mass=mean(terms.student_mass), teacher_mass=mean(terms.teacher_mass), drift_roll=_numpy(drift_roll), drift_sup=_numpy(drift_sup),
+            entropy=mean(terms.entropy), kl_quartiles=_quartiles(terms.kl, batch), student_mass=mean(terms.student_mass),
+            teacher_mass=mean(terms.teacher_mass), drift_roll=_numpy(drift_roll), drift_sup=_numpy(drift_sup),
             coverage_roll=_numpy(coverage), coverage_sup=_numpy(coverage_sup), freshness=_numpy(f), weight=_numpy(w),
         )  # fmt: skip
         return stats, value, anchor.item()
-
-    def _positions(self, samples: Sequence[Sample]) -> Positions:
-        """All response positions of a micro-batch, one row each, on the device."""
-
-        def stack(arrays: list[np.ndarray | None], dtype: torch.dtype) -> Tensor | None:
-            present = [a for a in arrays if a is not None]
-            if len(present) < len(arrays):
-                return None
-            return torch.from_numpy(np.concatenate(present)).to(self.device, dtype)
-
-        def joined(name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-            parts = [getattr(s.targets, name) for s in samples]
-            if any(p is None for p in parts):
-                return None
-            return torch.cat([p.to(self.device, dtype, non_blocking=True) for p in parts])
-
-        tokens = stack([s.rollout.response_ids for s in samples], torch.int64)
-        behaviour = stack([s.rollout.logprobs for s in samples], torch.float32)
-        assert tokens is not None
-        assert behaviour is not None
-        return Positions(
-            tokens=tokens,
-            behaviour=behaviour,
-            behaviour_topk=stack([s.rollout.topk_logprobs for s in samples], torch.float32),
-            behaviour_topk_ids=stack([s.rollout.topk_ids for s in samples], torch.int64),
-            draw_ids=stack([s.rollout.draw_ids for s in samples], torch.int64),
-            draw_behaviour=stack([s.rollout.draw_logprobs for s in samples], torch.float32),
-            teacher_hidden=joined("hidden"),
-            teacher_logprobs=joined("logprobs"),
-            teacher_topk=joined("topk_logprobs"),
-            teacher_topk_ids=joined("topk_ids", torch.int64),
-        )
 
     # ---- ranks --------------------------------------------------------------------------------------------------
 
@@ -329,7 +284,8 @@ class FsdpLearner:
         )
 
     def _padded(self, samples: Sequence[Sample], micro: list[list[int]]) -> int:
-        own = sum(max(len(samples[i].rollout.token_ids) for i in group) * len(group) for group in micro if group)
+        lengths = [[len(samples[i].rollout.token_ids) for i in group] for group in micro if group]
+        own = sum(sum(group) if self.config.packing else max(group) * len(group) for group in lengths)
         return int(self._sum(own))
 
     def _scale_gradients(self, factor: float) -> None:
@@ -387,32 +343,12 @@ class FsdpLearner:
             torch.cuda.empty_cache()
 
 
-def _quartiles(term: Tensor, mask: Tensor, sample: Tensor, counts: Tensor) -> np.ndarray:
-    """(samples, 4): the term's mean over each quarter of a response's positions; nan where none bears loss."""
-    starts = torch.cumsum(counts, 0) - counts
-    place = torch.arange(len(sample), device=sample.device) - starts[sample]
-    bucket = 4 * sample + 4 * place // counts[sample]
-    empty = torch.zeros(4 * len(counts), device=term.device)
-    total = empty.index_add(0, bucket, torch.where(mask, term, 0.0))
-    return _numpy(total / empty.index_add(0, bucket, mask.to(term.dtype))).reshape(-1, 4)
-
-
-def _dummy(sample: Sample) -> Sample:
-    """The first response token of a sample, alone and without weight."""
-    r, t = sample.rollout, sample.targets
-
-    def first(value: Any) -> Any:
-        return None if value is None else value[:1]
-
-    rollout = replace(
-        r, token_ids=r.token_ids[: r.prompt_length + 1], loss_mask=r.loss_mask[:1], logprobs=r.logprobs[:1],
-        topk_logprobs=first(r.topk_logprobs), topk_ids=first(r.topk_ids),
-        draw_ids=first(r.draw_ids), draw_logprobs=first(r.draw_logprobs),
-    )  # fmt: skip
-    targets = TeacherTargets(
-        t.kind, first(t.hidden), first(t.logprobs), first(t.topk_logprobs), first(t.topk_ids), t.teacher
-    )
-    return Sample(rollout, targets, sample.lag)
+def _quartiles(term: Tensor, batch: MicroBatch) -> np.ndarray:
+    """(samples, 4): the term's mean over each quarter of a sample's loss-bearing positions; nan where there is none."""
+    bucket = 4 * batch.sample + batch.quarter
+    empty = torch.zeros(4 * len(batch.lag), device=term.device)
+    total = empty.index_add(0, bucket, torch.where(batch.loss_bearing, term, 0.0))
+    return _numpy(total / empty.index_add(0, bucket, batch.loss_bearing.to(term.dtype))).reshape(-1, 4)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -15,15 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from fopd_cli.engines.batching import by_token_budget, right_padded
-from fopd_cli.engines.hf import backbone, blocks
+from fopd_cli.engines.batching import by_token_budget
+from fopd_cli.engines.hf import blocks
+from fopd_cli.engines.token_batch import TokenBatch, enable_packing
 from fopd_cli.samples import Rollout, TeacherTargets
 
 HEAD_CHUNK_BYTES = 256 << 20  # of one float32 [positions, vocab] tensor
 
 
 class _HiddenAndHead(nn.Module):
-    """ids `(rows, width)` -> post-norm hidden states `(rows, width, hidden)` and the unembedding `(V, hidden)`.
+    """Tokens -> post-norm hidden states `(rows x width, hidden)` and the unembedding `(V, hidden)`.
 
     A module, so that `fully_shard` gathers the head together with the rest of the root.
     """
@@ -32,17 +33,20 @@ class _HiddenAndHead(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = backbone(self.lm)(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden, self.lm.get_output_embeddings().weight
+    def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        return batch.hidden(self.lm), self.lm.get_output_embeddings().weight
 
 
 class TransformersTeacher:
     """Implements `protocols.Teacher`."""
 
-    def __init__(self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int) -> None:
-        self.device, self.world, self.micro_tokens = device, world, micro_tokens
+    def __init__(
+        self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int, packing: bool = True
+    ) -> None:
+        self.device, self.world, self.micro_tokens, self.packing = device, world, micro_tokens, packing
         self.vocab = vocab  # logits past it are padding and are cut off
+        if packing:
+            enable_packing(model, "teacher.packing")
         self.model = _HiddenAndHead(model.eval().requires_grad_(False))
         if world > 1:
             mesh = dist.init_device_mesh(device.type, (world,))
@@ -54,13 +58,13 @@ class TransformersTeacher:
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
-        batches = by_token_budget([len(r.token_ids) for r in rollouts], self.micro_tokens)
+        batches = by_token_budget([len(r.token_ids) for r in rollouts], self.micro_tokens, self.packing)
         # Agreed on before any forward: a rank that has none would wait here for one that waits in its first all-gather.
         most = self._most(len(batches))
         for indices in batches:
             self._score_batch([rollouts[i] for i in indices], [targets[i] for i in indices])
         for _ in range(most - len(batches)):
-            self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.device))
+            self.model(TokenBatch.of([np.zeros(2, dtype=np.int32)], self.packing, self.device))
 
     def sleep(self) -> None:
         self.model.to("cpu")
@@ -78,9 +82,10 @@ class TransformersTeacher:
         return int(counts)
 
     def _score_batch(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
-        hidden, head = self.model(right_padded([r.token_ids for r in rollouts]).to(self.device))
-        for row, rollout, target in zip(hidden, rollouts, targets, strict=True):
-            rows = row[rollout.prompt_length - 1 : len(rollout.token_ids) - 1]
+        batch = TokenBatch.of([r.token_ids for r in rollouts], self.packing, self.device)
+        hidden, head = self.model(batch)
+        for start, rollout, target in zip(batch.starts, rollouts, targets, strict=True):
+            rows = hidden[start + rollout.prompt_length - 1 : start + len(rollout.token_ids) - 1]
             if target.hidden is not None:
                 target.hidden.copy_(rows)
             else:

@@ -84,7 +84,7 @@ def learner_config(
         loss=replace(spec, **loss_overrides), policy=POLICIES[fresh.policy], alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
         anchor=fresh.anchor, weights=fresh.weights, step_scale=fresh.step_scale, average=loss.average, lr=lrn.lr,
         warmup_steps=lrn.warmup_steps, decay=lrn.decay, min_lr_ratio=lrn.min_lr_ratio, steps=lrn.steps, betas=lrn.betas,
-        weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, compute_dtype=compute,
+        weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, packing=lrn.packing, compute_dtype=compute,
         activation_checkpointing=lrn.activation_checkpointing, vocab=vocab,
     )  # fmt: skip
 
@@ -128,7 +128,7 @@ def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
 
     _join_group(spec, setup, always=False)
     model = hf.load_model(teacher.model, "teacher.model", dtype)
-    return TransformersTeacher(model, _device(spec), spec.world, teacher.micro_tokens, setup.vocab)
+    return TransformersTeacher(model, _device(spec), spec.world, teacher.micro_tokens, setup.vocab, teacher.packing)
 
 
 def http_server(teacher: TeacherSection) -> HttpServer:

@@ -1,0 +1,130 @@
+"""Sequences of several lengths as one model input: packed end to end, or padded to a rectangle.
+
+Packed, they lie in one row and nothing is computed that nobody needs. Position ids start anew with each sequence, and
+attention stays within it: on CUDA by PyTorch's variable-length flash attention, elsewhere sequence by sequence, which
+costs the sum of squared lengths (a block mask over the row would cost the square of the sum).
+
+Padded, the padding stands on the right, where no real token of a causal model ever attends to it; no mask is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fopd_cli.engines.hf import backbone
+from fopd_cli.errors import UserError
+
+PACKED_ATTENTION = "fopd_packed"
+
+
+@dataclass
+class TokenBatch:
+    """One model input and where each sequence lies in it."""
+
+    ids: Tensor  # int64 (rows, width)
+    starts: np.ndarray  # int64 (sequences,): first token of each in `ids.flatten()`
+    extra: dict[str, Any] = field(default_factory=dict)  # what a packed row needs beside its ids
+
+    @classmethod
+    def of(cls, sequences: Sequence[np.ndarray], packed: bool, device: torch.device) -> TokenBatch:
+        """Token ids `(length,)` each, in order. Packed ones need a model that `enable_packing` has seen."""
+        return (_packed if packed else _padded)(sequences, device)
+
+    def hidden(self, lm: Any) -> Tensor:
+        """Post-norm hidden states `(rows x width, hidden)`, padding included."""
+        out = backbone(lm)(input_ids=self.ids, use_cache=False, **self.extra).last_hidden_state
+        return out.flatten(0, 1)
+
+
+def _padded(sequences: Sequence[np.ndarray], device: torch.device) -> TokenBatch:
+    width = max(len(s) for s in sequences)
+    ids = np.zeros((len(sequences), width), dtype=np.int64)  # id 0, which no real position ever sees
+    for row, sequence in zip(ids, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return TokenBatch(torch.from_numpy(ids).to(device), np.arange(len(sequences)) * width)
+
+
+def _packed(sequences: Sequence[np.ndarray], device: torch.device) -> TokenBatch:
+    lengths = [len(s) for s in sequences]
+    bounds = np.cumsum([0, *lengths])
+    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
+    positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+    extra: dict[str, Any] = {"position_ids": positions[None].to(device)}
+    extra["cu_seq_lens_q"] = extra["cu_seq_lens_k"] = torch.from_numpy(bounds.astype(np.int32)).to(device)
+    extra["max_length_q"] = extra["max_length_k"] = max(lengths)  # the names that transformers gives them
+    return TokenBatch(ids[None].to(device), bounds[:-1], extra)
+
+
+def enable_packing(lm: Any, key: str) -> None:
+    """Give the model attention that knows of packed rows, and see that they change nothing.
+
+    Raises `UserError` where they do (state-space layers, say, carry their state on into the next sequence).
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    before = lm.config._attn_implementation
+    alone = [np.arange(1, 6), np.arange(2, 5)]
+    with torch.no_grad():
+        expected = torch.cat([TokenBatch.of([ids], False, torch.device("cpu")).hidden(lm) for ids in alone])
+        lm.set_attn_implementation(PACKED_ATTENTION)
+        try:
+            found = TokenBatch.of(alone, True, torch.device("cpu")).hidden(lm)
+        except (TypeError, ValueError):  # an argument that this architecture does not take
+            found = None
+    tolerance = (1e-5 if expected.dtype == torch.float32 else 3e-2) * float(expected.abs().max())
+    if found is None or float((found - expected).abs().max()) > tolerance:
+        lm.set_attn_implementation(before)
+        raise UserError(
+            f"{key}: {type(lm).__name__} gives other hidden states when samples are packed into one row; set {key}: false"
+        )
+
+
+@torch.compiler.disable  # a loop over as many sequences as there happen to be
+def packed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seq_lens_q: Tensor,
+    max_length_q: int, scaling: float | None = None, sliding_window: int | None = None, dropout: float = 0.0,
+    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention within each sequence of a packed row: `(1, heads, tokens, width)` -> `(1, tokens, heads, width)`.
+
+    The interface is that of transformers' `AttentionInterface`.
+    """
+    if dropout or softcap is not None or s_aux is not None:
+        raise ValueError("attention dropout, soft caps and sinks are not known here")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        out = varlen_attn(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out[None], None
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    parts = []
+    bounds: list[int] = cu_seq_lens_q.tolist()
+    for start, stop in pairwise(bounds):
+        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
+        mask = _band(stop - start, sliding_window, query.device)
+        parts.append(sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)[0])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """bool `(length, length)`: the last `window` positions up to each; None where that is all of them."""
+    if window is None or length <= window:
+        return None
+    place = torch.arange(length, device=device)
+    distance = place[:, None] - place[None]
+    return (distance >= 0) & (distance < window)
