@@ -139,7 +139,7 @@ def learner(hidden: int, vocab: int, policy: str, sharded: bool = False) -> Fsdp
         loss=LossSpec("reverse_kl", "full"), policy=POLICIES[policy], alpha=1.0, beta=1.0, xi=0.01, anchor=1.0, weights="raw",
         step_scale="none", average="sample", lr=1e-5, warmup_steps=0, decay="constant", min_lr_ratio=0.1, steps=10**6,
         betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, micro_tokens=4096, packing=True, compute_dtype=torch.float32,
-        activation_checkpointing=False, vocab=vocab,
+        activation_checkpointing=False, compile=False, offload=False, optimizer_dtype=torch.float32, vocab=vocab,
     )  # fmt: skip
     head = torch.randn(vocab, hidden) / hidden**0.5
     if sharded:  # any compute dtype but fp32 shards; the cast is then undone, so that only FSDP's own work differs

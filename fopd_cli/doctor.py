@@ -6,10 +6,12 @@ instruct teacher never meets its end-of-sequence token; Docker's 64 MB of shared
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ import torch
 from fopd_cli.engines import hf, vllm_engine
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher, Vllm
-from fopd_cli.runtime.build import http_server, resolve_dtype, task_arguments
+from fopd_cli.runtime.build import add_adapters, http_server, resolve_dtype, task_arguments
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import Layout
 from fopd_cli.runtime.sizes import arena_bytes, available_memory, free_shared_memory
@@ -86,6 +88,25 @@ class Inputs:
     def parameters(self) -> int:
         return sum(int(np.prod(shape)) for _, shape in self.layout)
 
+    @cached_property
+    def trainable(self) -> int:
+        """Parameters that learn: all, or the adapters'. Raises `UserError` for adapters that do not fit the model."""
+        if self.recipe.student.lora is None:
+            return self.parameters
+        model = hf.empty_model(self.student_config)
+        add_adapters(model, self.recipe, torch.float32)
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    @property
+    def learner_bytes(self) -> int:
+        """Weights, gradients and optimizer states of all learner ranks together."""
+        learner = self.recipe.learner
+        moments = 2 * hf.DTYPES[learner.optimizer_dtype].itemsize
+        frozen = 0
+        if self.recipe.student.lora is not None:
+            frozen = self.parameters * resolve_dtype(learner.dtype, bool(self.plan.learners[0].devices)).itemsize
+        return (4 + 4 + moments) * self.trainable + frozen  # fp32 masters, gradients, two moments
+
 
 def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     """Raises `UserError` for the first thing that cannot be read."""
@@ -122,6 +143,7 @@ def check_model_name(model: str, key: str) -> None:
 def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     """All that can be found without loading weights; `disk` is where the run will write."""
     yield from _vllm(inputs)
+    yield from _compiler(inputs)
     for teacher in inputs.teachers:
         yield from _tokenizers(inputs, teacher)
         yield from _ends(inputs, teacher)
@@ -150,6 +172,20 @@ def _vllm(inputs: Inputs) -> Iterator[Finding]:
                 "error", f"{key}.vllm.tensor_parallel: {section.tensor_parallel} does not divide the model's {heads} attention heads",
                 f"set it to a divisor of {heads}",
             )  # fmt: skip
+
+
+def _compiler(inputs: Inputs) -> Iterator[Finding]:
+    """torch.compile writes C++ on a CPU (and Triton, which comes with PyTorch, on CUDA)."""
+    compilers = [os.environ.get("CXX"), "g++", "clang++"]
+    if (
+        inputs.recipe.learner.compile
+        and not inputs.plan.learners[0].devices
+        and not any(map(shutil.which, filter(None, compilers)))
+    ):
+        yield Finding(
+            "error", "learner.compile: there is no C++ compiler on this machine",
+            "install g++, set CXX, or set learner.compile: false",
+        )  # fmt: skip
 
 
 def _servers(inputs: Inputs) -> Iterator[Finding]:
@@ -240,7 +276,7 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     while not folder.exists():
         folder = folder.parent
     # fp32 masters and two AdamW moments, kept `keep` times and once more while a new one is written; the export.
-    state = 12 * inputs.parameters
+    state = 12 * inputs.trainable
     needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -264,7 +300,7 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
     for t in inputs.teachers:
         size = resolve_dtype(t.section.dtype, bool(ranks[t.section.name][0].devices)).itemsize
         teachers.append((t, ranks[t.section.name], size * _count_parameters(t.config)))
-    learner = 16 * inputs.parameters  # fp32 master, gradient, two moments
+    learner = inputs.learner_bytes
     if not plan.learners[0].devices:
         needed = learner + sum(size * len(r) for _, r, size in teachers) + sampler_bytes * len(plan.samplers)
         if needed + shared > available_memory():
@@ -273,8 +309,13 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
                 "use smaller models, or a machine with more memory",
             )  # fmt: skip
         return
+    if recipe.learner.offload and learner > available_memory():
+        yield Finding(
+            "error", f"learner.offload: weights and optimizer need {learner / GB:.1f} GB of RAM, {available_memory() / GB:.1f} GB are free",
+            "use a smaller model, student.lora, or more devices instead of offloading",
+        )  # fmt: skip
     groups = [
-        (plan.learners, learner / len(plan.learners)),
+        (plan.learners, 0 if recipe.learner.offload else learner / len(plan.learners)),
         (plan.samplers, sampler_bytes / len(plan.samplers[0].devices)),
     ]
     for t, workers, total in teachers:  # transformers: sharded over its ranks; vllm: every rank holds all of it
@@ -330,8 +371,12 @@ def sanity(inputs: Inputs) -> Finding | None:
     width = hf.text_config(inputs.student_config).hidden_size
     targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts]
     vocab = hf.text_config(inputs.student_config).vocab_size
-    TransformersTeacher(hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab).score(rollouts, targets)
+    judge = TransformersTeacher(
+        hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, recipe.learner.packing
+    )
+    judge.score(rollouts, targets)
     config = learner_config(recipe, torch.float32, vocab, support="full", drift="sampled")
+    config = replace(config, offload=False, compile=False)
     heads = [hf.load_head(path, "student.model", dtype)]
     learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)
     stats = learner.measure([Sample(r, t, lag=0) for r, t in zip(rollouts, targets, strict=True)])

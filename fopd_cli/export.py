@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fopd_cli.engines import dcp, hf
+from fopd_cli.engines import dcp, hf, lora
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import Recipe
+from fopd_cli.runtime.build import load_student
 from fopd_cli.runtime.checkpoint import CheckpointStore, verify
 from fopd_cli.runtime.rundir import RunDir
 
@@ -26,16 +29,26 @@ def export_student(run: RunDir, out: Path, step: int | None) -> int:
         step, _ = store.newest_sound()
     elif problem := verify(store.path(step)):
         raise UserError(f"--step: {problem}; steps with a checkpoint: {store.steps()}")
-    model = hf.load_model(recipe.student.model, "student.model", torch.float32)
-    state = {"model": {PREFIX + name: tensor for name, tensor in model.state_dict().items()}}
-    dcp.load(state, store.path(step) / "learner", alone=True)
-    model.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in state["model"].items()})
-    evaluated_in = json.loads((store.path(step) / "state.json").read_text())["student_dtype"]
-    model.to(getattr(torch, evaluated_in))
+    evaluated_in = getattr(torch, json.loads((store.path(step) / "state.json").read_text())["student_dtype"])
+    model = _trained(recipe, store.path(step) / "learner", evaluated_in).to(evaluated_in)
     try:
-        model.save_pretrained(out)  # type: ignore[operator]
+        model.save_pretrained(out)
         hf.load_tokenizer(recipe.student.model, "student.model").save_pretrained(out)
         (out / "fopd.json").write_text(json.dumps({"run": str(run.path), "step": step}) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the student to {out}: {error}") from None
     return step
+
+
+def _trained(recipe: Recipe, folder: Path, frozen_dtype: torch.dtype) -> Any:
+    """The student with the weights of a learner's checkpoint; adapters are merged into their base."""
+    model = load_student(recipe, frozen_dtype)
+    learnt = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    if recipe.student.lora is not None:
+        learnt = {name: tensor for name, tensor in learnt.items() if lora.is_adapter(name)}
+    dcp.load({"model": learnt}, folder, alone=True)  # in place
+    if recipe.student.lora is None:
+        return model
+    plain = hf.load_model(recipe.student.model, "student.model", torch.float32)
+    plain.load_state_dict(dict(lora.merged(model)), strict=False)  # tied weights stand there once
+    return plain

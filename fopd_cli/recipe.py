@@ -41,9 +41,22 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
 
 
+class Lora(Section):
+    """Train low-rank adapters instead of all weights; learner.lr wants to be about ten times higher."""
+
+    rank: Positive = 32
+    """Of the adapters."""
+    alpha: Annotated[float, Field(gt=0)] = 64.0
+    """Adapters are scaled by alpha / rank."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which linear layers get one: all but the output head, or the ends of their names, for example [q_proj, v_proj]."""
+
+
 class Student(Section):
     model: str
     """Model directory or hub id of the student; it is trained, and its tokenizer is the run's."""
+    lora: Lora | None = None
+    """Adapters (peft) over a frozen base; samplers and the export get the merged weights. null: all weights learn."""
 
 
 class Vllm(Section):
@@ -215,6 +228,12 @@ class Learner(Section):
     """Compute; master weights are always fp32. auto: bf16 on CUDA, fp32 on a CPU."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """torch.compile each block: a minute at the start, then faster. Not yet run on a GPU."""
+    offload: bool = False
+    """Master weights, gradients and optimizer states live in pinned host memory and the optimizer runs there (FSDP2's CPU offload): 16 bytes a parameter less on the devices, slower. Not yet run on a GPU."""
+    optimizer_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of AdamW's two states between steps; bf16 saves 4 bytes a parameter, and rounds them."""
 
 
 class Loss(Section):
@@ -418,6 +437,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"teacher.targets: loss.support {support} needs hidden states, not {recipe.targets}; set teacher.targets: hidden"
     if support == "topk" and recipe.targets != "topk":
         yield f"teacher.targets: loss.support topk needs top-k log-probs, not {recipe.targets}; set teacher.targets: topk"
+    if recipe.learner.optimizer_dtype == "bf16" and recipe.learner.betas[1] > 0.99:
+        yield (
+            f"learner.optimizer_dtype: bf16 keeps 8 bits, and an average over 1/(1 - {recipe.learner.betas[1]}) steps would be rounded "
+            "away; set learner.betas: [0.9, 0.95] or optimizer_dtype: fp32"
+        )
     if fresh.drift != "sampled" and recipe.sampler.top_p < 1:
         yield f"freshness.drift: {fresh.drift} needs the untruncated behaviour policy; set sampler.top_p: 1 or drift: sampled"
 

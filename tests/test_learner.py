@@ -95,6 +95,16 @@ def test_activation_checkpointing_and_chunks_change_nothing(pair: Path, samples:
     close(found, expected)
 
 
+@pytest.mark.slow
+def test_compiling_changes_nothing(pair: Path, samples: list[Sample]) -> None:
+    """Several shapes, so that dynamic ones are compiled as well."""
+    cfg = kit.config(micro_tokens=30)
+    report, expected = step(pair, samples, cfg)
+    compiled, found = step(pair, samples, replace(cfg, compile=True))
+    assert compiled.loss == pytest.approx(report.loss, rel=1e-5)
+    close(found, expected)
+
+
 def rank_step(rank: int, world: int, pair: Path, samples: list[Sample], cfg: LearnerConfig) -> Any:
     learner = kit.make_learner(pair, cfg, rank, world)
     report = learner.train(0, samples)
@@ -137,6 +147,42 @@ def test_bf16_compute_keeps_fp32_masters(pair: Path, samples: list[Sample], tmp_
     assert masters == {"torch.float32"}
     assert reports[0].loss == pytest.approx(loss, rel=0.05)
     assert reports[-1].loss < reports[0].loss
+
+
+def rank_trained(rank: int, world: int, pair: Path, samples: list[Sample], cfg: LearnerConfig) -> Any:
+    learner = kit.make_learner(pair, cfg, rank, world)
+    reports = [learner.train(i, samples) for i in range(3)]
+    return reports, {name: tensor.clone().numpy() for name, tensor in learner.publish()}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_offloading_changes_nothing(pair: Path, samples: list[Sample], tmp_path: Path, world: int) -> None:
+    cfg = kit.config(clip=1.0, weight_decay=0.1, policy=POLICIES["reweight"], weights="normalized")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    there, expected = kit.on_ranks(world, tmp_path / "a", rank_trained, pair, samples, cfg)
+    offloaded, found = kit.on_ranks(world, tmp_path / "b", rank_trained, pair, samples, replace(cfg, offload=True))
+    assert [r.loss for r in offloaded] == pytest.approx([r.loss for r in there], rel=1e-4)
+    assert [r.grad_norm for r in offloaded] == pytest.approx([r.grad_norm for r in there], rel=1e-3)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-4, err_msg=name)
+
+
+def test_optimizer_states_may_rest_in_bf16(pair: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """The first update is the same to the bit, later ones nearly; saved and read again they are what they were."""
+    cfg = kit.config()
+    whole, narrow = kit.make_learner(pair, cfg), kit.make_learner(pair, replace(cfg, optimizer_dtype=torch.bfloat16))
+    losses = [(whole.train(i, samples).loss, narrow.train(i, samples).loss) for i in range(2)]
+    assert losses[1][0] == losses[1][1]
+    states = [s[name] for s in narrow.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert {s.dtype for s in states} == {torch.bfloat16}
+    extra = narrow.save(tmp_path / "saved")
+    resumed = kit.make_learner(pair, replace(cfg, optimizer_dtype=torch.bfloat16))
+    resumed.restore(tmp_path / "saved", extra)
+    for i in range(2, 6):
+        found = narrow.train(i, samples).loss
+        assert resumed.train(i, samples).loss == found
+        assert found == pytest.approx(whole.train(i, samples).loss, rel=0.02)
 
 
 def test_normalized_weights_divide_by_their_mean(pair: Path, samples: list[Sample]) -> None:

@@ -242,6 +242,25 @@ def test_upstream_gradients_scale(support: str) -> None:
         torch.testing.assert_close(3 * a, b)
 
 
+@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize("frozen", ["head", "hidden"])
+def test_what_is_frozen_changes_no_other_gradient(frozen: str, chunk: int) -> None:
+    hidden, at, head, teacher_head = positions()
+    spec = LossSpec("reverse_kl", "full", chunk_bytes=4 * 19 * chunk)
+    sample = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
+    mask = torch.ones(23, dtype=torch.bool)
+    coefficients = weighting(sample, mask, mask, SHARES, ANCHOR, halving)
+    value, _ = chunked_objective(spec, hidden, at, head, teacher_head, coefficients)
+    learning, still = (hidden, head) if frozen == "head" else (head, hidden)
+    (expected,) = torch.autograd.grad(value, [learning])
+    still.requires_grad_(False)
+    again, _ = chunked_objective(spec, hidden, at, head, teacher_head, coefficients)
+    again.backward()
+    torch.testing.assert_close(again, value)
+    torch.testing.assert_close(learning.grad, expected)
+    assert still.grad is None
+
+
 def test_nothing_is_learnt_without_gradients() -> None:
     hidden, at, head, teacher_head = positions()
     spec = LossSpec("reverse_kl", "full")

@@ -27,10 +27,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from fopd_cli.engines import dcp
+from fopd_cli.engines import dcp, lora
 from fopd_cli.engines.batching import balanced_shares, by_token_budget
 from fopd_cli.engines.hf import blocks
 from fopd_cli.engines.micro_batch import MicroBatch, placeholder
@@ -39,6 +39,8 @@ from fopd_cli.freshness import drift, score
 from fopd_cli.losses.chunked import LossSpec, TokenTerms, Weighting, chunked_objective
 from fopd_cli.losses.objective import shares, weighting
 from fopd_cli.samples import Sample, SampleStats, StepReport
+
+TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a checkpoint holds of the student
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,15 @@ class LearnerConfig:
     packing: bool
     compute_dtype: torch.dtype
     activation_checkpointing: bool
+    compile: bool
+    offload: bool
+    optimizer_dtype: torch.dtype  # of AdamW's states between steps
     vocab: int
+
+
+def sharded(compute_dtype: torch.dtype, offload: bool, world: int) -> bool:
+    """Whether the learner is under FSDP2, and so in a process group."""
+    return world > 1 or offload or compute_dtype != torch.float32
 
 
 def lr_factor(config: LearnerConfig, step: int) -> float:
@@ -117,13 +127,14 @@ class FsdpLearner:
         self.floor = drift.NoiseFloor()
         self.teacher_heads = [head[: config.vocab].to(device) for head in teacher_heads]
         if config.packing:
-            enable_packing(model, "learner.packing")
+            enable_packing(model, "learner.packing", config.compile)
         # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
         self.student = _Student(model.eval())
         self._shard()
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
-        )
+            [p for p in self.student.parameters() if p.requires_grad], lr=config.lr, betas=config.betas,
+            weight_decay=config.weight_decay, foreach=True,
+        )  # fmt: skip
 
     def _shard(self) -> None:
         """One rank that computes in fp32 has nothing to shard or cast; otherwise FSDP2 keeps the fp32 masters."""
@@ -131,16 +142,25 @@ class FsdpLearner:
         if config.activation_checkpointing:
             block_type = type(blocks(lm)[0])
             apply_activation_checkpointing(lm, checkpoint_wrapper, check_fn=lambda m: isinstance(m, block_type))
-        if self.world == 1 and config.compute_dtype == torch.float32:
+        if config.compile:
+            for block in blocks(lm):
+                block.compile()
+        if not sharded(config.compute_dtype, config.offload, self.world):
             self.student.to(self.device)
             return
-        policy = MixedPrecisionPolicy(
-            param_dtype=config.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
         mesh = dist.init_device_mesh(self.device.type, (self.world,))
+        policy: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=config.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            if config.offload
+            else OffloadPolicy(),
+        }
         for block in blocks(lm):
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(self.student, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(block, **policy)
+        fully_shard(self.student, reshard_after_forward=False, **policy)
 
     # ---- one optimizer step -------------------------------------------------------------------------------------
 
@@ -171,9 +191,7 @@ class FsdpLearner:
                 f"the gradient of optimizer step {step} is not finite ({grad_norm}); nothing was updated"
             )
         if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+            self._update(lr)
         floor = self.floor.value
         self.floor.update([float(d) for d, lag in zip(merged.drift_roll, merged.lag, strict=True) if lag == 0])
         self.version = step + 1
@@ -182,6 +200,22 @@ class FsdpLearner:
             step=step, stats=merged, loss=loss, anchor=anchor, grad_norm=grad_norm, lr=lr, skipped=skipped, noise_floor=floor,
             tokens=sum(lengths), padded_tokens=self._padded(samples, micro), publish_seconds=0.0, publish_bytes=0,
         )  # fmt: skip
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._cast_states(torch.float32)
+        self.optimizer.step()
+        self._rest_states()
+
+    def _rest_states(self) -> None:
+        self._cast_states(self.config.optimizer_dtype)
+
+    def _cast_states(self, dtype: torch.dtype) -> None:
+        """AdamW always computes in fp32; narrower states only rest, while activations need the memory."""
+        for state in self.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(dtype)
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> SampleStats:
@@ -300,26 +334,23 @@ class FsdpLearner:
 
     @torch.no_grad()
     def publish(self) -> Iterator[tuple[str, Tensor]]:
-        """Full fp32 weights under Hugging Face names, tied ones once; a collective on several ranks."""
-        seen: set[int] = set()
-        for name, tensor in self.student.lm.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-                yield name.replace("_checkpoint_wrapped_module.", ""), full.detach()
+        """Full weights under Hugging Face names, tied ones once, adapters merged; a collective on several ranks."""
+        yield from lora.merged(self.student.lm)
 
     def save(self, folder: Path) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.student, self.optimizer)
+        model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)
         dcp.save({"model": model, "optimizer": optimizer}, folder, alone=self.world == 1)
         return {"version": self.version, "noise_floor": {"value": self.floor.value, "samples": self.floor.samples}}
 
     def restore(self, folder: Path, extra: dict[str, Any]) -> None:
-        model, optimizer = get_state_dict(self.student, self.optimizer)
+        model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         dcp.load(state, folder, alone=self.world == 1)
         set_state_dict(
-            self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+            self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            options=TRAINABLE,
+        )  # fmt: skip
+        self._rest_states()
         self.version = extra["version"]
         self.floor = drift.NoiseFloor(**extra["noise_floor"])
 
@@ -333,14 +364,18 @@ class FsdpLearner:
         if self.device.type == "cpu":
             return
         self.optimizer.zero_grad(set_to_none=True)
-        self.student.to(device)
+        if not self.config.offload:  # offloaded, all this is on the host at all times
+            self.student.to(device)
+            self._move_states(device)
+        self.teacher_heads = [head.to(device) for head in self.teacher_heads]
+        with torch.cuda.device(self.device) if device == "cpu" else nullcontext():
+            torch.cuda.empty_cache()
+
+    def _move_states(self, device: torch.device | str) -> None:
         for state in self.optimizer.state.values():
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
                     state[name] = value.to(device)
-        self.teacher_heads = [head.to(device) for head in self.teacher_heads]
-        with torch.cuda.device(self.device) if device == "cpu" else nullcontext():
-            torch.cuda.empty_cache()
 
 
 def _quartiles(term: Tensor, batch: MicroBatch) -> np.ndarray:

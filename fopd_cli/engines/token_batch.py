@@ -62,14 +62,15 @@ def _packed(sequences: Sequence[np.ndarray], device: torch.device) -> TokenBatch
     return TokenBatch(ids[None].to(device), bounds[:-1], extra)
 
 
-def enable_packing(lm: Any, key: str) -> None:
+def enable_packing(lm: Any, key: str, compiled: bool = False) -> None:
     """Give the model attention that knows of packed rows, and see that they change nothing.
 
-    Raises `UserError` where they do (state-space layers, say, carry their state on into the next sequence).
+    `compiled`: the model will be, and must not look into a loop over as many sequences as there happen to be. Raises `UserError` where they do (state-space layers, say, carry their state on into the next sequence).
     """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    attention = torch.compiler.disable(packed_attention) if compiled else packed_attention
+    AttentionInterface.register(PACKED_ATTENTION, attention)
     before = lm.config._attn_implementation
     alone = [np.arange(1, 6), np.arange(2, 5)]
     with torch.no_grad():
@@ -87,7 +88,6 @@ def enable_packing(lm: Any, key: str) -> None:
         )
 
 
-@torch.compiler.disable  # a loop over as many sequences as there happen to be
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seq_lens_q: Tensor,
     max_length_q: int, scaling: float | None = None, sliding_window: int | None = None, dropout: float = 0.0,

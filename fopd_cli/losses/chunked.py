@@ -104,8 +104,8 @@ def chunked_objective(
     vocab = head.shape[0] if teacher_head is None else min(head.shape[0], teacher_head.shape[0])
     head = _cut(head, vocab)
     teacher_head = None if teacher_head is None else _cut(teacher_head, vocab)
-    learning = torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
-    value, *terms = _Objective.apply(hidden, head, spec, at, teacher_head, weighting, learning)
+    learns = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and head.requires_grad)
+    value, *terms = _Objective.apply(hidden, head, spec, at, teacher_head, weighting, learns)
     return value, TokenTerms(*terms)
 
 
@@ -119,23 +119,23 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, spec: LossSpec, at: Positions, teacher_head: Tensor | None,
-        weighting: Weighting, learning: bool,
+        weighting: Weighting, learns: tuple[bool, bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        pass_ = _Pass(spec, hidden, at, head, teacher_head, weighting, learning)
+        pass_ = _Pass(spec, hidden, at, head, teacher_head, weighting, *learns)
         for group in _groups(weighting.sample, pass_.chunk):
             pass_.visit(group)
-        if learning:
-            ctx.save_for_backward(pass_.hidden_gradient, pass_.head_gradient.to(head.dtype))
+        narrow = None if pass_.head_gradient is None else pass_.head_gradient.to(head.dtype)
+        ctx.save_for_backward(pass_.hidden_gradient, narrow)
         terms = tuple(torch.cat(column) for column in zip(*pass_.terms, strict=True))
         ctx.mark_non_differentiable(*terms)
         return (pass_.value, *terms)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        hidden, head = ctx.saved_tensors
+        gradients = ctx.saved_tensors
         if float(upstream[0]) != 1:
-            hidden, head = hidden * upstream[0], head * upstream[0]
-        return hidden, head, None, None, None, None, None
+            gradients = tuple(None if g is None else g * upstream[0] for g in gradients)
+        return (*gradients, None, None, None, None, None)
 
 
 def _groups(sample: Tensor, chunk: int) -> Iterator[list[tuple[int, int]]]:
@@ -159,19 +159,19 @@ class _Pass:
 
     def __init__(
         self, spec: LossSpec, hidden: Tensor, at: Positions, head: Tensor, teacher_head: Tensor | None, weighting: Weighting,
-        learning: bool,
+        hidden_learns: bool, head_learns: bool,
     ) -> None:  # fmt: skip
         self.spec, self.hidden, self.at, self.head, self.teacher_head = spec, hidden, at, head, teacher_head
-        self.weighting, self.learning = weighting, learning
+        self.weighting, self.learning = weighting, hidden_learns or head_learns
         self.chunk = max(1, spec.chunk_bytes // (4 * head.shape[0]))
         self.terms: list[tuple[Tensor, ...]] = []
         self.value = torch.zeros((), device=hidden.device)
         # One set of buffers for all chunks: on a CPU, fresh ones of this size would be mapped and zeroed by the kernel.
         rows = min(self.chunk, len(at.tokens))
         self._buffers = [torch.empty(rows, head.shape[0], device=hidden.device) for _ in range(3)]
-        if learning:
-            self.hidden_gradient = torch.empty_like(hidden)
-            self.head_gradient = torch.zeros_like(head, dtype=torch.float32)
+        self.hidden_gradient = torch.empty_like(hidden) if hidden_learns else None
+        # A frozen head (LoRA) costs neither the buffer nor the product.
+        self.head_gradient = torch.zeros_like(head, dtype=torch.float32) if head_learns else None
 
     def visit(self, pieces: list[tuple[int, int]]) -> None:
         """Whole samples: weigh, then take gradients. Pieces of one sample: gradients of weight 1, then weigh."""
@@ -179,13 +179,13 @@ class _Pass:
         first, last = pieces[0][0], pieces[-1][1]
         if len(pieces) == 1:
             chunk = self._evaluate(first, last)
-            self._accumulate(chunk, first, last, self._weights(chunk.terms[1], first, last), self._head_gradient())
+            self._accumulate(chunk, first, last, self._weights(chunk.terms[1], first, last), self.head_gradient)
             return
         if w.weigh is None:
             for start, stop in pieces:
-                self._accumulate(self._evaluate(start, stop), start, stop, None, self._head_gradient())
+                self._accumulate(self._evaluate(start, stop), start, stop, None, self.head_gradient)
             return
-        own = torch.zeros_like(self.head_gradient) if self.learning else None
+        own = None if self.head_gradient is None else torch.zeros_like(self.head_gradient)
         before, self.value, drifts = self.value, torch.zeros_like(self.value), []
         for start, stop in pieces:
             chunk = self._evaluate(start, stop)
@@ -193,12 +193,10 @@ class _Pass:
             self._accumulate(chunk, start, stop, None, own)
         weight = self._weights(torch.cat(drifts), first, last)[0]
         self.value = before + weight * self.value
-        if own is not None:
+        if self.hidden_gradient is not None:
             self.hidden_gradient[first:last] *= weight
+        if own is not None and self.head_gradient is not None:
             self.head_gradient += own.mul_(weight)
-
-    def _head_gradient(self) -> Tensor | None:
-        return self.head_gradient if self.learning else None
 
     def _weights(self, drifts: Tensor, start: int, stop: int) -> Tensor:
         """w_i of each position `(stop - start,)`."""
@@ -230,12 +228,13 @@ class _Pass:
             a, b = a * weights, b * weights
         loss, drifts = chunk.terms[:2]
         self.value = self.value + (a * loss).sum() + torch.where(b != 0, b * drifts, 0.0).sum()
+        if not self.learning:
+            return
+        hidden, narrow = self.hidden[start:stop], chunk.gradient(a, b).to(self.head.dtype)
+        if self.hidden_gradient is not None:
+            self.hidden_gradient[start:stop] = narrow @ self.head
         if head is None:
             return
-        gradient = chunk.gradient(a, b)
-        hidden = self.hidden[start:stop]
-        narrow = gradient.to(self.head.dtype)
-        self.hidden_gradient[start:stop] = narrow @ self.head
         if head.dtype == hidden.dtype:
             head.addmm_(narrow.T, hidden)
         else:

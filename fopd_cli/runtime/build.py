@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines import hf
+from fopd_cli.engines import hf, lora
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.engines.vllm_engine import VllmOptions
 from fopd_cli.errors import UserError
@@ -85,26 +85,40 @@ def learner_config(
         anchor=fresh.anchor, weights=fresh.weights, step_scale=fresh.step_scale, average=loss.average, lr=lrn.lr,
         warmup_steps=lrn.warmup_steps, decay=lrn.decay, min_lr_ratio=lrn.min_lr_ratio, steps=lrn.steps, betas=lrn.betas,
         weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, packing=lrn.packing, compute_dtype=compute,
-        activation_checkpointing=lrn.activation_checkpointing, vocab=vocab,
+        activation_checkpointing=lrn.activation_checkpointing, compile=lrn.compile, offload=lrn.offload,
+        optimizer_dtype=hf.DTYPES[lrn.optimizer_dtype], vocab=vocab,
     )  # fmt: skip
 
 
 def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
-    from fopd_cli.engines.fsdp_learner import FsdpLearner
+    from fopd_cli.engines.fsdp_learner import FsdpLearner, sharded
 
     recipe, device = setup.recipe, _device(spec)
     compute = resolve_dtype(recipe.learner.dtype, bool(spec.devices))
-    _join_group(spec, setup, always=compute != torch.float32)
+    _join_group(spec, setup, always=sharded(compute, recipe.learner.offload, spec.world))
     config = learner_config(recipe, compute, setup.vocab, bool(spec.devices))
     heads = []
     if recipe.targets == "hidden":
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
-    model = hf.load_model(recipe.student.model, "student.model", torch.float32)
+    model = load_student(recipe, compute)
     learner = FsdpLearner(model, heads, config, device, spec.rank, spec.world)
     if setup.restore:
         learner.restore(*setup.restore)
     return learner
+
+
+def load_student(recipe: Recipe, frozen_dtype: torch.dtype) -> Any:
+    """The student as it is trained: fp32 masters, and adapters over a frozen base if the recipe says so."""
+    model = hf.load_model(recipe.student.model, "student.model", torch.float32)
+    add_adapters(model, recipe, frozen_dtype)
+    return model
+
+
+def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
+    """Nothing without a `student.lora` section."""
+    if (wanted := recipe.student.lora) is not None:
+        lora.add_adapters(model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype)
 
 
 def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:

@@ -1,0 +1,83 @@
+"""LoRA students (peft): the base stays frozen, low-rank adapters learn.
+
+Samplers never hear of it: what is published and exported is W + (alpha / rank) B A under the names of the base. There is
+no dropout: with it, the student that learns would not be the one that sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fopd_cli.errors import UserError
+
+ADAPTER = "default"  # peft's name for the only one
+
+
+def add_adapters(
+    lm: Any,
+    rank: int,
+    alpha: float,
+    targets: Literal["all-linear"] | Sequence[str],
+    seed: int,
+    frozen_dtype: torch.dtype,
+) -> None:
+    """Freeze the base, keep it in `frozen_dtype`, and give it adapters in fp32; B starts at 0, so nothing changes yet.
+
+    The same seed gives the same A on every rank. Raises `UserError` for target names that the model does not have.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("student.lora: needs peft: pip install 'fopd[lora]'") from None
+    lm.requires_grad_(False).to(frozen_dtype)
+    wanted = targets if isinstance(targets, str) else list(targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted), lm, ADAPTER)
+        except ValueError as error:
+            raise UserError(f"student.lora.targets: {str(error).splitlines()[0]}") from None
+    for name, parameter in lm.named_parameters():
+        if is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every distinct weight, whole, under its Hugging Face name, adapters added in; a model without any as it is.
+
+    A collective where the weights are sharded.
+    """
+    layers = {_plain(name): module for name, module in lm.named_modules() if hasattr(module, "lora_A")}
+    seen: set[int] = set()
+    for name, tensor in lm.state_dict(keep_vars=True).items():
+        if id(tensor) in seen or is_adapter(name):
+            continue
+        seen.add(id(tensor))
+        full = whole(tensor)
+        owner, is_base, _ = _plain(name).partition(".base_layer.weight")
+        if is_base:
+            full = full.float() + _delta(layers[owner])
+        yield _plain(name).replace(".base_layer.", "."), full
+
+
+def _plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def _delta(layer: Any) -> Tensor:
+    product = whole(layer.lora_B[ADAPTER].weight).float() @ whole(layer.lora_A[ADAPTER].weight).float()
+    return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard (a collective), detached."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
