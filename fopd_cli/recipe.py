@@ -251,6 +251,10 @@ class Loss(Section):
     """Of sampled support: log p - log pi with the pi that sampled (cached) or the pi of now."""
     importance: bool = False
     """Of sampled support: multiply by pi_now/pi_sampled. mc support always does."""
+    student_k: NonNegative = 0
+    """Of topk support: so many of the teacher's k classes are the student's own likeliest tokens, the others the teacher's. Needs teacher.engine transformers."""
+    max_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Of sampled (with importance) and mc support: cap on pi_now/pi_sampled; less variance, a bias. null: none."""
     draws: Positive = 8
     """Of mc support: tokens drawn from the behaviour policy at every position, with replacement; the first is the response's own."""
     average: Literal["sample", "token"] = "sample"
@@ -433,6 +437,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"loss.support: mc needs draws beside the response, which sampler.engine {recipe.sampler.engine} does not give; set sampler.engine: transformers or loss.support: sampled"
     if support == "topk" and loss.temperature != 1:
         yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
+    yield from _support_contradictions(recipe)
     if support in ("full", "mc") and recipe.targets != "hidden":
         yield f"teacher.targets: loss.support {support} needs hidden states, not {recipe.targets}; set teacher.targets: hidden"
     if support == "topk" and recipe.targets != "topk":
@@ -444,6 +449,20 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if fresh.drift != "sampled" and recipe.sampler.top_p < 1:
         yield f"freshness.drift: {fresh.drift} needs the untruncated behaviour policy; set sampler.top_p: 1 or drift: sampled"
+
+
+def _support_contradictions(recipe: Recipe) -> Iterator[str]:
+    """Keys that only some supports know."""
+    loss, support = recipe.loss, recipe.support
+    if loss.max_ratio is not None and not (support == "mc" or (support == "sampled" and loss.importance)):
+        yield f"loss.max_ratio: loss.support {support} has no importance ratio here; leave it out, or use mc, or sampled with importance: true"
+    if loss.student_k and support != "topk":
+        yield f"loss.student_k: belongs to loss.support topk, not {support}; set it to 0"
+    for t in recipe.teachers if loss.student_k else ():
+        if t.engine != "transformers":
+            yield f"loss.student_k: teacher.engine {t.engine} gives log-probs of its own likeliest tokens only; set it to 0 or teacher.engine: transformers"
+        if t.k <= loss.student_k:
+            yield f"loss.student_k: {loss.student_k} leaves none of the teacher's {t.k} classes to the teacher; raise teacher.k"
 
 
 def _teacher_contradictions(recipe: Recipe) -> Iterator[str]:

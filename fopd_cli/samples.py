@@ -167,6 +167,7 @@ class SampleStats:
     )  # float64 (samples, 4), `kl` over the first .. last quarter of the response; nan: no token there
     student_mass: np.ndarray  # float64, the student's probability of the teacher's top-k; 1: full support, nan: sampled
     teacher_mass: np.ndarray  # float64, the teacher's own
+    clamped: np.ndarray  # float64 in [0, 1], share of terms at a limit (importance ratio, drift, top-k tail)
     drift_roll: np.ndarray  # float64, D_roll_i before the noise floor is taken off
     drift_sup: np.ndarray  # float64
     coverage_roll: np.ndarray  # float64 in [0, 1]

@@ -196,6 +196,32 @@ def test_teacher_targets_are_the_models(student: str, request: pytest.FixtureReq
                         assert row[ids.tolist().index(y)].item() == pytest.approx(logp, abs=2e-5)
 
 
+@pytest.mark.parametrize("keep", [4, -1])
+def test_the_students_likeliest_tokens_join_the_teachers(student: str, keep: int) -> None:
+    """Of k classes the first are the student's own, the others the teacher's likeliest that are not among them."""
+    sampler = transformers_sampler(student, torch.float32, CPU, 3)
+    sampler.submit(requests(3, SamplingParams(max_new_tokens=6, keep_topk=keep)))
+    rollouts = list(drain(sampler).values())
+    model, judge = (hf.load_model(str(Path(student).parent / "teacher"), "m", torch.float32) for _ in range(2))
+    targets = targets_for("topk", 7, rollouts)
+    TransformersTeacher(judge, CPU, 1, 64, 260, student_k=3).score(rollouts, targets)
+    for rollout, target in zip(rollouts, targets, strict=True):
+        assert rollout.topk_logprobs is not None
+        with torch.no_grad():
+            logits = model(torch.from_numpy(rollout.token_ids).long()[None]).logits[0, rollout.prompt_length - 1 : -1]
+        teacher = torch.log_softmax(logits[:, :260], -1)
+        assert target.topk_ids is not None
+        assert target.topk_logprobs is not None
+        ids = target.topk_ids.long()
+        torch.testing.assert_close(target.topk_logprobs, teacher.gather(-1, ids), rtol=1e-4, atol=1e-5)
+        for row, h in zip(ids.tolist(), range(rollout.response_length), strict=True):
+            order = (-rollout.topk_logprobs[h]).argsort(kind="stable")[:3]
+            own = order if rollout.topk_ids is None else rollout.topk_ids[h][order]
+            assert row[:3] == own.tolist()
+            others = [t for t in teacher[h].argsort(descending=True).tolist() if t not in row[:3]]
+            assert row[3:] == others[:4]
+
+
 def test_the_published_layout_is_what_models_load(student: str) -> None:
     """Names, shapes and tying: the layout made without weights is the real model's."""
     layout = hf.weight_layout(hf.load_config(student, "m"))

@@ -150,7 +150,9 @@ def test_a_run_with_adapters_stopped_and_resumed(fopd: Fopd, pair: Path) -> None
     fopd("resume", fopd.folder / "parts", "--set", "learner.steps=6")
     assert metrics(fopd.folder / "parts")[-1] == metrics(whole)[-1]
     check_accounts(whole)
-    found, before = (hf.load_model(str(f), "m", torch.float32).state_dict() for f in (whole / "student", pair / "student"))
+    found, before = (
+        hf.load_model(str(f), "m", torch.float32).state_dict() for f in (whole / "student", pair / "student")
+    )
     assert found.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], found[name])}
     assert changed == {n for n in before if "_proj" in n}

@@ -426,3 +426,48 @@ def test_many_draws_near_the_full_gradient() -> None:
     assert errors[1] < 0.5 * errors[0]
     assert errors[2] < 0.5 * errors[1]
     assert errors[2] < 0.1
+
+
+@pytest.mark.parametrize("cap", [None, 1.1])
+@pytest.mark.parametrize("advantage", ["cached", "recomputed"])
+@pytest.mark.parametrize("draws", [1, 5])
+def test_draws_and_the_capped_ratio_against_float64(draws: int, advantage: str, cap: float | None) -> None:
+    """-(mean over draws) min(rho, cap) (log p - log pi) log pi_t(y), from the formula; the share of capped ones as well."""
+    hidden, at, head, teacher_head = positions()
+    now = torch.log_softmax(hidden.detach() @ head.detach().T, -1)
+    behaviour = torch.log_softmax(now + 0.5 * torch.randn(now.shape, generator=torch.Generator().manual_seed(4)), -1)
+    some = with_draws(at, behaviour, draws)
+    h, w = hidden.detach().to(F64).requires_grad_(), head.detach().to(F64).requires_grad_()
+    ids = some.tokens[:, None] if some.draw_ids is None else torch.cat([some.tokens[:, None], some.draw_ids], -1)
+    pi = torch.log_softmax(h @ w.T, -1).gather(-1, ids)
+    p = torch.log_softmax(at.teacher_hidden.to(F64) @ teacher_head.to(F64).T, -1).gather(-1, ids)
+    old = behaviour.to(F64).gather(-1, ids)
+    rho = (pi - old).exp().detach()
+    signal = (p - (old if advantage == "cached" else pi)).detach() * (rho if cap is None else rho.clamp(max=cap))
+    value = -(signal * pi).mean(-1).sum()
+    spec = LossSpec("reverse_kl", "mc", advantage=advantage, max_ratio=cap, chunk_bytes=4 * 19 * 7)
+    ones = torch.ones(23)
+    alone = weighting(torch.arange(23), ones.bool(), ones.bool(), ones, 0.0, None)
+    found, terms = chunked_objective(spec, hidden, some, head, teacher_head, alone)
+    torch.testing.assert_close(found.to(F64), value, rtol=1e-4, atol=1e-5)
+    pairs = zip(torch.autograd.grad(found, [hidden, head]), torch.autograd.grad(value, [h, w]), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.to(F64), theirs, rtol=2e-4, atol=2e-5)
+    expected = torch.zeros(()) if cap is None else (rho > cap).to(F64).mean()
+    assert float(terms.clamped.mean()) == pytest.approx(float(expected), abs=1e-6)
+    assert cap is None or 0 < float(expected) < 1
+
+
+def test_tails_and_drifts_at_their_limits_are_counted() -> None:
+    hidden, at, head, teacher_head = positions()
+    assert terms_of(LossSpec("reverse_kl", "topk"), hidden, at, head, teacher_head).clamped.sum() == 0
+    certain = at.teacher_topk.clone()
+    certain[3], certain[4] = torch.tensor([0.0, -60.0, -60.0, -60.0]), torch.tensor([-0.7, -0.7, -30.0, -30.0])
+    some = replace(at, teacher_topk=certain)
+    found = terms_of(LossSpec("reverse_kl", "topk"), hidden, some, head, teacher_head).clamped
+    assert found.nonzero().flatten().tolist() == [3]
+    unlikely = at.behaviour.clone()
+    unlikely[7] = -100.0
+    for spec in (LossSpec("reverse_kl", "full"), LossSpec("reverse_kl", "topk")):
+        found = terms_of(spec, hidden, replace(at, behaviour=unlikely), head, teacher_head).clamped
+        assert found.nonzero().flatten().tolist() == [7]

@@ -61,6 +61,12 @@ def test_mistakes_in_one_key(recipe: Path, override: str, message: str) -> None:
         (["loss.support=full", "teacher.targets=topk"], "set teacher.targets: hidden"),
         (["loss.support=topk", "teacher.targets=sampled"], "set teacher.targets: topk"),
         (["freshness.drift=topk", "sampler.top_p=0.9"], "set sampler.top_p: 1"),
+        (["loss.max_ratio=2"], "loss.support full has no importance ratio"),
+        (["loss.support=sampled", "loss.max_ratio=2"], "importance: true"),
+        (["loss.student_k=4"], "belongs to loss.support topk, not full"),
+        (["loss.support=topk", "loss.student_k=64"], "raise teacher.k"),
+        (["loss.student_k=4", "teacher.engine=vllm"], "log-probs of its own likeliest tokens only"),
+        (["learner.optimizer_dtype=bf16", "learner.betas=[0.9,0.999]"], "would be rounded away"),
     ],
 )
 def test_contradictions(recipe: Path, overrides: list[str], message: str) -> None:

@@ -133,9 +133,10 @@ LOSSES: dict[str, dict[str, Any]] = {
     "forward": {"kind": "forward_kl"},
     "jsd": {"kind": "jsd", "beta": 0.3, "average": "token"},
     "topk": {"kind": "reverse_kl", "support": "topk"},
+    "union": {"support": "topk", "student_k": 16},
     "cached": {"support": "sampled", "advantage": "cached"},
     "mc": {"support": "mc", "draws": 4},
-    "importance": {"support": "sampled", "advantage": "recomputed", "importance": True},
+    "importance": {"support": "sampled", "advantage": "recomputed", "importance": True, "max_ratio": 2.0},
 }
 
 
@@ -145,7 +146,7 @@ def test_losses(fopd: Fopd, pair: Path, name: str) -> None:
     check_accounts(run)
     s = summary(run)
     assert np.isfinite([s["kl_first"], s["kl_last"]]).all()
-    if name in ("forward", "jsd", "topk"):
+    if name in ("forward", "jsd", "topk", "union"):
         assert s["kl_last"] < s["kl_first"]
 
 

@@ -286,7 +286,7 @@ class FsdpLearner:
             keys=np.array([s.rollout.key for s in chosen]), lag=_numpy(lag).astype(np.int64),
             length=_numpy(lengths).astype(np.int64), loss=_numpy(loss), kl=mean(terms.kl), forward_kl=mean(terms.forward_kl),
             entropy=mean(terms.entropy), kl_quartiles=_quartiles(terms.kl, batch), student_mass=mean(terms.student_mass),
-            teacher_mass=mean(terms.teacher_mass), drift_roll=_numpy(drift_roll), drift_sup=_numpy(drift_sup),
+            teacher_mass=mean(terms.teacher_mass), clamped=mean(terms.clamped), drift_roll=_numpy(drift_roll), drift_sup=_numpy(drift_sup),
             coverage_roll=_numpy(coverage), coverage_sup=_numpy(coverage_sup), freshness=_numpy(f), weight=_numpy(w),
         )  # fmt: skip
         return stats, value, anchor.item()

@@ -41,10 +41,12 @@ class TransformersTeacher:
     """Implements `protocols.Teacher`."""
 
     def __init__(
-        self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int, packing: bool = True
-    ) -> None:
+        self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int, packing: bool = True,
+        student_k: int = 0,
+    ) -> None:  # fmt: skip
         self.device, self.world, self.micro_tokens, self.packing = device, world, micro_tokens, packing
         self.vocab = vocab  # logits past it are padding and are cut off
+        self.student_k = student_k  # of top-k targets: so many ids are the student's own likeliest
         if packing:
             enable_packing(model, "teacher.packing")
         self.model = _HiddenAndHead(model.eval().requires_grad_(False))
@@ -89,18 +91,31 @@ class TransformersTeacher:
             if target.hidden is not None:
                 target.hidden.copy_(rows)
             else:
-                self._score_head(rows, head[: self.vocab], rollout.response_ids, target)
+                self._score_head(rows, head[: self.vocab], rollout, target)
 
-    def _score_head(self, hidden: Tensor, head: Tensor, ids: np.ndarray, target: TeacherTargets) -> None:
+    def _score_head(self, hidden: Tensor, head: Tensor, rollout: Rollout, target: TeacherTargets) -> None:
         assert target.logprobs is not None
         chunk = max(1, HEAD_CHUNK_BYTES // (4 * head.shape[0]))
-        tokens = torch.from_numpy(ids).to(self.device, torch.int64)
+        tokens = torch.from_numpy(rollout.response_ids).to(self.device, torch.int64)
+        own = _likeliest(rollout, self.student_k).to(self.device)
         for i in range(0, len(tokens), chunk):
             at = slice(i, i + chunk)
             logprobs = torch.log_softmax((hidden[at] @ head.T).float(), -1)
             target.logprobs[at] = logprobs.gather(-1, tokens[at, None])[:, 0]
             if target.topk_logprobs is not None:
                 assert target.topk_ids is not None
-                values, top = logprobs.topk(target.topk_logprobs.shape[-1], -1)
-                target.topk_logprobs[at] = values
-                target.topk_ids[at] = top.int()
+                # All ids of a row are different: the student's first, then the teacher's likeliest of the others.
+                others = logprobs.scatter(-1, own[at], -torch.inf)
+                rest = others.topk(target.topk_logprobs.shape[-1] - own.shape[-1], -1).indices
+                ids = torch.cat([own[at], rest], -1)
+                target.topk_logprobs[at] = logprobs.gather(-1, ids)
+                target.topk_ids[at] = ids.int()
+
+
+def _likeliest(rollout: Rollout, k: int) -> Tensor:
+    """int64 `(n, k)`: the student's likeliest tokens when it sampled."""
+    if k == 0:
+        return torch.empty(rollout.response_length, 0, dtype=torch.int64)
+    assert rollout.topk_logprobs is not None
+    order = torch.from_numpy(rollout.topk_logprobs).topk(k, -1).indices
+    return order if rollout.topk_ids is None else torch.from_numpy(rollout.topk_ids).long().gather(-1, order)

@@ -48,11 +48,26 @@ def sampled(new: Tensor, old: Tensor) -> Tensor:
     return rho * log_rho - rho + 1
 
 
+def at_limit(new: Tensor, old: Tensor) -> Tensor:
+    """1 where `sampled` is at its limit, `(...)`."""
+    return ((new - old) > MAX_LOG_RHO).to(old.dtype)
+
+
 def with_tail(logprobs: Tensor) -> Tensor:
     """Append the log of the mass that `(..., k)` leaves over: `(..., k + 1)`."""
     # Rounding can push the kept mass to 1 or past it; the tail is then the smallest that the dtype can tell from 0.
-    kept = torch.logsumexp(logprobs, -1, keepdim=True).clamp(max=-torch.finfo(logprobs.dtype).eps)
+    kept = torch.logsumexp(logprobs, -1, keepdim=True).clamp(max=_largest_kept(logprobs))
     return torch.cat([logprobs, log1mexp(kept)], -1)
+
+
+def tail_at_limit(new: Tensor, old: Tensor) -> Tensor:
+    """1 where one of the two tails is no longer known, only bounded: `(..., k)` -> `(...)`."""
+    kept = [torch.logsumexp(logprobs, -1) >= _largest_kept(logprobs) for logprobs in (new, old)]
+    return (kept[0] | kept[1]).to(new.dtype)
+
+
+def _largest_kept(logprobs: Tensor) -> float:
+    return -torch.finfo(logprobs.dtype).eps
 
 
 def per_sample(

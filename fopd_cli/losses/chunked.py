@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.freshness import drift
-from fopd_cli.losses.divergence import LossKind, divergence, kl, one_name, policy_gradient
+from fopd_cli.losses.divergence import LossKind, divergence, kl, one_name, policy_gradient, ratio
 
 Support = Literal["full", "topk", "sampled", "mc"]
 DriftKind = Literal["exact", "topk", "sampled"]
@@ -37,6 +37,7 @@ class LossSpec:
     temperature: float = 1.0  # of both distributions in the divergence (full support)
     advantage: Literal["cached", "recomputed"] = "recomputed"  # sampled support
     importance: bool = False  # sampled support
+    max_ratio: float | None = None  # cap on the importance ratio; sampled and mc support
     drift: DriftKind = "sampled"
     sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
     chunk_bytes: int = 64 << 20  # of one float32 [chunk, vocab] tensor
@@ -76,6 +77,7 @@ class TokenTerms:
     entropy: Tensor  # of pi_t
     student_mass: Tensor  # probability that the student gives to the teacher's top-k; 1 on full, nan on sampled support
     teacher_mass: Tensor  # the same for the teacher
+    clamped: Tensor  # share of the position's terms at a limit: of the ratio, of the drift, or a tail too small to tell from 0
 
 
 @dataclass
@@ -297,7 +299,8 @@ class _FullChunk:
         if self.kind == "jsd":
             loss = self._jsd()
         one = torch.ones_like(drifts)
-        columns = (loss[:, 0], drifts, self.reverse[:, 0], forward[:, 0], entropy[:, 0], one, one)
+        clamped = drift.at_limit(self.acting_y[:, 0], at.behaviour)
+        columns = (loss[:, 0], drifts, self.reverse[:, 0], forward[:, 0], entropy[:, 0], one, one, clamped)
         self.terms: tuple[Tensor, ...] = columns
 
     def _jsd(self) -> Tensor:
@@ -372,15 +375,19 @@ def _terms(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tensor
     with torch.no_grad():
         entropy = -(student.exp() * student).sum(-1)
     nan = torch.full_like(entropy, torch.nan)
+    clamped = drift.at_limit(acting_y.detach(), at.behaviour)
     if spec.support == "sampled":
         teacher_y = _teacher_logprob(at, teacher_logits)
-        loss = policy_gradient(acting_y, teacher_y, at.behaviour, spec.advantage, spec.importance)
-        return loss, drifts, acting_y.detach() - teacher_y, nan, entropy, nan, nan
+        if spec.importance:
+            clamped = torch.maximum(clamped, _capped(spec, acting_y, at.behaviour))
+        loss = policy_gradient(acting_y, teacher_y, at.behaviour, spec.advantage, spec.importance, spec.max_ratio)
+        return loss, drifts, acting_y.detach() - teacher_y, nan, entropy, nan, nan, clamped
     if spec.support == "mc":
-        loss = _monte_carlo(spec, at, acting, acting_y, teacher_logits)
+        loss, capped = _monte_carlo(spec, at, acting, acting_y, teacher_logits)
         with torch.no_grad():
             theirs = torch.log_softmax(teacher_logits / spec.temperature, -1)
-            return loss, drifts, kl(student, theirs), kl(theirs, student), entropy, nan, nan
+            both = kl(student, theirs), kl(theirs, student)
+            return loss, drifts, *both, entropy, nan, nan, torch.maximum(clamped, capped)
     if spec.support == "full":
         ours, theirs = student, torch.log_softmax(teacher_logits / spec.temperature, -1)
         masses = (torch.ones_like(entropy), torch.ones_like(entropy))
@@ -390,22 +397,34 @@ def _terms(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tensor
         kept = student.gather(-1, at.teacher_topk_ids)
         ours, theirs = drift.with_tail(kept), drift.with_tail(at.teacher_topk)
         masses = (kept.detach().exp().sum(-1), at.teacher_topk.exp().sum(-1))
+        clamped = torch.maximum(clamped, drift.tail_at_limit(kept.detach(), at.teacher_topk))
     loss = divergence(spec.kind, ours, theirs, spec.beta)
     with torch.no_grad():
         reverse = loss.detach() if spec.kind == "reverse_kl" else kl(ours, theirs)
         forward = loss.detach() if spec.kind == "forward_kl" else kl(theirs, ours)
-    return loss, drifts, reverse, forward, entropy, *masses
+    return loss, drifts, reverse, forward, entropy, *masses, clamped
 
 
-def _monte_carlo(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor, teacher_logits: Tensor) -> Tensor:
-    """The mean of the policy-gradient form over all draws of a position, each corrected by pi_t/pi_r."""
+def _monte_carlo(
+    spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor, teacher_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean of the policy-gradient form over all draws of a position, each corrected by pi_t/pi_r; share of capped ones."""
     teacher = torch.log_softmax(teacher_logits, -1)
     ids, student, behaviour = at.tokens[:, None], acting_y[:, None], at.behaviour[:, None]
     if at.draw_ids is not None and at.draw_behaviour is not None:
         ids = torch.cat([ids, at.draw_ids], -1)
         student = torch.cat([student, acting.gather(-1, at.draw_ids)], -1)
         behaviour = torch.cat([behaviour, at.draw_behaviour], -1)
-    return policy_gradient(student, teacher.gather(-1, ids), behaviour, spec.advantage, importance=True).mean(-1)
+    judged = teacher.gather(-1, ids)
+    loss = policy_gradient(student, judged, behaviour, spec.advantage, importance=True, max_ratio=spec.max_ratio)
+    return loss.mean(-1), _capped(spec, student, behaviour).mean(-1)
+
+
+def _capped(spec: LossSpec, student: Tensor, behaviour: Tensor) -> Tensor:
+    """1 where the cap on the importance ratio is in force."""
+    if spec.max_ratio is None:
+        return torch.zeros_like(behaviour)
+    return (ratio(student.detach(), behaviour, None) > spec.max_ratio).to(behaviour.dtype)
 
 
 def _teacher_logprob(at: Positions, teacher_logits: Tensor) -> Tensor:

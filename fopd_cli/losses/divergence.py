@@ -48,18 +48,25 @@ def divergence(kind: LossKind, student: Tensor, teacher: Tensor, beta: float = 0
     return kl(teacher, student) if name == "forward_kl" else kl(student, teacher)
 
 
+def ratio(student: Tensor, behaviour: Tensor, cap: float | None) -> Tensor:
+    """rho = pi_t(y)/pi_r(y) from log-probs `(...)`, at most `cap`."""
+    rho = (student - behaviour).exp()
+    return rho if cap is None else rho.clamp(max=cap)
+
+
 def policy_gradient(
-    student: Tensor, teacher: Tensor, behaviour: Tensor, advantage: Literal["cached", "recomputed"], importance: bool
-) -> Tensor:
+    student: Tensor, teacher: Tensor, behaviour: Tensor, advantage: Literal["cached", "recomputed"], importance: bool,
+    max_ratio: float | None = None,
+) -> Tensor:  # fmt: skip
     """Reverse KL from one sampled token a position: `-(log p - log pi)(y) * log pi_t(y)`, log-probs `(...)` of y.
 
     The advantage is detached. `cached` takes log pi from the behaviour policy, as it was when y was sampled;
     `recomputed` takes the student as it is now. `importance` multiplies by rho = pi_t(y)/pi_r(y), which makes the
-    gradient that of `E_{pi_t}`. Only the gradient means anything: the value is no divergence.
+    gradient that of `E_{pi_t}`, up to a cap on rho if there is one. Only the gradient means anything: the value is no divergence.
     """
     now = student.detach()
     reference = behaviour if advantage == "cached" else now
     signal = teacher - reference
     if importance:
-        signal = signal * (now - behaviour).exp()
+        signal = signal * ratio(now, behaviour, max_ratio)
     return -signal * student

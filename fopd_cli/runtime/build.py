@@ -77,7 +77,7 @@ def learner_config(
     loss, fresh, lrn = recipe.loss, recipe.freshness, recipe.learner
     spec = LossSpec(
         kind=loss.kind, support=recipe.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
-        importance=loss.importance, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
+        importance=loss.importance, max_ratio=loss.max_ratio, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
         chunk_bytes=(loss.chunk_mb or (512 if cuda else 64)) << 20,
     )  # fmt: skip
     return LearnerConfig(
@@ -142,7 +142,15 @@ def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
 
     _join_group(spec, setup, always=False)
     model = hf.load_model(teacher.model, "teacher.model", dtype)
-    return TransformersTeacher(model, _device(spec), spec.world, teacher.micro_tokens, setup.vocab, teacher.packing)
+    return TransformersTeacher(
+        model,
+        _device(spec),
+        spec.world,
+        teacher.micro_tokens,
+        setup.vocab,
+        teacher.packing,
+        setup.recipe.loss.student_k,
+    )
 
 
 def http_server(teacher: TeacherSection) -> HttpServer:

@@ -10,6 +10,7 @@ def sampling_params(recipe: Recipe, evaluation: bool) -> SamplingParams:
     """How training or held-out responses are sampled. Both keep the same extras, so that they can share a batch."""
     s, e = recipe.sampler, recipe.eval
     keep = {"sampled": 0, "topk": recipe.freshness.drift_k, "exact": -1}[recipe.freshness.drift]
+    keep = keep if keep < 0 else max(keep, recipe.loss.student_k)
     draws = recipe.loss.draws if recipe.support == "mc" else 1
     if not evaluation:
         return SamplingParams(s.temperature, s.top_p, s.max_new_tokens, keep, draws)

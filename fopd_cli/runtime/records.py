@@ -33,6 +33,7 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
         "kl_by_quartile": [_mean(column) for column in s.kl_quartiles.T],
         "student_mass": _mean(s.student_mass),
         "teacher_mass": _mean(s.teacher_mass),
+        "clamped": _token_mean(s.clamped, s.length),
         "lag_mean": float(s.lag.mean()),
         "lag_max": int(s.lag.max()),
         "freshness": float(s.freshness.mean()),
