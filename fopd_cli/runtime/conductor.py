@@ -283,7 +283,8 @@ class Conductor:
     def _sampler_owes(self, replica: int) -> None:
         """A sampler answers many requests with few messages: what it owes is what the schedule says is running."""
         state = self.schedule.replicas[replica]
-        self.fleet.workers[f"sampler-{replica}"].owe(len(state.running) + (state.loading is not None))
+        if (worker := self.fleet.workers.get(f"sampler-{replica}")) is not None:
+            worker.owe(len(state.running) + (state.loading is not None))
 
     def _to_all(self, specs: Any, command: Any) -> None:
         for spec in specs:

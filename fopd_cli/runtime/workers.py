@@ -145,8 +145,13 @@ class Fleet:
         return worker
 
     def send(self, name: str, message: Any, answers: int = 1) -> None:
-        """Queue a command; `answers` is how many messages the worker will owe for it."""
-        worker = self.workers[name]
+        """Queue a command; `answers` is how many messages the worker will owe for it.
+
+        To a worker that was lost nothing is sent: `receive` has said so, and whoever sends has not come to that yet.
+        """
+        worker = self.workers.get(name)
+        if worker is None:
+            return
         worker.owe(worker.owed + answers)
         worker.inbox.put(message)
 
