@@ -18,7 +18,9 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from fopd_cli.engines import fsdp_learner
+from fopd_cli.engines import fsdp_learner, lora
 from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.token_batch import TokenBatch
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
@@ -82,7 +84,7 @@ def trl_trainer(student: Any, teacher: Any, folder: str) -> Any:
 
 def against_trl(args: argparse.Namespace, folder: str) -> None:
     """Tokens a second of whole steps, side by side."""
-    samples = batch(args.samples, args.length, args.hidden, args.vocab)
+    samples = batch(args)
     tokens = sum(len(s.rollout.token_ids) for s in samples)
     ours = learner(args.hidden, args.vocab, "fopd")
     judge = TransformersTeacher(model(args.hidden, args.vocab), CPU, 1, 4096, args.vocab)
@@ -101,15 +103,21 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
-    contenders = {
+    others = {
+        "learner, padded": learner(args.hidden, args.vocab, "fopd", packing=False),
+        "learner, compiled": learner(args.hidden, args.vocab, "fopd", compile=True),
+        "learner, LoRA of rank 16": learner(args.hidden, args.vocab, "fopd", rank=16),
+    }
+    contenders: dict[str, Callable[[], None]] = {
         "teacher and learner": whole,
-        "learner": lambda: ours.train(ours.version, samples),
+        "learner": partial(step, ours, samples),
+        **{name: partial(step, one, samples) for name, one in others.items()},
         "TRL GKDTrainer": theirs,
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(args.repeats + 2):
         order = list(contenders)
-        for name in order[repeat % 3 :] + order[: repeat % 3]:
+        for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
             start = time.perf_counter()
             contenders[name]()
             if repeat >= 2:
@@ -122,33 +130,39 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
         )
 
 
-def batch(count: int, length: int, hidden: int, vocab: int) -> list[Sample]:
+def batch(args: argparse.Namespace) -> list[Sample]:
     rng = np.random.Generator(np.random.PCG64(0))
     samples = []
-    for i in range(count):
-        n = int(rng.integers(length // 2, length))
-        ids = rng.integers(0, vocab, size=n + 8).astype(np.int32)
-        logprobs = np.full(n, -np.log(vocab), dtype=np.float32)
+    for i in range(args.samples):
+        n = int(rng.integers(max(1, int(args.shortest * args.length)), args.length))
+        ids = rng.integers(0, args.vocab, size=n + 8).astype(np.int32)
+        logprobs = np.full(n, -np.log(args.vocab), dtype=np.float32)
         rollout = Rollout(i, ids, 8, np.ones(n, dtype=bool), logprobs, [(0, 0, n)], "length")
-        samples.append(Sample(rollout, TeacherTargets("hidden", hidden=torch.randn(n, hidden)), lag=i % 3))
+        samples.append(Sample(rollout, TeacherTargets("hidden", hidden=torch.randn(n, args.hidden)), lag=i % 3))
     return samples
 
 
-def learner(hidden: int, vocab: int, policy: str, sharded: bool = False) -> FsdpLearner:
+def learner(hidden: int, vocab: int, policy: str, sharded: bool = False, rank: int = 0, **changes: Any) -> FsdpLearner:
+    """`rank`: of LoRA adapters, 0 for none; `changes` are fields of the configuration."""
     config = LearnerConfig(
         loss=LossSpec("reverse_kl", "full"), policy=POLICIES[policy], alpha=1.0, beta=1.0, xi=0.01, anchor=1.0, weights="raw",
         step_scale="none", average="sample", lr=1e-5, warmup_steps=0, decay="constant", min_lr_ratio=0.1, steps=10**6,
         betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, micro_tokens=4096, packing=True, compute_dtype=torch.float32,
-        activation_checkpointing=False, compile=False, offload=False, optimizer_dtype=torch.float32, vocab=vocab,
+        activation_checkpointing=False, compile=False, offload=False, optimizer_dtype=torch.float32, adapter_only=False,
+        vocab=vocab,
     )  # fmt: skip
+    config = replace(config, **changes)
     head = torch.randn(vocab, hidden) / hidden**0.5
+    student = model(hidden, vocab)
+    if rank:
+        lora.add_adapters(student, rank, 2.0 * rank, "all-linear", 0, torch.float32)
     if sharded:  # any compute dtype but fp32 shards; the cast is then undone, so that only FSDP's own work differs
         policy_class = fsdp_learner.MixedPrecisionPolicy
         fsdp_learner.MixedPrecisionPolicy = lambda **kw: policy_class(**{**kw, "param_dtype": torch.float32})  # type: ignore[misc, assignment]
-        made = FsdpLearner(model(hidden, vocab), [head], replace(config, compute_dtype=torch.bfloat16), CPU, 0, 1)
+        made = FsdpLearner(student, [head], replace(config, compute_dtype=torch.bfloat16), CPU, 0, 1)
         fsdp_learner.MixedPrecisionPolicy = policy_class  # type: ignore[misc]
         return made
-    return FsdpLearner(model(hidden, vocab), [head], config, CPU, 0, 1)
+    return FsdpLearner(student, [head], config, CPU, 0, 1)
 
 
 class without_drift:
@@ -162,9 +176,13 @@ class without_drift:
         drift.sampled = self.real
 
 
+def step(one: FsdpLearner, samples: list[Sample]) -> None:
+    one.train(one.version, samples)
+
+
 def timed(one: FsdpLearner, samples: list[Sample]) -> float:
     start = time.process_time()
-    one.train(one.version, samples)
+    step(one, samples)
     return time.process_time() - start
 
 
@@ -174,7 +192,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=128, help="of the longest response")
+    parser.add_argument("--shortest", type=float, default=0.5, help="response, as a share of the longest")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -185,7 +204,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    samples = batch(args.samples, args.length, args.hidden, args.vocab)
+    samples = batch(args)
     variants = {
         "loss alone": learner(args.hidden, args.vocab, "async"),
         "loss alone, again": learner(args.hidden, args.vocab, "async"),

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fopd_cli.engines import hf, vllm_engine
+from fopd_cli.engines import hf, lora, vllm_engine
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher, Vllm
-from fopd_cli.runtime.build import add_adapters, http_server, resolve_dtype, task_arguments
+from fopd_cli.runtime.build import add_adapters, http_server, published_adapter, resolve_dtype, task_arguments
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import Layout
 from fopd_cli.runtime.sizes import arena_bytes, available_memory, free_shared_memory
@@ -86,16 +86,24 @@ class Inputs:
 
     @property
     def parameters(self) -> int:
-        return sum(int(np.prod(shape)) for _, shape in self.layout)
+        return _count(self.layout)
 
     @cached_property
-    def trainable(self) -> int:
-        """Parameters that learn: all, or the adapters'. Raises `UserError` for adapters that do not fit the model."""
-        if self.recipe.student.lora is None:
-            return self.parameters
+    def adapters(self) -> Layout:
+        """Of a LoRA student. Raises `UserError` if they do not fit the model."""
         model = hf.empty_model(self.student_config)
         add_adapters(model, self.recipe, torch.float32)
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return [(name, tuple(tensor.shape)) for name, tensor in lora.adapters(model)]
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that learn."""
+        return self.parameters if self.recipe.student.lora is None else _count(self.adapters)
+
+    @property
+    def published(self) -> Layout:
+        """What samplers are sent after each step."""
+        return self.layout if published_adapter(self.recipe) is None else self.adapters
 
     @property
     def learner_bytes(self) -> int:
@@ -288,8 +296,9 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
 
 def _memory(inputs: Inputs) -> Iterator[Finding]:
     recipe, plan = inputs.recipe, inputs.plan
-    sampler_bytes = resolve_dtype(recipe.sampler.dtype, bool(plan.samplers[0].devices)).itemsize * inputs.parameters
-    shared = arena_bytes(recipe, inputs.target_specs) + 2 * sampler_bytes
+    sampler_dtype = resolve_dtype(recipe.sampler.dtype, bool(plan.samplers[0].devices))
+    sampler_bytes = sampler_dtype.itemsize * inputs.parameters
+    shared = arena_bytes(recipe, inputs.target_specs) + 2 * sampler_dtype.itemsize * _count(inputs.published)
     if shared > free_shared_memory():
         yield Finding(
             "error", f"shared memory: {shared / GB:.2f} GB are needed, /dev/shm has {free_shared_memory() / GB:.2f} GB free",
@@ -299,7 +308,7 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
     teachers = []
     for t in inputs.teachers:
         size = resolve_dtype(t.section.dtype, bool(ranks[t.section.name][0].devices)).itemsize
-        teachers.append((t, ranks[t.section.name], size * _count_parameters(t.config)))
+        teachers.append((t, ranks[t.section.name], size * _count(hf.weight_layout(t.config))))
     learner = inputs.learner_bytes
     if not plan.learners[0].devices:
         needed = learner + sum(size * len(r) for _, r, size in teachers) + sampler_bytes * len(plan.samplers)
@@ -390,5 +399,6 @@ def sanity(inputs: Inputs) -> Finding | None:
     )  # fmt: skip
 
 
-def _count_parameters(config: Any) -> int:
-    return sum(int(np.prod(shape)) for _, shape in hf.weight_layout(config))
+def _count(layout: Layout) -> int:
+    """Numbers in it."""
+    return sum(int(np.prod(shape)) for _, shape in layout)

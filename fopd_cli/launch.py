@@ -61,5 +61,5 @@ def say(line: str) -> None:
 
 
 def _conductor(inputs: doctor.Inputs, run_dir: RunDir) -> Conductor:
-    model = Model(inputs.tokenizer, inputs.vocab, inputs.target_specs, inputs.layout)
+    model = Model(inputs.tokenizer, inputs.vocab, inputs.target_specs, inputs.published)
     return Conductor(inputs.recipe, run_dir, inputs.plan, inputs.stream, model)

@@ -50,13 +50,15 @@ class Lora(Section):
     """Adapters are scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Which linear layers get one: all but the output head, or the ends of their names, for example [q_proj, v_proj]."""
+    publish: Literal["merged", "adapter"] = "merged"
+    """What samplers are sent after each step: merged weights, or the adapter alone (sampler.engine vllm: a hundredth of the bytes, but each token costs more)."""
 
 
 class Student(Section):
     model: str
     """Model directory or hub id of the student; it is trained, and its tokenizer is the run's."""
     lora: Lora | None = None
-    """Adapters (peft) over a frozen base; samplers and the export get the merged weights. null: all weights learn."""
+    """Adapters (peft) over a frozen base; the trained student is exported merged. null: all weights learn."""
 
 
 class Vllm(Section):
@@ -438,6 +440,8 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     if support == "topk" and loss.temperature != 1:
         yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
     yield from _support_contradictions(recipe)
+    if recipe.student.lora is not None and recipe.student.lora.publish == "adapter" and recipe.sampler.engine != "vllm":
+        yield f"student.lora.publish: sampler.engine {recipe.sampler.engine} takes merged weights only; set publish: merged or sampler.engine: vllm"
     if support in ("full", "mc") and recipe.targets != "hidden":
         yield f"teacher.targets: loss.support {support} needs hidden states, not {recipe.targets}; set teacher.targets: hidden"
     if support == "topk" and recipe.targets != "topk":

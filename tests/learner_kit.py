@@ -32,7 +32,7 @@ def config(**changes: Any) -> LearnerConfig:
         "step_scale": "none", "average": "sample", "lr": 1e-3, "warmup_steps": 0, "decay": "constant", "min_lr_ratio": 0.1,
         "steps": 10, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 0.0, "micro_tokens": 64, "packing": True,
         "compute_dtype": torch.float32, "activation_checkpointing": False, "compile": False, "offload": False,
-        "optimizer_dtype": torch.float32, "vocab": VOCAB,
+        "optimizer_dtype": torch.float32, "adapter_only": False, "vocab": VOCAB,
     }  # fmt: skip
     return LearnerConfig(loss=loss, **{**values, **changes})
 

@@ -13,7 +13,7 @@ import torch
 import vllm_kit as kit
 from conftest import wait_for
 
-from fopd_cli.engines import hf, vllm_engine
+from fopd_cli.engines import hf, lora, vllm_engine
 from fopd_cli.runtime.publish import WeightChannel
 from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec, TeacherTargets
 
@@ -133,6 +133,48 @@ def test_sampling_follows_the_distribution(host: kit.Host, student: str) -> None
     observed = np.append(counts[likely], counts[~likely].sum())
     chi2, degrees = ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
     assert abs(chi2 - degrees) < 5 * np.sqrt(2 * degrees)
+
+
+def adapted(student: str, seed: int) -> Any:
+    """The student with adapters of rank 12 (not one of vLLM's sizes) that say something."""
+    model = hf.load_model(student, "m", torch.float32)
+    lora.add_adapters(model, 12, 24.0, "all-linear", seed, torch.float32)
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def _with_adapters(student: str, wanted: list[Request]) -> dict[int, Rollout]:
+    """Adapter 1 for the first rollouts, adapter 2 in the middle of the others."""
+    engine = kit.adapter_sampler(student, 12)
+    engine.load(1, lora.adapters(adapted(student, 1)))
+    engine.submit(wanted)
+    done = {}
+    for _ in range(8):
+        done |= {r.key: r for r in engine.step()}
+    engine.load(2, lora.adapters(adapted(student, 2)))
+    return done | kit.drain(engine)
+
+
+def test_an_adapter_alone_is_the_merged_model(host: kit.Host, student: str) -> None:
+    """Also after one has replaced another in the middle of requests, with prompts of more than a cache block."""
+    wanted = requests(6, SamplingParams(max_new_tokens=20), longest=200)
+    rollouts = host(_with_adapters, student, wanted)
+    models = {}
+    for version in (1, 2):
+        models[version] = hf.load_model(student, "m", torch.float32)
+        models[version].load_state_dict(dict(lora.merged(adapted(student, version))), strict=False)
+    spans = 0
+    for rollout in rollouts.values():
+        for version, start, stop in rollout.spans:
+            expected = of_sampled(model_logprobs(models[version], rollout), rollout)
+            np.testing.assert_allclose(rollout.logprobs[start:stop], expected[start:stop], atol=5e-5)
+            spans += 1
+    assert spans > len(rollouts)
+    one, other = (of_sampled(model_logprobs(m, rollouts[0]), rollouts[0]) for m in models.values())
+    assert abs(one - other).max() > 0.1
 
 
 def _together_and_alone(student: str, wanted: list[Request]) -> tuple[dict[int, Rollout], dict[int, Rollout]]:

@@ -68,6 +68,23 @@ def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
 
 
 @SLOW
+def test_adapters_alone_are_published(fopd: Fopd, pair: Path) -> None:
+    """A LoRA student: vLLM keeps the base that it has, and every step sends it A and B."""
+    recipe = vllm_recipe(pair, learner={"steps": 8, "lr": 1e-2}, schedule={"depth": 1})
+    recipe["student"]["lora"] = {"rank": 4, "alpha": 8, "publish": "adapter"}
+    run = fopd.run(recipe)
+    check_accounts(run)
+    s = summary(run)
+    assert s["kl_last"] < 0.9 * s["kl_first"]
+    steps = [r for r in metrics(run) if r["kind"] == "step"]
+    assert max(r["drift_roll"] for r in steps if r["lag_max"] == 0) < 1e-5
+    sent = [r["timing"]["publish_bytes"] for r in lines(run / "metrics.jsonl") if r["kind"] == "step"]
+    assert 0 < sent[-1] < 0.2 * (pair / "student" / "model.safetensors").stat().st_size
+    score = json.loads(fopd("eval", run).out)["score"]
+    assert score == pytest.approx(s["score_last"], abs=0.3)
+
+
+@SLOW
 @pytest.mark.parametrize("inflight", ["keep", "wait"])
 def test_time_slicing(fopd: Fopd, pair: Path, inflight: str) -> None:
     """Engines take turns; a sampler that slept has no weights and loads the newest."""

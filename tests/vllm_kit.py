@@ -79,6 +79,17 @@ def sampler(model: str, dtype: torch.dtype = torch.float32) -> Any:
     return VllmSampler(options(model, dtype), rules, hf.tied_names(config))
 
 
+@functools.cache
+def adapter_sampler(model: str, rank: int) -> Any:
+    """The same for adapters over the model's weights."""
+    from fopd_cli.engines.vllm_sampler import VllmSampler
+
+    config, tokenizer = hf.load_config(model, "m"), hf.load_tokenizer(model, "m")
+    rules = hf.token_rules(model, tokenizer, config, "m")
+    adapter = vllm_engine.AdapterOptions(rank, 2.0 * rank)
+    return VllmSampler(options(model, live_weights=False, adapter=adapter), rules, {})
+
+
 def original(engine: Any, model: str, version: int = 0) -> Any:
     """Load the weights of the model's directory, so that tests do not depend on each other."""
     weights = hf.load_model(model, "m", torch.float32).state_dict()

@@ -71,6 +71,7 @@ class LearnerConfig:
     compile: bool
     offload: bool
     optimizer_dtype: torch.dtype  # of AdamW's states between steps
+    adapter_only: bool  # what is published of a LoRA student
     vocab: int
 
 
@@ -334,8 +335,9 @@ class FsdpLearner:
 
     @torch.no_grad()
     def publish(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under Hugging Face names, tied ones once, adapters merged; a collective on several ranks."""
-        yield from lora.merged(self.student.lm)
+        """Full weights under Hugging Face names, tied ones once, adapters merged (or they alone, if the recipe says so);
+        a collective on several ranks."""
+        yield from (lora.adapters if self.config.adapter_only else lora.merged)(self.student.lm)
 
     def save(self, folder: Path) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)

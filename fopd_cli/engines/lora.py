@@ -1,15 +1,19 @@
 """LoRA students (peft): the base stays frozen, low-rank adapters learn.
 
-Samplers never hear of it: what is published and exported is W + (alpha / rank) B A under the names of the base. There is
-no dropout: with it, the student that learns would not be the one that sampled.
+What is exported, and as a rule published, is W + (alpha / rank) B A under the names of the base, so that samplers never hear
+of it; vLLM can also be given A and B alone. There is no dropout: with it, the student that learns would not be the one
+that sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fopd_cli.errors import UserError
@@ -71,6 +75,25 @@ def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _plain(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def adapters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A and B of every adapted layer, whole, under peft's names. A collective where they are sharded."""
+    for name, tensor in lm.state_dict(keep_vars=True).items():
+        if is_adapter(name):
+            yield "base_model.model." + _plain(name).replace(f".{ADAPTER}.", "."), whole(tensor)
+
+
+def write_adapter(folder: Path, weights: Iterable[tuple[str, Tensor]], alpha: float) -> None:
+    """What `adapters` gave, as a directory in peft's format."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_alpha": alpha,
+        "r": next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name),
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+    }  # fmt: skip
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def _delta(layer: Any) -> Tensor:

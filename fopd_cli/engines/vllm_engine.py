@@ -28,6 +28,14 @@ TESTED_VERSION = "0.32.0"
 
 
 @dataclass(frozen=True)
+class AdapterOptions:
+    """LoRA adapters that `load_adapter` will be given."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
 class VllmOptions:
     """What a recipe's `vllm` section and the run around it say. `key` names the section in errors."""
 
@@ -46,6 +54,7 @@ class VllmOptions:
     prefix_caching: bool = False
     live_weights: bool = False  # whether `load` will be called
     seeded: bool = False  # whether requests have seeds of their own
+    adapter: AdapterOptions | None = None
 
 
 def installed_version() -> str | None:
@@ -89,6 +98,7 @@ class VllmEngine:
         self._core: Any = self._client.engine_core
         self._engine = engine  # keeps the core alive
         self._running: set[str] = set()
+        self._adapter: Any = None  # vLLM's name of the one that requests are to use
 
     @property
     def busy(self) -> bool:
@@ -106,7 +116,7 @@ class VllmEngine:
             EngineCoreRequest(
                 request_id=name, prompt_token_ids=token_ids.tolist(), mm_features=None,
                 sampling_params=SamplingParams(detokenize=False, **sampling), pooling_params=None, arrival_time=0.0,
-                lora_request=None, cache_salt=None, data_parallel_rank=None,
+                lora_request=self._adapter, cache_salt=None, data_parallel_rank=None,
             )
         )  # fmt: skip
 
@@ -134,14 +144,30 @@ class VllmEngine:
         Running requests go on afterwards. All cached keys and values are dropped, of running requests and of prefixes:
         kept, they would make a policy that is neither the old nor the new one (measured: up to 12 nats off).
         """
+        with self._between_steps() as late:
+            self._rpc("start_weight_update")
+            self._rpc("update_weights", {"weights": weights})
+            self._rpc("finish_weight_update")
+        return late
+
+    def load_adapter(self, folder: str) -> list[Any]:
+        """The same with an adapter, a directory in peft's format that need not outlive the call; the base stays."""
+        from vllm.lora.request import LoRARequest
+
+        with self._between_steps() as late:
+            # Under one id for ever: running requests then go on with the new one.
+            if not self._client.add_lora(LoRARequest("student", 1, folder, load_inplace=True)):
+                raise RuntimeError("vLLM did not load the adapter")
+            self._adapter = LoRARequest("student", 1, folder)
+        return late
+
+    @contextlib.contextmanager
+    def _between_steps(self) -> Iterator[list[Any]]:
+        """Within it nothing runs, and no key or value computed before outlives it."""
         self._core.pause_scheduler("keep", clear_cache=False)
-        late = list(self._drain())
-        self._rpc("start_weight_update")
-        self._rpc("update_weights", {"weights": weights})
-        self._rpc("finish_weight_update")
+        yield list(self._drain())
         self._core.reset_prefix_cache(reset_running_requests=True)
         self._core.resume_scheduler()
-        return late
 
     def sleep(self) -> None:
         """Give device memory back: live weights are dropped (vLLM's level 2, `load` must follow `wake`), frozen ones
@@ -208,6 +234,10 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
         )
     elif options.max_batched_tokens is not None:
         args["max_num_batched_tokens"] = max(options.max_batched_tokens, options.max_requests)
+    if options.adapter is not None:
+        sizes = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's buffers come in these
+        fitting = next((size for size in sizes if size >= options.adapter.rank), options.adapter.rank)
+        args |= {"enable_lora": True, "max_lora_rank": fitting, "max_loras": 1, "max_cpu_loras": 1}
     if options.live_weights:
         args["weight_transfer_config"] = {"backend": "fopd"}
     if options.cuda:

@@ -7,12 +7,15 @@ on any engine, on the kernels' rounding for the batch at hand). Tokens go in and
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from fopd_cli.engines import lora
 from fopd_cli.engines.hf import TokenRules
 from fopd_cli.engines.rows import Row
 from fopd_cli.engines.vllm_engine import VllmEngine, VllmOptions
@@ -54,9 +57,15 @@ class VllmSampler:
         self._late.clear()
 
     def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        from fopd_cli.engines.vllm_weights import WithAliases  # imports vllm
+        if (adapter := self.engine.options.adapter) is not None:
+            with tempfile.TemporaryDirectory(prefix="fopd-adapter-", dir="/dev/shm") as folder:
+                lora.write_adapter(Path(folder), weights, adapter.alpha)
+                late = self.engine.load_adapter(folder)
+        else:
+            from fopd_cli.engines.vllm_weights import WithAliases  # imports vllm
 
-        self._late += self._take(self.engine.load(WithAliases(weights, self.aliases)))
+            late = self.engine.load(WithAliases(weights, self.aliases))
+        self._late += self._take(late)
         self.version = version
 
     def sleep(self) -> None:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from fopd_cli.engines import hf, lora
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
-from fopd_cli.engines.vllm_engine import VllmOptions
+from fopd_cli.engines.vllm_engine import AdapterOptions, VllmOptions
 from fopd_cli.errors import UserError
 from fopd_cli.freshness.score import POLICIES
 from fopd_cli.losses.chunked import LossSpec
-from fopd_cli.recipe import Recipe, Vllm
+from fopd_cli.recipe import Lora, Recipe, Vllm
 from fopd_cli.recipe import Teacher as TeacherSection
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.publish import WeightChannel
@@ -86,7 +86,7 @@ def learner_config(
         warmup_steps=lrn.warmup_steps, decay=lrn.decay, min_lr_ratio=lrn.min_lr_ratio, steps=lrn.steps, betas=lrn.betas,
         weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, packing=lrn.packing, compute_dtype=compute,
         activation_checkpointing=lrn.activation_checkpointing, compile=lrn.compile, offload=lrn.offload,
-        optimizer_dtype=hf.DTYPES[lrn.optimizer_dtype], vocab=vocab,
+        optimizer_dtype=hf.DTYPES[lrn.optimizer_dtype], adapter_only=published_adapter(recipe) is not None, vocab=vocab,
     )  # fmt: skip
 
 
@@ -167,11 +167,23 @@ def http_server(teacher: TeacherSection) -> HttpServer:
 
 def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
     dtype = resolve_dtype(setup.recipe.sampler.dtype, bool(spec.devices))
-    return make_sampler(setup.recipe, setup.recipe.student.model, dtype, _device(spec), setup.context)
+    adapter = published_adapter(setup.recipe)
+    return make_sampler(setup.recipe, setup.recipe.student.model, dtype, _device(spec), setup.context, adapter)
 
 
-def make_sampler(recipe: Recipe, model_path: str, dtype: torch.dtype, device: torch.device, context: int) -> Sampler:
-    """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does."""
+def published_adapter(recipe: Recipe) -> Lora | None:
+    """The section of a LoRA student whose adapter alone is published."""
+    wanted = recipe.student.lora
+    return wanted if wanted is not None and wanted.publish == "adapter" else None
+
+
+def make_sampler(
+    recipe: Recipe, model_path: str, dtype: torch.dtype, device: torch.device, context: int, adapter: Lora | None = None
+) -> Sampler:
+    """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does.
+
+    With `adapter`, what `load` is given are such adapters for these weights, not weights.
+    """
     section = recipe.sampler
     if section.engine == "vllm":
         from fopd_cli.engines.vllm_sampler import VllmSampler
@@ -181,7 +193,8 @@ def make_sampler(recipe: Recipe, model_path: str, dtype: torch.dtype, device: to
         options = VllmOptions(
             max_tokens=context, max_requests=section.concurrency,
             max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
-            prefix_caching=section.vllm.prefix_caching, live_weights=True, seeded=True,
+            prefix_caching=section.vllm.prefix_caching, live_weights=adapter is None, seeded=True,
+            adapter=None if adapter is None else AdapterOptions(adapter.rank, adapter.alpha),
             **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device),
         )  # fmt: skip
         return VllmSampler(with_cpu_cache(options, model_path), rules, hf.tied_names(config))

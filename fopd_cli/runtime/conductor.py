@@ -488,6 +488,7 @@ class Conductor:
             "seconds": time.time() - self._step_began, "busy": self.telemetry.busy_shares(),
             "buffer_samples": len(self.rollouts) - len(keys), "buffer_bytes": self.arena.used_bytes,
             "in_flight": self.schedule.in_flight, "publish_seconds": report.publish_seconds,
+            "publish_bytes": report.publish_bytes,
             "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
             "wall_seconds": self.totals.wall_seconds, **self._load,
         }  # fmt: skip
