@@ -193,6 +193,9 @@ def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New directory for the model.")],
     step: StepOption = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Only the adapter of a LoRA student, in peft's format.")
+    ] = False,
 ) -> None:
     """Write a checkpoint's student as a Hugging Face model directory, tokenizer included."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -200,7 +203,8 @@ def export(
     from fopd_cli.export import export_student
     from fopd_cli.runtime.rundir import RunDir
 
-    typer.echo(f"{out}: student of step {export_student(RunDir.open(run_dir), out, step)}")
+    done = export_student(RunDir.open(run_dir), out, step, adapter)
+    typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
 
 
 def _report(summary: dict[str, Any], path: Path) -> None:

@@ -18,21 +18,28 @@ from fopd_cli.runtime.rundir import RunDir
 PREFIX = "lm."  # the learner keeps the model under this name
 
 
-def export_student(run: RunDir, out: Path, step: int | None) -> int:
+def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = False) -> int:
     """Write the student of a checkpoint (default: the newest sound one) to `out`; returns its step.
 
     Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those of this model.
+    `adapter`: only what a LoRA student learnt, in peft's format.
     """
     recipe = run.load_recipe([])
+    if adapter and recipe.student.lora is None:
+        raise UserError(f"--adapter: {run.path} trained all weights, not adapters (student.lora)")
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep)
     if step is None:
         step, _ = store.newest_sound()
     elif problem := verify(store.path(step)):
         raise UserError(f"--step: {problem}; steps with a checkpoint: {store.steps()}")
     evaluated_in = getattr(torch, json.loads((store.path(step) / "state.json").read_text())["student_dtype"])
-    model = _trained(recipe, store.path(step) / "learner", evaluated_in).to(evaluated_in)
+    model = _trained(recipe, store.path(step) / "learner", evaluated_in)
     try:
-        model.save_pretrained(out)
+        if adapter and recipe.student.lora is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            lora.write_adapter(out, lora.adapters(model), recipe.student.lora.alpha, recipe.student.model)
+        else:
+            _merged(recipe, model).to(evaluated_in).save_pretrained(out)
         hf.load_tokenizer(recipe.student.model, "student.model").save_pretrained(out)
         (out / "fopd.json").write_text(json.dumps({"run": str(run.path), "step": step}) + "\n")
     except OSError as error:
@@ -41,12 +48,17 @@ def export_student(run: RunDir, out: Path, step: int | None) -> int:
 
 
 def _trained(recipe: Recipe, folder: Path, frozen_dtype: torch.dtype) -> Any:
-    """The student with the weights of a learner's checkpoint; adapters are merged into their base."""
+    """The student as it was trained, with the weights of a learner's checkpoint."""
     model = load_student(recipe, frozen_dtype)
     learnt = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
     if recipe.student.lora is not None:
         learnt = {name: tensor for name, tensor in learnt.items() if lora.is_adapter(name)}
     dcp.load({"model": learnt}, folder, alone=True)  # in place
+    return model
+
+
+def _merged(recipe: Recipe, model: Any) -> Any:
+    """A plain model again, adapters merged into their base."""
     if recipe.student.lora is None:
         return model
     plain = hf.load_model(recipe.student.model, "student.model", torch.float32)

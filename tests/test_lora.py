@@ -154,6 +154,10 @@ def test_a_run_with_adapters_stopped_and_resumed(fopd: Fopd, pair: Path) -> None
         hf.load_model(str(f), "m", torch.float32).state_dict() for f in (whole / "student", pair / "student")
     )
     assert found.keys() == before.keys()
+    fopd("export", whole, fopd.folder / "adapter", "--adapter")
+    again = PeftModel.from_pretrained(hf.load_model(str(pair / "student"), "m", torch.float32), fopd.folder / "adapter")
+    for name, tensor in again.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(tensor, found[name], rtol=1e-5, atol=1e-6)
     changed = {name for name in before if not torch.equal(before[name], found[name])}
     assert changed == {n for n in before if "_proj" in n}
 

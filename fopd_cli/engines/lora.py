@@ -84,11 +84,12 @@ def adapters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield "base_model.model." + _plain(name).replace(f".{ADAPTER}.", "."), whole(tensor)
 
 
-def write_adapter(folder: Path, weights: Iterable[tuple[str, Tensor]], alpha: float) -> None:
-    """What `adapters` gave, as a directory in peft's format."""
+def write_adapter(folder: Path, weights: Iterable[tuple[str, Tensor]], alpha: float, base: str | None = None) -> None:
+    """What `adapters` gave, as a directory in peft's format; `base` is the model that they belong to."""
     tensors = {name: tensor.contiguous() for name, tensor in weights}
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_alpha": alpha,
+        "base_model_name_or_path": base,
         "r": next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name),
         "target_modules": sorted({name.split(".")[-3] for name in tensors}),
     }  # fmt: skip
