@@ -35,7 +35,7 @@ from fopd_cli.engines.token_batch import TokenBatch
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.freshness import drift
 from fopd_cli.freshness.score import POLICIES
-from fopd_cli.losses.chunked import LossSpec
+from fopd_cli.losses.terms import LossSpec
 from fopd_cli.samples import Rollout, Sample, TeacherTargets
 
 CPU = torch.device("cpu")

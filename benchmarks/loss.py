@@ -28,8 +28,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from fopd_cli.losses.chunked import LossSpec, Positions, chunked_objective
+from fopd_cli.losses.chunked import chunked_objective
 from fopd_cli.losses.objective import shares, weighting
+from fopd_cli.losses.terms import LossSpec, Positions
 
 # (tokens, hidden, vocabulary)
 SIZES = {

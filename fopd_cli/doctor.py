@@ -384,7 +384,7 @@ def sanity(inputs: Inputs) -> Finding | None:
         hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, recipe.learner.packing
     )
     judge.score(rollouts, targets)
-    config = learner_config(recipe, torch.float32, vocab, support="full", drift="sampled")
+    config = learner_config(recipe, torch.float32, vocab, support="full", drift="sampled", compile=False)
     config = replace(config, offload=False, compile=False)
     heads = [hf.load_head(path, "student.model", dtype)]
     learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)

@@ -231,7 +231,7 @@ class Learner(Section):
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile each block: a minute at the start, then faster. Not yet run on a GPU."""
+    """torch.compile each block, and the loss of full support: a minute at the start, then faster. Not yet run on a GPU."""
     offload: bool = False
     """Master weights, gradients and optimizer states live in pinned host memory and the optimizer runs there (FSDP2's CPU offload): 16 bytes a parameter less on the devices, slower. Not yet run on a GPU."""
     optimizer_dtype: Literal["fp32", "bf16"] = "fp32"

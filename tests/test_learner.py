@@ -15,7 +15,7 @@ from fopd_cli.engines import hf
 from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig, lr_factor
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.freshness.score import POLICIES
-from fopd_cli.losses.chunked import LossSpec
+from fopd_cli.losses.terms import LossSpec
 from fopd_cli.samples import Sample, StepReport, TeacherTargets
 
 # fp32, sums in another order; gradients here are of the order of 0.1.

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fopd_cli.losses.chunked import LossSpec, Positions, TokenTerms, chunked_objective
+from fopd_cli.losses.chunked import chunked_objective
 from fopd_cli.losses.divergence import divergence, policy_gradient
 from fopd_cli.losses.objective import shares, weighting
+from fopd_cli.losses.terms import LossSpec, Positions, TokenTerms
 
 F64 = torch.float64
 
@@ -207,16 +208,30 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "temperature", "sampling"), [case[:1] + case[3:] for case in CASES[:6]])
+def test_the_compiled_objective_and_its_gradients(kind: str, temperature: float, sampling: float) -> None:
+    for chunk in (7, 1000):
+        check_objective(kind, "full", "sampled", temperature, sampling, True, chunk, compile=True)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 7, 1000])
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize(("kind", "support", "drift", "temperature", "sampling"), CASES)
 def test_the_objective_and_its_gradients(
     kind: str, support: str, drift: str, temperature: float, sampling: float, weighed: bool, chunk: int
 ) -> None:
+    check_objective(kind, support, drift, temperature, sampling, weighed, chunk)
+
+
+def check_objective(
+    kind: str, support: str, drift: str, temperature: float, sampling: float, weighed: bool, chunk: int, **how: Any
+) -> None:
     """Whatever the chunks: samples shorter and longer than one, weights that need the whole sample, masked positions."""
     hidden, at, head, teacher_head = positions()
     spec = LossSpec(
-        kind=kind, support=support, drift=drift, beta=0.3, temperature=temperature, sampling_temperature=sampling, chunk_bytes=4 * 19 * chunk
+        kind=kind, support=support, drift=drift, beta=0.3, temperature=temperature, sampling_temperature=sampling,
+        chunk_bytes=4 * 19 * chunk, **how,
     )  # fmt: skip
     sample = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
     mask = torch.ones(23, dtype=torch.bool)

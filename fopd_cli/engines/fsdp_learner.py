@@ -36,8 +36,9 @@ from fopd_cli.engines.hf import blocks
 from fopd_cli.engines.micro_batch import MicroBatch, placeholder
 from fopd_cli.engines.token_batch import enable_packing
 from fopd_cli.freshness import drift, score
-from fopd_cli.losses.chunked import LossSpec, TokenTerms, Weighting, chunked_objective
+from fopd_cli.losses.chunked import Weighting, chunked_objective
 from fopd_cli.losses.objective import shares, weighting
+from fopd_cli.losses.terms import LossSpec, TokenTerms
 from fopd_cli.samples import Sample, SampleStats, StepReport
 
 TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a checkpoint holds of the student

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.engines.token_batch import TokenBatch
-from fopd_cli.losses.chunked import Positions
+from fopd_cli.losses.terms import Positions
 from fopd_cli.samples import Rollout, Sample, TeacherTargets
 
 OF_ROLLOUT = {  # field of `Positions` -> field of `Rollout`, dtype

@@ -15,7 +15,7 @@ from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.engines.vllm_engine import AdapterOptions, VllmOptions
 from fopd_cli.errors import UserError
 from fopd_cli.freshness.score import POLICIES
-from fopd_cli.losses.chunked import LossSpec
+from fopd_cli.losses.terms import LossSpec
 from fopd_cli.recipe import Lora, Recipe, Vllm
 from fopd_cli.recipe import Teacher as TeacherSection
 from fopd_cli.runtime.params import sampling_params
@@ -78,7 +78,7 @@ def learner_config(
     spec = LossSpec(
         kind=loss.kind, support=recipe.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
         importance=loss.importance, max_ratio=loss.max_ratio, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
-        chunk_bytes=(loss.chunk_mb or (512 if cuda else 64)) << 20,
+        chunk_bytes=(loss.chunk_mb or (512 if cuda else 64)) << 20, compile=lrn.compile,
     )  # fmt: skip
     return LearnerConfig(
         loss=replace(spec, **loss_overrides), policy=POLICIES[fresh.policy], alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,

@@ -1,0 +1,212 @@
+"""A chunk of positions: from its logits to its terms, and, once their coefficients are known, to the logits' gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fopd_cli.freshness import drift
+from fopd_cli.losses.divergence import LossKind, one_name
+from fopd_cli.losses.terms import LossSpec, Positions, terms_of
+
+
+class Chunk(Protocol):
+    """Some positions: their terms, and then, given each one's coefficients, the gradient for their logits."""
+
+    terms: tuple[Tensor, ...]  # in the order of `TokenTerms`
+
+    def __init__(
+        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
+    ) -> None:
+        """Logits `(n, V)` that it may overwrite, and for some a third buffer like them."""
+
+    def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
+        """d/dlogits of `sum(loss * l + drift * D)`, `(n, V)`, in a buffer that the next chunk reuses."""
+        ...
+
+
+class FullChunk:
+    """Full vocabulary and sampled drift, by formula and in place: the path that must be fast, and it is memory that bounds it.
+
+    With z the logits over the temperature T: u = exp(z - max), pi = u / sum(u), likewise v and p of the teacher, and
+    gap = log pi - log p = (z - z_teacher) + shift, one number `shift` a row. Then
+        KL(pi||p) = sum(pi gap)       d/dz = pi (gap - KL)
+        KL(p||pi) = -sum(p gap)       d/dz = pi - p
+        JSD       = sum(beta p w + (1 - beta) pi (gap + w)),   w = log p/m = -log(beta + (1 - beta) e^gap)
+                                      d/dz = pi (g - sum(pi g)),   g = (1 - beta)(gap + w)
+    and dz / dlogits = 1 / T. The drift D = rho log rho - rho + 1 has dD/dlog pi(y) = rho log rho.
+    """
+
+    def __init__(
+        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
+    ) -> None:
+        assert spare is not None
+        self.spec, self.kind, self.y = spec, one_name(spec.kind, spec.beta), at.tokens[:, None]
+        t, ts = spec.temperature, spec.sampling_temperature
+        y_logit = student.gather(-1, self.y)
+        self.acting_lse = _lse_(torch.div(student, ts, out=spare))[0] if ts != t else None
+        if t != 1:
+            student.div_(t)
+            teacher.div_(t)
+        lse, self.top, self.total = _lse_(spare.copy_(student))
+        entropy = lse - _dot(spare, student) / self.total
+        student.sub_(teacher)
+        teacher_lse, _, self.teacher_total = _lse_(teacher)
+        self.u, self.v, self.gap, self.shift = spare, teacher, student, teacher_lse - lse
+        self.acting_y = y_logit / ts - (self.acting_lse if self.acting_lse is not None else lse)
+        log_rho = self.acting_y[:, 0] - at.behaviour
+        drifts = drift.sampled(self.acting_y[:, 0], at.behaviour)
+        slope = log_rho.clamp(max=drift.MAX_LOG_RHO).exp() * log_rho
+        self.drift_slope = torch.where(log_rho < drift.MAX_LOG_RHO, slope, 0.0)
+        self.reverse = _dot(self.u, self.gap) / self.total + self.shift
+        forward = -(_dot(self.v, self.gap) / self.teacher_total + self.shift)
+        loss = self.reverse if self.kind == "reverse_kl" else forward
+        if self.kind == "jsd":
+            loss = self._jsd()
+        one = torch.ones_like(drifts)
+        clamped = drift.at_limit(self.acting_y[:, 0], at.behaviour)
+        columns = (loss[:, 0], drifts, self.reverse[:, 0], forward[:, 0], entropy[:, 0], one, one, clamped)
+        self.terms: tuple[Tensor, ...] = columns
+
+    def _jsd(self) -> Tensor:
+        """Leaves log pi/m in `gap`; past +-80 one of the two probabilities is nothing beside the other."""
+        beta = self.spec.beta
+        gap = self.gap.add_(self.shift).clamp_(-80, 80)
+        w = gap.exp().mul_(1 - beta).add_(beta).log_().neg_()
+        self.reverse_of_mixture = (_dot(self.u, gap.add_(w)) / self.total).mul_(1 - beta)
+        return beta * _dot(self.v, w) / self.teacher_total + self.reverse_of_mixture
+
+    def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
+        spec = self.spec
+        a = (loss / spec.temperature)[:, None]
+        e = (torch.where(drift != 0, drift * self.drift_slope, 0.0) / spec.sampling_temperature)[:, None]
+        acting = None
+        if self.acting_lse is not None:  # pi at the sampling temperature, from z = log u + max
+            z = self.u.log().add_(self.top).mul_(spec.temperature / spec.sampling_temperature)
+            acting = z.sub_(self.acting_lse).exp_().mul_(-e)
+        on_pi = -e if acting is None else torch.zeros_like(e)
+        # Every kind is pi * (factor * x + constant), the forward KL less a p.
+        if self.kind == "forward_kl":
+            out = self.u.mul_((a + on_pi) / self.total).addcmul_(self.v, -a / self.teacher_total)
+        else:
+            if self.kind == "reverse_kl":
+                factor, constant = a, a * (self.shift - self.reverse) + on_pi
+            else:
+                factor, constant = a * (1 - spec.beta), on_pi - a * self.reverse_of_mixture
+            out = self.gap.mul_(factor / self.total).add_(constant / self.total).mul_(self.u)
+        if acting is not None:
+            out.add_(acting)
+        return out.scatter_add_(-1, self.y, e)
+
+
+def _lse_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row by row log-sum-exp, maximum and sum of exp(logits - maximum), which it leaves in place of the logits."""
+    top = logits.amax(-1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+    return top + total.log(), top, total
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row `(n, 1)`, without a product of full size."""
+    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0]
+
+
+class CompiledChunk:
+    """The same terms and gradients from the formulas as they stand, fused by torch.compile: logits are read in the dtype of
+    their product, a few times for the terms and once for the gradient, which takes the student's place."""
+
+    def __init__(
+        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
+    ) -> None:
+        self.how = (one_name(spec.kind, spec.beta), spec.beta, spec.temperature, spec.sampling_temperature)
+        self.logits, self.tokens = (student, teacher), at.tokens
+        terms, self.row = _compiled(_formula_terms)(*self.logits, at.tokens, at.behaviour, *self.how)
+        self.terms: tuple[Tensor, ...] = terms
+
+    def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
+        found: Tensor = _compiled(_formula_gradient)(*self.logits, self.tokens, loss, drift, self.row, *self.how)
+        return found
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _formula_terms(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    behaviour: Tensor,
+    kind: LossKind,
+    beta: float,
+    t: float,
+    ts: float,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The terms, and what the gradient needs of each row: log-sum-exps, the mean of its bracket, the drift's slope."""
+    z, z_teacher = student.float() / t, teacher.float() / t
+    lse, teacher_lse = z.logsumexp(-1, keepdim=True), z_teacher.logsumexp(-1, keepdim=True)
+    log_pi, log_p = z - lse, z_teacher - teacher_lse
+    pi, p, gap = log_pi.exp(), log_p.exp(), log_pi - log_p
+    reverse, forward = (pi * gap).sum(-1, keepdim=True), -(p * gap).sum(-1, keepdim=True)
+    entropy = -(pi * log_pi).sum(-1)
+    acting_lse = lse if ts == t else (student.float() / ts).logsumexp(-1, keepdim=True)
+    acting_y = (student.gather(-1, tokens[:, None]).float() / ts - acting_lse)[:, 0]
+    loss, mean = {"reverse_kl": reverse, "forward_kl": forward}.get(kind, reverse), reverse
+    if kind == "jsd":
+        to_mixture, teachers = _to_mixture(gap, beta)
+        mean = (1 - beta) * (pi * to_mixture).sum(-1, keepdim=True)
+        loss = mean + beta * (p * teachers).sum(-1, keepdim=True)
+    log_rho = acting_y - behaviour
+    slope = torch.where(log_rho < drift.MAX_LOG_RHO, log_rho.clamp(max=drift.MAX_LOG_RHO).exp() * log_rho, 0.0)
+    one = torch.ones_like(slope)
+    drifts, clamped = drift.sampled(acting_y, behaviour), drift.at_limit(acting_y, behaviour)
+    terms = (loss[:, 0], drifts, reverse[:, 0], forward[:, 0], entropy, one, one, clamped)
+    return terms, (lse, teacher_lse, acting_lse, mean, slope)
+
+
+def _formula_gradient(
+    student: Tensor, teacher: Tensor, tokens: Tensor, loss: Tensor, drifts: Tensor, row: tuple[Tensor, ...],
+    kind: LossKind, beta: float, t: float, ts: float,
+) -> Tensor:  # fmt: skip
+    lse, teacher_lse, acting_lse, mean, slope = row
+    log_pi, log_p = student.float() / t - lse, teacher.float() / t - teacher_lse
+    a, e = (loss / t)[:, None], (torch.where(drifts != 0, drifts * slope, 0.0) / ts)[:, None]
+    if kind == "forward_kl":
+        out = a * (log_pi.exp() - log_p.exp())
+    else:
+        bracket = log_pi - log_p
+        if kind == "jsd":
+            bracket = (1 - beta) * _to_mixture(bracket, beta)[0]
+        out = a * log_pi.exp() * (bracket - mean)
+    taken = torch.arange(student.shape[-1], device=student.device)[None] == tokens[:, None]
+    out = out + e * (taken.float() - (student.float() / ts - acting_lse).exp())
+    return student.copy_(out)
+
+
+def _to_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log pi/m and log p/m from log pi/p; past +-80 one of the two probabilities is nothing beside the other."""
+    gap = gap.clamp(-80, 80)
+    teachers = -(beta + (1 - beta) * gap.exp()).log()
+    return gap + teachers, teachers
+
+
+class AnyChunk:
+    """Every support and estimator, by autograd on the chunk's logits."""
+
+    def __init__(
+        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
+    ) -> None:
+        with torch.set_grad_enabled(learning):
+            self.logits = student.detach().requires_grad_(learning)
+            self.live = terms_of(spec, at, self.logits, teacher)
+        self.terms: tuple[Tensor, ...] = tuple(term.detach() for term in self.live)
+
+    def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
+        with torch.enable_grad():
+            total = (loss * self.live[0]).sum() + torch.where(drift != 0, drift * self.live[1], 0.0).sum()
+            return torch.autograd.grad(total, self.logits)[0]

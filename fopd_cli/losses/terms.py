@@ -1,0 +1,149 @@
+"""What the loss says of each position: its settings, its inputs, its terms, and all of them from logits, written for reading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fopd_cli.freshness import drift
+from fopd_cli.losses.divergence import LossKind, divergence, kl, policy_gradient, ratio
+
+Support = Literal["full", "topk", "sampled", "mc"]
+DriftKind = Literal["exact", "topk", "sampled"]
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The recipe's loss, and the drift estimator that rides along."""
+
+    kind: LossKind
+    support: Support
+    beta: float = 0.5  # of jsd
+    temperature: float = 1.0  # of both distributions in the divergence (full support)
+    advantage: Literal["cached", "recomputed"] = "recomputed"  # sampled support
+    importance: bool = False  # sampled support
+    max_ratio: float | None = None  # cap on the importance ratio; sampled and mc support
+    drift: DriftKind = "sampled"
+    sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
+    chunk_bytes: int = 64 << 20  # of one float32 [chunk, vocab] tensor
+    compile: bool = False  # full support and sampled drift: formulas fused by torch.compile
+
+
+@dataclass
+class Positions:
+    """One row per response position (N of them), gathered from all samples of a micro-batch."""
+
+    tokens: Tensor  # int64 (N,)
+    behaviour: Tensor  # float32 (N,): log pi_r(y)
+    behaviour_topk: Tensor | None = None  # float32 (N, k), or (N, V) for the exact drift
+    behaviour_topk_ids: Tensor | None = None  # int64 (N, k)
+    draw_ids: Tensor | None = None  # int64 (N, draws - 1)
+    draw_behaviour: Tensor | None = None  # float32 (N, draws - 1): log pi_r of them
+    teacher_hidden: Tensor | None = None  # (N, teacher width)
+    teacher_logprobs: Tensor | None = None  # float32 (N,): log p(y)
+    teacher_topk: Tensor | None = None  # float32 (N, k)
+    teacher_topk_ids: Tensor | None = None  # int64 (N, k)
+
+    def rows(self, start: int, stop: int) -> Positions:
+        return Positions(**{f.name: _rows(getattr(self, f.name), start, stop) for f in fields(self)})
+
+
+def _rows(value: Any, start: int, stop: int) -> Any:
+    return None if value is None else value[start:stop]
+
+
+@dataclass
+class TokenTerms:
+    """Per position, float32 `(N,)`, without gradients."""
+
+    loss: Tensor
+    drift: Tensor  # D_roll's integrand; nan where the behaviour log-prob is missing
+    kl: Tensor  # KL(pi_t || p) on the support; for `sampled` the estimate log pi - log p
+    forward_kl: Tensor  # KL(p || pi_t) on the support; nan for `sampled`
+    entropy: Tensor  # of pi_t
+    student_mass: Tensor  # probability that the student gives to the teacher's top-k; 1 on full, nan on sampled support
+    teacher_mass: Tensor  # the same for the teacher
+    clamped: Tensor  # share of the position's terms at a limit: of the ratio, of the drift, or a tail too small to tell from 0
+
+
+def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
+    """The terms, in the order of `TokenTerms`, from both logits `(N, V)`; gradients flow to the student's."""
+    student = torch.log_softmax(logits / spec.temperature, -1)
+    # pi_t as the sampler would sample from it now: D_roll and the policy gradient are about that distribution.
+    acting = student
+    if spec.sampling_temperature != spec.temperature:
+        acting = torch.log_softmax(logits / spec.sampling_temperature, -1)
+    acting_y = acting.gather(-1, at.tokens[:, None])[:, 0]
+    drifts = _drift(spec, at, acting, acting_y)
+    with torch.no_grad():
+        entropy = -(student.exp() * student).sum(-1)
+    nan = torch.full_like(entropy, torch.nan)
+    clamped = drift.at_limit(acting_y.detach(), at.behaviour)
+    if spec.support == "sampled":
+        teacher_y = _teacher_logprob(at, teacher_logits)
+        if spec.importance:
+            clamped = torch.maximum(clamped, _capped(spec, acting_y, at.behaviour))
+        loss = policy_gradient(acting_y, teacher_y, at.behaviour, spec.advantage, spec.importance, spec.max_ratio)
+        return loss, drifts, acting_y.detach() - teacher_y, nan, entropy, nan, nan, clamped
+    if spec.support == "mc":
+        loss, capped = _monte_carlo(spec, at, acting, acting_y, teacher_logits)
+        with torch.no_grad():
+            theirs = torch.log_softmax(teacher_logits / spec.temperature, -1)
+            both = kl(student, theirs), kl(theirs, student)
+            return loss, drifts, *both, entropy, nan, nan, torch.maximum(clamped, capped)
+    if spec.support == "full":
+        ours, theirs = student, torch.log_softmax(teacher_logits / spec.temperature, -1)
+        masses = (torch.ones_like(entropy), torch.ones_like(entropy))
+    else:
+        assert at.teacher_topk is not None
+        assert at.teacher_topk_ids is not None
+        kept = student.gather(-1, at.teacher_topk_ids)
+        ours, theirs = drift.with_tail(kept), drift.with_tail(at.teacher_topk)
+        masses = (kept.detach().exp().sum(-1), at.teacher_topk.exp().sum(-1))
+        clamped = torch.maximum(clamped, drift.tail_at_limit(kept.detach(), at.teacher_topk))
+    loss = divergence(spec.kind, ours, theirs, spec.beta)
+    with torch.no_grad():
+        reverse = loss.detach() if spec.kind == "reverse_kl" else kl(ours, theirs)
+        forward = loss.detach() if spec.kind == "forward_kl" else kl(theirs, ours)
+    return loss, drifts, reverse, forward, entropy, *masses, clamped
+
+
+def _monte_carlo(
+    spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor, teacher_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean of the policy-gradient form over all draws of a position, each corrected by pi_t/pi_r; share of capped ones."""
+    teacher = torch.log_softmax(teacher_logits, -1)
+    ids, student, behaviour = at.tokens[:, None], acting_y[:, None], at.behaviour[:, None]
+    if at.draw_ids is not None and at.draw_behaviour is not None:
+        ids = torch.cat([ids, at.draw_ids], -1)
+        student = torch.cat([student, acting.gather(-1, at.draw_ids)], -1)
+        behaviour = torch.cat([behaviour, at.draw_behaviour], -1)
+    judged = teacher.gather(-1, ids)
+    loss = policy_gradient(student, judged, behaviour, spec.advantage, importance=True, max_ratio=spec.max_ratio)
+    return loss.mean(-1), _capped(spec, student, behaviour).mean(-1)
+
+
+def _capped(spec: LossSpec, student: Tensor, behaviour: Tensor) -> Tensor:
+    """1 where the cap on the importance ratio is in force."""
+    if spec.max_ratio is None:
+        return torch.zeros_like(behaviour)
+    return (ratio(student.detach(), behaviour, None) > spec.max_ratio).to(behaviour.dtype)
+
+
+def _teacher_logprob(at: Positions, teacher_logits: Tensor) -> Tensor:
+    if at.teacher_logprobs is not None:
+        return at.teacher_logprobs
+    return torch.log_softmax(teacher_logits, -1).gather(-1, at.tokens[:, None])[:, 0]
+
+
+def _drift(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor) -> Tensor:
+    if spec.drift == "sampled":
+        return drift.sampled(acting_y, at.behaviour)
+    assert at.behaviour_topk is not None
+    if spec.drift == "exact":
+        return drift.exact(acting, at.behaviour_topk[:, : acting.shape[-1]])
+    assert at.behaviour_topk_ids is not None
+    return drift.topk(acting.gather(-1, at.behaviour_topk_ids), at.behaviour_topk)
