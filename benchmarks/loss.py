@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """The chunked loss against its rivals: reverse KL over the full vocabulary, forward and backward, time and peak memory.
 
-    python benchmarks/loss.py [--quick] [--rounds 3] [--dtype fp32]
+    python benchmarks/loss.py [--quick | --largest] [--rounds 3] [--dtype fp32]
 
-ours            fopd_cli.losses.chunked, weights 1; and with freshness weights and the anchor, which nobody else computes
+ours            fopd_cli.losses.chunked, weights 1; with freshness weights and the anchor, which nobody else computes; and with
+                these fused by torch.compile
 naive           plain PyTorch: both logits, log_softmax, KL, backward
 TRL             GKDTrainer.generalized_jsd_loss on the same logits, beta 1
 Liger chunked   LigerFusedLinearJSDLoss, beta 1 (pip install --no-deps liger-kernel), compiled and not
 Liger fused     LigerFusedLinearJSD, Triton, on a GPU only
 
-Each contender has a process of its own on a CPU, so that peak memory is its own; they take turns within a round, the first
-round is not counted, and ratios are taken round by round. `extra` is the peak above the inputs, less the two gradients
+Each contender has a process of its own, so that peak memory is its own; they take turns within a round, but on a GPU and with
+`--largest`, where they would not fit together, come one after the other. The first round is not counted. `extra` is the peak above the inputs, less the two gradients
 that are the result (float32 or bf16 `[tokens, hidden]` and `[vocab, hidden]`).
 """
 
@@ -36,12 +37,13 @@ from fopd_cli.losses.terms import LossSpec, Positions
 SIZES = {
     "cpu quick": [(2048, 256, 128_256)],
     "cpu": [(2048, 512, 32_000), (2048, 512, 128_256)],
+    "cpu largest": [(4096, 1024, 152_064)],  # what plain PyTorch can hold in 20 GB
     "cuda quick": [(4096, 2048, 128_256)],
     "cuda": [(4096, 2048, 32_000), (4096, 2048, 128_256), (8192, 4096, 128_256)],
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLES = 8
-SLOW = ("TRL", "Liger chunked")  # left out by --quick
+SLOW = ("ours, compiled", "TRL", "Liger chunked")  # left out by --quick
 
 
 class Problem:
@@ -66,13 +68,14 @@ class Problem:
         return self.hidden.detach().requires_grad_(), self.head.detach().requires_grad_()
 
 
-def ours(p: Problem, hidden: Tensor, head: Tensor, weighed: bool = False) -> Tensor:
+def ours(p: Problem, hidden: Tensor, head: Tensor, weighed: bool = False, compiled: bool = False) -> Tensor:
     counts = torch.bincount(p.sample).float()
     share = shares(counts, "token", SAMPLES, len(p.tokens))
     weigh = (lambda samples, drifts: torch.exp(-drifts.sqrt()) / 2) if weighed else None
     at = Positions(p.tokens, p.behaviour, teacher_hidden=p.teacher_hidden)
     how = weighting(p.sample, p.mask, p.mask, share, 1.0 if weighed else 0.0, weigh)
-    return chunked_objective(LossSpec("reverse_kl", "full"), hidden, at, head, p.teacher_head, how)[0]
+    spec = LossSpec("reverse_kl", "full", chunk_bytes=(512 if hidden.is_cuda else 64) << 20, compile=compiled)
+    return chunked_objective(spec, hidden, at, head, p.teacher_head, how)[0]
 
 
 def naive(p: Problem, hidden: Tensor, head: Tensor) -> Tensor:
@@ -109,6 +112,7 @@ def liger_fused(p: Problem, hidden: Tensor, head: Tensor) -> Tensor:
 CONTENDERS: dict[str, Callable[[Problem, Tensor, Tensor], Tensor]] = {
     "ours": ours,
     "ours, weights and anchor": lambda p, h, w: ours(p, h, w, weighed=True),
+    "ours, compiled": lambda p, h, w: ours(p, h, w, weighed=True, compiled=True),
     "naive": naive,
     "TRL": trl,
     "Liger chunked": liger_chunked,
@@ -230,6 +234,7 @@ def report(size: tuple[int, int, int], found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under two minutes on 2 cores")
+    parser.add_argument("--largest", action="store_true", help="the largest size that fits 20 GB of RAM")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
     args = parser.parse_args()
@@ -237,10 +242,17 @@ def main() -> None:
     dtype = DTYPES[args.dtype or ("bf16" if device == "cuda" else "fp32")]
     rounds = args.rounds or (1 if args.quick else 3)
     names = [name for name in CONTENDERS if not (args.quick and name in SLOW)]
+    if args.largest:
+        names = [name for name in names if name not in ("TRL", "Liger chunked")]
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, {rounds} rounds after one to warm up", flush=True)
     tables = []
-    for size in SIZES[f"{device} quick" if args.quick else device]:
-        tables.append(report(size, race(size, dtype, device, rounds, names)))
+    groups = [[name] for name in names] if device == "cuda" or args.largest else [names]
+    which = " quick" if args.quick else " largest" if args.largest and device == "cpu" else ""
+    for size in SIZES[device + which]:
+        found: dict[str, Any] = {}
+        for group in groups:
+            found |= race(size, dtype, device, rounds, group)
+        tables.append(report(size, found))
     print("\n".join(tables))
 
 
