@@ -4,7 +4,7 @@
     python benchmarks/learner.py [--repeats 20] [--hidden 256] [--vocab 32000]
 
 Times whole optimizer steps of one process on one batch, the variants in a rotating order within each repeat, and prints the
-median of the ratios pair by pair; the first table in CPU seconds (wall time on a shared machine says more about its
+median of the ratios pair by pair; the first table in CPU seconds (on a CPU: wall time on a shared machine says more about its
 neighbours), the second in wall time, because it compares programs that use their threads differently. `loss alone`
 computes the distillation loss and nothing for freshness. TRL is `GKDTrainer.training_step` (off-policy, reverse KL, gradient
 clipping, AdamW) on the same two models and the same samples, right-padded; its step runs the teacher too, so ours is
@@ -38,7 +38,7 @@ from fopd_cli.freshness.score import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.samples import Rollout, Sample, TeacherTargets
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model(hidden: int, vocab: int) -> Any:
@@ -52,11 +52,12 @@ def model(hidden: int, vocab: int) -> Any:
 
 def same_samples(samples: list[Sample]) -> dict[str, torch.Tensor]:
     """The batch as TRL's collator would give it."""
-    ids = TokenBatch.of([s.rollout.token_ids for s in samples], False, CPU).ids
-    lengths = torch.tensor([len(s.rollout.token_ids) for s in samples])
-    mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
-    prompt = torch.tensor([s.rollout.prompt_length for s in samples])
-    answer = mask & (torch.arange(ids.shape[1])[None] >= prompt[:, None])
+    ids = TokenBatch.of([s.rollout.token_ids for s in samples], False, DEVICE).ids
+    lengths = torch.tensor([len(s.rollout.token_ids) for s in samples], device=DEVICE)
+    columns = torch.arange(ids.shape[1], device=DEVICE)[None]
+    mask = columns < lengths[:, None]
+    prompt = torch.tensor([s.rollout.prompt_length for s in samples], device=DEVICE)
+    answer = mask & (columns >= prompt[:, None])
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.where(answer, ids, -100)}
 
 
@@ -70,7 +71,7 @@ def trl_trainer(student: Any, teacher: Any, folder: str) -> Any:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(__file__).parent.parent / "recipes" / "tiny" / "student")
     talk = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     arguments = GKDConfig(
-        output_dir=folder, lmbda=0.0, beta=1.0, temperature=1.0, learning_rate=1e-5, max_grad_norm=1.0, use_cpu=True,
+        output_dir=folder, lmbda=0.0, beta=1.0, temperature=1.0, learning_rate=1e-5, max_grad_norm=1.0, use_cpu=DEVICE.type == "cpu",
         bf16=False, report_to=[], gradient_checkpointing=False,
     )  # fmt: skip
     trainer = GKDTrainer(
@@ -87,7 +88,7 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
     samples = batch(args)
     tokens = sum(len(s.rollout.token_ids) for s in samples)
     ours = learner(args.hidden, args.vocab, "fopd")
-    judge = TransformersTeacher(model(args.hidden, args.vocab), CPU, 1, 4096, args.vocab)
+    judge = TransformersTeacher(model(args.hidden, args.vocab), DEVICE, 1, 4096, args.vocab)
     ours.teacher_heads = [judge.model.lm.get_output_embeddings().weight.detach()]
     trainer = trl_trainer(model(args.hidden, args.vocab), model(args.hidden, args.vocab), folder)
     inputs = same_samples(samples)
@@ -120,6 +121,7 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
         for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
             start = time.perf_counter()
             contenders[name]()
+            finish()
             if repeat >= 2:
                 times[name].append(time.perf_counter() - start)
     for name, seconds in times.items():
@@ -159,10 +161,10 @@ def learner(hidden: int, vocab: int, policy: str, sharded: bool = False, rank: i
     if sharded:  # any compute dtype but fp32 shards; the cast is then undone, so that only FSDP's own work differs
         policy_class = fsdp_learner.MixedPrecisionPolicy
         fsdp_learner.MixedPrecisionPolicy = lambda **kw: policy_class(**{**kw, "param_dtype": torch.float32})  # type: ignore[misc, assignment]
-        made = FsdpLearner(student, [head], replace(config, compute_dtype=torch.bfloat16), CPU, 0, 1)
+        made = FsdpLearner(student, [head], replace(config, compute_dtype=torch.bfloat16), DEVICE, 0, 1)
         fsdp_learner.MixedPrecisionPolicy = policy_class  # type: ignore[misc]
         return made
-    return FsdpLearner(student, [head], config, CPU, 0, 1)
+    return FsdpLearner(student, [head], config, DEVICE, 0, 1)
 
 
 class without_drift:
@@ -180,10 +182,18 @@ def step(one: FsdpLearner, samples: list[Sample]) -> None:
     one.train(one.version, samples)
 
 
+def finish() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def timed(one: FsdpLearner, samples: list[Sample]) -> float:
-    start = time.process_time()
+    clock = time.process_time if DEVICE.type == "cpu" else time.perf_counter
+    finish()
+    start = clock()
     step(one, samples)
-    return time.process_time() - start
+    finish()
+    return clock() - start
 
 
 def main() -> None:
@@ -197,7 +207,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if DEVICE.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         measure(args)
         dist.destroy_process_group()
         against_trl(args, folder)

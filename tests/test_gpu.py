@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import TINY, Fopd, check_accounts, small_recipe, summary
 
 from fopd_cli.engines import hf, vllm_engine
 from fopd_cli.engines.fsdp_learner import FsdpLearner
+from fopd_cli.engines.token_batch import TokenBatch, enable_packing
 from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
@@ -59,6 +61,44 @@ def test_the_learner_is_plain_pytorch(pair: Path, tmp_path: Path, dtype: torch.d
     learner.wake()
     assert left < torch.cuda.memory_allocated()
     assert learner.train(1, samples).loss < first.loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_are_each_sequence_alone(pair: Path, dtype: torch.dtype) -> None:
+    """bf16 goes through variable-length flash attention, with fewer key than query heads."""
+    cuda, rng = torch.device("cuda"), np.random.Generator(np.random.PCG64(0))
+    sequences = [rng.integers(4, 200, size=n).astype(np.int32) for n in (33, 1, 120, 7)]
+    plain, packing = (hf.load_model(str(pair / "student"), "m", dtype) for _ in range(2))
+    enable_packing(packing, "learner.packing")
+    expected = [TokenBatch.of([s], False, cuda).hidden(plain.to(cuda)) for s in sequences]
+    found = TokenBatch.of(sequences, True, cuda).hidden(packing.to(cuda))
+    tolerance = 1e-4 if dtype == torch.float32 else 6e-2
+    torch.testing.assert_close(found, torch.cat(expected), rtol=tolerance, atol=tolerance)
+    found.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in packing.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"compile": True}, {"offload": True}, {"optimizer_dtype": torch.bfloat16}], ids=str
+)
+def test_what_saves_time_or_memory_changes_no_loss(pair: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    samples = kit.make_samples(pair)
+    cfg = kit.config(compute_dtype=torch.bfloat16)
+    other = replace(cfg, **changes)
+    other = replace(other, loss=replace(other.loss, compile=other.compile))
+    if not dist.is_initialized():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
+    head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
+    losses = []
+    for one in (cfg, other):
+        model = hf.load_model(str(pair / "student"), "m", torch.float32)
+        learner = FsdpLearner(model, [head], one, torch.device("cuda"), 0, 1)
+        losses.append([learner.train(i, samples).loss for i in range(3)])
+        learner.sleep()
+        learner.wake()
+        losses[-1].append(learner.train(3, samples).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2)
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

@@ -9,7 +9,9 @@ Padded, the padding stands on the right, where no real token of a causal model e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -100,15 +102,11 @@ def packed_attention(
     if dropout or softcap is not None or s_aux is not None:
         raise ValueError("attention dropout, soft caps and sinks are not known here")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        out = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
+        out = _varlen_attention()(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window
+        )
         return out[None], None
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -119,6 +117,16 @@ def packed_attention(
         mask = _band(stop - start, sliding_window, query.device)
         parts.append(sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)[0])
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+
+
+@functools.cache
+def _varlen_attention() -> Callable[..., Tensor]:
+    """PyTorch's, told that there may be fewer key than query heads where its version wants to be told (2.13; 2.11 not)."""
+    from torch.nn.attention import varlen
+
+    plain: Any = varlen.varlen_attn
+    told = "enable_gqa" in inspect.signature(plain).parameters
+    return functools.partial(plain, enable_gqa=True) if told else plain
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
