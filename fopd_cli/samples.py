@@ -185,6 +185,7 @@ class StepReport:
     loss: float  # the minimised objective, weights and anchor included
     anchor: float  # mean_i w_i D_roll_i, unscaled by lambda
     grad_norm: float  # before clipping
+    clipped: bool
     lr: float
     skipped: bool  # every weight was zero: no update was made
     noise_floor: float

@@ -199,7 +199,7 @@ class FsdpLearner:
         self.version = step + 1
         lengths = [len(s.rollout.token_ids) for s in samples]
         return StepReport(
-            step=step, stats=merged, loss=loss, anchor=anchor, grad_norm=grad_norm, lr=lr, skipped=skipped, noise_floor=floor,
+            step=step, stats=merged, loss=loss, anchor=anchor, grad_norm=grad_norm, clipped=0 < config.clip < grad_norm, lr=lr, skipped=skipped, noise_floor=floor,
             tokens=sum(lengths), padded_tokens=self._padded(samples, micro), publish_seconds=0.0, publish_bytes=0,
         )  # fmt: skip
 

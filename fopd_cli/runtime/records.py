@@ -46,6 +46,7 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
         "coverage_sup": float(s.coverage_sup.mean()),
         "anchor": report.anchor,
         "grad_norm": report.grad_norm,
+        "clipped": report.clipped,
         "lr": report.lr,
         "skipped": report.skipped,
         "response_length": float(s.length.mean()),
