@@ -74,7 +74,7 @@ def ours(p: Problem, hidden: Tensor, head: Tensor, weighed: bool = False, compil
     weigh = (lambda samples, drifts: torch.exp(-drifts.sqrt()) / 2) if weighed else None
     at = Positions(p.tokens, p.behaviour, teacher_hidden=p.teacher_hidden)
     how = weighting(p.sample, p.mask, p.mask, share, 1.0 if weighed else 0.0, weigh)
-    spec = LossSpec("reverse_kl", "full", chunk_bytes=(512 if hidden.is_cuda else 64) << 20, compile=compiled)
+    spec = LossSpec("reverse_kl", "full", compile=compiled)
     return chunked_objective(spec, hidden, at, head, p.teacher_head, how)[0]
 
 

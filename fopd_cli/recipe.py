@@ -262,7 +262,7 @@ class Loss(Section):
     average: Literal["sample", "token"] = "sample"
     """Whether every sample counts alike (the paper's mean over i) or every token."""
     chunk_mb: Positive | None = None
-    """Largest [positions, vocab] float32 tensor, of which there are three; changes memory and speed, not the loss. Default: 64 on a CPU, 512 on CUDA."""
+    """Largest [positions, vocab] float32 tensor, of which there are three; changes memory and speed, not the loss. Default: 64 on a CPU, 512 on CUDA, more where the student is wide (a quarter of its head)."""
 
 
 class Schedule(Section):

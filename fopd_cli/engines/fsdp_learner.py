@@ -156,10 +156,10 @@ class FsdpLearner:
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=config.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
-            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-            if config.offload
-            else OffloadPolicy(),
+            "offload_policy": OffloadPolicy(),
         }
+        if config.offload:
+            policy["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         for block in blocks(lm):
             fully_shard(block, **policy)
         fully_shard(self.student, reshard_after_forward=False, **policy)
@@ -199,8 +199,9 @@ class FsdpLearner:
         self.version = step + 1
         lengths = [len(s.rollout.token_ids) for s in samples]
         return StepReport(
-            step=step, stats=merged, loss=loss, anchor=anchor, grad_norm=grad_norm, clipped=0 < config.clip < grad_norm, lr=lr, skipped=skipped, noise_floor=floor,
-            tokens=sum(lengths), padded_tokens=self._padded(samples, micro), publish_seconds=0.0, publish_bytes=0,
+            step=step, stats=merged, loss=loss, anchor=anchor, grad_norm=grad_norm,
+            clipped=0 < config.clip < grad_norm, lr=lr, skipped=skipped, noise_floor=floor, tokens=sum(lengths),
+            padded_tokens=self._padded(samples, micro), publish_seconds=0.0, publish_bytes=0,
         )  # fmt: skip
 
     def _update(self, lr: float) -> None:

@@ -55,6 +55,14 @@ def chunked_objective(
     return value, TokenTerms(*terms)
 
 
+def chunk_rows(spec: LossSpec, head: Tensor) -> int:
+    """Positions a chunk. By default so many that the head `(V, width)` is not read over and over for a few of them, a
+    quarter of its width (measured: half as many take 1.4 times as long), and at least what 64 MB hold, on CUDA 512."""
+    floor = (512 if head.is_cuda else 64) << 20
+    wanted = max(floor, head.numel()) if spec.chunk_bytes is None else spec.chunk_bytes
+    return max(1, wanted // (4 * head.shape[0]))
+
+
 def _cut(head: Tensor, vocab: int) -> Tensor:
     return head if head.shape[0] == vocab else head[:vocab]  # even a full slice costs a copy of its gradient
 
@@ -109,7 +117,7 @@ class _Pass:
     ) -> None:  # fmt: skip
         self.spec, self.hidden, self.at, self.head, self.teacher_head = spec, hidden, at, head, teacher_head
         self.weighting, self.learning = weighting, hidden_learns or head_learns
-        self.chunk = max(1, spec.chunk_bytes // (4 * head.shape[0]))
+        self.chunk = chunk_rows(spec, head)
         self.terms: list[tuple[Tensor, ...]] = []
         self.value = torch.zeros((), device=hidden.device)
         self.kind: type[Chunk] = AnyChunk

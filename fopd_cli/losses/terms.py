@@ -28,7 +28,7 @@ class LossSpec:
     max_ratio: float | None = None  # cap on the importance ratio; sampled and mc support
     drift: DriftKind = "sampled"
     sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
-    chunk_bytes: int = 64 << 20  # of one float32 [chunk, vocab] tensor
+    chunk_bytes: int | None = None  # of one float32 [chunk, vocab] tensor; None: see `chunked.chunk_rows`
     compile: bool = False  # full support and sampled drift: formulas fused by torch.compile
 
 

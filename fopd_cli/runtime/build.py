@@ -68,9 +68,7 @@ def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
     )
 
 
-def learner_config(
-    recipe: Recipe, compute: torch.dtype, vocab: int, cuda: bool = False, **loss_overrides: Any
-) -> LearnerConfig:
+def learner_config(recipe: Recipe, compute: torch.dtype, vocab: int, **loss_overrides: Any) -> LearnerConfig:
     """The learner's, loss's and freshness's sections as the learner wants them."""
     from fopd_cli.engines.fsdp_learner import LearnerConfig
 
@@ -78,7 +76,7 @@ def learner_config(
     spec = LossSpec(
         kind=loss.kind, support=recipe.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
         importance=loss.importance, max_ratio=loss.max_ratio, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
-        chunk_bytes=(loss.chunk_mb or (512 if cuda else 64)) << 20, compile=lrn.compile,
+        chunk_bytes=None if loss.chunk_mb is None else loss.chunk_mb << 20, compile=lrn.compile,
     )  # fmt: skip
     return LearnerConfig(
         loss=replace(spec, **loss_overrides), policy=POLICIES[fresh.policy], alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
@@ -96,7 +94,7 @@ def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
     recipe, device = setup.recipe, _device(spec)
     compute = resolve_dtype(recipe.learner.dtype, bool(spec.devices))
     _join_group(spec, setup, always=sharded(compute, recipe.learner.offload, spec.world))
-    config = learner_config(recipe, compute, setup.vocab, bool(spec.devices))
+    config = learner_config(recipe, compute, setup.vocab)
     heads = []
     if recipe.targets == "hidden":
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)

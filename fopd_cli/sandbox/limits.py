@@ -1,0 +1,32 @@
+"""What code in a sandbox may use up, and how its run ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one sandbox. Times are of each command, the rest of all its processes together unless said otherwise."""
+
+    wall_s: float = 15.0
+    cpu_s: int = 10  # of each process
+    memory_mb: int = 512  # resident; each process can ask for no more either
+    processes: int = 32
+    output_kb: int = 64
+    disk_mb: int = 64  # /tmp; and the largest file anywhere
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command printed (stdout and stderr as they came) and why it ended.
+
+    `exit`: by itself, with `code` (for a Python session 0, or 1 after an exception); all others: stopped, and everything
+    that it had started with it.
+    """
+
+    output: str
+    reason: Literal["exit", "timeout", "memory", "output", "died"]
+    code: int | None
+    seconds: float

@@ -1,0 +1,109 @@
+"""One sandbox with one process tree in it, watched from outside: time, memory, output."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+from fopd_cli.sandbox import bubblewrap
+from fopd_cli.sandbox.limits import Limits, Outcome
+
+WATCH_S = 0.02
+PAGE = os.sysconf("SC_PAGE_SIZE")
+Reason = Literal["exit", "timeout", "memory", "output", "died"]
+
+
+class Jail:
+    """A running sandbox. `kill` ends every process in it, daemons included: their namespace goes."""
+
+    def __init__(self, process: asyncio.subprocess.Process, limits: Limits) -> None:
+        self.process, self.limits = process, limits
+        self._buffer = b""
+
+    @classmethod
+    async def start(cls, command: list[str], limits: Limits, workspace: Path | None = None) -> Jail:
+        one = bubblewrap.invocation(command, limits, workspace)
+        process = await asyncio.create_subprocess_exec(
+            *one.argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            **one.options,
+        )  # fmt: skip
+        return cls(process, limits)
+
+    async def send(self, data: bytes) -> None:
+        """To its standard input; what it does not read by the time it dies is lost."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(ConnectionError):
+            self.process.stdin.write(data)
+            await self.process.stdin.drain()
+
+    async def read(self, until: bytes | None) -> tuple[bytes, bytes, Reason]:
+        """(output before the marker, rest of the marker's line, why it ended); without `until`, all up to the end.
+
+        At the first limit that is passed everything in the sandbox is killed.
+        """
+        reading = asyncio.ensure_future(self._read(until))
+        watching = asyncio.ensure_future(self._watch())
+        try:
+            await asyncio.wait({reading, watching}, timeout=self.limits.wall_s, return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                output, line, reason = reading.result()
+            else:
+                output, line = self._buffer, b""
+                reason = "memory" if watching.done() else "timeout"
+        finally:
+            reading.cancel()
+            watching.cancel()
+        if reason != "exit":
+            await self.kill()
+        return output[: self.limits.output_kb << 10], line, reason
+
+    async def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await self.process.wait()
+
+    async def _read(self, until: bytes | None) -> tuple[bytes, bytes, Reason]:
+        assert self.process.stdout is not None
+        self._buffer = b""
+        while True:
+            if until is not None and (found := self._buffer.find(until)) >= 0:
+                end = self._buffer.find(b"\n", found + len(until))
+                if end >= 0:
+                    return self._buffer[:found], self._buffer[found + len(until) : end], "exit"
+            if len(self._buffer) > self.limits.output_kb << 10:
+                return self._buffer, b"", "output"
+            chunk = await self.process.stdout.read(1 << 16)
+            if not chunk:
+                return self._buffer, b"", "exit" if until is None else "died"
+            self._buffer += chunk
+
+    async def _watch(self) -> None:
+        """Returns when all processes together hold more memory than they may."""
+        while resident(self.process.pid) <= self.limits.memory_mb << 20:
+            await asyncio.sleep(WATCH_S)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory held by a process and all its descendants."""
+    total = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            total += resident(int(child))
+    return total
+
+
+async def run(command: list[str], limits: Limits, workspace: Path | None = None) -> Outcome:
+    """One command from start to end, and nothing of it afterwards."""
+    began = time.monotonic()
+    jail = await Jail.start(command, limits, workspace)
+    try:
+        output, _, reason = await jail.read(None)
+        code = await asyncio.wait_for(jail.process.wait(), 5) if reason == "exit" else None
+    finally:
+        await jail.kill()
+    return Outcome(output.decode(errors="replace"), reason, code, time.monotonic() - began)
