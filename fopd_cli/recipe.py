@@ -165,6 +165,55 @@ class MathTask(Section):
     """Held-out questions used."""
 
 
+class ToolTask(Section):
+    name: Literal["tool"]
+    """Questions answered with a Python interpreter, in a sandbox, over several turns."""
+    train: str | None = None
+    """As of the math task; null (both): generated calculations."""
+    eval: str | None = None
+    """The same, for held-out questions."""
+    notation: Literal["code", "native"] = "code"
+    """How the student calls: blocks of code fenced as ```python, or the chat template's own tool calls."""
+    max_calls: NonNegative = 6
+    """An episode."""
+    max_turns: Positive = 10
+    """Of the student, an episode; all turns and observations together also stay within sampler.max_new_tokens."""
+    observation_chars: Positive = 2000
+    """Longer output loses its middle."""
+    wall_s: Annotated[float, Field(gt=0)] = 10.0
+    """A call is stopped after it."""
+    memory_mb: Positive = 512
+    """Of an episode's interpreter and all that it starts."""
+    sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
+    """none runs what the model wrote with your rights, on your files and network."""
+    digits: Annotated[int, Field(ge=1, le=9)] = 2
+    """Of the numbers in generated questions."""
+    terms: Annotated[int, Field(ge=2, le=9)] = 3
+    """Numbers a generated question."""
+    train_prompts: Positive = 20_000
+    """Distinct generated training questions."""
+    eval_prompts: Positive = 256
+    """Held-out questions used."""
+    seed: int = 0
+    """Of generated questions, apart from the run's seed."""
+    question: str = "question"
+    """Column of the question, as of the math task."""
+    answer: str | None = "answer"
+    """Column of the reference answer."""
+    eval_question: str | None = None
+    """The same for the held-out source, if its columns have other names."""
+    eval_answer: str | None = None
+    """The same for the held-out source, if its columns have other names."""
+    teacher: str | None = None
+    """Column that names the teacher of each row, where there are several."""
+    template: str = "{question}"
+    """Text sent to the student; {question} is replaced."""
+    system: str | None = None
+    """System message."""
+    chat: bool = True
+    """Whether to apply the tokenizer's chat template."""
+
+
 class PluginTask(Section):
     name: str
     """Import path of your own task, package.module:Class (see fopd_cli/tasks/base.py)."""
@@ -172,14 +221,18 @@ class PluginTask(Section):
     """Keyword arguments of the class."""
 
 
+BUILT_IN_TASKS: dict[str, type[Section]] = {"arithmetic": ArithmeticTask, "math": MathTask, "tool": ToolTask}
+
+
 def _task_tag(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return str(name) if name in ("arithmetic", "math") else "plugin"
+    return str(name) if name in BUILT_IN_TASKS else "plugin"
 
 
 Task = Annotated[
     Annotated[ArithmeticTask, Tag("arithmetic")]
     | Annotated[MathTask, Tag("math")]
+    | Annotated[ToolTask, Tag("tool")]
     | Annotated[PluginTask, Tag("plugin")],
     Discriminator(_task_tag),
 ]
@@ -583,7 +636,7 @@ def _resolved(values: dict[str, Any], key: str, folder: Path) -> dict[str, str]:
 
 def _explain_error(error: Any, raw: dict[str, Any]) -> str:
     numbered = isinstance(raw.get("teacher"), list)  # a single teacher is a list of one only to pydantic
-    tags = ("arithmetic", "math", "plugin")
+    tags = (*BUILT_IN_TASKS, "plugin")
     loc = [str(part) for part in error["loc"] if part not in tags and (numbered or not isinstance(part, int))]
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
@@ -617,7 +670,7 @@ def _section_models(annotation: Any, loc: tuple[Any, ...] = ()) -> list[type[Bas
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     models = [m for arg in typing.get_args(annotation) for m in _section_models(arg, loc)]
-    tagged = {"arithmetic": ArithmeticTask, "math": MathTask, "plugin": PluginTask}
+    tagged: dict[str, Any] = {**BUILT_IN_TASKS, "plugin": PluginTask}
     for tag, model in tagged.items():
         if tag in loc and model in models:
             return [model]
@@ -654,7 +707,7 @@ def _plain(value: Any) -> Any:
 
 
 def _task_name(section: type[BaseModel]) -> str:
-    return {ArithmeticTask: "arithmetic", MathTask: "math"}.get(section, "your own")
+    return next((name for name, own in BUILT_IN_TASKS.items() if own is section), "your own")
 
 
 def _type_name(annotation: Any) -> str:

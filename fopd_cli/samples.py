@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+PER_TOKEN = ("logprobs", "topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")  # arrays of a rollout, a row a token
 TargetKind = Literal["hidden", "topk", "sampled"]
 
 
@@ -32,6 +33,7 @@ class Prompt:
     messages: list[dict[str, str]] | None = None
     payload: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None  # name of the teacher that judges it; None: the first
+    tools: list[dict[str, Any]] = field(default_factory=list)  # for the chat template, in JSON schema
 
 
 @dataclass(frozen=True, order=True)
@@ -89,6 +91,8 @@ class Rollout:
     topk_ids: np.ndarray | None = None  # int32 (n, k); None: the whole vocabulary in id order
     draw_ids: np.ndarray | None = None  # int32 (n, draws - 1): drawn from pi_r beside the response's own token
     draw_logprobs: np.ndarray | None = None  # float32 (n, draws - 1): log pi_r of them
+    turns: list[tuple[int, int]] = field(default_factory=list)  # response positions of each turn of an episode
+    calls: list[dict[str, Any]] = field(default_factory=list)  # what an episode's environment executed
 
     @property
     def response_length(self) -> int:
@@ -97,6 +101,12 @@ class Rollout:
     @property
     def response_ids(self) -> np.ndarray:
         return self.token_ids[self.prompt_length :]
+
+    @property
+    def last_turn(self) -> np.ndarray:
+        """Token ids of what is graded: the last turn of an episode, else the whole response."""
+        start, stop = self.turns[-1] if self.turns else (0, self.response_length)
+        return self.response_ids[start:stop]
 
     @property
     def oldest_version(self) -> int:

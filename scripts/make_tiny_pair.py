@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Make a tiny teacher and a tinier student with one byte-level tokenizer, in Hugging Face format.
 
-    scripts/make_tiny_pair.py OUT [--arch qwen3|llama] [--untrained] [--teacher-steps N] [--student-steps N]
+    scripts/make_tiny_pair.py OUT [--task arithmetic|tool] [--arch qwen3|llama] [--untrained] [--teacher-loss X] [--student-loss X]
 
-The teacher learns the arithmetic task from worked solutions until it is nearly perfect; the student gets only a
-few steps, enough to know the format and to be wrong most of the time. `recipes/tiny/` was made by this script
-with its defaults (about 40 seconds on two cores). The pair has a chat template, so that it can stand in for real
+The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few steps, enough to
+know the format and to be wrong most of the time. `recipes/tiny/` was made by this script with its defaults (about 40
+seconds on two cores), `recipes/tiny-tool/` with `--task tool --student-loss 0.2`. The pair has a chat template, so that it can stand in for real
 models wherever one is needed.
 """
 
@@ -23,9 +23,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from fopd_cli.tasks.arithmetic import Arithmetic, worked
+from fopd_cli.tasks.tool import Calculations, scripted
 
 CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
 MAX_STEPS = 3000
+END = "<eos>"
 SPECIALS = ["<pad>", "<eos>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -70,25 +72,57 @@ def make_model(arch: str, vocabulary: int, hidden: int, layers: int, seed: int) 
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def pretrain(
-    model: Any, tokenizer: Any, horizon: int, target: float, seed: int, lr: float = 4e-3, batch: int = 64
-) -> int:
-    """Next-token prediction on worked solutions until the loss is under `target` nats a token; returns the steps.
+class Arithmetics:
+    """Worked solutions of the arithmetic task, as pieces (text, whether the model is to learn it).
 
-    Step s trains on questions of one horizon, 2 .. `horizon` in turn: from the long ones alone a model this small
-    often never finds out which digits belong together.
+    Step s trains on questions of one horizon, 2 .. `horizon` in turn: from the long ones alone a model this small often
+    never finds out which digits belong together.
     """
+
+    def __init__(self, horizon: int) -> None:
+        self.prompts = {h: Arithmetic(horizon=h, eval_prompts=8).prompts("train") for h in range(2, horizon + 1)}
+
+    def __call__(self, rng: random.Random, step: int) -> list[tuple[str, bool]]:
+        question = rng.choice(self.prompts[2 + step % len(self.prompts)]).text or ""
+        return [(question, False), (worked(question) + END, True)]
+
+
+class ToolCalls:
+    """Episodes of an expert with a Python interpreter."""
+
+    def __init__(self) -> None:
+        self.prompts = Calculations(digits=2, terms=3, train_prompts=20_000, eval_prompts=256, seed=0).prompts("train")
+
+    def __call__(self, rng: random.Random, step: int) -> list[tuple[str, bool]]:
+        question = rng.choice(self.prompts).text or ""
+        call, observation, answer = scripted(question)
+        return [(question, False), (call + END, True), (observation, False), (answer + END, True)]
+
+
+def encoded(tokenizer: Any, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    """Token ids, and labels with -100 for what is not to be learnt."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, learnt in pieces:
+        own = tokenizer(text)["input_ids"]
+        ids += own
+        labels += own if learnt else [-100] * len(own)
+    return ids, labels
+
+
+def pretrain(
+    model: Any, tokenizer: Any, examples: Any, target: float, seed: int, lr: float = 4e-3, batch: int = 64
+) -> int:
+    """Next-token prediction until the loss is under `target` nats a token; returns the steps."""
     rng = random.Random(seed)
-    prompts = {h: Arithmetic(horizon=h, eval_prompts=8).prompts("train") for h in range(2, horizon + 1)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     smooth, step = 10.0, 0
     while smooth > target and step < MAX_STEPS:
-        texts = [rng.choice(prompts[2 + step % (horizon - 1)]).text or "" for _ in range(batch)]
-        rows = [(tokenizer(t)["input_ids"], tokenizer(worked(t))["input_ids"] + [1]) for t in texts]
-        width = max(len(p) + len(r) for p, r in rows)
-        ids = torch.tensor([p + r + [0] * (width - len(p) - len(r)) for p, r in rows])
-        labels = torch.tensor([[-100] * len(p) + r + [-100] * (width - len(p) - len(r)) for p, r in rows])
+        rows = [encoded(tokenizer, examples(rng, step)) for _ in range(batch)]
+        width = max(len(row) for row, _ in rows)
+        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
+        labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
         logits = model(ids).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -103,6 +137,7 @@ def pretrain(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--task", choices=["arithmetic", "tool"], default="arithmetic")
     parser.add_argument("--arch", choices=sorted(CONFIGS), default="qwen3")
     parser.add_argument("--untrained", action="store_true", help="random weights: enough where only shapes matter")
     parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats a token at which to stop")
@@ -111,11 +146,12 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=5)
     args = parser.parse_args()
     tokenizer = make_tokenizer()
+    examples = ToolCalls() if args.task == "tool" else Arithmetics(args.horizon)
     sizes = {"teacher": (128, 2, args.teacher_loss), "student": (96, 2, args.student_loss)}
     for seed, (name, (hidden, layers, target)) in enumerate(sizes.items()):
         start = time.monotonic()
         model = make_model(args.arch, len(tokenizer), hidden, layers, seed)
-        steps = 0 if args.untrained else pretrain(model, tokenizer, args.horizon, target, seed)
+        steps = 0 if args.untrained else pretrain(model, tokenizer, examples, target, seed)
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
         model.to(getattr(torch, args.dtype)).save_pretrained(args.out / name)
         tokenizer.save_pretrained(args.out / name)

@@ -155,8 +155,33 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> np.ndarray:
             "task.chat: the student's tokenizer has no chat template; set task.chat: false to send plain text, "
             "or use an instruct model"
         )
-    ids = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(
+        prompt.messages, tools=prompt.tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     return np.asarray(ids, dtype=np.int32)
+
+
+def encode_observation(tokenizer: Any, text: str, role: str, chat: bool) -> np.ndarray:
+    """Token ids of what stands between two turns of the assistant: an observation in the chat template's frame.
+
+    Made from a conversation of two words, so that nothing that was sampled is rendered again. The turn's own end token is
+    left out: it was sampled. Special tokens that the text spells are taken as plain text.
+    """
+    if not chat:
+        return np.asarray(_plain_ids(tokenizer, text), dtype=np.int32)
+    said, seen = "\u2063said\u2063", "\u2063seen\u2063"  # invisible separators: no template contains them
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}, {"role": role, "content": seen}]
+    whole = str(tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False))
+    before, found, after = whole.partition(said)[2].partition(seen)
+    if not found:
+        raise UserError(f"task: the student's chat template does not show messages of role {role!r}")
+    before = before.removeprefix(str(tokenizer.eos_token))
+    frame = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+    return np.asarray([*frame[0], *_plain_ids(tokenizer, text), *frame[1]], dtype=np.int32)
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def decode(tokenizer: Any, ids: np.ndarray) -> str:

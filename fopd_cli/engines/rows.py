@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from fopd_cli.samples import Request, Rollout
+from fopd_cli.samples import PER_TOKEN, Request, Rollout
 
-EXTRAS = ("topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")
+EXTRAS = tuple(name for name in PER_TOKEN if name != "logprobs")
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Row:
 
     def rollout(self, finish: Literal["stop", "length"]) -> Rollout:
         prompt = self.request.token_ids
+        extras: dict[str, Any] = {name: np.stack(rows) if (rows := getattr(self, name)) else None for name in EXTRAS}
         return Rollout(
             key=self.request.key,
             token_ids=np.concatenate([prompt, np.asarray(self.ids, dtype=np.int32)]),
@@ -45,5 +46,5 @@ class Row:
             logprobs=np.asarray(self.logprobs, dtype=np.float32),
             spans=self.spans,
             finish=finish,
-            **{name: np.stack(rows) if (rows := getattr(self, name)) else None for name in EXTRAS},
+            **extras,
         )

@@ -136,7 +136,12 @@ def save_buffer(path: Path, rollouts: Iterable[Rollout], targets: dict[int, np.n
                 arrays[f"{r.key}.{name}"] = np.ascontiguousarray(value)
         if r.key in targets:
             arrays[f"{r.key}.targets"] = targets[r.key]
-        described.append({"key": r.key, "prompt_length": r.prompt_length, "spans": r.spans, "finish": r.finish})
+        described.append(
+            {
+                "key": r.key, "prompt_length": r.prompt_length, "spans": r.spans, "finish": r.finish, "turns": r.turns,
+                "calls": r.calls,
+            }
+        )  # fmt: skip
     save_file(arrays, str(path))
     return described
 
@@ -150,8 +155,8 @@ def load_buffer(path: Path, described: list[dict[str, Any]]) -> tuple[list[Rollo
     rollouts, targets = [], {}
     for d in described:
         fields = {name: arrays.get(f"{d['key']}.{name}") for name in ARRAYS}
-        spans = [(v, a, b) for v, a, b in d["spans"]]
-        rollouts.append(Rollout(**{**d, "spans": spans, **fields}))
+        spans, turns = [tuple(s) for s in d["spans"]], [tuple(t) for t in d["turns"]]
+        rollouts.append(Rollout(**{**d, "spans": spans, "turns": turns, **fields}))
         if f"{d['key']}.targets" in arrays:
             targets[d["key"]] = arrays[f"{d['key']}.targets"]
     return rollouts, targets

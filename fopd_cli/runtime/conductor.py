@@ -31,10 +31,11 @@ from fopd_cli.runtime import records, roles
 from fopd_cli.runtime.arena import Arena
 from fopd_cli.runtime.build import Setup, resolve_dtype
 from fopd_cli.runtime.checkpoint import CheckpointStore, disk_error, load_buffer, save_buffer, write_synced
+from fopd_cli.runtime.episodes import Episodes
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import Layout, WeightChannel
-from fopd_cli.runtime.restarts import REPLACEABLE, Restarts
+from fopd_cli.runtime.restarts import REPORTED, Restarts
 from fopd_cli.runtime.rundir import RunDir, fingerprint
 from fopd_cli.runtime.schedule import Schedule
 from fopd_cli.runtime.sizes import arena_bytes
@@ -46,7 +47,9 @@ from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
 
 MAINS = {
     "learner": roles.learner_main, "teacher": roles.teacher_main, "sampler": roles.sampler_main, "grader": roles.grader_main,
+    "environment": roles.environment_main,
 }  # fmt: skip
+ENVIRONMENT = WorkerSpec("environment", 0, 1, (), 1)
 
 
 @dataclass
@@ -98,6 +101,8 @@ class Conductor:
         self.rollouts: dict[int, Rollout] = {}
         self.slots: dict[int, m.Slot] = {}
         self.grades: dict[int, float] = {}
+        self.episodes = Episodes() if stream.episodic else None
+        self._held: dict[int, Request] = {}  # next turns that wait for the others of their group
         self._params = {
             "train": sampling_params(recipe, evaluation=False), "eval": sampling_params(recipe, evaluation=True),
         }  # fmt: skip
@@ -208,12 +213,12 @@ class Conductor:
         """The learner first: it publishes the weights that all others start from. Sharing devices, one at a time."""
         self.telemetry.progress.say(f"starting {self.plan.describe()}")
         waiting: set[str] = set()
-        for role in ("learner", "teacher", "sampler", "grader"):
+        for role in ("learner", "teacher", "sampler", "grader", "environment"):
             specs = self._specs(role)
             for spec in specs:
                 self._spawn(spec)
                 waiting.add(spec.name)
-            if self.plan.exclusive and role != "grader":
+            if self.plan.exclusive and role not in ("grader", "environment"):
                 self._await_ready(waiting)
                 for spec in specs:
                     self.fleet.send(spec.name, m.SleepCommand())
@@ -223,10 +228,11 @@ class Conductor:
         self.schedule.on_learner_ready()
 
     def _specs(self, role: str) -> list[WorkerSpec]:
-        return [s for s in self.plan.everyone if s.role == role]
+        everyone = (*self.plan.everyone, *([ENVIRONMENT] if self.episodes is not None else []))
+        return [s for s in everyone if s.role == role]
 
     def _spawn(self, spec: WorkerSpec) -> None:
-        self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in REPLACEABLE)
+        self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in REPORTED)
 
     def _await_ready(self, names: set[str]) -> None:
         self._await(names, m.Ready)
@@ -249,11 +255,16 @@ class Conductor:
     def _start(self, action: Any) -> None:
         match action:
             case Generate(replica, keys):
-                self._to_sampler(replica, m.GenerateCommand([self._request(k) for k in keys]))
+                requests = [self._request(k) for k in keys]
+                if self.episodes is not None:
+                    for request in requests:
+                        self.episodes.start(request, replica)
+                self._to_sampler(replica, m.GenerateCommand(requests))
             case Load(replica, version):
                 self._to_sampler(replica, m.LoadCommand(version))
             case Abort(replica):
                 self._to_sampler(replica, m.AbortCommand())
+                self._give_up(replica)
             case Score(teacher, keys):
                 command = m.ScoreCommand([self.rollouts[k] for k in keys], [self.slots[k] for k in keys])
                 self._score_answers.append([teacher, keys, len(self.plan.teachers[teacher])])
@@ -284,7 +295,8 @@ class Conductor:
         """A sampler answers many requests with few messages: what it owes is what the schedule says is running."""
         state = self.schedule.replicas[replica]
         if (worker := self.fleet.workers.get(f"sampler-{replica}")) is not None:
-            worker.owe(len(state.running) + (state.loading is not None))
+            waiting = 0 if self.episodes is None else self.episodes.waiting(replica)
+            worker.owe(len(state.running) - waiting + (state.loading is not None))
 
     def _to_all(self, specs: Any, command: Any) -> None:
         for spec in specs:
@@ -337,8 +349,11 @@ class Conductor:
             self.telemetry.span(worker.name, span)
         match message:
             case m.Sampled():
-                self._on_sampled(worker.spec.rank, message.rollouts)
-                self._sampler_owes(worker.spec.rank)
+                finished = message.rollouts if self.episodes is None else self._on_turns(message.rollouts)
+                self._on_sampled(worker.spec.rank, finished)
+                self._next_turns(worker.spec.rank)
+            case m.Observed():
+                self._on_observed(message)
             case m.Loaded():
                 self._load = {f"load_{k}": message.span.args[k] for k in ("ms", "gb_per_s")}
                 self.schedule.on_loaded(worker.spec.rank, message.version)
@@ -365,11 +380,64 @@ class Conductor:
         """Finished generations: to the grader now, to the teacher when the schedule says so."""
         kept = []
         for rollout in rollouts:
-            self.totals.generated_tokens += rollout.response_length
+            if self.episodes is None:
+                self.totals.generated_tokens += rollout.response_length
             if self.schedule.on_sampled(replica, rollout.key, rollout.oldest_version):
                 self.rollouts[rollout.key] = rollout
                 kept.append(rollout)
         self._grade(kept)
+
+    def _on_turns(self, turns: list[Rollout]) -> list[Rollout]:
+        """Turns go to their environment, which unblocks `_on_observed`; returns episodes that ended, out of tokens."""
+        assert self.episodes is not None
+        finished = []
+        for turn in turns:
+            self.totals.generated_tokens += turn.response_length
+            if (episode := self.episodes.on_turn(turn)) is None:
+                continue
+            if turn.finish == "length":
+                self.fleet.send(ENVIRONMENT.name, m.CancelCommand([turn.key]), answers=0)
+                finished.append(self.episodes.finish(episode))
+                continue
+            prompt = self.stream.prompt(self.schedule.tickets[turn.key].sample)
+            text = hf.decode(self.model.tokenizer, turn.response_ids)
+            self.fleet.send(ENVIRONMENT.name, m.TurnCommand(turn.key, episode.life, prompt, text))
+        return finished
+
+    def _on_observed(self, message: m.Observed) -> None:
+        """The environment answered: the episode's next turn, or its end."""
+        assert self.episodes is not None
+        episode = self.episodes.on_observed(message.key, message.life, message.token_ids, message.calls)
+        if episode is None:
+            return
+        request = None if message.token_ids is None else self.episodes.next_turn(episode)
+        if request is not None:
+            self._held[message.key] = request
+        else:
+            if message.token_ids is not None:  # no token is left to answer with
+                self.fleet.send(ENVIRONMENT.name, m.CancelCommand([message.key]), answers=0)
+            self._on_sampled(episode.replica, [self.episodes.finish(episode)])
+        self._next_turns(episode.replica)
+
+    def _next_turns(self, replica: int) -> None:
+        """Give a sampler the turns that can go on; at depth 0 all together, so that two runs form the same batches."""
+        if self.episodes is not None:
+            own = sorted(k for k in self._held if self.episodes.running[k].replica == replica)
+            rest = [k for k, e in self.episodes.running.items() if e.replica == replica and k not in self._held]
+            if own and not (rest and self.schedule.config.deterministic):
+                for key in own:
+                    self.episodes.running[key].sampling = True
+                self._to_sampler(replica, m.GenerateCommand([self._held.pop(k) for k in own]))
+        self._sampler_owes(replica)
+
+    def _give_up(self, replica: int) -> None:
+        """A sampler was stopped: its episodes are done again from their start, or were dropped."""
+        if self.episodes is None:
+            return
+        lost = self.episodes.drop([k for k, e in self.episodes.running.items() if e.replica == replica])
+        for key in lost:
+            self._held.pop(key, None)
+        self.fleet.send(ENVIRONMENT.name, m.CancelCommand(lost), answers=0)
 
     def _grade_the_rest(self) -> None:
         """All samples at hand that no grader has graded."""
@@ -395,6 +463,9 @@ class Conductor:
 
         After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a checkpoint.
         """
+        if spec.role == ENVIRONMENT.role:  # and with it the state of all episodes
+            self._failure = reason
+            return
         if self.restarts.known(spec):
             return
         for rank in self.restarts.ranks(spec):
@@ -406,6 +477,7 @@ class Conductor:
             self._drop_calls(spec.index)
         elif spec.role == "sampler":
             self.schedule.on_sampler_lost(spec.rank)
+            self._give_up(spec.rank)
         again = self.restarts.again(spec)
         if not again:
             self.telemetry.progress.say(
@@ -547,14 +619,16 @@ class Conductor:
                 self._start(Abort(spec.rank))
 
     def _text(self, rollout: Rollout) -> str:
-        return hf.decode(self.model.tokenizer, rollout.response_ids)
+        """What is graded."""
+        return hf.decode(self.model.tokenizer, rollout.last_turn)
 
     def _write_sample(self, step: int, sample: SampleId, grade: float, rollout: Rollout) -> None:
         prompt = hf.decode(self.model.tokenizer, rollout.token_ids[: rollout.prompt_length])
         self.telemetry.samples.write(
             {
                 "kind": sample.split, "step": step, "sample": str(sample), "versions": rollout.spans, "prompt": prompt,
-                "response": self._text(rollout), "score": grade, "finish": rollout.finish,
+                "response": hf.decode(self.model.tokenizer, rollout.response_ids), "score": grade, "finish": rollout.finish,
+                **({"turns": rollout.turns, "calls": rollout.calls} if rollout.turns else {}),
             }
         )  # fmt: skip
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from fopd_cli.samples import Prompt, Request, Rollout, SampleStats, StepReport
 
 # ---- conductor -> worker
@@ -44,6 +46,23 @@ class ScoreCommand:
 @dataclass
 class GradeCommand:
     items: list[tuple[int, Prompt, str]]  # key, prompt, response text
+
+
+@dataclass
+class TurnCommand:
+    """The environment is to execute what the student wrote; `life` names the episode, see `episodes.py`."""
+
+    key: int
+    life: int
+    prompt: Prompt
+    text: str
+
+
+@dataclass
+class CancelCommand:
+    """Episodes that are given up."""
+
+    keys: list[int]
 
 
 @dataclass
@@ -117,6 +136,17 @@ class Scored:
 @dataclass
 class Graded:
     grades: list[tuple[int, float]]
+    span: Span
+
+
+@dataclass
+class Observed:
+    """What the environment says to a turn, as tokens to append; None: the episode is over."""
+
+    key: int
+    life: int
+    token_ids: np.ndarray | None
+    calls: list[dict[str, Any]]
     span: Span
 
 

@@ -52,6 +52,7 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
         "response_length": float(s.length.mean()),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         "versions_per_rollout": float(np.mean([len(r.spans) for r in rollouts])),
+        **episodes(rollouts),
         "tokens": report.tokens,
         "padding": 1 - report.tokens / max(1, report.padded_tokens),
     }
@@ -90,6 +91,19 @@ def evaluation(
         "kl_by_quartile": [_mean(column) for column in np.concatenate([s.kl_quartiles for s in stats]).T],
         "response_length": float(np.mean([r.response_length for r in rollouts])),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
+        **episodes(rollouts),
+    }
+
+
+def episodes(rollouts: list[Rollout]) -> dict[str, float]:
+    """Means over episodes, and the share of calls that could not be run to their end; nothing for single turns."""
+    if not any(r.turns for r in rollouts):
+        return {}
+    calls = [call for r in rollouts for call in r.calls]
+    return {
+        "turns": float(np.mean([len(r.turns) for r in rollouts])),
+        "calls": len(calls) / len(rollouts),
+        "invalid_calls": float(np.mean([not call["ok"] for call in calls])) if calls else 0.0,
     }
 
 

@@ -13,6 +13,7 @@ from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.workers import WorkerSpec
 
 REPLACEABLE = ("sampler", "teacher", "grader")
+REPORTED = (*REPLACEABLE, "environment")  # whose loss ends the run with a checkpoint instead of at once
 
 
 class Restarts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fopd_cli.engines import hf
 from fopd_cli.engines.protocols import Learner
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime.arena import targets_at
 from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, task_arguments
 from fopd_cli.runtime.checkpoint import disk_error
+from fopd_cli.runtime.environment import Environments
 from fopd_cli.runtime.publish import WeightChannel
 from fopd_cli.runtime.workers import Mailbox, WorkerSpec
 from fopd_cli.samples import Sample, TeacherTargets
@@ -151,6 +154,35 @@ def grader_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
         start = time.time()
         grades = [(key, float(task.grade(prompt, text))) for key, prompt, text in command.items]
         mailbox.send(m.Graded(grades, m.Span("grade", start, time.time(), {"samples": len(grades)})))
+
+
+def environment_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
+    """Commands come in while tools run; every turn is answered once, in whatever order they end."""
+    from fopd_cli.tasks import load_task
+
+    task: Any = load_task(*task_arguments(setup.recipe))
+    tokenizer = hf.load_tokenizer(setup.recipe.student.model, "student.model")
+    mailbox.send(m.Ready())
+    asyncio.run(_serve_episodes(mailbox, Environments(task, tokenizer, mailbox.send)))
+
+
+async def _serve_episodes(mailbox: Mailbox, environments: Environments) -> None:
+    loop = asyncio.get_running_loop()
+    beating = asyncio.ensure_future(_beat(mailbox))
+    while not isinstance(command := await loop.run_in_executor(None, mailbox.receive, True), m.StopCommand):
+        if isinstance(command, m.TurnCommand):
+            environments.turn(command)
+        elif isinstance(command, m.CancelCommand):
+            await environments.cancel(command.keys)
+    beating.cancel()
+    await environments.close()
+
+
+async def _beat(mailbox: Mailbox) -> None:
+    """A tool may take its time; that the loop turns is sign of life enough."""
+    while True:
+        mailbox.beat()
+        await asyncio.sleep(1)
 
 
 def publish(spec: WorkerSpec, engine: Learner, channel: WeightChannel) -> int:

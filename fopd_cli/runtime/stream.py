@@ -22,6 +22,7 @@ class PromptStream:
     ) -> None:
         self.prompts: dict[str, Sequence[Prompt]] = {"train": task.prompts("train"), "eval": task.prompts("eval")}
         self.tokenizer, self.seed, self.samples_per_prompt = tokenizer, seed, samples_per_prompt
+        self.episodic = hasattr(task, "episode")  # prompts begin conversations with an environment
         self._teachers = {name: i for i, name in enumerate(teachers)}
         self._check_teachers()
         self._orders: dict[int, np.ndarray] = {}

@@ -46,15 +46,15 @@ while header := commands.readline():
 class PythonSession:
     """Snippets run one after the other in one scope. A value that stands last is shown, as at a prompt."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, sandboxed: bool = True) -> None:
+        self.limits, self.sandboxed = limits, sandboxed
         self._jail: Jail | None = None
 
     async def execute(self, source: str) -> Outcome:
         """After any reason but `exit` the interpreter is gone; the next snippet finds a new one."""
         began = time.monotonic()
         if self._jail is None:
-            self._jail = await Jail.start(["python3", "-u", "-c", DRIVER], self.limits)
+            self._jail = await Jail.start(["python3", "-u", "-c", DRIVER], self.limits, sandboxed=self.sandboxed)
         marker, data = secrets.token_hex(16).encode(), source.encode(errors="replace")
         await self._jail.send(marker + b" " + str(len(data)).encode() + b"\n" + data)
         output, line, reason = await self._jail.read(marker)

@@ -8,7 +8,11 @@ from typing import Any
 from fopd_cli.errors import UserError
 from fopd_cli.tasks.base import Task
 
-BUILT_IN = {"arithmetic": "fopd_cli.tasks.arithmetic:Arithmetic", "math": "fopd_cli.tasks.math:Math"}
+BUILT_IN = {
+    "arithmetic": "fopd_cli.tasks.arithmetic:Arithmetic",
+    "math": "fopd_cli.tasks.math:Math",
+    "tool": "fopd_cli.tasks.tool:Tool",
+}
 
 
 def load_task(name: str, options: dict[str, Any]) -> Task:

@@ -1,0 +1,103 @@
+"""The environment worker: all running episodes' tools in one event loop, so that a slow one holds up nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from fopd_cli.engines import hf
+from fopd_cli.errors import UserError
+from fopd_cli.runtime import messages as m
+from fopd_cli.tasks.base import Episode, EpisodicTask, Observation
+
+
+class Environments:
+    """Episodes by their life. `answer` is called with an `m.Observed` for every turn, unless the episode was cancelled."""
+
+    def __init__(self, task: EpisodicTask, tokenizer: Any, answer: Callable[[m.Observed | m.Failed], None]) -> None:
+        self.task, self.tokenizer, self.answer = task, tokenizer, answer
+        self._episodes: dict[int, tuple[int, Episode]] = {}  # life -> key, episode
+        self._turns: dict[int, asyncio.Task[None]] = {}
+
+    def turn(self, command: m.TurnCommand) -> None:
+        """Start executing a turn; must be called from within the event loop."""
+        if command.life not in self._episodes:
+            self._episodes[command.life] = (command.key, self.task.episode(command.prompt))
+        self._turns[command.life] = asyncio.ensure_future(self._execute(command))
+
+    async def cancel(self, keys: list[int]) -> None:
+        """Give episodes up."""
+        for life in [life for life, (key, _) in self._episodes.items() if key in keys]:
+            if (running := self._turns.pop(life, None)) is not None:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+            await self._close(life)
+
+    async def close(self) -> None:
+        await self.cancel([key for key, _ in self._episodes.values()])
+
+    async def _execute(self, command: m.TurnCommand) -> None:
+        try:
+            await self._observe(command)
+        except Exception as error:  # of the task's own making; the run ends with it
+            traceback.print_exc()
+            kind: Any = "user" if isinstance(error, UserError) else "worker"
+            self.answer(m.Failed(kind, f"{type(error).__name__}: {error}"))
+
+    async def _observe(self, command: m.TurnCommand) -> None:
+        start = time.time()
+        seen: Observation = await self._episodes[command.life][1].observe(command.text)
+        ids = None
+        if seen.text is not None:
+            ids = hf.encode_observation(self.tokenizer, seen.text, seen.role, chat=command.prompt.messages is not None)
+        else:
+            await self._close(command.life)
+        self._turns.pop(command.life, None)
+        span = m.Span("tools", start, time.time(), {"calls": len(seen.calls)})
+        self.answer(m.Observed(command.key, command.life, ids, seen.calls, span))
+
+    async def _close(self, life: int) -> None:
+        await self._episodes.pop(life)[1].close()
+
+
+class LocalEnvironments:
+    """The same in this process, its loop in a thread: for `fopd eval`. Use as a context manager."""
+
+    def __init__(self, task: EpisodicTask, tokenizer: Any) -> None:
+        self.answers: queue.Queue[m.Observed | m.Failed] = queue.Queue()
+        self._loop = asyncio.new_event_loop()
+        self._environments = Environments(task, tokenizer, self.answers.put)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> LocalEnvironments:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        asyncio.run_coroutine_threadsafe(self._environments.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def turn(self, command: m.TurnCommand) -> None:
+        self._loop.call_soon_threadsafe(self._environments.turn, command)
+
+    def cancel(self, keys: list[int]) -> None:
+        asyncio.run_coroutine_threadsafe(self._environments.cancel(keys), self._loop)
+
+    def receive(self, block: bool) -> list[m.Observed]:
+        """All answers at hand; if there is none and `block`, the next one. Raises what a task failed with."""
+        found: list[m.Observed] = []
+        while True:
+            try:
+                answer = self.answers.get(block and not found)
+            except queue.Empty:
+                return found
+            if isinstance(answer, m.Failed):
+                raise UserError(f"task: {answer.message}")
+            found.append(answer)

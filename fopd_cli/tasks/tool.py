@@ -1,0 +1,184 @@
+"""Questions to be answered with a Python interpreter: the student writes code, sees what it prints, and goes on.
+
+In the style of ReTool, in two notations: a block of code fenced as ```python, answered by the user's next message, or a native call
+of the chat template (`<tool_call>{"name": "python", "arguments": {"code": ...}}</tool_call>`), answered as the tool's.
+The interpreter keeps its state within an episode and runs in the sandbox. A turn without a call is the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fopd_cli.errors import UserError
+from fopd_cli.samples import Prompt
+from fopd_cli.sandbox import bubblewrap
+from fopd_cli.sandbox.interpreter import PythonSession
+from fopd_cli.sandbox.limits import Limits, Outcome
+from fopd_cli.tasks.base import Observation
+from fopd_cli.tasks.math import Math
+
+FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+PYTHON_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "python",
+        "description": "Run Python code; what it prints, or the value of its last line, comes back. State is kept between calls.",
+        "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
+    },
+}
+STOPPED = {
+    "timeout": "stopped: it took longer than {limits.wall_s:g} s", "memory": "stopped: it used more than {limits.memory_mb} MB",
+    "output": "stopped: it printed more than {limits.output_kb} kB", "died": "the interpreter died; its state is lost",
+}  # fmt: skip
+
+
+class Tool:
+    """`train` and `eval` as of the math task; without them, sums and products of numbers that one does not do in one's head."""
+
+    def __init__(
+        self, train: str | None = None, eval: str | None = None, notation: Literal["code", "native"] = "code", max_calls: int = 6,
+        max_turns: int = 10, observation_chars: int = 2000, wall_s: float = 10.0, memory_mb: int = 512,
+        sandbox: Literal["bubblewrap", "none"] = "bubblewrap", digits: int = 2, terms: int = 3, train_prompts: int = 20_000,
+        eval_prompts: int = 256, seed: int = 0, **questions: Any,
+    ) -> None:  # fmt: skip
+        if (train is None) != (eval is None):
+            raise UserError("task: give both task.train and task.eval, or neither for generated questions")
+        if sandbox != "none":
+            bubblewrap.check()
+        self.limits = Limits(wall_s=wall_s, cpu_s=math.ceil(wall_s), memory_mb=memory_mb)
+        self.sandboxed, self.notation = sandbox != "none", notation
+        self.max_calls, self.max_turns, self.observation_chars = max_calls, max_turns, observation_chars
+        self.files = None
+        if train is not None and eval is not None:
+            self.files = Math(train, eval, eval_prompts=eval_prompts, **questions)
+        self.generated = Calculations(digits, terms, train_prompts, eval_prompts, seed)
+        if self.files is None and notation == "native":
+            raise UserError(
+                "task.notation: generated questions are plain text and have no native calls; set it to code"
+            )
+
+    def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
+        prompts = self.generated.prompts(split) if self.files is None else self.files.prompts(split)
+        if self.notation == "native":
+            for prompt in prompts:
+                prompt.tools.append(PYTHON_TOOL)
+        return prompts
+
+    def grade(self, prompt: Prompt, response: str) -> float:
+        """1 if the last turn's answer is right."""
+        if self.files is not None:
+            return self.files.grade(prompt, response)
+        return float(BOXED.findall(response)[-1:] == [prompt.payload["answer"]])
+
+    def episode(self, prompt: Prompt) -> ToolEpisode:
+        return ToolEpisode(self, chat=prompt.messages is not None)
+
+
+class ToolEpisode:
+    """Implements `base.Episode`."""
+
+    def __init__(self, task: Tool, chat: bool) -> None:
+        self.task, self.chat = task, chat
+        self.session = PythonSession(task.limits, task.sandboxed)
+        self.turns = self.calls = 0
+
+    async def observe(self, turn: str) -> Observation:
+        self.turns += 1
+        wanted = parse(turn, self.task.notation)
+        if wanted is None or self.turns >= self.task.max_turns:
+            return Observation(None)
+        code, problem = wanted
+        call: dict[str, Any] = {"tool": "python", "input": code, "ok": False, "seconds": 0.0}
+        if self.calls >= self.task.max_calls:
+            problem = f"no more than {self.task.max_calls} calls are allowed; give the answer"
+        self.calls += 1
+        if problem is None:
+            outcome = await self.session.execute(code)
+            call |= {"ok": outcome.reason == "exit" and outcome.code == 0, "seconds": outcome.seconds}
+            problem = self._shown(outcome)
+        call["output"] = problem
+        return Observation(self._frame(problem), "tool" if self.task.notation == "native" else "user", [call])
+
+    async def close(self) -> None:
+        await self.session.close()
+
+    def _shown(self, outcome: Outcome) -> str:
+        """The output, its middle left out if it is long, and why it was stopped if it was."""
+        text, most = outcome.output.rstrip("\n"), self.task.observation_chars
+        if len(text) > most:
+            text = f"{text[: most // 2]}\n... {len(text) - most} characters left out ...\n{text[-(most // 2) :]}"
+        if outcome.reason != "exit":
+            why = STOPPED[outcome.reason].format(limits=self.task.limits)
+            text = f"{text}\n{why}" if text else why
+        return text
+
+    def _frame(self, text: str) -> str:
+        """As the student sees it; in plain text the frame stands in for the chat template's."""
+        if self.task.notation == "native":
+            return text
+        block = f"```output\n{text}\n```"
+        return block if self.chat else f"\n{block}\n"
+
+
+def parse(turn: str, notation: Literal["code", "native"]) -> tuple[str, str | None] | None:
+    """(code, what is wrong with the call) of a turn's last call; None if it makes none."""
+    found = (FENCE if notation == "code" else CALL).findall(turn)
+    if not found:
+        return None
+    if notation == "code":
+        return found[-1], None
+    try:
+        call = json.loads(found[-1])
+        name, code = call["name"], call["arguments"]["code"]
+    except (ValueError, TypeError, KeyError) as error:
+        return found[-1], f"not a call of a tool: {type(error).__name__}: {error}"
+    if name != "python" or not isinstance(code, str):
+        return str(code), f"there is no tool {name!r} that takes this; there is python, which takes code"
+    return code, None
+
+
+class Calculations:
+    """`37*52+18=`: products and sums, with operators' usual precedence."""
+
+    def __init__(self, digits: int, terms: int, train_prompts: int, eval_prompts: int, seed: int) -> None:
+        self.digits, self.terms, self.seed = digits, terms, seed
+        self.sizes = {"train": train_prompts, "eval": eval_prompts}
+        space = (9 * 10 ** (digits - 1)) ** terms * 3 ** (terms - 1)
+        if train_prompts + eval_prompts > space // 2:
+            raise UserError(
+                f"task: there are only {space} questions with task.digits {digits} and task.terms {terms}; raise one of them"
+            )
+
+    def prompts(self, split: Literal["train", "eval"]) -> list[Prompt]:
+        """Distinct; the held-out ones are drawn first."""
+        rng = random.Random(f"tool/{self.seed}/{self.digits}/{self.terms}")
+        questions: dict[str, None] = {}
+        while len(questions) < self.sizes["eval"]:
+            questions[self._question(rng)] = None
+        if split == "train":
+            held_out, questions = set(questions), {}
+            while len(questions) < self.sizes["train"]:
+                if (question := self._question(rng)) not in held_out:
+                    questions[question] = None
+        return [Prompt(index=i, text=f"{q}=", payload={"answer": str(eval(q))}) for i, q in enumerate(questions)]
+
+    def _question(self, rng: random.Random) -> str:
+        low, high = 10 ** (self.digits - 1), 10**self.digits
+        out = str(rng.randrange(low, high))
+        for _ in range(self.terms - 1):
+            out += rng.choice("+-*") + str(rng.randrange(low, high))
+        return out
+
+
+def scripted(question: str) -> tuple[str, str, str]:
+    """What an expert writes to a generated question: the turn with the call, the observation, the turn with the answer."""
+    expression = question.removesuffix("=")
+    value = eval(expression)
+    return f"```python\nprint({expression})\n```", f"\n```output\n{value}\n```\n", f"\\boxed{{{value}}}"
