@@ -175,6 +175,10 @@ def accounts(s: Schedule) -> None:
     assert c["drawn"] == c["trained"] + c["gated"] + c["refreshed"] + s.in_flight
 
 
+@example(  # the first held-out sample came in last, into an arena full of later ones
+    depth=0, batch=1, replicas=1, concurrency=5, score_batch=1, inflight="keep", exclusive=False, evals=5, refresh=0,
+    arena=True, faults=0, teachers=1, seed=0,
+)  # fmt: skip
 @settings(max_examples=150, deadline=None)
 @given(
     depth=st.integers(0, 5), batch=st.integers(1, 6), replicas=st.integers(1, 3), concurrency=st.integers(1, 9),

@@ -281,8 +281,7 @@ class Schedule:
         if self.learner_busy:
             return None
         if self._eval_due() is not None:
-            held_out = sorted((t for t in self.tickets.values() if t.evaluation), key=lambda t: t.key)
-            group = held_out[: self.config.batch]
+            group = self._held_out()[: self.config.batch]
             ready = bool(group) and all(self._ready(t) for t in group)
             return Measure(self.step, tuple(t.key for t in group)) if ready else None
         if self.step == self.config.steps:
@@ -334,6 +333,10 @@ class Schedule:
         due = self.step in self.config.eval_versions and self.step not in self.evaluated
         return self.step if due and self.eval_ids else None
 
+    def _held_out(self) -> list[Ticket]:
+        """In the order in which they are measured."""
+        return sorted((t for t in self.tickets.values() if t.evaluation), key=lambda t: t.key)
+
     def _start_evaluation(self) -> None:
         started = any(t.evaluation for t in self.tickets.values())
         if self._eval_due() is not None and not started and not self.learner_busy:
@@ -380,11 +383,12 @@ class Schedule:
         up their targets (they are scored again later); else nothing, until the learner has freed some."""
         if not group or self.reserve(group):
             return group
-        by_deadline = self._by_deadline()
-        first = {t.key for t in by_deadline[: self.config.batch]}
-        urgent = tuple(k for k in group if k in first or self.tickets[k].evaluation)
-        spare = any(self.tickets[k].evaluation for k in urgent)  # an evaluation holds the learner: all can wait
-        victims = [t for t in by_deadline if t.state is State.SCORED and (spare or t.key not in first)]
+        by_deadline, held_out = self._by_deadline(), self._held_out()
+        first = {t.key for t in (*by_deadline[: self.config.batch], *held_out[: self.config.batch])}
+        urgent = tuple(k for k in group if k in first)
+        measured_next = any(self.tickets[k].evaluation for k in urgent)  # it holds the learner: all others can wait
+        waiting = [*held_out[self.config.batch :], *by_deadline] if measured_next else by_deadline
+        victims = [t for t in waiting if t.state is State.SCORED and (measured_next or t.key not in first)]
         while urgent:
             if self.reserve(urgent):
                 return urgent
