@@ -30,7 +30,7 @@ from fopd_cli.tasks import load_task
 def evaluate(model: str, recipe: Recipe, out: Path | None) -> dict[str, Any]:
     """Sample, grade, average. `recipe` supplies the task, the sampler's settings, `eval.samples` and the seed."""
     cuda = torch.cuda.is_available()
-    task = load_task(*task_arguments(recipe))
+    task: Any = load_task(*task_arguments(recipe))  # with episodes or without
     tokenizer = hf.load_tokenizer(model, "MODEL")
     stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
     dtype, device = resolve_dtype(recipe.sampler.dtype, cuda), torch.device("cuda" if cuda else "cpu")
@@ -40,15 +40,15 @@ def evaluate(model: str, recipe: Recipe, out: Path | None) -> dict[str, Any]:
     began, rollouts = time.monotonic(), []
     size = recipe.sampler.concurrency
     prompts = {i: stream.prompt(sample) for i, sample in enumerate(ids)}
-    with LocalEnvironments(task, tokenizer) if stream.episodic else contextlib.nullcontext() as environments:  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+        environments = stack.enter_context(LocalEnvironments(task, tokenizer)) if stream.episodic else None
         for start in range(0, len(ids), size):  # the groups that a run forms
             group = range(start, min(start + size, len(ids)))
             requests = [Request(i, stream.token_ids(ids[i]), ids[i].seed(recipe.seed), params) for i in group]
-            rollouts += (
-                _sample(sampler, requests)
-                if environments is None
-                else _converse(sampler, requests, environments, prompts, tokenizer)
-            )
+            if environments is None:
+                rollouts += _sample(sampler, requests)
+            else:
+                rollouts += _converse(sampler, requests, environments, prompts, tokenizer)
     seconds = time.monotonic() - began
     grades: dict[int, list[float]] = defaultdict(list)
     rows = []

@@ -138,13 +138,9 @@ class ArithmeticTask(Section):
     """Of the questions, apart from the run's seed."""
 
 
-class MathTask(Section):
-    name: Literal["math"]
-    """Maths questions graded by math-verify."""
-    train: str
-    """jsonl file, or hf:owner/name[@config][:split]."""
-    eval: str
-    """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
+class Questions(Section):
+    """How rows of a file become prompts; of the math task and the tool task."""
+
     question: str = "question"
     """Column of the question, a text or a list of chat messages; a.b for a nested one."""
     answer: str | None = "answer"
@@ -161,11 +157,20 @@ class MathTask(Section):
     """System message."""
     chat: bool = True
     """Whether to apply the tokenizer's chat template."""
+
+
+class MathTask(Questions):
+    name: Literal["math"]
+    """Maths questions graded by math-verify."""
+    train: str
+    """jsonl file, or hf:owner/name[@config][:split]."""
+    eval: str
+    """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
     eval_prompts: Positive = 256
     """Held-out questions used."""
 
 
-class ToolTask(Section):
+class ToolTask(Questions):
     name: Literal["tool"]
     """Questions answered with a Python interpreter, in a sandbox, over several turns."""
     train: str | None = None
@@ -196,22 +201,6 @@ class ToolTask(Section):
     """Held-out questions used."""
     seed: int = 0
     """Of generated questions, apart from the run's seed."""
-    question: str = "question"
-    """Column of the question, as of the math task."""
-    answer: str | None = "answer"
-    """Column of the reference answer."""
-    eval_question: str | None = None
-    """The same for the held-out source, if its columns have other names."""
-    eval_answer: str | None = None
-    """The same for the held-out source, if its columns have other names."""
-    teacher: str | None = None
-    """Column that names the teacher of each row, where there are several."""
-    template: str = "{question}"
-    """Text sent to the student; {question} is replaced."""
-    system: str | None = None
-    """System message."""
-    chat: bool = True
-    """Whether to apply the tokenizer's chat template."""
 
 
 class PluginTask(Section):

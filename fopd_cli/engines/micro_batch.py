@@ -65,8 +65,9 @@ class MicroBatch:
             joined = parts if isinstance(parts, np.ndarray) else np.concatenate(parts)
             return torch.from_numpy(joined).to(device, non_blocking=True)
 
+        positions: dict[str, Any] = {name: move(tensor) for name, tensor in found.items()}
         return cls(
-            tokens=tokens, index=array(index), at=Positions(**{name: move(tensor) for name, tensor in found.items()}),  # type: ignore[arg-type]
+            tokens=tokens, index=array(index), at=Positions(**positions),
             sample=array(np.repeat(np.arange(len(samples)), counts)),
             loss_bearing=array([r.loss_mask[own] for r, own in zip(rollouts, rows, strict=True)]),
             quarter=array([4 * np.arange(n) // n for n in counts]), lag=array(np.array([s.lag for s in samples])),

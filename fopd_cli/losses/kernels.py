@@ -156,7 +156,7 @@ def _formula_terms(
     entropy = -(pi * log_pi).sum(-1)
     acting_lse = lse if ts == t else (student.float() / ts).logsumexp(-1, keepdim=True)
     acting_y = (student.gather(-1, tokens[:, None]).float() / ts - acting_lse)[:, 0]
-    loss, mean = {"reverse_kl": reverse, "forward_kl": forward}.get(kind, reverse), reverse
+    loss, mean = forward if kind == "forward_kl" else reverse, reverse
     if kind == "jsd":
         to_mixture, teachers = _to_mixture(gap, beta)
         mean = (1 - beta) * (pi * to_mixture).sum(-1, keepdim=True)
