@@ -398,7 +398,7 @@ class Runtime(Section):
     start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """The same while a worker loads its model."""
     restarts: NonNegative = 2
-    """How often a sampler, a teacher or the grader that died or hung is started again, each. A learner is not: resume the run."""
+    """How often a sampler, a teacher, the grader or the environment that died or hung is started again, each. A learner is not: resume the run."""
 
 
 def _as_list(value: Any) -> Any:

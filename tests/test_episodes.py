@@ -17,10 +17,9 @@ from conftest import (
     descendants,
     lines,
     metrics,
+    reach,
     small_recipe,
-    steps_done,
     summary,
-    wait_for,
 )
 from test_recovery import checkpoints, worker
 from test_sandbox import PROBLEM
@@ -262,7 +261,7 @@ def test_killed_in_the_middle_of_episodes(fopd: Fopd) -> None:
     recipe = tool_recipe(learner={"steps": 6, "batch_samples": 8, "lr": 1e-3, "warmup_steps": 0})
     whole = fopd.run(recipe, "whole")
     process = fopd.start("run", fopd.recipe(recipe, "cut.yaml"), "--run-dir", fopd.folder / "cut")
-    wait_for(lambda: steps_done(fopd.folder / "cut") >= 3, "three steps")
+    reach(process, fopd.folder / "cut", 3)
     process.kill()
     process.communicate()
     assert checkpoints(fopd.folder / "cut")
@@ -274,22 +273,27 @@ def test_killed_in_the_middle_of_episodes(fopd: Fopd) -> None:
 @SLOW
 @needs_sandbox
 def test_asynchronous_episodes_and_a_lost_environment(fopd: Fopd) -> None:
-    """Without its environment a run ends with a checkpoint and exit code 3, and goes on from there."""
+    """Its episodes are done again in a new one; when that may not be started, the run ends with a checkpoint."""
     recipe = tool_recipe(
         schedule={"depth": 2},
         learner={"steps": 12, "batch_samples": 8, "lr": 1e-3, "warmup_steps": 0},
         teacher={"delay_ms": 20},
+        runtime={"restarts": 1},
     )
-    process = fopd.start("run", fopd.recipe(recipe, "r.yaml"), "--run-dir", fopd.folder / "r")
-    wait_for(lambda: steps_done(fopd.folder / "r") >= 3, "three steps")
-    worker(fopd.folder / "r", "environment-0", descendants(process.pid)).kill()
+    process, run = fopd.start("run", fopd.recipe(recipe, "r.yaml"), "--run-dir", fopd.folder / "r"), fopd.folder / "r"
+    for step in (2, 6):
+        reach(process, run, step)
+        worker(run, "environment-0", descendants(process.pid)).kill()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert "environment-0" in err
-    fopd("resume", fopd.folder / "r")
-    prompts = check_accounts(fopd.folder / "r")
+    assert "starting it again (1 of 1)" in err
+    assert "there is no other environment" in err
+    fopd("resume", run)
+    prompts = check_accounts(run)
     assert prompts["trained"] + prompts["gated"] == 12 * 8
-    assert summary(fopd.folder / "r")["max_lag"] <= 2
+    assert summary(run)["max_lag"] <= 2
+    assert summary(run)["restarts"] == 1
 
 
 @SLOW

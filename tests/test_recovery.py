@@ -23,6 +23,7 @@ from conftest import (
     descendants,
     lines,
     metrics,
+    reach,
     small_recipe,
     steps_done,
     summary,
@@ -119,7 +120,7 @@ def test_accounts_survive_kills_at_random_moments(fopd: Fopd, pair: Path, depth:
 
 def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(fopd: Fopd, pair: Path) -> None:
     process, run = start(fopd, slow(pair, 2, steps=60, checkpoint={"every": 0}))
-    wait_for(lambda: steps_done(run) >= 3, "three steps")
+    reach(process, run, 3)
     family = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
     _, err = process.communicate(timeout=60)
@@ -137,7 +138,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(fopd: Fopd, pair: Path) -
 def test_ctrl_c_twice_stops_at_once(fopd: Fopd, pair: Path) -> None:
     """The running step never ends here, because the learner is stopped; the second Ctrl-C does not wait for it."""
     process, run = start(fopd, slow(pair, 2, steps=200))
-    wait_for(lambda: steps_done(run) >= 2, "two steps")
+    reach(process, run, 2)
     family = descendants(process.pid)
     worker(run, "learner-0", family).suspend()
     time.sleep(1.0)  # the next step reaches it
@@ -154,7 +155,7 @@ def test_ctrl_c_twice_stops_at_once(fopd: Fopd, pair: Path) -> None:
 @SLOW
 def test_ctrl_c_on_a_time_sliced_box(fopd: Fopd, pair: Path) -> None:
     process, run = start(fopd, slow(pair, 1, steps=60, placement={"mode": "timeslice"}, checkpoint={"every": 0}))
-    wait_for(lambda: steps_done(run) >= 2, "two steps")
+    reach(process, run, 2)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -185,7 +186,7 @@ def test_a_killed_learner_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pa
 )
 def test_the_last_one_lost_ends_the_run_with_a_checkpoint(fopd: Fopd, pair: Path, role: str) -> None:
     process, run = start(fopd, slow(pair, 1, steps=60, runtime={"restarts": 0}, checkpoint={"every": 0}))
-    wait_for(lambda: steps_done(run) >= 2, "two steps")
+    reach(process, run, 2)
     family = descendants(process.pid)
     worker(run, role, family).kill()
     _, err = process.communicate(timeout=60)
@@ -206,7 +207,7 @@ def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -
     quiet = fopd.run(slow(pair, 0), "quiet")
     process, run = start(fopd, slow(pair, 0, runtime={"timeout_s": 8.0}))
     for step, name, blow in ((2, "sampler-0", "kill"), (5, "grader-0", "kill"), (7, "teacher-0", "suspend")):
-        wait_for(lambda step=step: steps_done(run) >= step, f"step {step}")
+        reach(process, run, step)
         getattr(worker(run, name, descendants(process.pid)), blow)()
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
@@ -223,7 +224,7 @@ def test_other_replicas_take_over(fopd: Fopd, pair: Path) -> None:
     """Of two samplers one dies for good; the other does its work, and every sample is accounted for."""
     recipe = slow(pair, 2, steps=24, placement={"sampler": 2}, runtime={"restarts": 0})
     process, run = start(fopd, recipe)
-    wait_for(lambda: steps_done(run) >= 3, "three steps")
+    reach(process, run, 3)
     worker(run, "sampler-1", descendants(process.pid)).kill()
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
@@ -237,15 +238,18 @@ def test_other_replicas_take_over(fopd: Fopd, pair: Path) -> None:
 @SLOW
 @pytest.mark.parametrize("role", ["sampler-0", "teacher-0"])
 def test_an_engine_lost_on_a_time_sliced_box(fopd: Fopd, pair: Path, role: str) -> None:
-    """Awake or asleep: it is replaced when its turn comes."""
-    recipe = slow(pair, 1, steps=16, placement={"mode": "timeslice"})
+    """At work, asleep, or (stopped first, so that the others wait for it to wake) in a change of turns."""
+    recipe = slow(pair, 1, steps=16, placement={"mode": "timeslice"}, runtime={"restarts": 4})
     process, run = start(fopd, recipe)
-    for step in (2, 5):
-        wait_for(lambda step=step: steps_done(run) >= step, f"step {step}")
-        worker(run, role, descendants(process.pid)).kill()
+    for step, stopped_s in ((2, 0.0), (4, 2.0), (6, 2.0), (8, 0.0)):
+        reach(process, run, step)
+        engine = worker(run, role, descendants(process.pid))
+        engine.suspend()
+        time.sleep(stopped_s)
+        engine.kill()
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
-    assert summary(run)["restarts"] == 2
+    assert summary(run)["restarts"] == 4
     check_accounts(run)
 
 

@@ -21,6 +21,7 @@ from conftest import (
     descendants,
     lines,
     metrics,
+    reach,
     small_recipe,
     steps_done,
     summary,
@@ -108,7 +109,7 @@ def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fo
     )
     run = fopd.folder / "run"
     process = fopd.start("run", fopd.recipe(recipe), "--run-dir", run)
-    wait_for(lambda: steps_done(run) >= 2, "two steps")
+    reach(process, run, 2)
     for name in ("sampler-0", "teacher-0"):
         worker(run, name, descendants(process.pid)).kill()
         reached = steps_done(run)

@@ -35,13 +35,13 @@ from fopd_cli.runtime.episodes import Episodes
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import Layout, WeightChannel
-from fopd_cli.runtime.restarts import REPORTED, Restarts
+from fopd_cli.runtime.restarts import REPLACEABLE, Restarts
 from fopd_cli.runtime.rundir import RunDir, fingerprint
 from fopd_cli.runtime.schedule import Schedule
 from fopd_cli.runtime.sizes import arena_bytes
 from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
 from fopd_cli.runtime.telemetry import Resume, Telemetry
-from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Score, Train
+from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Role, Score, Train
 from fopd_cli.runtime.workers import Fleet, Worker, WorkerSpec
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
 
@@ -63,7 +63,7 @@ class Totals:
     samples: int = 0
     max_lag: int = 0
     skipped_steps: int = 0
-    restarts: int = 0  # of samplers, teachers and the grader
+    restarts: int = 0  # of everyone but the learner
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by version
 
 
@@ -109,6 +109,7 @@ class Conductor:
         self._score_answers: deque[list[Any]] = deque()  # [teacher, keys, answers still due], oldest first
         self.restarts = Restarts(plan, recipe.runtime.restarts)
         self._asleep_lost: list[WorkerSpec] = []  # died in their sleep; started again when their role wakes
+        self._changing_turns = False
         self._failure: str | None = None  # why the run has to end
         self._answers_due = 0  # of the learner's or a lease's current command
         self._first_answer: Any = None
@@ -219,11 +220,11 @@ class Conductor:
                 self._spawn(spec)
                 waiting.add(spec.name)
             if self.plan.exclusive and role not in ("grader", "environment"):
-                self._await_ready(waiting)
+                self._await(waiting, m.Ready)
                 for spec in specs:
                     self.fleet.send(spec.name, m.SleepCommand())
                 self._await({spec.name for spec in specs}, m.Asleep)
-        self._await_ready(waiting)
+        self._await(waiting, m.Ready)
         self._grade_the_rest()  # of a checkpoint's buffer
         self.schedule.on_learner_ready()
 
@@ -232,22 +233,23 @@ class Conductor:
         return [s for s in everyone if s.role == role]
 
     def _spawn(self, spec: WorkerSpec) -> None:
-        self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in REPORTED)
-
-    def _await_ready(self, names: set[str]) -> None:
-        self._await(names, m.Ready)
+        self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in REPLACEABLE)
 
     def _await(self, names: set[str], kind: type) -> None:
-        """Wait for one message of this kind from each of these workers; others are handled as ever."""
+        """Wait for one message of this kind from each of these workers; others are handled as ever.
+
+        A worker that dies in its first start ends the run. In a change of turns it is lost as at any other time.
+        """
         while names:
             for worker, message in self.fleet.receive(timeout=0.5):
                 if isinstance(message, kind) and worker.name in names:
                     names.discard(worker.name)
-                elif isinstance(message, m.Lost) and worker.name in names:
-                    raise WorkerError(message.reason)  # in its first start, or in a change of turns
+                elif isinstance(message, m.Lost) and worker.name in names and not self._changing_turns:
+                    raise WorkerError(message.reason)
                 else:
                     self._handle(worker, message)
-            if self._interrupts and kind is m.Ready:
+            names.intersection_update(self.fleet.workers)
+            if self._interrupts and not self._changing_turns and kind is m.Ready:
                 raise Interrupted("stopped before the first step; nothing was trained since the last checkpoint")
 
     # ---- actions ------------------------------------------------------------------------------------------------
@@ -302,18 +304,21 @@ class Conductor:
         for spec in specs:
             self.fleet.send(spec.name, command)
 
-    def _pass_lease(self, sleeper: str | None, waker: str) -> None:
+    def _pass_lease(self, sleeper: Role | None, waker: Role) -> None:
+        """Put one role to sleep, then wake the other; who was lost in its sleep, or is lost now, is started anew."""
+        self._changing_turns = True
         for role, command, kind in ((sleeper, m.SleepCommand(), m.Asleep), (waker, m.WakeCommand(), m.Awake)):
             if role is not None:
                 specs = [s for s in self._specs(role) if s.name in self.fleet.workers]
                 self._to_all(specs, command)
                 self._await({spec.name for spec in specs}, kind)
-        back = [s for s in self._asleep_lost if s.role == waker]
-        self._asleep_lost = [s for s in self._asleep_lost if s.role != waker]
-        for spec in back:
-            self._spawn(spec)
-        self._await_ready({spec.name for spec in back})
-        self.schedule.on_leased(waker)  # type: ignore[arg-type]
+        while back := [s for s in self._asleep_lost if s.role == waker]:
+            self._asleep_lost = [s for s in self._asleep_lost if s.role != waker]
+            for spec in back:
+                self._spawn(spec)
+            self._await({spec.name for spec in back}, m.Ready)
+        self._changing_turns = False
+        self.schedule.on_leased(waker)
 
     def _reserve(self, keys: tuple[int, ...]) -> bool:
         """Room in the arena for the targets of all these samples, or for none."""
@@ -459,13 +464,10 @@ class Conductor:
                 self._forget(key)
 
     def _on_lost(self, spec: WorkerSpec, reason: str) -> None:
-        """A sampler, a teacher or the grader is gone: what it had under way is done again, and it is started anew.
+        """Someone other than the learner is gone: what it had under way is done again, and it is started anew.
 
         After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a checkpoint.
         """
-        if spec.role == ENVIRONMENT.role:  # and with it the state of all episodes
-            self._failure = reason
-            return
         if self.restarts.known(spec):
             return
         for rank in self.restarts.ranks(spec):
@@ -478,6 +480,9 @@ class Conductor:
         elif spec.role == "sampler":
             self.schedule.on_sampler_lost(spec.rank)
             self._give_up(spec.rank)
+        elif spec.role == "environment":  # and with it the state of all episodes
+            self.schedule.abandon()
+            self._abort_all()
         again = self.restarts.again(spec)
         if not again:
             self.telemetry.progress.say(
@@ -490,7 +495,8 @@ class Conductor:
         self.telemetry.progress.say(
             f"{reason}; starting it again ({self.restarts.count(spec)} of {self.restarts.limit})"
         )
-        if self.plan.exclusive and spec.role not in (self.schedule.lease, "grader"):
+        awake = None if self._changing_turns else self.schedule.lease
+        if self.plan.exclusive and spec.role not in (awake, "grader", "environment"):
             self._asleep_lost += again
             for rank in again:
                 self._on_back(rank)

@@ -1,6 +1,6 @@
 """Which lost engine is started again, how often, and when there is nobody left. Counts only; the conductor acts.
 
-A sampler replica and the grader stand for themselves; the ranks of a teacher compute together and go together.
+A sampler replica, the grader and the environment stand for themselves; the ranks of a teacher compute together and go together.
 A learner is never started again here: its state is in the checkpoint, `fopd resume` takes it up.
 """
 
@@ -12,8 +12,7 @@ from dataclasses import replace
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.workers import WorkerSpec
 
-REPLACEABLE = ("sampler", "teacher", "grader")
-REPORTED = (*REPLACEABLE, "environment")  # whose loss ends the run with a checkpoint instead of at once
+REPLACEABLE = ("sampler", "teacher", "grader", "environment")
 
 
 class Restarts:
@@ -45,7 +44,7 @@ class Restarts:
         return ranks
 
     def nobody_left(self, role: str) -> bool:
-        """Whether the run cannot go on: all samplers are gone, or any teacher, or the grader."""
+        """Whether the run cannot go on: all samplers are gone, or any other engine."""
         if role == "sampler":
             return all(s.name in self._gone for s in self.plan.samplers)
         return bool(self._gone)
