@@ -109,15 +109,33 @@ def evaluate(
     ] = None,
     samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Responses to each prompt (mean@N).")] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every generation and its score there, as jsonl.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write every generation and its score there, as jsonl; what stands there is not done again.",
+        ),
+    ] = None,
+    generate_only: Annotated[
+        bool, typer.Option("--generate-only", help="Leave the grading for later (--out).")
+    ] = False,
+    grade_only: Annotated[
+        bool, typer.Option("--grade-only", help="Grade what stands in --out, all of it anew.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Processes; default: one a CUDA device, one on a CPU.")
     ] = None,
     set_: SetOption = None,
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
 
-    Same code and random numbers as the run's own evaluation: for a finished run it prints the same score.
+    Same code and random numbers as the run's own evaluation: for a finished run it prints the same score. Interrupted, the
+    same command with the same --out goes on.
     """
     from fopd_cli.recipe import load_recipe
+    from fopd_cli.runtime.placement import cuda_devices
+
+    if generate_only and grade_only:
+        raise UserError("--generate-only, --grade-only: choose one of them")
 
     folder = Path(model)
     is_run = (folder / "recipe.yaml").is_file()
@@ -139,7 +157,8 @@ def evaluate(
 
     path = str(folder / "student") if is_run else recipe.student.model
     doctor.check_model_name(path, "MODEL")
-    typer.echo(json.dumps(score(path, recipe, out), indent=1))
+    mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
+    typer.echo(json.dumps(score(path, recipe, out, mode, jobs or max(1, cuda_devices())), indent=1))
 
 
 @app.command("doctor")

@@ -81,7 +81,10 @@ class Inputs:
             width = section.k if kind == "topk" else 1
             if kind == "hidden":
                 width = hf.text_config(local[section.name].config).hidden_size
-            specs.append(TargetSpec(kind, width, resolve_dtype(section.dtype, bool(ranks[0].devices))))
+            dtype = resolve_dtype(section.dtype, bool(ranks[0].devices))
+            specs.append(
+                TargetSpec(kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0)
+            )
         return tuple(specs)
 
     @property
@@ -130,8 +133,7 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
         for t in local
     ]
     tokenizer = hf.load_tokenizer(recipe.student.model, "student.model")
-    names = [t.name for t in recipe.teachers]
-    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt, names)
+    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt, recipe.teachers)
     for split in ("train", "eval"):
         if not stream.prompts[split]:
             raise UserError(f"task: there is no {split} prompt; give it at least one")

@@ -1,14 +1,23 @@
 """`fopd eval`: the score of a model on a task's held-out prompts, by the same code and with the same random numbers
-as the run's own evaluation, so that the two agree."""
+as the run's own evaluation, so that the two agree.
+
+With a file for its rows it is resumable (each row is written when it is finished, what stands there is not done again), can
+generate first and grade later, and be spread over several processes, one a device.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 
@@ -17,64 +26,242 @@ from fopd_cli.engines.protocols import Sampler
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime import messages as m
+from fopd_cli.runtime import records
 from fopd_cli.runtime.build import make_sampler, resolve_dtype, task_arguments
 from fopd_cli.runtime.environment import LocalEnvironments
 from fopd_cli.runtime.episodes import Episodes
 from fopd_cli.runtime.params import sampling_params
+from fopd_cli.runtime.roles import graded
 from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids
 from fopd_cli.runtime.telemetry import mean_and_error
-from fopd_cli.samples import Prompt, Request, Rollout
+from fopd_cli.runtime.workers import Fleet, Mailbox, WorkerSpec
+from fopd_cli.samples import Prompt, Request, Rollout, SampleId
 from fopd_cli.tasks import load_task
 
+Row = dict[str, Any]
+Mode = Literal["all", "generate", "grade"]
 
-def evaluate(model: str, recipe: Recipe, out: Path | None) -> dict[str, Any]:
-    """Sample, grade, average. `recipe` supplies the task, the sampler's settings, `eval.samples` and the seed."""
-    cuda = torch.cuda.is_available()
-    task: Any = load_task(*task_arguments(recipe))  # with episodes or without
-    tokenizer = hf.load_tokenizer(model, "MODEL")
-    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
-    dtype, device = resolve_dtype(recipe.sampler.dtype, cuda), torch.device("cuda" if cuda else "cpu")
-    sampler = make_sampler(recipe, model, dtype, device, context_tokens(recipe, stream))
-    ids = evaluation_ids(recipe, stream)
-    params = sampling_params(recipe, evaluation=True)
-    began, rollouts = time.monotonic(), []
-    size = recipe.sampler.concurrency
-    prompts = {i: stream.prompt(sample) for i, sample in enumerate(ids)}
-    with contextlib.ExitStack() as stack:
-        environments = stack.enter_context(LocalEnvironments(task, tokenizer)) if stream.episodic else None
-        for start in range(0, len(ids), size):  # the groups that a run forms
-            group = range(start, min(start + size, len(ids)))
-            requests = [Request(i, stream.token_ids(ids[i]), ids[i].seed(recipe.seed), params) for i in group]
-            if environments is None:
-                rollouts += _sample(sampler, requests)
-            else:
-                rollouts += _converse(sampler, requests, environments, prompts, tokenizer)
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does. `recipe` supplies the task, the sampler's settings, `eval.samples` and the seed."""
+
+    model: str
+    recipe: Recipe
+    mode: Mode
+    groups: list[list[int]]  # numbers of held-out samples, batch by batch; in mode `grade` empty
+    rows: list[Row]  # those that are only to be graded
+
+
+def evaluate(model: str, recipe: Recipe, out: Path | None, mode: Mode = "all", jobs: int = 1) -> dict[str, Any]:
+    """Sample, grade, average. `out` keeps the rows."""
+    if mode != "all" and out is None:
+        raise UserError(f"--{mode}-only: give --out FILE, which the rows are written to or read from")
+    book = _Book(out, _digest(model, recipe))
+    if mode == "grade" and not book.rows:
+        raise UserError(f"--grade-only: {out} holds no rows; make some with --generate-only")
+    began, already = time.monotonic(), len(book.rows)
+    fresh: list[Row] = []
+
+    def take(row: Row) -> None:
+        if mode != "grade":
+            fresh.append(row)
+        book.write(row)
+
+    with book:
+        _work(_jobs(model, recipe, mode, jobs, book.rows), take)
+    rows = sorted(book.rows.values(), key=lambda row: row["number"])
+    if mode == "grade" and out is not None:
+        book.rewrite()
     seconds = time.monotonic() - began
-    grades: dict[int, list[float]] = defaultdict(list)
-    rows = []
-    for rollout in sorted(rollouts, key=lambda r: r.key):
-        sample = ids[rollout.key]
-        prompt = stream.prompt(sample)
-        text = hf.decode(tokenizer, rollout.response_ids)
-        grade = float(task.grade(prompt, hf.decode(tokenizer, rollout.last_turn)))
-        grades[sample.prompt].append(grade)
-        rows.append(_row(prompt.text or prompt.messages, sample.replica, text, grade, rollout))
-    score, error = mean_and_error(grades.values())
-    if out is not None:
-        _write(out, rows)
+    found = {
+        "model": model,
+        **summary(rows),
+        "samples": recipe.eval.samples,
+        "already_done": already if mode != "grade" else 0,
+    }
+    if fresh:
+        found["tokens_per_second"] = sum(row["tokens"] for row in fresh) / seconds
+    return found
+
+
+def summary(rows: list[Row]) -> dict[str, Any]:
+    """Figures over all rows; the score is mean@k over prompts, None while nothing is graded."""
+    by_prompt: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["score"] is not None:
+            by_prompt[row["prompt_index"]].append(row["score"])
+    score, error = mean_and_error(by_prompt.values()) if by_prompt else (None, None)
+    episodes: Any = [SimpleNamespace(turns=row["turns"], calls=row["calls"]) for row in rows]
     return {
-        "model": model, "score": score, "score_error": error, "prompts": len(grades), "samples": recipe.eval.samples,
-        "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
-        "tokens_per_second": sum(r.response_length for r in rollouts) / seconds,
+        "score": score, "score_error": error, "prompts": len({row["prompt_index"] for row in rows}), "rows": len(rows),
+        "truncated": sum(row["finish"] == "length" for row in rows) / max(1, len(rows)),
+        **records.mean_figures([row["figures"] for row in rows]), **records.episodes(episodes), **records.tool_seconds(episodes),
     }  # fmt: skip
 
 
-def _sample(sampler: Sampler, requests: list[Request]) -> list[Rollout]:
+def _digest(model: str, recipe: Recipe) -> str:
+    """Of what rows depend on."""
+    asked = {"model": model, "task": recipe.task.model_dump(mode="json"), "sampler": recipe.sampler.model_dump(mode="json"),
+             "eval": recipe.eval.model_dump(mode="json"), "seed": recipe.seed}  # fmt: skip
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Book:
+    """The rows by number, and the file that keeps them: a header, then a row a line, as they are finished."""
+
+    def __init__(self, path: Path | None, digest: str) -> None:
+        self.path, self.header = path, {"fopd_eval": digest}
+        self.rows: dict[int, Row] = {}
+        self._file: Any = None
+        if path is not None and path.exists():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may have been cut off
+        except (OSError, ValueError) as error:
+            raise UserError(f"--out: {path} cannot be read as rows of fopd eval: {error}") from None
+        if not found or found[0] != self.header:
+            raise UserError(
+                f"--out: {path} is of another model, task, sampler or seed, or no file of fopd eval; delete it or name another"
+            )
+        self.rows = {row["number"]: row for row in found[1:]}
+
+    def __enter__(self) -> _Book:
+        if self.path is not None:
+            self.rewrite()
+            self._file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, row: Row) -> None:
+        self.rows[row["number"]] = row
+        if self._file is not None:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def rewrite(self) -> None:
+        """The file anew, each row once."""
+        assert self.path is not None
+        text = [json.dumps(self.header)]
+        text += [json.dumps(self.rows[n], ensure_ascii=False) for n in sorted(self.rows)]
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            raise UserError(f"--out: cannot write {self.path}: {error.strerror}") from None
+
+
+def _jobs(model: str, recipe: Recipe, mode: Mode, jobs: int, rows: dict[int, Row]) -> list[Job]:
+    """The work that is left, in at most `jobs` parts."""
+    if mode == "grade":
+        todo = list(rows.values())
+        return [Job(model, recipe, mode, [], part) for i in range(jobs) if (part := todo[i::jobs])]
+    task: Any = load_task(*task_arguments(recipe))
+    count = len(task.prompts("eval")) * recipe.eval.samples
+    size = recipe.sampler.concurrency  # the groups that a run forms
+    groups = [[n for n in range(i, min(i + size, count)) if n not in rows] for i in range(0, count, size)]
+    groups = [group for group in groups if group]
+    ungraded = [row for row in rows.values() if mode == "all" and row["score"] is None and row["gradable"]]
+    return [
+        Job(model, recipe, mode, groups[i::jobs], ungraded[i::jobs])
+        for i in range(jobs)
+        if groups[i::jobs] or ungraded[i::jobs]
+    ]
+
+
+def _work(jobs: list[Job], take: Callable[[Row], None]) -> None:
+    """Do them, here if it is one, else a process each."""
+    cuda = torch.cuda.device_count()
+    if len(jobs) <= 1:
+        for job in jobs:
+            for row in _rows(job, torch.device("cuda" if cuda else "cpu")):
+                take(row)
+        return
+    threads = max(1, torch.get_num_threads() // len(jobs))
+    with tempfile.TemporaryDirectory(prefix="fopd-eval-") as logs, Fleet(Path(logs), 3600.0, 3600.0) as fleet:
+        for i, job in enumerate(jobs):
+            spec = WorkerSpec("eval", i, len(jobs), (i % cuda,) if cuda else (), threads)
+            fleet.start(spec, evaluation_main, job)
+        left = len(jobs)
+        while left:
+            for _, message in fleet.receive(timeout=0.5):
+                if isinstance(message, m.Ready):
+                    left -= 1
+                else:
+                    take(message)
+
+
+def evaluation_main(spec: WorkerSpec, mailbox: Mailbox, job: Job) -> None:
+    """One process's share; says `Ready` when all of it is done."""
+    for row in _rows(job, torch.device("cuda", 0) if spec.devices else torch.device("cpu")):
+        mailbox.send(row)
+    mailbox.send(m.Ready())
+    while not isinstance(mailbox.receive(block=True), m.StopCommand):
+        pass
+
+
+def _rows(job: Job, device: torch.device) -> Iterator[Row]:
+    """Finished rows, one by one."""
+    recipe = job.recipe
+    task: Any = load_task(*task_arguments(recipe))  # with episodes or without
+    prompts = task.prompts("eval")
+    for row in job.rows:
+        yield {**row, **_grade(task, prompts[row["prompt_index"]], row["answer"])}
+    if not job.groups:
+        return
+    tokenizer = hf.load_tokenizer(job.model, "MODEL")
+    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
+    dtype = resolve_dtype(recipe.sampler.dtype, device.type == "cuda")
+    sampler = make_sampler(recipe, job.model, dtype, device, context_tokens(recipe, stream))
+    ids = evaluation_ids(recipe, stream)
+    params = sampling_params(recipe, evaluation=True)
+    with contextlib.ExitStack() as stack:
+        environments = stack.enter_context(LocalEnvironments(task, tokenizer)) if stream.episodic else None
+        for group in job.groups:
+            requests = [Request(i, stream.token_ids(ids[i]), ids[i].seed(recipe.seed), params) for i in group]
+            if environments is None:
+                finished = _sample(sampler, requests)
+            else:
+                finished = _converse(
+                    sampler, requests, environments, {i: stream.prompt(ids[i]) for i in group}, tokenizer
+                )
+            for rollout in finished:
+                sample = ids[rollout.key]
+                row = _row(stream.prompt(sample), sample, rollout, tokenizer)
+                yield row if job.mode == "generate" else {**row, **_grade(task, stream.prompt(sample), row["answer"])}
+
+
+def _grade(task: Any, prompt: Prompt, answer: str) -> Row:
+    score, figures = graded(task, prompt, answer)
+    gradable = score == score  # nan: there is no reference
+    return {
+        "score": score if gradable else None,
+        "gradable": gradable,
+        "figures": {k: v for k, v in figures.items() if v == v},
+    }
+
+
+def _row(prompt: Prompt, sample: SampleId, rollout: Rollout, tokenizer: Any) -> Row:
+    return {
+        "number": rollout.key, "prompt_index": sample.prompt, "sample": sample.replica, "prompt": prompt.text or prompt.messages,
+        "response": hf.decode(tokenizer, rollout.response_ids),
+        "answer": hf.decode(tokenizer, rollout.last_turn) if rollout.answer is None else rollout.answer,
+        "score": None, "gradable": True, "figures": {}, "finish": rollout.finish, "tokens": rollout.response_length,
+        "turns": rollout.turns, "calls": rollout.calls,
+    }  # fmt: skip
+
+
+def _sample(sampler: Sampler, requests: list[Request]) -> Iterator[Rollout]:
     sampler.submit(requests)
-    rollouts = []
     while sampler.busy:
-        rollouts += sampler.step()
-    return rollouts
+        yield from sampler.step()
 
 
 def _converse(
@@ -83,9 +270,9 @@ def _converse(
     environments: LocalEnvironments,
     prompts: dict[int, Prompt],
     tokenizer: Any,
-) -> list[Rollout]:
+) -> Iterator[Rollout]:
     """Whole episodes: turns are sampled while tools of other episodes run."""
-    episodes, rollouts = Episodes(), []
+    episodes = Episodes()
     for request in requests:
         episodes.start(request, replica=0)
     sampler.submit(requests)
@@ -95,13 +282,13 @@ def _converse(
             assert episode is not None
             if turn.finish == "length":
                 environments.cancel([turn.key])
-                rollouts.append(episodes.finish(episode))
+                yield episodes.finish(episode)
             else:
                 environments.turn(
-                    m.TurnCommand(turn.key, episode.life, prompts[turn.key], hf.decode(tokenizer, turn.response_ids))
+                    m.TurnCommand(turn.key, episode.life, prompts[turn.key], hf.decode(tokenizer, turn.response_ids), 0)
                 )
         for seen in environments.receive(block=bool(episodes.running) and not sampler.busy):
-            episode = episodes.on_observed(seen.key, seen.life, seen.token_ids, seen.calls)
+            episode = episodes.on_observed(seen.key, seen.life, seen.token_ids, seen.calls, seen.answer)
             assert episode is not None
             following = None if seen.token_ids is None else episodes.next_turn(episode)
             if following is not None:
@@ -109,19 +296,4 @@ def _converse(
                 sampler.submit([following])
             else:
                 environments.cancel([seen.key])
-                rollouts.append(episodes.finish(episode))
-    return rollouts
-
-
-def _row(prompt: Any, replica: int, text: str, grade: float, rollout: Rollout) -> dict[str, Any]:
-    return {
-        "prompt": prompt, "sample": replica, "response": text, "score": None if grade != grade else grade,
-        "finish": rollout.finish, "tokens": rollout.response_length,
-    }  # fmt: skip
-
-
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out: cannot write {out}: {error.strerror}") from None
+                yield episodes.finish(episode)

@@ -119,6 +119,8 @@ class Teacher(Section):
     """As learner.packing, for engine transformers."""
     buffer_gb: Annotated[float, Field(gt=0)] | None = None
     """Shared memory for targets (of all teachers; the largest value counts); a full buffer holds the teacher back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at least two batches' worst case."""
+    context: str | None = None
+    """What the teacher is told instead of the question, and the student is not: a template with {question} and any of the prompt's own columns, such as {answer} or {solution}. null: the question."""
     delay_ms: Annotated[float, Field(ge=0)] = 0.0
     """Sleep so long for every scored sample: a slow teacher, for studies."""
 
@@ -145,6 +147,8 @@ class Questions(Section):
     """Column of the question, a text or a list of chat messages; a.b for a nested one."""
     answer: str | None = "answer"
     """Column of the reference answer; null: there is none, nothing is graded."""
+    solution: str | None = None
+    """Column of a reference solution, for teacher.context."""
     eval_question: str | None = None
     """The same for the held-out source, if its columns have other names."""
     eval_answer: str | None = None
@@ -201,6 +205,8 @@ class ToolTask(Questions):
     """Held-out questions used."""
     seed: int = 0
     """Of generated questions, apart from the run's seed."""
+    drift: Share = 0.0
+    """Probability with which a training question's tool changes its answers at a version: a world that moves on, for studies of supervision drift."""
 
 
 class PluginTask(Section):
@@ -329,6 +335,15 @@ class Refresh(Section):
     """Optimizer steps between two refreshes of policy fixed_refresh."""
 
 
+class Replay(Section):
+    """Tasks of many turns only: their contexts can change, all others' cannot."""
+
+    share: Share = 0.125
+    """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context first: their calls are executed again, the teacher judges what changed. 0: D_sup is taken to be 0. Deterministic tools cost the execution only."""
+    min_lag: Positive = 1
+    """Only contexts so many optimizer steps old."""
+
+
 class Freshness(Section):
     policy: Literal["sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd"] = "fopd"
     """Which row of the paper's tables to run."""
@@ -349,6 +364,7 @@ class Freshness(Section):
     step_scale: Literal["none", "freshness"] = "none"
     """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the loss)."""
     refresh: Refresh = Refresh()
+    replay: Replay = Replay()
 
 
 class Eval(Section):

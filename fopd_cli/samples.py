@@ -76,6 +76,15 @@ class Request:
     params: SamplingParams
 
 
+@dataclass(frozen=True)
+class Context:
+    """On what a teacher judges a rollout. It differs from what the student saw if the teacher is told more (`teacher.context`),
+    or if the environment would answer differently by now (a replay)."""
+
+    token_ids: np.ndarray  # int32 (m,)
+    positions: np.ndarray  # int64 (n,): where the token of response position h stands in `token_ids`; -1: nowhere
+
+
 @dataclass
 class Rollout:
     """A finished generation. `response` arrays have `n` rows, one per sampled token (EOS included)."""
@@ -93,6 +102,13 @@ class Rollout:
     draw_logprobs: np.ndarray | None = None  # float32 (n, draws - 1): log pi_r of them
     turns: list[tuple[int, int]] = field(default_factory=list)  # response positions of each turn of an episode
     calls: list[dict[str, Any]] = field(default_factory=list)  # what an episode's environment executed
+    answer: str | None = None  # what is graded, where an episode's environment says so; None: the last turn
+    context: Context | None = None  # None: what the student saw. Never saved: it is made anew for each scoring
+
+    @property
+    def judged(self) -> Context:
+        """The context of the scoring at hand."""
+        return self.context or Context(self.token_ids, np.arange(self.prompt_length, len(self.token_ids)))
 
     @property
     def response_length(self) -> int:
@@ -120,12 +136,17 @@ class TargetSpec:
     kind: TargetKind
     width: int  # hidden size, k, or 1
     dtype: torch.dtype  # of hidden states; log-probs are float32, ids int32
+    replayed: bool = False  # whether contexts may be replayed: `drift` and `aligned` are then there
 
     def fields(self, positions: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of each array, in the order in which they lie in memory."""
+        fields: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        if self.replayed:
+            fields.append(("drift", torch.float32, (positions,)))
+            fields.append(("aligned", torch.int32, (positions,)))
         if self.kind == "hidden":
-            return [("hidden", self.dtype, (positions, self.width))]
-        fields: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("logprobs", torch.float32, (positions,))]
+            return [*fields, ("hidden", self.dtype, (positions, self.width))]
+        fields.append(("logprobs", torch.float32, (positions,)))
         if self.kind == "topk":
             fields.append(("topk_logprobs", torch.float32, (positions, self.width)))
             fields.append(("topk_ids", torch.int32, (positions, self.width)))
@@ -141,7 +162,8 @@ class TeacherTargets:
 
     `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes exact logits.
     `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the likeliest tokens.
-    `teacher` is the number of the teacher that said it.
+    After a replay all of it is of the current context; `drift` (n,) is then KL(p(.|now) || p(.|labelled)) in nats, and `aligned`
+    (n,) 0 where the current context has no such position. `teacher` is the number of the teacher that said it.
     """
 
     kind: TargetKind
@@ -149,6 +171,8 @@ class TeacherTargets:
     logprobs: torch.Tensor | None = None
     topk_logprobs: torch.Tensor | None = None
     topk_ids: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
+    aligned: torch.Tensor | None = None
     teacher: int = 0
 
 

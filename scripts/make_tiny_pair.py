@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Make a tiny teacher and a tinier student with one byte-level tokenizer, in Hugging Face format.
 
-    scripts/make_tiny_pair.py OUT [--task arithmetic|tool] [--arch qwen3|llama] [--untrained] [--teacher-loss X] [--student-loss X]
+    scripts/make_tiny_pair.py OUT [--task arithmetic|swe|tool] [--arch qwen3|llama] [--untrained] [--teacher-loss X] [--student-loss X]
 
 The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few steps, enough to
 know the format and to be wrong most of the time. `recipes/tiny/` was made by this script with its defaults (about 40
-seconds on two cores), `recipes/tiny-tool/` with `--task tool --student-loss 0.2`. The pair has a chat template, so that it can stand in for real
+seconds on two cores), `recipes/tiny-tool/` with `--task tool --student-loss 0.2`,
+`recipes/tiny-swe/` with `--task swe --student-loss 0.1`. The pair has a chat template, so that it can stand in for real
 models wherever one is needed.
 """
 
@@ -23,6 +24,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from fopd_cli.tasks.arithmetic import Arithmetic, worked
+from fopd_cli.tasks.swe.generated import instances
+from fopd_cli.tasks.swe.generated import scripted as scripted_fix
 from fopd_cli.tasks.tool import Calculations, scripted
 
 CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
@@ -87,6 +90,20 @@ class Arithmetics:
         return [(question, False), (worked(question) + END, True)]
 
 
+class BugFixes:
+    """Episodes of an expert coding agent, as the scaffold of `recipes/swe-tiny.yaml` shows them."""
+
+    def __init__(self) -> None:
+        self.instances = instances("train", 20_000, seed=0, held_out=256)
+
+    def __call__(self, rng: random.Random, step: int) -> list[tuple[str, bool]]:
+        made = rng.choice(self.instances)
+        pieces = [(f"{made.problem}\n", False)]
+        for command, output in scripted_fix(made):
+            pieces += [(f"```sh\n{command}\n```{END}", True), (f"\n0\n{output}", False)]
+        return pieces[:-1]
+
+
 class ToolCalls:
     """Episodes of an expert with a Python interpreter."""
 
@@ -137,7 +154,7 @@ def pretrain(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--task", choices=["arithmetic", "tool"], default="arithmetic")
+    parser.add_argument("--task", choices=["arithmetic", "swe", "tool"], default="arithmetic")
     parser.add_argument("--arch", choices=sorted(CONFIGS), default="qwen3")
     parser.add_argument("--untrained", action="store_true", help="random weights: enough where only shapes matter")
     parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats a token at which to stop")
@@ -146,7 +163,7 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=5)
     args = parser.parse_args()
     tokenizer = make_tokenizer()
-    examples = ToolCalls() if args.task == "tool" else Arithmetics(args.horizon)
+    examples = {"tool": ToolCalls, "swe": BugFixes}.get(args.task, lambda: Arithmetics(args.horizon))()
     sizes = {"teacher": (128, 2, args.teacher_loss), "student": (96, 2, args.student_loss)}
     for seed, (name, (hidden, layers, target)) in enumerate(sizes.items()):
         start = time.monotonic()

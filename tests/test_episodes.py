@@ -166,7 +166,7 @@ def test_calls_are_found_in_both_notations() -> None:
 
 def converse(task: Tool, *turns: str) -> list[Observation]:
     async def go() -> list[Observation]:
-        episode = task.episode(Prompt(0, text="q"))
+        episode = task.episode(Prompt(0, text="q"), 0)
         try:
             return [await episode.observe(t) for t in turns]
         finally:

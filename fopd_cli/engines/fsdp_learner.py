@@ -253,9 +253,9 @@ class FsdpLearner:
         batch, n = MicroBatch.of(chosen, config.packing, self.device), len(chosen)
         sample, mask, lag, lengths = batch.sample, batch.loss_bearing, batch.lag, batch.lengths
         aligned = torch.isfinite(batch.at.behaviour)
-        _, coverage = drift.per_sample(torch.zeros_like(batch.at.behaviour), aligned, mask, sample, n)
-        # Contexts of single-turn tasks never change and the teacher is frozen: D_sup is exactly 0, all of it aligned.
-        drift_sup, coverage_sup = torch.zeros_like(lengths), torch.ones_like(lengths)
+        _, coverage = drift.per_sample(torch.zeros_like(batch.at.behaviour), aligned, batch.sampled, sample, n)
+        # The teacher is frozen: where the context did not change, D_sup is exactly 0 and all of it aligned.
+        drift_sup, coverage_sup = drift.per_sample(batch.drift_sup, mask, batch.sampled, sample, n)
 
         def freshness(of: Tensor, drift_roll: Tensor) -> Tensor:
             above = self.floor.subtract(drift_roll)

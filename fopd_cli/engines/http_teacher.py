@@ -55,6 +55,9 @@ class HttpTeacher:
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         list(self._pool.map(self._score, rollouts, targets))
 
+    def head(self) -> None:
+        """It stays with the server."""
+
     def sleep(self) -> None:
         """It holds nothing here."""
 
@@ -86,12 +89,13 @@ class HttpTeacher:
 
     def _score(self, rollout: Rollout, target: TeacherTargets) -> None:
         wanted = 0 if target.topk_ids is None else target.topk_ids.shape[-1]
-        entries = self._prompt_logprobs(rollout.token_ids, wanted)[rollout.prompt_length :]
+        context = rollout.judged
+        found = self._prompt_logprobs(context.token_ids, wanted)
+        at = context.positions.clip(min=1)  # a position that the context does not have gets some row; nobody reads it
+        entries, tokens = [found[i] for i in at], context.token_ids[at]
         assert target.logprobs is not None
         target.logprobs.copy_(
-            torch.tensor(
-                [entry[str(token)]["logprob"] for entry, token in zip(entries, rollout.response_ids, strict=True)]
-            )
+            torch.tensor([entry[str(token)]["logprob"] for entry, token in zip(entries, tokens, strict=True)])
         )
         if target.topk_logprobs is not None and target.topk_ids is not None:
             # The sampled token stands among them even if it is not likely; the others are the k likeliest.

@@ -32,6 +32,7 @@ OF_TARGETS = {  # field of `Positions` -> field of `TeacherTargets`, dtype (None
     "teacher_topk": ("topk_logprobs", torch.float32),
     "teacher_topk_ids": ("topk_ids", torch.int64),
 }
+SUPERVISION = {"drift_sup": ("drift", torch.float32), "judged": ("aligned", torch.bool)}  # likewise, of `MicroBatch`
 
 
 @dataclass
@@ -42,10 +43,12 @@ class MicroBatch:
     index: Tensor  # int64 (N,): the place in `tokens` whose hidden state predicts the position
     at: Positions
     sample: Tensor  # int64 (N,)
-    loss_bearing: Tensor  # bool (N,)
+    sampled: Tensor  # bool (N,): by the student
+    loss_bearing: Tensor  # bool (N,): sampled, and in the teacher's current context
+    drift_sup: Tensor  # float32 (N,): KL of the teacher's label now against the first one
     quarter: Tensor  # int64 (N,): of the sample's loss-bearing positions, 0 to 3
     lag: Tensor  # int64 (n,)
-    lengths: Tensor  # float32 (n,): loss-bearing positions
+    lengths: Tensor  # float32 (n,): sampled positions
 
     @classmethod
     def of(cls, samples: Sequence[Sample], packed: bool, device: torch.device) -> MicroBatch:
@@ -66,10 +69,16 @@ class MicroBatch:
             return torch.from_numpy(joined).to(device, non_blocking=True)
 
         positions: dict[str, Any] = {name: move(tensor) for name, tensor in found.items()}
+        sampled = array([r.loss_mask[own] for r, own in zip(rollouts, rows, strict=True)])
+        labels = {
+            name: move(_of_targets([s.targets for s in samples], rows, *source)) for name, source in SUPERVISION.items()
+        }
+        judged, drift_sup = labels["judged"], labels["drift_sup"]
         return cls(
             tokens=tokens, index=array(index), at=Positions(**positions),
             sample=array(np.repeat(np.arange(len(samples)), counts)),
-            loss_bearing=array([r.loss_mask[own] for r, own in zip(rollouts, rows, strict=True)]),
+            sampled=sampled, loss_bearing=sampled if judged is None else sampled & judged,
+            drift_sup=torch.zeros(len(sampled), device=device) if drift_sup is None else drift_sup,
             quarter=array([4 * np.arange(n) // n for n in counts]), lag=array(np.array([s.lag for s in samples])),
             lengths=array(np.array([r.loss_mask.sum() for r in rollouts], dtype=np.float32)),
         )  # fmt: skip

@@ -42,10 +42,13 @@ class Sampler(Protocol):
 
 
 class Teacher(Protocol):
-    """A frozen teacher, judging. On several ranks all call `score` together, each with its own rollouts."""
+    """A frozen teacher, judging. On several ranks all methods are called together, each with its own rollouts."""
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
-        """Fill the targets (views into shared memory) of each rollout."""
+        """Fill the targets (views into shared memory) of each rollout, on its `judged` context."""
+
+    def head(self) -> Tensor | None:
+        """The unembedding `(V, hidden)` that turns its hidden states into logits; None where they are not given."""
 
     def sleep(self) -> None: ...
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from fopd_cli.engines.batching import by_token_budget
 from fopd_cli.engines.hf import blocks
@@ -60,13 +61,18 @@ class TransformersTeacher:
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
-        batches = by_token_budget([len(r.token_ids) for r in rollouts], self.micro_tokens, self.packing)
+        batches = by_token_budget([len(r.judged.token_ids) for r in rollouts], self.micro_tokens, self.packing)
         # Agreed on before any forward: a rank that has none would wait here for one that waits in its first all-gather.
         most = self._most(len(batches))
         for indices in batches:
             self._score_batch([rollouts[i] for i in indices], [targets[i] for i in indices])
         for _ in range(most - len(batches)):
             self.model(TokenBatch.of([np.zeros(2, dtype=np.int32)], self.packing, self.device))
+
+    @torch.no_grad()
+    def head(self) -> Tensor:
+        weight = self.model.lm.get_output_embeddings().weight
+        return (weight.full_tensor() if isinstance(weight, DTensor) else weight)[: self.vocab]
 
     def sleep(self) -> None:
         self.model.to("cpu")
@@ -84,10 +90,12 @@ class TransformersTeacher:
         return int(counts)
 
     def _score_batch(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
-        batch = TokenBatch.of([r.token_ids for r in rollouts], self.packing, self.device)
+        contexts = [r.judged for r in rollouts]
+        batch = TokenBatch.of([c.token_ids for c in contexts], self.packing, self.device)
         hidden, head = self.model(batch)
-        for start, rollout, target in zip(batch.starts, rollouts, targets, strict=True):
-            rows = hidden[start + rollout.prompt_length - 1 : start + len(rollout.token_ids) - 1]
+        for start, context, rollout, target in zip(batch.starts, contexts, rollouts, targets, strict=True):
+            # A position that the context does not have gets some row; nobody reads it.
+            rows = hidden[torch.from_numpy(start + context.positions.clip(min=1) - 1).to(self.device)]
             if target.hidden is not None:
                 target.hidden.copy_(rows)
             else:

@@ -26,11 +26,16 @@ class VllmTeacher:
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         for i, (rollout, target) in enumerate(zip(rollouts, targets, strict=True)):
             k = 0 if target.topk_logprobs is None else target.topk_logprobs.shape[-1] + self.padding
-            self.engine.add(i, rollout.token_ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True)
+            self.engine.add(
+                i, rollout.judged.token_ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True
+            )
         while self.engine.busy:
             for output in self.engine.step():
                 i = int(output.request_id)
                 self._fill(output.new_prompt_logprobs_tensors, rollouts[i], targets[i])
+
+    def head(self) -> None:
+        """vLLM's stays inside."""
 
     def sleep(self) -> None:
         self.engine.sleep()
@@ -40,7 +45,8 @@ class VllmTeacher:
 
     def _fill(self, found: Any, rollout: Rollout, target: TeacherTargets) -> None:
         """`found` has a row for every token but the first: the token's own log-prob, then the likeliest tokens'."""
-        rows = slice(rollout.prompt_length - 1, None)
+        # A position that the context does not have gets some row; nobody reads it.
+        rows = torch.from_numpy(rollout.judged.positions.clip(min=1) - 1)
         assert target.logprobs is not None
         target.logprobs.copy_(found.logprobs[rows, 0])
         if target.topk_logprobs is not None and target.topk_ids is not None:

@@ -139,7 +139,7 @@ def save_buffer(path: Path, rollouts: Iterable[Rollout], targets: dict[int, np.n
         described.append(
             {
                 "key": r.key, "prompt_length": r.prompt_length, "spans": r.spans, "finish": r.finish, "turns": r.turns,
-                "calls": r.calls,
+                "calls": r.calls, "answer": r.answer,
             }
         )  # fmt: skip
     save_file(arrays, str(path))

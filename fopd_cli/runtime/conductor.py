@@ -15,7 +15,7 @@ import signal
 import time
 import uuid
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,17 @@ from fopd_cli.runtime.episodes import Episodes
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import Layout, WeightChannel
+from fopd_cli.runtime.replays import Replays
 from fopd_cli.runtime.restarts import REPLACEABLE, Restarts
 from fopd_cli.runtime.rundir import RunDir, fingerprint
 from fopd_cli.runtime.schedule import Schedule
 from fopd_cli.runtime.sizes import arena_bytes
 from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
 from fopd_cli.runtime.telemetry import Resume, Telemetry
-from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Role, Score, Train
+from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Replay, Role, Score, Train
 from fopd_cli.runtime.workers import Fleet, Worker, WorkerSpec
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
+from fopd_cli.tasks.replay import cached
 
 MAINS = {
     "learner": roles.learner_main, "teacher": roles.teacher_main, "sampler": roles.sampler_main, "grader": roles.grader_main,
@@ -88,7 +90,7 @@ class Conductor:
         r = recipe.freshness.refresh
         self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
         self.schedule = Schedule(
-            schedule_config(recipe, len(plan.samplers), plan.exclusive), stream.train_id, evaluation_ids(recipe, stream),
+            schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable), stream.train_id, evaluation_ids(recipe, stream),
             self._reserve, self._release, stream.teacher,
         )  # fmt: skip
         cuda = bool(plan.samplers[0].devices)
@@ -101,6 +103,8 @@ class Conductor:
         self.rollouts: dict[int, Rollout] = {}
         self.slots: dict[int, m.Slot] = {}
         self.grades: dict[int, float] = {}
+        self.figures: dict[int, dict[str, float]] = {}  # what graders said beside the grade
+        self.replays = Replays()
         self.episodes = Episodes() if stream.episodic else None
         self._held: dict[int, Request] = {}  # next turns that wait for the others of their group
         self._params = {
@@ -116,6 +120,7 @@ class Conductor:
         self._saved: list[m.Saved] = []
         self._load: dict[str, float] = {}  # a sampler's latest weight update
         self._eval: dict[int, tuple[SampleId, float, Rollout]] = {}
+        self._eval_figures: list[dict[str, float]] = []
         self._eval_stats: list[SampleStats] = []
         self._interrupts = 0
         self._resume: Resume | None = None
@@ -229,7 +234,7 @@ class Conductor:
         self.schedule.on_learner_ready()
 
     def _specs(self, role: str) -> list[WorkerSpec]:
-        everyone = (*self.plan.everyone, *([ENVIRONMENT] if self.episodes is not None else []))
+        everyone = (*self.plan.everyone, *([ENVIRONMENT] if self.stream.replayable else []))
         return [s for s in everyone if s.role == role]
 
     def _spawn(self, spec: WorkerSpec) -> None:
@@ -267,10 +272,14 @@ class Conductor:
             case Abort(replica):
                 self._to_sampler(replica, m.AbortCommand())
                 self._give_up(replica)
-            case Score(teacher, keys):
-                command = m.ScoreCommand([self.rollouts[k] for k in keys], [self.slots[k] for k in keys])
+            case Score(teacher, keys, again):
+                command = m.ScoreCommand([self._judged(k) for k in keys], [self.slots[k] for k in keys], again)
                 self._score_answers.append([teacher, keys, len(self.plan.teachers[teacher])])
                 self._to_all(self.plan.teachers[teacher], command)
+            case Replay(keys):
+                self.replays.begin(keys)
+                for key in keys:
+                    self._replay(key)
             case Train(step, keys):
                 self._step_began = time.time()
                 self._learn(step, keys)
@@ -282,6 +291,22 @@ class Conductor:
     def _request(self, key: int) -> Request:
         sample = self.schedule.tickets[key].sample
         return Request(key, self.stream.token_ids(sample), sample.seed(self.recipe.seed), self._params[sample.split])
+
+    def _judged(self, key: int) -> Rollout:
+        """A rollout with the context on which its teacher is to judge it."""
+        rollout = self.rollouts[key]
+        told = self.stream.told(self.schedule.tickets[key].sample)
+        if (current := self.replays.contexts.get(key)) is None and told is not None:
+            current = cached(rollout, told)
+        return rollout if current is None else replace(rollout, context=current)
+
+    def _replay(self, key: int) -> None:
+        ticket = self.schedule.tickets[key]
+        sample, template = ticket.sample, self.recipe.teachers[ticket.teacher].context
+        command = m.ReplayCommand(
+            self.rollouts[key], self.stream.prompt(sample), self.stream.told(sample), template, self.schedule.step
+        )
+        self.fleet.send(ENVIRONMENT.name, command, answers=0)
 
     def _learn(self, step: int | None, keys: tuple[int, ...]) -> None:
         lags = [self.schedule.step - self.schedule.tickets[k].version for k in keys]
@@ -342,6 +367,8 @@ class Conductor:
         """A sample is done with, whatever became of it."""
         self.rollouts.pop(key, None)
         self.grades.pop(key, None)
+        self.figures.pop(key, None)
+        self.replays.forget(key)
         if key in self.slots:
             self._release(key)
 
@@ -363,10 +390,14 @@ class Conductor:
                 self._load = {f"load_{k}": message.span.args[k] for k in ("ms", "gb_per_s")}
                 self.schedule.on_loaded(worker.spec.rank, message.version)
                 self._sampler_owes(worker.spec.rank)
+            case m.Replayed():
+                if message.key in self.rollouts:
+                    self.replays.end(message)
+                    self.schedule.on_replayed(message.key, message.context is not None)
             case m.Graded():
-                for key, grade in message.grades:
+                for key, grade, figures in message.grades:
                     if key in self.rollouts:
-                        self.grades[key] = grade
+                        self.grades[key], self.figures[key] = grade, figures
                         self.schedule.on_graded(key)
             case m.Scored():
                 self._on_scored(worker.spec.index, message.keys)
@@ -406,13 +437,14 @@ class Conductor:
                 continue
             prompt = self.stream.prompt(self.schedule.tickets[turn.key].sample)
             text = hf.decode(self.model.tokenizer, turn.response_ids)
-            self.fleet.send(ENVIRONMENT.name, m.TurnCommand(turn.key, episode.life, prompt, text))
+            now = self.schedule.tickets[turn.key].version
+            self.fleet.send(ENVIRONMENT.name, m.TurnCommand(turn.key, episode.life, prompt, text, now))
         return finished
 
     def _on_observed(self, message: m.Observed) -> None:
         """The environment answered: the episode's next turn, or its end."""
         assert self.episodes is not None
-        episode = self.episodes.on_observed(message.key, message.life, message.token_ids, message.calls)
+        episode = self.episodes.on_observed(message.key, message.life, message.token_ids, message.calls, message.answer)
         if episode is None:
             return
         request = None if message.token_ids is None else self.episodes.next_turn(episode)
@@ -481,6 +513,7 @@ class Conductor:
             self.schedule.on_sampler_lost(spec.rank)
             self._give_up(spec.rank)
         elif spec.role == "environment":  # and with it the state of all episodes
+            self.schedule.on_environment_lost()
             self.schedule.abandon()
             self._abort_all()
         again = self.restarts.again(spec)
@@ -540,17 +573,19 @@ class Conductor:
         self._eval_stats.append(stats)
         for key in stats.keys.tolist():
             self._eval[key] = (self.schedule.tickets[key].sample, self.grades[key], self.rollouts[key])
+            self._eval_figures.append(self.figures[key])
             self._forget(key)
         if self.schedule.on_measured(version, stats.keys.tolist()):
-            record = records.evaluation(version, self._eval_stats, [(s, g, r) for s, g, r in self._eval.values()])
+            record = records.evaluation(version, self._eval_stats, list(self._eval.values()), self._eval_figures)
             self.totals.evaluations[str(version)] = record
-            self.telemetry.metrics.write(record)
+            timing = records.tool_seconds([r for _, _, r in self._eval.values()])
+            self.telemetry.metrics.write({**record, "timing": timing})
             self.telemetry.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
             for key in sorted(self._eval)[:2]:
                 sample, grade, rollout = self._eval[key]
                 self._write_sample(version, sample, grade, rollout)
             self.telemetry.progress.say(records.evaluation_line(record))
-            self._eval, self._eval_stats = {}, []
+            self._eval, self._eval_stats, self._eval_figures = {}, [], []
 
     def _on_trained(self, message: m.Trained) -> None:
         """An optimizer step and its publication are done: count its samples, write the step down, refresh if stale."""
@@ -568,7 +603,7 @@ class Conductor:
             "in_flight": self.schedule.in_flight, "publish_seconds": report.publish_seconds,
             "publish_bytes": report.publish_bytes,
             "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
-            "wall_seconds": self.totals.wall_seconds, **self._load,
+            **self.replays.cost(), **records.tool_seconds(rollouts), "wall_seconds": self.totals.wall_seconds, **self._load,
         }  # fmt: skip
         record = records.step(step, report, rollouts, [self.grades[k] for k in keys])
         self.telemetry.metrics.write({**record, "timing": timing})
@@ -626,6 +661,8 @@ class Conductor:
 
     def _text(self, rollout: Rollout) -> str:
         """What is graded."""
+        if rollout.answer is not None:
+            return rollout.answer
         return hf.decode(self.model.tokenizer, rollout.last_turn)
 
     def _write_sample(self, step: int, sample: SampleId, grade: float, rollout: Rollout) -> None:

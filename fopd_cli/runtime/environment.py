@@ -7,28 +7,42 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
+
+import numpy as np
 
 from fopd_cli.engines import hf
 from fopd_cli.errors import UserError
 from fopd_cli.runtime import messages as m
+from fopd_cli.samples import Prompt
 from fopd_cli.tasks.base import Episode, EpisodicTask, Observation
+from fopd_cli.tasks.privileged import told
+from fopd_cli.tasks.replay import cached, realigned, replay, same
+
+Answer = m.Observed | m.Replayed | m.Failed
 
 
 class Environments:
     """Episodes by their life. `answer` is called with an `m.Observed` for every turn, unless the episode was cancelled."""
 
-    def __init__(self, task: EpisodicTask, tokenizer: Any, answer: Callable[[m.Observed | m.Failed], None]) -> None:
+    def __init__(self, task: EpisodicTask, tokenizer: Any, answer: Callable[[Answer], None]) -> None:
         self.task, self.tokenizer, self.answer = task, tokenizer, answer
         self._episodes: dict[int, tuple[int, Episode]] = {}  # life -> key, episode
         self._turns: dict[int, asyncio.Task[None]] = {}
+        self._replays: set[asyncio.Task[None]] = set()
 
     def turn(self, command: m.TurnCommand) -> None:
         """Start executing a turn; must be called from within the event loop."""
         if command.life not in self._episodes:
-            self._episodes[command.life] = (command.key, self.task.episode(command.prompt))
-        self._turns[command.life] = asyncio.ensure_future(self._execute(command))
+            self._episodes[command.life] = (command.key, self.task.episode(command.prompt, command.now))
+        self._turns[command.life] = asyncio.ensure_future(self._guarded(self._observe(command)))
+
+    def replay(self, command: m.ReplayCommand) -> None:
+        """Start rebuilding a stored episode's context; must be called from within the event loop."""
+        replaying = asyncio.ensure_future(self._guarded(self._replay(command)))
+        self._replays.add(replaying)
+        replaying.add_done_callback(self._replays.discard)
 
     async def cancel(self, keys: list[int]) -> None:
         """Give episodes up."""
@@ -39,11 +53,14 @@ class Environments:
             await self._close(life)
 
     async def close(self) -> None:
+        for replaying in self._replays:
+            replaying.cancel()
+        await asyncio.gather(*self._replays, return_exceptions=True)
         await self.cancel([key for key, _ in self._episodes.values()])
 
-    async def _execute(self, command: m.TurnCommand) -> None:
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await self._observe(command)
+            await work
         except Exception as error:  # of the task's own making; the run ends with it
             traceback.print_exc()
             kind: Any = "user" if isinstance(error, UserError) else "worker"
@@ -52,14 +69,31 @@ class Environments:
     async def _observe(self, command: m.TurnCommand) -> None:
         start = time.time()
         seen: Observation = await self._episodes[command.life][1].observe(command.text)
-        ids = None
-        if seen.text is not None:
-            ids = hf.encode_observation(self.tokenizer, seen.text, seen.role, chat=command.prompt.messages is not None)
-        else:
+        ids = self._encoded(seen, command.prompt)
+        if ids is None:
             await self._close(command.life)
         self._turns.pop(command.life, None)
         span = m.Span("tools", start, time.time(), {"calls": len(seen.calls)})
-        self.answer(m.Observed(command.key, command.life, ids, seen.calls, span))
+        self.answer(m.Observed(command.key, command.life, ids, seen.calls, seen.answer, span))
+
+    async def _replay(self, command: m.ReplayCommand) -> None:
+        start, rollout = time.time(), command.rollout
+        texts = [hf.decode(self.tokenizer, rollout.response_ids[a:b]) for a, b in rollout.turns]
+        found = await replay(self.task, command.prompt, texts, command.now)
+        ids = rollout.token_ids[: rollout.prompt_length] if command.told is None else command.told
+        if found.prompt != command.prompt:
+            prompt = found.prompt if command.template is None else told(found.prompt, command.template)
+            ids = hf.encode_prompt(self.tokenizer, prompt)
+        seen = [e for o in found.observations if (e := self._encoded(o, command.prompt)) is not None]
+        context = realigned(rollout, ids, seen)
+        unchanged = same(context, cached(rollout, command.told))
+        span = m.Span("replay", start, time.time(), {"turns": len(seen)})
+        self.answer(m.Replayed(rollout.key, None if unchanged else context, span))
+
+    def _encoded(self, seen: Observation, prompt: Prompt) -> np.ndarray | None:
+        if seen.text is None:
+            return None
+        return hf.encode_observation(self.tokenizer, seen.text, seen.role, chat=prompt.messages is not None)
 
     async def _close(self, life: int) -> None:
         await self._episodes.pop(life)[1].close()
@@ -69,7 +103,7 @@ class LocalEnvironments:
     """The same in this process, its loop in a thread: for `fopd eval`. Use as a context manager."""
 
     def __init__(self, task: EpisodicTask, tokenizer: Any) -> None:
-        self.answers: queue.Queue[m.Observed | m.Failed] = queue.Queue()
+        self.answers: queue.Queue[Answer] = queue.Queue()
         self._loop = asyncio.new_event_loop()
         self._environments = Environments(task, tokenizer, self.answers.put)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -100,4 +134,5 @@ class LocalEnvironments:
                 return found
             if isinstance(answer, m.Failed):
                 raise UserError(f"task: {answer.message}")
+            assert isinstance(answer, m.Observed)
             found.append(answer)

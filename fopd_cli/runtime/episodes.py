@@ -29,6 +29,7 @@ class Running:
     turns: list[Rollout] = field(default_factory=list)
     observations: list[np.ndarray] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
+    answer: str | None = None
     sampling: bool = True  # else it waits, for its environment or for the others of its group
 
     @property
@@ -58,13 +59,14 @@ class Episodes:
         return episode
 
     def on_observed(
-        self, key: int, life: int, token_ids: np.ndarray | None, calls: list[dict[str, Any]]
+        self, key: int, life: int, token_ids: np.ndarray | None, calls: list[dict[str, Any]], answer: str | None = None
     ) -> Running | None:
         """The environment answered, None: the episode is over. Returns None if it was given up meanwhile."""
         episode = self.running.get(key)
         if episode is None or episode.life != life:
             return None
         episode.calls += calls
+        episode.answer = answer
         if token_ids is not None:
             episode.observations.append(token_ids)
         return episode
@@ -126,10 +128,12 @@ def joined(episode: Running) -> Rollout:
                 filler = np.nan if name == "logprobs" else 0
                 parts.append(np.full((n, *parts[-1].shape[1:]), filler, dtype=parts[-1].dtype))
             at += n
+    whole: dict[str, Any] = {name: np.concatenate(parts) for name, parts in arrays.items()}
     return Rollout(
         key=episode.first.key, token_ids=np.concatenate(ids).astype(np.int32), prompt_length=len(episode.first.token_ids),
         loss_mask=np.concatenate(mask), spans=_merged(spans), finish=turns[-1].finish, turns=places, calls=episode.calls,
-        **{name: np.concatenate(parts) for name, parts in arrays.items()},
+        answer=episode.answer,
+        **whole,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fopd_cli.samples import Prompt, Request, Rollout, SampleStats, StepReport
+from fopd_cli.samples import Context, Prompt, Request, Rollout, SampleStats, StepReport
 
 # ---- conductor -> worker
 
@@ -39,8 +39,11 @@ class Slot:
 
 @dataclass
 class ScoreCommand:
+    """`again`: the slots hold older labels of these rollouts, whose contexts have changed since."""
+
     rollouts: list[Rollout]
     slots: list[Slot]
+    again: bool = False
 
 
 @dataclass
@@ -56,6 +59,7 @@ class TurnCommand:
     life: int
     prompt: Prompt
     text: str
+    now: int  # the student's version
 
 
 @dataclass
@@ -63,6 +67,17 @@ class CancelCommand:
     """Episodes that are given up."""
 
     keys: list[int]
+
+
+@dataclass
+class ReplayCommand:
+    """What would the context of a stored episode be now? `told` is the prompt as the teacher saw it, if not as the student did."""
+
+    rollout: Rollout
+    prompt: Prompt
+    told: np.ndarray | None
+    template: str | None
+    now: int
 
 
 @dataclass
@@ -135,7 +150,7 @@ class Scored:
 
 @dataclass
 class Graded:
-    grades: list[tuple[int, float]]
+    grades: list[tuple[int, float, dict[str, float]]]  # key, score, figures beside it
     span: Span
 
 
@@ -147,6 +162,16 @@ class Observed:
     life: int
     token_ids: np.ndarray | None
     calls: list[dict[str, Any]]
+    answer: str | None
+    span: Span
+
+
+@dataclass
+class Replayed:
+    """The context of a stored episode as it is now; None: as it was."""
+
+    key: int
+    context: Context | None
     span: Span
 
 

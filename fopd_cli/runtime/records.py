@@ -67,7 +67,10 @@ def ledger(step: int, samples: dict[int, SampleId], outcomes: dict[int, Literal[
 
 
 def evaluation(
-    version: int, stats: list[SampleStats], samples: list[tuple[SampleId, float, Rollout]]
+    version: int,
+    stats: list[SampleStats],
+    samples: list[tuple[SampleId, float, Rollout]],
+    figures: list[dict[str, float]],
 ) -> dict[str, Any]:
     """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over tokens."""
     by_prompt: dict[int, list[float]] = defaultdict(list)
@@ -85,6 +88,7 @@ def evaluation(
         "score": score,
         "score_error": error,
         "prompts": len(by_prompt),
+        **mean_figures(figures),
         "kl": tokens_mean("kl"),
         "forward_kl": tokens_mean("forward_kl"),
         "entropy": tokens_mean("entropy"),
@@ -93,6 +97,12 @@ def evaluation(
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         **episodes(rollouts),
     }
+
+
+def mean_figures(figures: list[dict[str, float]]) -> dict[str, float]:
+    """What graders said beside the score, over the samples of which they said it."""
+    names = sorted({name for found in figures for name in found})
+    return {name: _mean(np.array([found.get(name, np.nan) for found in figures])) for name in names}
 
 
 def episodes(rollouts: list[Rollout]) -> dict[str, float]:
@@ -105,6 +115,13 @@ def episodes(rollouts: list[Rollout]) -> dict[str, float]:
         "calls": len(calls) / len(rollouts),
         "invalid_calls": float(np.mean([not call["ok"] for call in calls])) if calls else 0.0,
     }
+
+
+def tool_seconds(rollouts: list[Rollout]) -> dict[str, float]:
+    """Seconds of executed calls, a mean over episodes: apart from the other figures, because it depends on the clock."""
+    if not any(r.turns for r in rollouts):
+        return {}
+    return {"tool_seconds": sum(call["seconds"] for r in rollouts for call in r.calls) / len(rollouts)}
 
 
 def evaluation_line(record: dict[str, Any]) -> str:

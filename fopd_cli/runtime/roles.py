@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines import hf
-from fopd_cli.engines.protocols import Learner
+from fopd_cli.engines import hf, relabel
+from fopd_cli.engines.protocols import Learner, Teacher
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime.arena import targets_at
 from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, task_arguments
@@ -19,7 +19,8 @@ from fopd_cli.runtime.checkpoint import disk_error
 from fopd_cli.runtime.environment import Environments
 from fopd_cli.runtime.publish import WeightChannel
 from fopd_cli.runtime.workers import Mailbox, WorkerSpec
-from fopd_cli.samples import Sample, TeacherTargets
+from fopd_cli.samples import Prompt, Rollout, Sample, TeacherTargets
+from fopd_cli.tasks.base import Grade
 
 SPAN_S = 0.25  # a sampler that is never idle reports its work in spans of about this length
 
@@ -86,10 +87,10 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
         if isinstance(command, m.ScoreCommand):
             start = time.time()
             share = slice(spec.rank, None, spec.world)
-            targets = _targets(setup, command.slots)[share]
-            engine.score(command.rollouts[share], targets)
+            rollouts, targets = command.rollouts[share], _targets(setup, command.slots)[share]
+            score(engine, rollouts, targets, command.again)
             time.sleep(delay_s * len(targets))
-            tokens = sum(len(r.token_ids) for r in command.rollouts[share])
+            tokens = sum(len(r.judged.token_ids) for r in rollouts)
             keys = [r.key for r in command.rollouts]
             mailbox.send(
                 m.Scored(keys, m.Span("score", start, time.time(), {"tokens": tokens, "samples": len(targets)}))
@@ -98,6 +99,19 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             return
         else:
             _rest(engine, mailbox, command)
+
+
+def score(engine: Teacher, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets], again: bool) -> None:
+    """Fill the targets; `again`: note how far they are from the older ones, too."""
+    before = [relabel.copied(t) for t in targets] if again else []
+    engine.score(rollouts, targets)
+    if not again:
+        for rollout, target in zip(rollouts, targets, strict=True):
+            relabel.first_labels(rollout, target)
+        return
+    head = engine.head()
+    for rollout, old, new in zip(rollouts, before, targets, strict=True):
+        relabel.new_labels(rollout, old, new, head)
 
 
 def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
@@ -152,8 +166,14 @@ def grader_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
         if isinstance(command, m.StopCommand):
             return
         start = time.time()
-        grades = [(key, float(task.grade(prompt, text))) for key, prompt, text in command.items]
+        grades = [(key, *graded(task, prompt, text)) for key, prompt, text in command.items]
         mailbox.send(m.Graded(grades, m.Span("grade", start, time.time(), {"samples": len(grades)})))
+
+
+def graded(task: Any, prompt: Prompt, text: str) -> tuple[float, dict[str, float]]:
+    """(score, figures beside it) of what a task's grader said in either form."""
+    found = task.grade(prompt, text)
+    return (float(found.score), dict(found.figures)) if isinstance(found, Grade) else (float(found), {})
 
 
 def environment_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
@@ -172,6 +192,8 @@ async def _serve_episodes(mailbox: Mailbox, environments: Environments) -> None:
     while not isinstance(command := await loop.run_in_executor(None, mailbox.receive, True), m.StopCommand):
         if isinstance(command, m.TurnCommand):
             environments.turn(command)
+        elif isinstance(command, m.ReplayCommand):
+            environments.replay(command)
         elif isinstance(command, m.CancelCommand):
             await environments.cancel(command.keys)
     beating.cancel()

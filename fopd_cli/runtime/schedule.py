@@ -22,6 +22,10 @@ samplers hold version t.
 **Two weight slots.** Version t + 1 is written over version t - 1, so step t starts only when no sampler is still
 being told to load something older than t.
 
+**Replays.** Before a step, the oldest samples of its batch that have a lag, at most `replays` of them, have their contexts
+replayed, once each; those that changed are scored again. The step waits for it, so that a replayed label is of the step's own
+time. What a lost teacher was scoring again is scored on its first context and then replayed anew.
+
 **Lost engines.** What a lost sampler was generating, or a lost teacher scoring, goes back one state, and whoever has
 room takes it up: a replica that lives, or the same one when it is back. A sampler that is back, or awake after its
 sleep on a time-sliced box, holds no weights and loads the newest before anything else.
@@ -40,6 +44,7 @@ from fopd_cli.runtime.tickets import (
     Lease,
     Load,
     Measure,
+    Replay,
     Role,
     ScheduleConfig,
     Score,
@@ -99,6 +104,7 @@ class Schedule:
         self.lease: Role | None = None
         self._switching = False
         self.refreshes = 0
+        self.replayed_now = 0  # for the next step
         self.paused = False  # nothing new starts (Ctrl-C); a time-sliced box goes back to the learner, to be saved
 
     # ---- what happened ------------------------------------------------------------------------------------------
@@ -139,6 +145,19 @@ class Schedule:
                 dropped.append(key)
         return dropped
 
+    def on_replayed(self, key: int, changed: bool) -> None:
+        """A context was looked at; a sample that was dropped meanwhile is ignored."""
+        ticket = self.tickets.get(key)
+        if ticket is not None and ticket.state is State.REPLAYING:
+            ticket.state, ticket.replayed = State.REPLAYED if changed else State.SCORED, True
+
+    def on_environment_lost(self) -> None:
+        """Nobody answers for what was being replayed."""
+        for ticket in self.tickets.values():
+            if ticket.state is State.REPLAYING:
+                ticket.state = State.SCORED
+                self.replayed_now -= 1
+
     def on_trained(self, step: int, outcomes: dict[int, Literal["trained", "gated"]]) -> None:
         """The optimizer step is done and its version published; `outcomes` names every sample of the batch."""
         if step != self.step:
@@ -148,6 +167,7 @@ class Schedule:
             self.counts[outcome] += 1
         self.consumed += len(outcomes)
         self.step += 1
+        self.replayed_now = 0
         self.learner_busy = False
 
     def on_measured(self, version: int, keys: Iterable[int]) -> bool:
@@ -180,7 +200,8 @@ class Schedule:
         self.teachers[index] = _Teacher(up=False)
         lost = [t for t in self.tickets.values() if t.state is State.SCORING and t.teacher == index]
         for ticket in lost:
-            ticket.state = State.SAMPLED
+            self.replayed_now -= ticket.replayed
+            ticket.state, ticket.replayed = State.SAMPLED, False
         return [t.key for t in lost]
 
     def on_teacher_back(self, index: int) -> None:
@@ -232,6 +253,7 @@ class Schedule:
             return self._pass_lease() if self.config.exclusive and not self._busy() else []
         self._start_evaluation()
         out: list[Action] = []
+        out += self._start_replays()
         if self._may("learner"):
             out += self._start_learner()
         if self._may("teacher"):
@@ -253,7 +275,7 @@ class Schedule:
         """Whoever has work gets the box: the learner first, so that samples are consumed while they are fresh."""
         wants: dict[Role, bool] = {
             "learner": self._plan_learner() is not None,
-            "teacher": any(self._plan_score(i) for i in range(len(self.teachers))),
+            "teacher": any(self._plan_score_again(i) or self._plan_score(i) for i in range(len(self.teachers))),
             "sampler": any(self._next_version(r) is not None or any(self._admissible(r)) for r in self.replicas),
         }
         if self.paused:
@@ -284,14 +306,44 @@ class Schedule:
             group = self._held_out()[: self.config.batch]
             ready = bool(group) and all(self._ready(t) for t in group)
             return Measure(self.step, tuple(t.key for t in group)) if ready else None
+        if not self._may_train():
+            return None
+        batch = None if self._relabelling() else self._batch()
+        return None if batch is None or self._due_replays(batch) else Train(self.step, tuple(batch))
+
+    def _may_train(self) -> bool:
+        """Whether a batch is all that the next optimizer step can be waiting for."""
         if self.step == self.config.steps:
-            return None
+            return False
         if any(r.loading is not None and r.loading < self.step for r in self.replicas):
-            return None
-        if self.config.lag is not None and any(r.loaded != self.step for r in self.replicas):
-            return None
-        batch = self._batch()
-        return None if batch is None else Train(self.step, tuple(batch))
+            return False
+        return self.config.lag is None or all(r.loaded == self.step for r in self.replicas)
+
+    # -- replays
+
+    def _start_replays(self) -> list[Action]:
+        blocked = self.learner_busy or self._eval_due() is not None or not self._may_train()
+        if not self.config.replays or blocked or self._relabelling():
+            return []
+        keys = self._due_replays(self._batch() or [])
+        for key in keys:
+            self.tickets[key].state = State.REPLAYING
+        self.replayed_now += len(keys)
+        return [Replay(keys)] if keys else []
+
+    def _due_replays(self, batch: list[int]) -> tuple[int, ...]:
+        """Of the next batch, the samples to be replayed first."""
+        left = self.config.replays - self.replayed_now
+        old = (self.tickets[k] for k in batch if self.step - self.tickets[k].version >= self.config.replay_lag)
+        due = sorted((t for t in old if not t.replayed), key=lambda t: (t.version, t.key))
+        return tuple(t.key for t in due[: max(0, left)])
+
+    def _relabelling(self) -> bool:
+        """Whether the next step waits for new labels."""
+        return any(
+            t.state in (State.REPLAYING, State.REPLAYED) or (t.state is State.SCORING and t.replayed)
+            for t in self.tickets.values()
+        )
 
     def _check_lag(self, ticket: Ticket) -> None:
         lag = self.step - ticket.version
@@ -349,14 +401,22 @@ class Schedule:
         out: list[Action] = []
         for index, teacher in enumerate(self.teachers):
             while teacher.up and teacher.scoring < self.config.score_ahead:
-                group = self._reserved(self._plan_score(index))
+                again = self._plan_score_again(index)
+                group = again or self._reserved(self._plan_score(index))
                 if not group:
                     break
                 teacher.scoring += 1
                 for key in group:
                     self.tickets[key].state = State.SCORING
-                out.append(Score(index, group))
+                out.append(Score(index, group, bool(again)))
         return out
+
+    def _plan_score_again(self, teacher: int) -> tuple[int, ...]:
+        """Samples of changed context; they hold their memory already. All together where two runs must agree."""
+        if self.config.deterministic and any(t.state is State.REPLAYING for t in self.tickets.values()):
+            return ()
+        changed = [t.key for t in self.tickets.values() if t.state is State.REPLAYED and t.teacher == teacher]
+        return tuple(sorted(changed)[: self.config.score_batch[teacher]])
 
     def _plan_score(self, teacher: int) -> tuple[int, ...]:
         """The next samples for one call of a teacher."""
@@ -395,7 +455,7 @@ class Schedule:
             if not victims:
                 return ()
             victim = victims.pop()
-            victim.state = State.SAMPLED
+            victim.state, victim.replayed = State.SAMPLED, False
             self.release(victim.key)
         return ()
 
@@ -482,12 +542,16 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as JSON. Samples that were being sampled or scored go back one state."""
-        back = {State.SAMPLING: State.PLANNED, State.SCORING: State.SAMPLED}
+        back = {
+            State.SAMPLING: State.PLANNED, State.SCORING: State.SAMPLED,
+            State.REPLAYING: State.SCORED, State.REPLAYED: State.SCORED,
+        }  # fmt: skip
         return {
             "step": self.step,
             "consumed": self.consumed,
             "cursor": self.cursor,
             "next_key": self.next_key,
+            "replayed_now": self.replayed_now,
             "refreshes": self.refreshes,
             "counts": dict(self.counts),
             "evaluated": sorted(self.evaluated),
@@ -496,13 +560,14 @@ class Schedule:
                 {
                     "key": t.key, "sample": list(vars(t.sample).values()), "state": back.get(t.state, t.state).value,
                     "version": t.version, "graded": t.graded, "drawn": t.drawn,
+                    "replayed": t.replayed and t.state is State.SCORED,
                 }
                 for t in self.tickets.values() if not t.evaluation
             ],
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("step", "consumed", "cursor", "next_key", "refreshes"):
+        for name in ("step", "consumed", "cursor", "next_key", "replayed_now", "refreshes"):
             setattr(self, name, state[name])
         self.counts = Counter(state["counts"])
         self.evaluated = set(state["evaluated"])
@@ -511,7 +576,7 @@ class Schedule:
         for t in state["tickets"]:
             sample = SampleId(*t["sample"])
             ticket = Ticket(t["key"], sample, State(t["state"]), t["version"], t["graded"], t["drawn"])
-            ticket.teacher = self.teacher_of(sample)
+            ticket.teacher, ticket.replayed = self.teacher_of(sample), t["replayed"]
             if ticket.state is State.PLANNED:
                 ticket.graded = False
             self.tickets[ticket.key] = ticket

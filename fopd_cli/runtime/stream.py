@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from fopd_cli.engines import hf
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import Recipe
+from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.tickets import ScheduleConfig
 from fopd_cli.samples import Prompt, SampleId
 from fopd_cli.tasks import Task
+from fopd_cli.tasks.privileged import told
 
 
 class PromptStream:
     """Each epoch is a fresh permutation of the training prompts; each prompt is sampled `samples_per_prompt` times in a row."""
 
     def __init__(
-        self, task: Task, tokenizer: object, seed: int, samples_per_prompt: int, teachers: Sequence[str] = ()
+        self, task: Task, tokenizer: object, seed: int, samples_per_prompt: int, teachers: Sequence[Teacher] = ()
     ) -> None:
         self.prompts: dict[str, Sequence[Prompt]] = {"train": task.prompts("train"), "eval": task.prompts("eval")}
         self.tokenizer, self.seed, self.samples_per_prompt = tokenizer, seed, samples_per_prompt
         self.episodic = hasattr(task, "episode")  # prompts begin conversations with an environment
-        self._teachers = {name: i for i, name in enumerate(teachers)}
+        self.replayable = self.episodic or hasattr(task, "replay")  # contexts can change
+        self._teachers = {t.name: i for i, t in enumerate(teachers)}
+        self._contexts = [t.context for t in teachers]
         self._check_teachers()
         self._orders: dict[int, np.ndarray] = {}
         self._ids: dict[tuple[str, int], np.ndarray] = {}
+        self._told: dict[tuple[str, int], np.ndarray] = {}
 
     def train_id(self, number: int) -> SampleId:
         """The `number`-th training sample of the run."""
@@ -40,6 +45,19 @@ class PromptStream:
     def teacher(self, sample: SampleId) -> int:
         """Number of the teacher that judges a sample: the one that its prompt names, else the first."""
         return self._teachers.get(self.prompt(sample).teacher or "", 0)
+
+    def told(self, sample: SampleId) -> np.ndarray | None:
+        """int32 token ids of the prompt as its teacher sees it; None if that is what the student sees."""
+        return self._as_told(sample.split, sample.prompt)
+
+    def _as_told(self, split: str, index: int) -> np.ndarray | None:
+        prompt, key = self.prompts[split][index], (split, index)
+        template = self._contexts[self._teachers.get(prompt.teacher or "", 0)] if self._contexts else None
+        if template is None:
+            return None
+        if key not in self._told:
+            self._told[key] = hf.encode_prompt(self.tokenizer, told(prompt, template))
+        return self._told[key]
 
     def _check_teachers(self) -> None:
         for split, prompts in self.prompts.items():
@@ -63,8 +81,13 @@ class PromptStream:
         return self._ids[key]
 
     def longest(self, split: str) -> tuple[int, int]:
-        """(tokens, index) of the longest prompt of a split."""
-        return max((len(self.encoded(split, i)), i) for i in range(len(self.prompts[split])))
+        """(tokens, index) of the longest prompt of a split, as the student or its teacher sees it."""
+
+        def tokens(index: int) -> int:
+            seen = self._as_told(split, index)
+            return max(len(self.encoded(split, index)), 0 if seen is None else len(seen))
+
+        return max((tokens(i), i) for i in range(len(self.prompts[split])))
 
 
 def context_tokens(recipe: Recipe, stream: PromptStream) -> int:
@@ -82,12 +105,14 @@ def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
     ]
 
 
-def schedule_config(recipe: Recipe, replicas: int, exclusive: bool) -> ScheduleConfig:
+def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: bool) -> ScheduleConfig:
     """The recipe as the schedule wants it; evaluations before the first step, after the last, and every so often."""
+    replay = recipe.freshness.replay
     steps, every = recipe.learner.steps, recipe.eval.every
     between = range(every, steps, every) if every else range(0)
     return ScheduleConfig(
         steps=steps, batch=recipe.learner.batch_samples, depth=recipe.schedule.depth, lag=recipe.schedule.lag,
         inflight=recipe.schedule.inflight, replicas=replicas, concurrency=recipe.sampler.concurrency,
         score_batch=tuple(t.batch_samples for t in recipe.teachers), exclusive=exclusive, eval_versions=frozenset({0, steps, *between}),
+        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable else 0, replay_lag=replay.min_lag,
     )  # fmt: skip

@@ -19,6 +19,8 @@ class State(StrEnum):
     SAMPLED = "sampled"
     SCORING = "scoring"
     SCORED = "scored"
+    REPLAYING = "replaying"  # scored, but its context is being looked at again
+    REPLAYED = "replayed"  # its context has changed: to be scored again
     TRAINING = "training"
 
 
@@ -33,6 +35,7 @@ class Ticket:
     graded: bool = False
     drawn: bool = False  # counted in `drawn` already (a restart does not draw again)
     teacher: int = 0  # who judges it
+    replayed: bool = False  # it was looked whether its context has changed
 
     @property
     def evaluation(self) -> bool:
@@ -54,6 +57,8 @@ class ScheduleConfig:
     exclusive: bool  # time-sliced: one role at a time
     eval_versions: frozenset[int]
     score_ahead: int = 2  # calls under way at once, of each teacher
+    replays: int = 0  # samples whose contexts are replayed before an optimizer step, at most
+    replay_lag: int = 1  # only samples so many versions old
 
     @property
     def max_lag(self) -> int:
@@ -86,6 +91,14 @@ class Abort:
 class Score:
     teacher: int
     keys: tuple[int, ...]
+    again: bool = False  # on changed contexts
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Find out whether the contexts of these samples have changed since they were scored."""
+
+    keys: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -110,4 +123,4 @@ class Lease:
     waker: Role
 
 
-Action = Generate | Load | Abort | Score | Train | Measure | Lease
+Action = Generate | Load | Abort | Score | Replay | Train | Measure | Lease

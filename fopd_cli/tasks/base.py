@@ -16,14 +16,24 @@ class Task(Protocol):
         """All prompts of a split, in a fixed order; `Prompt.index` is the position. Held-out means disjoint."""
         ...
 
-    def grade(self, prompt: Prompt, response: str) -> float:
-        """Score of one response in [0, 1]; must not raise on anything a model can write. Of an episode: of its last turn."""
+    def grade(self, prompt: Prompt, response: str) -> float | Grade:
+        """Score of one response in [0, 1]; must not raise on anything a model can write. Of an episode: of its answer, or its
+        last turn."""
         ...
 
 
 @dataclass(frozen=True)
+class Grade:
+    """A score in [0, 1], and figures beside it whose means an evaluation reports (a nan is left out)."""
+
+    score: float
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Observation:
-    """What the environment answers to a turn. `text` None: the episode is over.
+    """What the environment answers to a turn. `text` None: the episode is over, and `answer` is what is to be graded (None: the
+    turn itself).
 
     `calls` describe what was executed: `tool`, `ok` (it could be run to its end), `seconds`, `input`, `output`.
     """
@@ -31,6 +41,7 @@ class Observation:
     text: str | None
     role: Literal["user", "tool"] = "user"  # under which a chat template shows it
     calls: list[dict[str, Any]] = field(default_factory=list)
+    answer: str | None = None
 
 
 class Episode(Protocol):
@@ -46,8 +57,8 @@ class Episode(Protocol):
 
 
 class EpisodicTask(Task, Protocol):
-    """A task whose prompts begin a conversation."""
+    """A task whose prompts begin a conversation. It may have a `replay`, see `replay.py`."""
 
-    def episode(self, prompt: Prompt) -> Episode:
-        """A fresh environment."""
+    def episode(self, prompt: Prompt, now: int) -> Episode:
+        """A fresh environment, as it is when the student's version is `now`: what real ones, with a time of their own, ignore."""
         ...

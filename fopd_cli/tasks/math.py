@@ -6,17 +6,24 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Prompt
+from fopd_cli.tasks.rows import read_rows
 
 GRADE_TIMEOUT_S = 5
+
+
+class _Row(NamedTuple):
+    text: str  # that identifies it
+    question: Any
+    answer: Any
+    solution: Any
+    teacher: Any
 
 
 class Math:
@@ -34,6 +41,7 @@ class Math:
         answer: str | None = "answer",
         eval_question: str | None = None,
         eval_answer: str | None = None,
+        solution: str | None = None,
         teacher: str | None = None,
         template: str = "{question}",
         system: str | None = None,
@@ -47,7 +55,7 @@ class Math:
         self.sources = {"train": train, "eval": eval}
         self.questions = {"train": question, "eval": eval_question or question}
         self.answers = {"train": answer, "eval": eval_answer or answer}
-        self.teacher = teacher
+        self.teacher, self.solution = teacher, solution
         self.template, self.system, self.chat = template, system, chat
         self.eval_prompts = eval_prompts
 
@@ -56,8 +64,8 @@ class Math:
         held_out = self._read("eval", limit=self.eval_prompts)
         if split == "eval":
             return self._to_prompts(held_out)
-        known = {row[0] for row in held_out}
-        rows = [row for row in self._read("train") if row[0] not in known]
+        known = {row.text for row in held_out}
+        rows = [row for row in self._read("train") if row.text not in known]
         if not rows:
             raise UserError(
                 f"task.train: {self.sources['train']!r} has no question that task.eval does not hold out; "
@@ -74,34 +82,35 @@ class Math:
             return 1.0
         return float(_verify(gold, answer))
 
-    def _to_prompts(self, rows: Iterable[tuple[str, Any, Any, Any]]) -> list[Prompt]:
+    def _to_prompts(self, rows: Iterable[_Row]) -> list[Prompt]:
         prompts = []
-        for i, (_, question, answer, teacher) in enumerate(rows):
-            messages = question if isinstance(question, list) else self._messages(str(question))
+        for i, row in enumerate(rows):
+            messages = row.question if isinstance(row.question, list) else self._messages(str(row.question))
             shown: dict[str, Any] = {"messages": messages} if self.chat else {"text": messages[-1]["content"]}
-            name = None if teacher is None else str(teacher)
-            prompts.append(Prompt(index=i, payload={"answer": answer}, teacher=name, **shown))
+            name = None if row.teacher is None else str(row.teacher)
+            payload = {"answer": row.answer, "solution": row.solution}
+            prompts.append(Prompt(index=i, payload=payload, teacher=name, **shown))
         return prompts
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.template.replace("{question}", question)}]
 
-    def _read(self, split: str, limit: int | None = None) -> list[tuple[str, Any, Any, Any]]:
-        """(text that identifies it, question, answer, teacher) of each distinct row."""
+    def _read(self, split: str, limit: int | None = None) -> list[_Row]:
+        """The distinct rows."""
         source, key = self.sources[split], f"task.{split}"
-        rows = _hub_rows(source, key) if source.startswith("hf:") else _jsonl_rows(Path(source), key)
-        if not rows:
-            raise UserError(f"{key}: {source!r} has no rows")
-        distinct: dict[str, tuple[str, Any, Any, Any]] = {}
+        rows = read_rows(source, key)
+        distinct: dict[str, _Row] = {}
         for number, row in enumerate(rows, 1):
             where = f"{key}: row {number} of {source!r}"
             question = _column(row, self.questions[split], where, "task.question")
-            column = self.answers[split]
-            answer = None if column is None else _column(row, column, where, "task.answer")
             text = str(question[-1]["content"] if isinstance(question, list) else question)
-            teacher = None if self.teacher is None else _column(row, self.teacher, where, "task.teacher")
-            distinct.setdefault(text, (text, question, answer, teacher))
+            columns = {"answer": self.answers[split], "solution": self.solution, "teacher": self.teacher}
+            others = {
+                name: None if column is None else _column(row, column, where, f"task.{name}")
+                for name, column in columns.items()
+            }
+            distinct.setdefault(text, _Row(text, question, **others))
         return list(distinct.values())[:limit]
 
 
@@ -132,37 +141,3 @@ def _parse(parse: Any, text: str) -> list[Any]:
     return list(parse(text, parsing_timeout=GRADE_TIMEOUT_S)) or list(
         parse(f"${text.strip()}$", parsing_timeout=GRADE_TIMEOUT_S)
     )
-
-
-def _jsonl_rows(path: Path, key: str) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{key}: there is no file {str(path)!r}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: cannot read {str(path)!r}: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{key}: line {number} of {str(path)!r} is not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{key}: line {number} of {str(path)!r} is no JSON object")
-        rows.append(row)
-    return rows
-
-
-def _hub_rows(source: str, key: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"{key}: {source!r} needs the datasets package: pip install 'fopd[data]'") from None
-    name, _, split = source.removeprefix("hf:").partition(":")
-    name, _, config = name.partition("@")
-    try:
-        return list(load_dataset(name, config or None, split=split or "train"))
-    except Exception as error:
-        raise UserError(f"{key}: cannot load {source!r} from the hub: {error}") from None

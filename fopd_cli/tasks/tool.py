@@ -25,6 +25,7 @@ from fopd_cli.tasks.math import Math
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+NUMBER = re.compile(r"-?\d+")
 PYTHON_TOOL = {
     "type": "function",
     "function": {
@@ -46,7 +47,7 @@ class Tool:
         self, train: str | None = None, eval: str | None = None, notation: Literal["code", "native"] = "code", max_calls: int = 6,
         max_turns: int = 10, observation_chars: int = 2000, wall_s: float = 10.0, memory_mb: int = 512,
         sandbox: Literal["bubblewrap", "none"] = "bubblewrap", digits: int = 2, terms: int = 3, train_prompts: int = 20_000,
-        eval_prompts: int = 256, seed: int = 0, **questions: Any,
+        eval_prompts: int = 256, seed: int = 0, drift: float = 0.0, **questions: Any,
     ) -> None:  # fmt: skip
         if (train is None) != (eval is None):
             raise UserError("task: give both task.train and task.eval, or neither for generated questions")
@@ -55,6 +56,7 @@ class Tool:
         self.limits = Limits(wall_s=wall_s, cpu_s=math.ceil(wall_s), memory_mb=memory_mb)
         self.sandboxed, self.notation = sandbox != "none", notation
         self.max_calls, self.max_turns, self.observation_chars = max_calls, max_turns, observation_chars
+        self.drift, self.seed = drift, seed
         self.files = None
         if train is not None and eval is not None:
             self.files = Math(train, eval, eval_prompts=eval_prompts, **questions)
@@ -66,9 +68,10 @@ class Tool:
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
         prompts = self.generated.prompts(split) if self.files is None else self.files.prompts(split)
-        if self.notation == "native":
-            for prompt in prompts:
+        for prompt in prompts:
+            if self.notation == "native":
                 prompt.tools.append(PYTHON_TOOL)
+            prompt.payload["drifts"] = self.drift > 0 and split == "train"
         return prompts
 
     def grade(self, prompt: Prompt, response: str) -> float:
@@ -77,15 +80,23 @@ class Tool:
             return self.files.grade(prompt, response)
         return float(BOXED.findall(response)[-1:] == [prompt.payload["answer"]])
 
-    def episode(self, prompt: Prompt) -> ToolEpisode:
-        return ToolEpisode(self, chat=prompt.messages is not None)
+    def episode(self, prompt: Prompt, now: int) -> ToolEpisode:
+        return ToolEpisode(self, prompt.messages is not None, self._shift(prompt, now))
+
+    def _shift(self, prompt: Prompt, now: int) -> int:
+        """By how much the tool is off at a version: the newest change up to it, if there was one."""
+        for version in range(now, 0, -1) if prompt.payload.get("drifts") else ():
+            rng = random.Random(f"{self.seed}/{prompt.index}/{version}")
+            if rng.random() < self.drift:
+                return rng.randint(1, 9)
+        return 0
 
 
 class ToolEpisode:
     """Implements `base.Episode`."""
 
-    def __init__(self, task: Tool, chat: bool) -> None:
-        self.task, self.chat = task, chat
+    def __init__(self, task: Tool, chat: bool, shift: int = 0) -> None:
+        self.task, self.chat, self.shift = task, chat, shift
         self.session = PythonSession(task.limits, task.sandboxed)
         self.turns = self.calls = 0
 
@@ -112,6 +123,8 @@ class ToolEpisode:
     def _shown(self, outcome: Outcome) -> str:
         """The output, its middle left out if it is long, and why it was stopped if it was."""
         text, most = outcome.output.rstrip("\n"), self.task.observation_chars
+        if self.shift:
+            text = NUMBER.sub(lambda found: str(int(found[0]) + self.shift), text)
         if len(text) > most:
             text = f"{text[: most // 2]}\n... {len(text) - most} characters left out ...\n{text[-(most // 2) :]}"
         if outcome.reason != "exit":

@@ -1,0 +1,62 @@
+"""What a teacher notes beside its targets where contexts may change: alignment, and supervision drift after a replay."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fopd_cli.freshness import drift
+from fopd_cli.samples import Rollout, TeacherTargets
+
+CHUNK_BYTES = 64 << 20  # of one float32 [positions, vocab] or [positions, k, k] tensor
+
+
+def copied(targets: TeacherTargets) -> TeacherTargets:
+    """The same in memory of their own, before they are written over."""
+    tensors = {f.name: getattr(targets, f.name) for f in fields(targets)}
+    own: dict[str, Any] = {name: t.clone() for name, t in tensors.items() if isinstance(t, Tensor)}
+    return replace(targets, **own)
+
+
+def first_labels(rollout: Rollout, targets: TeacherTargets) -> None:
+    """Nothing has drifted yet."""
+    if targets.drift is not None and targets.aligned is not None:
+        targets.drift.zero_()
+        targets.aligned.copy_(torch.from_numpy(rollout.judged.positions >= 0))
+
+
+def new_labels(rollout: Rollout, old: TeacherTargets, new: TeacherTargets, head: Tensor | None) -> None:
+    """Note KL(p(.|now) || p(.|labelled)) at every aligned, loss-bearing position; the new labels stand already.
+
+    From hidden states and the teacher's `head` `(V, hidden)` it is exact; from log-probs it is over the classes that both know.
+    """
+    assert new.drift is not None
+    assert new.aligned is not None
+    aligned = torch.from_numpy(rollout.judged.positions >= 0)
+    new.aligned.copy_(aligned)
+    new.drift.zero_()
+    rows = torch.nonzero(aligned & torch.from_numpy(rollout.loss_mask)).flatten()
+    width = max(1, 4 * (head.shape[0] if head is not None else _classes(new) ** 2))
+    for part in rows.split(max(1, CHUNK_BYTES // width)):
+        new.drift[part] = _drift(old, new, part, head).float().cpu()
+
+
+def _classes(targets: TeacherTargets) -> int:
+    return 1 if targets.topk_ids is None else targets.topk_ids.shape[-1]
+
+
+def _drift(old: TeacherTargets, new: TeacherTargets, rows: Tensor, head: Tensor | None) -> Tensor:
+    if old.hidden is not None and new.hidden is not None:
+        assert head is not None
+        now, then = (torch.log_softmax((t[rows].to(head) @ head.T).float(), -1) for t in (new.hidden, old.hidden))
+        return drift.exact(now, then)
+    if old.topk_logprobs is not None and new.topk_logprobs is not None:
+        assert old.topk_ids is not None
+        assert new.topk_ids is not None
+        return drift.overlap(new.topk_logprobs[rows], new.topk_ids[rows], old.topk_logprobs[rows], old.topk_ids[rows])
+    assert old.logprobs is not None
+    assert new.logprobs is not None
+    return drift.topk(new.logprobs[rows, None], old.logprobs[rows, None])  # the sampled token, and all others as one
