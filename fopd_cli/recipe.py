@@ -209,6 +209,39 @@ class ToolTask(Questions):
     """Probability with which a training question's tool changes its answers at a version: a world that moves on, for studies of supervision drift."""
 
 
+class SweTask(Section):
+    name: Literal["swe"]
+    """A coding agent mends repositories with bash, on mini-SWE-agent's scaffold."""
+    train: str | None = None
+    """Instances in SWE-bench's columns: jsonl file, or hf:owner/name[@config][:split]; null (both): generated repositories."""
+    eval: str | None = None
+    """The same, held out; may be the training file: what is held out is then not trained on."""
+    scaffold: str = "swebench_backticks"
+    """Prompts and formats: a configuration that comes with mini-swe-agent, or a YAML file like it."""
+    notation: Literal["code", "native"] = "code"
+    """How the student calls: a fenced block (scaffold swebench_backticks), or the chat template's own tool calls (scaffold swebench)."""
+    max_turns: Positive = 50
+    """Of the student, an episode; all turns and observations together also stay within sampler.max_new_tokens."""
+    chat: bool = True
+    """Whether to apply the tokenizer's chat template."""
+    sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap"
+    """Where commands and tests run: behind bubblewrap here, or in the instance's container (not yet run by us). none runs what the model wrote with your rights, on your files and network."""
+    wall_s: Annotated[float, Field(gt=0)] = 60.0
+    """A command is stopped after it."""
+    test_wall_s: Annotated[float, Field(gt=0)] = 1800.0
+    """The tests of an instance are stopped after it."""
+    memory_mb: Positive = 2048
+    """Of a command and all that it starts."""
+    grader: Literal["tests", "swebench"] = "tests"
+    """Who says whether a patch resolves: the instance's tests in the same sandbox, or the official harness (package swebench and Docker; not yet run by us)."""
+    train_prompts: Positive = 20_000
+    """Generated training instances."""
+    eval_prompts: Positive = 256
+    """Held-out instances used."""
+    seed: int = 0
+    """Of generated instances, apart from the run's seed."""
+
+
 class PluginTask(Section):
     name: str
     """Import path of your own task, package.module:Class (see fopd_cli/tasks/base.py)."""
@@ -216,7 +249,12 @@ class PluginTask(Section):
     """Keyword arguments of the class."""
 
 
-BUILT_IN_TASKS: dict[str, type[Section]] = {"arithmetic": ArithmeticTask, "math": MathTask, "tool": ToolTask}
+BUILT_IN_TASKS: dict[str, type[Section]] = {
+    "arithmetic": ArithmeticTask,
+    "math": MathTask,
+    "swe": SweTask,
+    "tool": ToolTask,
+}
 
 
 def _task_tag(value: Any) -> str:
@@ -227,6 +265,7 @@ def _task_tag(value: Any) -> str:
 Task = Annotated[
     Annotated[ArithmeticTask, Tag("arithmetic")]
     | Annotated[MathTask, Tag("math")]
+    | Annotated[SweTask, Tag("swe")]
     | Annotated[ToolTask, Tag("tool")]
     | Annotated[PluginTask, Tag("plugin")],
     Discriminator(_task_tag),
@@ -621,7 +660,7 @@ def _set_item(items: list[Any], path: list[str], value: str, override: str) -> N
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     """Paths beside the recipe win over paths in the current directory; what exists in neither stays as it is."""
-    for section, keys in (("student", ("model",)), ("teacher", ("model",)), ("task", ("train", "eval"))):
+    for section, keys in (("student", ("model",)), ("teacher", ("model",)), ("task", ("train", "eval", "scaffold"))):
         found = raw.get(section)
         for values in found if isinstance(found, list) else [found]:
             if isinstance(values, dict) and values.get("engine") != "http":

@@ -19,5 +19,7 @@ prepare_environment() { # $1: extras, for example "data,dev"
     index=(--extra-index-url https://download.pytorch.org/whl/cpu)
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "${index[@]}" -c constraints/cpu.txt -e ".${extras:+[$extras]}"
+  # Without its own requirements: litellm would replace packages that transformers needs, and nothing of it is used.
+  case $extras in *dev*) .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mini-swe-agent==2.4.6 ;; esac
   echo "$wanted" >"$stamp"
 }

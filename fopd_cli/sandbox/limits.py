@@ -16,6 +16,7 @@ class Limits:
     processes: int = 32
     output_kb: int = 64
     disk_mb: int = 64  # /tmp, and /dev/shm, each; and the largest file anywhere
+    workspace_mb: int = 1024  # all files of a workspace that lies on disk
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,6 @@ class Outcome:
     """
 
     output: str
-    reason: Literal["exit", "timeout", "memory", "output", "died"]
+    reason: Literal["exit", "timeout", "memory", "disk", "output", "died"]
     code: int | None
     seconds: float

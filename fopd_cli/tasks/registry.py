@@ -11,6 +11,7 @@ from fopd_cli.tasks.base import Task
 BUILT_IN = {
     "arithmetic": "fopd_cli.tasks.arithmetic:Arithmetic",
     "math": "fopd_cli.tasks.math:Math",
+    "swe": "fopd_cli.tasks.swe.task:Swe",
     "tool": "fopd_cli.tasks.tool:Tool",
 }
 

@@ -36,7 +36,7 @@ PYTHON_TOOL = {
 }
 STOPPED = {
     "timeout": "stopped: it took longer than {limits.wall_s:g} s", "memory": "stopped: it used more than {limits.memory_mb} MB",
-    "output": "stopped: it printed more than {limits.output_kb} kB", "died": "the interpreter died; its state is lost",
+    "disk": "stopped: its disk is full", "output": "stopped: it printed more than {limits.output_kb} kB", "died": "the interpreter died; its state is lost",
 }  # fmt: skip
 
 

@@ -1,0 +1,69 @@
+"""Whether a patch resolves its instance: the instance's own tests, on a fresh checkout, with the model's patch and no other
+trace of the model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fopd_cli.errors import UserError
+from fopd_cli.tasks.base import Grade
+from fopd_cli.tasks.swe.instances import Instance
+from fopd_cli.tasks.swe.places import Place, write
+
+PYTEST = "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python3 -m pytest -q -rA --tb=no -p no:cacheprovider"
+PATCH = ".fopd.patch"
+STATUS = re.compile(r"^(PASSED|XFAIL) (\S+)", re.MULTILINE)
+IN_DIFF = re.compile(r"^\+\+\+ b/(\S+)", re.MULTILINE)
+
+
+def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
+    """Score 1 if all FAIL_TO_PASS and PASS_TO_PASS tests pass with the patch.
+
+    Figures: `submitted` (there is a patch), `applied`, and for those that apply `regression`: a test that passed before fails now
+    (the paper's post-patch regression). Tests that the patch touches are put back first.
+    """
+    if not patch.lstrip().startswith("diff "):
+        return Grade(0.0, {"submitted": 0.0})
+    write(place, PATCH, patch)
+    if place.run(f"git apply --whitespace=nowarn {PATCH}").code != 0:
+        return Grade(0.0, {"submitted": 1.0, "applied": 0.0})
+    tests = [*instance.fail_to_pass, *instance.pass_to_pass]
+    own = dict.fromkeys([*(t.split("::")[0] for t in tests), *IN_DIFF.findall(instance.test_patch), "conftest.py"])
+    place.run("; ".join(f"git checkout -q HEAD -- {shlex.quote(path)}" for path in own))
+    if instance.test_patch:
+        write(place, PATCH, instance.test_patch)
+        place.run(f"git apply --whitespace=nowarn {PATCH}")
+    files = " ".join(shlex.quote(f) for f in dict.fromkeys(t.split("::")[0] for t in tests))
+    outcome = place.run(f"{instance.test_command or PYTEST} {files}", wall_s)
+    passed = {name for _, name in STATUS.findall(outcome.output)}
+    kept = all(t in passed for t in instance.pass_to_pass)
+    resolved = kept and all(t in passed for t in instance.fail_to_pass)
+    return Grade(float(resolved), {"submitted": 1.0, "applied": 1.0, "regression": float(not kept)})
+
+
+def harness(instance: Instance, patch: str, dataset: str, split: str) -> Grade:
+    """By the official harness: the `swebench` package and Docker. Not yet run: no machine of ours has Docker."""
+    if not patch.strip():
+        return Grade(0.0, {"submitted": 0.0})
+    with tempfile.TemporaryDirectory(prefix="fopd-swebench-") as folder:
+        prediction = {"instance_id": instance.id, "model_name_or_path": "fopd", "model_patch": patch}
+        (Path(folder) / "predictions.json").write_text(json.dumps([prediction]))
+        command = [
+            sys.executable, "-m", "swebench.harness.run_evaluation", "-d", dataset, "-s", split, "-i", instance.id,
+            "-p", "predictions.json", "-id", "fopd", "--max_workers", "1",
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        report = Path(folder) / "logs" / "run_evaluation" / "fopd" / "fopd" / instance.id / "report.json"
+        if not report.is_file():
+            if "No module named swebench" in done.stderr:
+                raise UserError("task.grader: swebench needs its package: pip install swebench, and Docker")
+            return Grade(0.0, {"submitted": 1.0, "applied": 0.0})
+        found = json.loads(report.read_text())[instance.id]
+    broken = found.get("tests_status", {}).get("PASS_TO_PASS", {}).get("failure", [])
+    return Grade(float(found["resolved"]), {"submitted": 1.0, "applied": 1.0, "regression": float(bool(broken))})

@@ -1,0 +1,110 @@
+"""The swe task: a coding agent mends a repository with bash, until it submits a patch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fopd_cli.errors import UserError
+from fopd_cli.samples import Prompt
+from fopd_cli.sandbox import bubblewrap
+from fopd_cli.sandbox.limits import Limits
+from fopd_cli.tasks.base import Grade
+from fopd_cli.tasks.swe import generated
+from fopd_cli.tasks.swe.agent import AgentEpisode, Scaffold, require
+from fopd_cli.tasks.swe.grading import harness, judge
+from fopd_cli.tasks.swe.instances import Instance, load_instances
+from fopd_cli.tasks.swe.places import ContainerPlace, LocalPlace, Place
+
+
+class Swe:
+    """`train` and `eval` are jsonl files or hub datasets in SWE-bench's columns; without them, small repositories of ours."""
+
+    def __init__(
+        self, train: str | None = None, eval: str | None = None, scaffold: str = "swebench_backticks",
+        notation: Literal["code", "native"] = "code", max_turns: int = 50, chat: bool = True,
+        sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap", wall_s: float = 60.0, test_wall_s: float = 1800.0,
+        memory_mb: int = 2048, grader: Literal["tests", "swebench"] = "tests", train_prompts: int = 20_000, eval_prompts: int = 256,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
+        if (train is None) != (eval is None):
+            raise UserError("task: give both task.train and task.eval, or neither for generated repositories")
+        if grader == "swebench" and (eval is None or not eval.startswith("hf:")):
+            raise UserError(
+                "task.grader: swebench judges instances of a dataset that it knows; set task.eval: hf:owner/name:split"
+            )
+        require()
+        if sandbox == "bubblewrap":
+            bubblewrap.check()
+        self.sources = {"train": train, "eval": eval}
+        self.scaffold = Scaffold(scaffold, notation, max_turns)
+        self.chat, self.notation, self.sandbox, self.grader = chat, notation, sandbox, grader
+        self.limits = Limits(
+            wall_s=wall_s,
+            cpu_s=int(max(wall_s, test_wall_s)),
+            memory_mb=memory_mb,
+            processes=256,
+            disk_mb=512,
+            workspace_mb=2048,
+        )
+        self.test_wall_s = test_wall_s
+        self.sizes, self.seed = {"train": train_prompts, "eval": eval_prompts}, seed
+        self._slots: threading.Semaphore | None = None
+
+    def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
+        return [self._prompt(i, made) for i, made in enumerate(self.instances(split))]
+
+    def instances(self, split: Literal["train", "eval"]) -> list[Instance]:
+        """Of a split; what is held out is not trained on."""
+        held_out = self.sizes["eval"]
+        if self.sources["train"] is None or self.sources["eval"] is None:
+            return generated.instances(split, self.sizes["train"], self.seed, held_out)
+        ours = load_instances(self.sources["eval"], "task.eval")[:held_out]
+        if split == "eval":
+            return ours
+        known = {made.id for made in ours}
+        rest = [made for made in load_instances(self.sources["train"], "task.train") if made.id not in known]
+        if not rest:
+            raise UserError("task.train: all its instances are held out; give another file or lower task.eval_prompts")
+        return rest
+
+    def grade(self, prompt: Prompt, response: str) -> Grade:
+        """Of the submitted patch. An agent that never submitted has none."""
+        instance: Instance = prompt.payload["instance"]
+        if self.grader == "swebench":
+            assert self.sources["eval"] is not None
+            name, _, split = self.sources["eval"].removeprefix("hf:").partition(":")
+            return harness(instance, response, name.partition("@")[0], split or "test")
+        if not response.lstrip().startswith("diff "):
+            return Grade(0.0, {"submitted": 0.0})
+        place = self.place(instance)
+        try:
+            return judge(instance, place, response, self.test_wall_s)
+        finally:
+            place.close()
+
+    def episode(self, prompt: Prompt, now: int) -> AgentEpisode:
+        instance: Instance = prompt.payload["instance"]
+        return AgentEpisode(self.scaffold, instance.problem, lambda: self.place(instance), self.limits)
+
+    def place(self, instance: Instance) -> Place:
+        """A fresh checkout."""
+        if self.sandbox in ("docker", "podman"):
+            return ContainerPlace(instance, self.limits, self.sandbox)
+        if self._slots is None:  # one a process: a task is built in several, and a semaphore does not travel
+            self._slots = threading.Semaphore(max(4, os.cpu_count() or 1))
+        return LocalPlace(instance, self.limits, self._slots, self.sandbox == "bubblewrap")
+
+    def _prompt(self, index: int, instance: Instance) -> Prompt:
+        messages = self.scaffold.messages(instance.problem)
+        tools: list[dict[str, Any]] = []
+        if self.notation == "native":
+            from minisweagent.models.utils.actions_toolcall import BASH_TOOL
+
+            tools = [BASH_TOOL]
+        payload = {"instance": instance, "problem": instance.problem}
+        if self.chat:
+            return Prompt(index, messages=messages, payload=payload, tools=tools)
+        return Prompt(index, text="".join(m["content"] for m in messages), payload=payload, tools=tools)
