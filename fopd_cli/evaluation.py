@@ -71,7 +71,7 @@ def evaluate(model: str, recipe: Recipe, out: Path | None, mode: Mode = "all", j
     with book:
         _work(_jobs(model, recipe, mode, jobs, book.rows), take)
     rows = sorted(book.rows.values(), key=lambda row: row["number"])
-    if mode == "grade" and out is not None:
+    if out is not None:
         book.rewrite()
     seconds = time.monotonic() - began
     found = {
@@ -229,7 +229,7 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
             if environments is None:
                 finished = _sample(sampler, requests)
             else:
-                finished = _converse(
+                finished = converse(
                     sampler, requests, environments, {i: stream.prompt(ids[i]) for i in group}, tokenizer
                 )
             for rollout in finished:
@@ -264,12 +264,13 @@ def _sample(sampler: Sampler, requests: list[Request]) -> Iterator[Rollout]:
         yield from sampler.step()
 
 
-def _converse(
+def converse(
     sampler: Sampler,
     requests: list[Request],
     environments: LocalEnvironments,
     prompts: dict[int, Prompt],
     tokenizer: Any,
+    now: int = 0,
 ) -> Iterator[Rollout]:
     """Whole episodes: turns are sampled while tools of other episodes run."""
     episodes = Episodes()
@@ -285,7 +286,9 @@ def _converse(
                 yield episodes.finish(episode)
             else:
                 environments.turn(
-                    m.TurnCommand(turn.key, episode.life, prompts[turn.key], hf.decode(tokenizer, turn.response_ids), 0)
+                    m.TurnCommand(
+                        turn.key, episode.life, prompts[turn.key], hf.decode(tokenizer, turn.response_ids), now
+                    )
                 )
         for seen in environments.receive(block=bool(episodes.running) and not sampler.busy):
             episode = episodes.on_observed(seen.key, seen.life, seen.token_ids, seen.calls, seen.answer)

@@ -6,13 +6,14 @@
 The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few steps, enough to
 know the format and to be wrong most of the time. `recipes/tiny/` was made by this script with its defaults (about 40
 seconds on two cores), `recipes/tiny-tool/` with `--task tool --student-loss 0.2`,
-`recipes/tiny-swe/` with `--task swe --student-loss 0.1`. The pair has a chat template, so that it can stand in for real
+`recipes/tiny-swe/` with `--task swe --teacher-steps 500 --teacher-loss 0 --student-loss 0.08`. The pair has a chat template, so that it can stand in for real
 models wherever one is needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import time
 from pathlib import Path
@@ -128,14 +129,27 @@ def encoded(tokenizer: Any, pieces: list[tuple[str, bool]]) -> tuple[list[int], 
 
 
 def pretrain(
-    model: Any, tokenizer: Any, examples: Any, target: float, seed: int, lr: float = 4e-3, batch: int = 64
+    model: Any,
+    tokenizer: Any,
+    examples: Any,
+    target: float,
+    seed: int,
+    steps: int | None,
+    lr: float = 4e-3,
+    batch: int = 64,
 ) -> int:
-    """Next-token prediction until the loss is under `target` nats a token; returns the steps."""
+    """Next-token prediction until the loss is under `target` nats a token; returns the steps. With `steps` at most so many,
+    over which the learning rate falls to 0."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
+
+    def factor(step: int) -> float:
+        fall = 1.0 if steps is None else 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+        return min(1.0, (step + 1) / 50) * fall
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     smooth, step = 10.0, 0
-    while smooth > target and step < MAX_STEPS:
+    while smooth > target and step < (steps or MAX_STEPS):
         rows = [encoded(tokenizer, examples(rng, step)) for _ in range(batch)]
         width = max(len(row) for row, _ in rows)
         ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in rows])
@@ -148,6 +162,8 @@ def pretrain(
         optimizer.step()
         schedule.step()
         smooth, step = 0.95 * smooth + 0.05 * loss.item(), step + 1
+        if step % 200 == 0:
+            print(f"step {step}: {smooth:.4f} nats a token", flush=True)
     return step
 
 
@@ -158,6 +174,7 @@ def main() -> None:
     parser.add_argument("--arch", choices=sorted(CONFIGS), default="qwen3")
     parser.add_argument("--untrained", action="store_true", help="random weights: enough where only shapes matter")
     parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats a token at which to stop")
+    parser.add_argument("--teacher-steps", type=int, help="let the learning rate fall to 0 over so many")
     parser.add_argument("--student-loss", type=float, default=0.3)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the saved weights")
     parser.add_argument("--horizon", type=int, default=5)
@@ -168,7 +185,11 @@ def main() -> None:
     for seed, (name, (hidden, layers, target)) in enumerate(sizes.items()):
         start = time.monotonic()
         model = make_model(args.arch, len(tokenizer), hidden, layers, seed)
-        steps = 0 if args.untrained else pretrain(model, tokenizer, examples, target, seed)
+        steps = (
+            0
+            if args.untrained
+            else pretrain(model, tokenizer, examples, target, seed, args.teacher_steps if name == "teacher" else None)
+        )
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
         model.to(getattr(torch, args.dtype)).save_pretrained(args.out / name)
         tokenizer.save_pretrained(args.out / name)

@@ -301,7 +301,7 @@ def test_asynchronous_episodes_and_a_lost_environment(fopd: Fopd) -> None:
 def test_a_student_learns_to_use_the_tool(fopd: Fopd) -> None:
     recipe = tool_recipe(
         task={"train_prompts": 6000, "eval_prompts": 96}, sampler={"max_new_tokens": 160, "concurrency": 64},
-        learner={"steps": 70, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
+        learner={"steps": 45, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
         teacher={"batch_samples": 16}, schedule={"depth": 2}, freshness={"xi": 0.02}, checkpoint={"every": 40},
     )  # fmt: skip
     run = fopd.folder / "run"

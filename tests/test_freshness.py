@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fopd_cli.collapse import collapse
 from fopd_cli.freshness import drift, score
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.tensors import log1mexp
@@ -169,3 +170,16 @@ def test_log1mexp(x: float) -> None:
     with localcontext(Context(prec=60)):
         expected = float((1 - Decimal(x).exp()).ln())
     assert log1mexp(torch.tensor(x, dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-12, abs=1e-300)
+
+
+def test_collapse_by_the_papers_definition() -> None:
+    """More than 40% under the peak at the end, and under 90% of it in all of the last tenth."""
+    steady = [(0, 0.1), (50, 0.5), (90, 0.48), (100, 0.5)]
+    assert not collapse(steady, 100).collapsed
+    fallen = [(0, 0.1), (50, 0.5), (90, 0.3), (95, 0.2), (100, 0.29)]
+    assert collapse(fallen, 100).collapsed
+    assert collapse(fallen, 100).drop == pytest.approx(0.21)
+    assert not collapse([*fallen[:-1], (100, 0.31)], 100).collapsed, "final is over 60% of the peak"
+    assert not collapse([(0, 0.1), (50, 0.5), (91, 0.46), (100, 0.2)], 100).collapsed, (
+        "it was near its peak a moment ago"
+    )

@@ -217,9 +217,22 @@ def test_eval_prints_the_score_that_the_run_reports(fopd: Fopd, tmp_path: Path) 
     out = json.loads(fopd("eval", run, "--out", tmp_path / "generations.jsonl").out)
     assert out["score"] == summary(run)["score_last"] > 0
     assert out["score_error"] == pytest.approx(summary(run)["score_last_error"])
-    rows = lines(tmp_path / "generations.jsonl")
+    file = tmp_path / "generations.jsonl"
+    rows = lines(file)[1:]  # a header stands first
     assert len(rows) == 80
     assert np.mean([r["score"] for r in rows]) == pytest.approx(out["score"])
+    # Cut off in the middle of a row: what is missing is done, by two processes.
+    whole = file.read_text()
+    file.write_text("".join(f"{line}\n" for line in whole.splitlines()[:38]) + whole.splitlines()[38][:40])
+    again = json.loads(fopd("eval", run, "--out", file, "--jobs", "2").out)
+    assert again["already_done"] == 37
+    assert again["score"] == out["score"]
+    assert [r["response"] for r in lines(file)[1:]] == [r["response"] for r in rows]
+    assert (
+        "is of another model"
+        in fopd("eval", TINY / "teacher", "--task", fopd.folder / "run.yaml", "--out", file, code=2).err
+    )
+    assert "--generate-only: give --out" in fopd("eval", run, "--generate-only", code=2).err
     teacher = json.loads(fopd("eval", TINY / "teacher", "--task", fopd.folder / "run.yaml", "--samples", "1").out)
     assert teacher["score"] > out["score"]
 

@@ -101,9 +101,7 @@ def test_what_a_patch_is_judged_by() -> None:
 
     right = {"score": 1.0, "submitted": 1.0, "applied": 1.0, "regression": 0.0}
     assert graded(fix) == right
-    broken = graded(
-        fix, f"sed -i 's/def {other}(x, y)/def {other}(y, x)/; s/def {other}(y, x):/&\\n    return None/' {module}"
-    )
+    broken = graded(fix, f"sed -i '/ {other}(/{{n;s#x.*#None#}}' {module}")
     assert broken == {**right, "score": 0.0, "regression": 1.0}
     cheat = "sed -i 's/assert .*/assert True/' tests/test_all.py"
     assert graded(cheat) == {**right, "score": 0.0}, "its tests are put back"
@@ -133,7 +131,7 @@ def test_what_an_agent_cannot_do() -> None:
         "rm -rf / 2>/dev/null; ls /root /work 2>&1; kill -9 -1; kill -9 1; exit 0",
         "env; hostname; cat /proc/1/environ | wc -c",
     ]
-    seen = play(task, prompt, [*map(sh, hostile), sh("git log --oneline 2>&1 | head -1")])
+    seen = play(task, prompt, [*map(sh, hostile), sh("true")])
     assert os.getpid()
     assert str(Path.home()) not in str(seen[1].text)
     assert "API" not in str(seen[1].text)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from fopd_cli.collapse import collapse
 from fopd_cli.runtime.telemetry import mean_and_error
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
@@ -168,11 +169,15 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
     evaluations = [totals.evaluations[v] for v in sorted(totals.evaluations, key=int)]
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
     counts = schedule.counts
+    curve = [(int(e["step"]), e["score"]) for e in evaluations if np.isfinite(e["score"])]
+    found = collapse(curve, schedule.config.steps) if curve else None
     return {
         "steps": schedule.step,
         "score_first": _plain(first.get("score")),
         "score_last": _plain(last.get("score")),
         "score_last_error": _plain(last.get("score_error")),
+        "score_peak": None if found is None else found.peak,
+        "collapsed": None if found is None else found.collapsed,
         "kl_first": _plain(first.get("kl")),
         "kl_last": _plain(last.get("kl")),
         "max_lag": totals.max_lag,

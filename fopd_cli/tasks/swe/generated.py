@@ -1,8 +1,8 @@
 """Small repositories with one wrong operator each: the whole path of a coding agent on a CPU.
 
     a.py                      tests/test_all.py                  the problem
-    def mul(x, y):            def test_mul():                    mul(7, 3) is 10, not 21
-        return x + y              assert mul(7, 3) == 21
+    def mul(x,y):             def test_mul():                    mul(7,3) is 10, not 21
+        return x+y                assert mul(7,3) == 21
 
 One or two modules with two functions each. Every function has a test; the wrong one's fails, the others' pass.
 """
@@ -38,39 +38,40 @@ def instance(rng: random.Random) -> Instance:
     used = {name: wrong if name == broken else OPERATORS[name] for name in names}
     modules = [names[i : i + 2] for i in range(0, len(names), 2)]
     files = {
-        module: "\n\n".join(f"def {name}(x, y):\n    return x {used[name]} y\n" for name in own)
+        module: "\n\n".join(f"def {name}(x,y):\n    return x{used[name]}y\n" for name in own)
         for module, own in zip(MODULES, modules, strict=False)
     }
     imports = [
         f"from {m.removesuffix('.py')} import {', '.join(own)}" for m, own in zip(MODULES, modules, strict=False)
     ]
-    tests = [f"def test_{name}():\n    assert {name}({x}, {y}) == {_value(OPERATORS[name], x, y)}\n" for name in names]
+    tests = [f"def test_{name}():\n    assert {name}({x},{y}) == {_value(OPERATORS[name], x, y)}\n" for name in names]
     files[TESTS] = "\n".join(imports) + "\n\n\n" + "\n\n".join(tests)
     files["conftest.py"] = ""  # so that pytest finds the modules
     return Instance(
         id=f"{'-'.join(names)}/{broken}{wrong}/{x}/{y}",
-        problem=f"{broken}({x}, {y}) is {_value(wrong, x, y)}, not {right}",
+        problem=f"{broken}({x},{y}) is {_value(wrong, x, y)}, not {right}",
         fail_to_pass=(f"{TESTS}::test_{broken}",),
         pass_to_pass=tuple(f"{TESTS}::test_{name}" for name in names if name != broken),
         files=files,
     )
 
 
-LOOK = "grep -nHA1 def *.py"
+LOOK = "grep -A1 def [ab].py /dev/null"  # with a second file it says in which one it found something
 SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && git diff"
 
 
 def scripted(made: Instance) -> list[tuple[str, str]]:
     """What an expert does, and what each command prints: look, mend, submit (whose output nobody sees)."""
     broken, files = made.problem.split("(")[0], made.files or {}
-    shown, mend = [], ""
+    shown, where = [], ""
     for module in (m for m in MODULES if m in files):
         lines = files[module].splitlines()
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(lines):
             if line.startswith("def "):
-                shown.append(f"{module}:{number}:{line}\n{module}-{number + 1}-{lines[number]}\n")
-                if line.startswith(f"def {broken}("):
-                    mend = f"sed -i '{number + 1}s#x .*#x {OPERATORS[broken]} y#' {module}"
+                shown.append(f"{module}:{line}\n{module}-{lines[number + 1]}\n")
+            if line.startswith(f"def {broken}("):
+                where = module
+    mend = f"sed -i '/ {broken}(/{{n;s#x.*#x{OPERATORS[broken]}y#}}' {where}"
     return [(LOOK, "--\n".join(shown)), (mend, ""), (SUBMIT, "")]
 
 
