@@ -27,6 +27,7 @@ from conftest import (
     summary,
     wait_for,
 )
+from test_episodes import needs_sandbox, tool_recipe
 from test_recovery import gone, worker
 
 from fopd_cli.engines import vllm_engine
@@ -237,3 +238,19 @@ def test_what_is_wrong_with_a_remote_teacher_is_one_line(
     err = fopd("run", fopd.recipe(recipe), "--run-dir", fopd.folder / "never", code=2).err
     assert "has another tokenizer than the student" in err
     assert not (fopd.folder / "never").exists()
+
+
+@SLOW
+@needs_sandbox
+def test_episodes_on_vllm(fopd: Fopd) -> None:
+    """Turns go back into the continuous batch, new weights arrive in the middle of episodes."""
+    recipe = tool_recipe(
+        sampler={"engine": "vllm", "max_new_tokens": 120, "concurrency": 16}, schedule={"depth": 2},
+        learner={"steps": 5, "batch_samples": 8, "lr": 1e-3, "warmup_steps": 0},
+    )  # fmt: skip
+    run = fopd.run(recipe)
+    steps = [r for r in metrics(run) if r["kind"] == "step"]
+    assert steps[-1]["turns"] > 1.5
+    assert steps[-1]["calls"] > 0.5
+    assert max(r["noise_floor"] for r in steps) < 1e-4
+    check_accounts(run)
