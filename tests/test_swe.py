@@ -122,6 +122,13 @@ def test_the_agents_own_rules_hold() -> None:
     assert (seen[3].text, seen[3].answer) == (None, ""), "the fourth turn is the last"
     assert "it took longer than 1 s" in seen[3].calls[0]["output"]
     assert play(task, prompt, ["a", "b", "c"])[-1].answer == ""
+    waiting = play(task, prompt, [sh("cat")])
+    assert waiting[0].text == "\n0\n", "there is nothing to wait for"
+    odd = play(task, prompt, [sh("echo a\0b \ud800"), sh("echo " + 200_000 * "x"), sh("printf '\\0\\377'")])
+    assert odd[0].text is not None
+    assert odd[0].text.startswith("\n0\nab")
+    assert "more than 100000 bytes" in str(odd[1].text)
+    assert odd[2].text is not None
 
 
 def test_what_an_agent_cannot_do() -> None:

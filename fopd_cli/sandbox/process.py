@@ -128,6 +128,8 @@ async def run(command: list[str], limits: Limits, workspace: Path | None = None,
     """One command from start to end, and nothing of it afterwards."""
     began = time.monotonic()
     jail = await Jail.start(command, limits, workspace, sandboxed)
+    assert jail.process.stdin is not None
+    jail.process.stdin.close()  # a command that reads from it must not wait for ever
     try:
         output, _, reason = await jail.read(None)
         code = await asyncio.wait_for(jail.process.wait(), 5) if reason == "exit" else None

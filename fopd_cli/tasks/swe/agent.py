@@ -22,11 +22,12 @@ from typing import Any, Literal
 import yaml
 
 from fopd_cli.errors import UserError
-from fopd_cli.sandbox.limits import Limits
+from fopd_cli.sandbox.limits import Limits, Outcome
 from fopd_cli.tasks.base import Observation
 from fopd_cli.tasks.swe.places import Place, shown
 from fopd_cli.tasks.tool import CALL
 
+LONGEST = 100_000  # Linux's limit for one argument is 128 kB
 INSTALL = "pip install 'fopd[swe]' && pip install --no-deps mini-swe-agent==2.4.6"
 
 
@@ -183,7 +184,12 @@ class PlaceEnvironment(_Nowhere):
     def execute(self, action: dict[str, Any], **_: Any) -> dict[str, Any]:
         from minisweagent.exceptions import Submitted
 
-        outcome = self.place.run(action["command"])
+        # What no argument of a process can hold: NUL, and halves of surrogate pairs.
+        command = str(action["command"]).replace("\0", "").encode(errors="replace").decode()
+        if len(command.encode()) > LONGEST:
+            outcome = Outcome(f"stopped: a command of more than {LONGEST} bytes\n", "exit", 126, 0.0)
+        else:
+            outcome = self.place.run(command)
         text, ok = shown(outcome, self.limits), outcome.reason == "exit"
         self.calls.append(
             {"tool": "bash", "input": action["command"], "output": text, "ok": ok, "seconds": outcome.seconds}

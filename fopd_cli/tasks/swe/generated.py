@@ -63,15 +63,13 @@ SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && git diff"
 def scripted(made: Instance) -> list[tuple[str, str]]:
     """What an expert does, and what each command prints: look, mend, submit (whose output nobody sees)."""
     broken, files = made.problem.split("(")[0], made.files or {}
-    shown, where = [], ""
+    shown = []
     for module in (m for m in MODULES if m in files):
         lines = files[module].splitlines()
         for number, line in enumerate(lines):
             if line.startswith("def "):
                 shown.append(f"{module}:{line}\n{module}-{lines[number + 1]}\n")
-            if line.startswith(f"def {broken}("):
-                where = module
-    mend = f"sed -i '/ {broken}(/{{n;s#x.*#x{OPERATORS[broken]}y#}}' {where}"
+    mend = f"sed -i '/ {broken}(/{{n;s#x.*#x{OPERATORS[broken]}y#}}' [ab].py"
     return [(LOOK, "--\n".join(shown)), (mend, ""), (SUBMIT, "")]
 
 

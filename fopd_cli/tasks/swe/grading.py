@@ -33,14 +33,15 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
     write(place, PATCH, patch)
     if place.run(f"git apply --whitespace=nowarn {PATCH}").code != 0:
         return Grade(0.0, {"submitted": 1.0, "applied": 0.0})
+    # One command from here on: each starts a sandbox of its own.
     tests = [*instance.fail_to_pass, *instance.pass_to_pass]
     own = dict.fromkeys([*(t.split("::")[0] for t in tests), *IN_DIFF.findall(instance.test_patch), "conftest.py"])
-    place.run("; ".join(f"git checkout -q HEAD -- {shlex.quote(path)}" for path in own))
+    steps = [f"git checkout -q HEAD -- {shlex.quote(path)} 2>/dev/null" for path in own]
     if instance.test_patch:
         write(place, PATCH, instance.test_patch)
-        place.run(f"git apply --whitespace=nowarn {PATCH}")
+        steps.append(f"git apply --whitespace=nowarn {PATCH}")
     files = " ".join(shlex.quote(f) for f in dict.fromkeys(t.split("::")[0] for t in tests))
-    outcome = place.run(f"{instance.test_command or PYTEST} {files}", wall_s)
+    outcome = place.run("; ".join([*steps, f"{instance.test_command or PYTEST} {files}"]), wall_s)
     passed = {name for _, name in STATUS.findall(outcome.output)}
     kept = all(t in passed for t in instance.pass_to_pass)
     resolved = kept and all(t in passed for t in instance.fail_to_pass)

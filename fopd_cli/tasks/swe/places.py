@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -114,19 +115,13 @@ def _check_out(instance: Instance, path: Path) -> None:
         target.write_text(text, encoding="utf-8")
     if (path / ".git").exists():
         return
-    for command in (
-        ("init", "-q", "--template="),
-        ("add", "-A", "-f"),
-        ("commit", "-q", "--allow-empty", "-m", "base"),
-    ):
-        try:
-            subprocess.run([*GIT, *command], cwd=path, check=True, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise UserError("task: git is not installed; the swe task needs it") from None
-        except subprocess.CalledProcessError as error:
-            raise UserError(
-                f"task: instance {instance.id}: git {command[0]} failed: {error.stderr.strip()[-200:]}"
-            ) from None
+    commands = [("init", "-q", "--template="), ("add", "-A", "-f"), ("commit", "-q", "--allow-empty", "-m", "base")]
+    script = " && ".join(shlex.join([*GIT, *command]) for command in commands)
+    done = subprocess.run(["sh", "-c", script], cwd=path, capture_output=True, text=True)
+    if done.returncode == 127:
+        raise UserError("task: git is not installed; the swe task needs it")
+    if done.returncode:
+        raise UserError(f"task: instance {instance.id}: git failed: {done.stderr.strip()[-200:]}")
 
 
 class ContainerPlace:
