@@ -411,6 +411,8 @@ class Eval(Section):
     """Optimizer steps between evaluations; 0: only before the first and after the last."""
     samples: Positive = 1
     """Responses to each held-out prompt (mean@k)."""
+    training: bool = True
+    """Whether training samples are graded, too. Nothing is learnt from it, and the swe task runs an instance's tests for each."""
     temperature: Annotated[float, Field(ge=0)] | None = None
     """Default: the sampler's; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -6,7 +6,7 @@
 The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few steps, enough to
 know the format and to be wrong most of the time. `recipes/tiny/` was made by this script with its defaults (about 40
 seconds on two cores), `recipes/tiny-tool/` with `--task tool --student-loss 0.2`,
-`recipes/tiny-swe/` with `--task swe --teacher-steps 300 --teacher-loss 0 --student-loss 0.15`. The pair has a chat template, so that it can stand in for real
+`recipes/tiny-swe/` with `--task swe --teacher-steps 300 --teacher-loss 0 --student-loss 0.11`. The pair has a chat template, so that it can stand in for real
 models wherever one is needed.
 """
 

@@ -11,6 +11,7 @@ handle each. What a handler consumes and unblocks is said at the handler.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 import uuid
@@ -481,6 +482,12 @@ class Conductor:
         self._grade([r for k, r in self.rollouts.items() if k not in self.grades])
 
     def _grade(self, rollouts: list[Rollout]) -> None:
+        if not self.recipe.eval.training:
+            for rollout in rollouts:
+                if self.schedule.tickets[rollout.key].sample.split == "train":
+                    self.grades[rollout.key], self.figures[rollout.key] = math.nan, {}
+                    self.schedule.on_graded(rollout.key)
+            rollouts = [r for r in rollouts if r.key not in self.grades]
         if rollouts and "grader-0" in self.fleet.workers:  # else the run is ending, or it is told when it is back
             samples = [self.schedule.tickets[r.key].sample for r in rollouts]
             items = [(r.key, self.stream.prompt(s), self._text(r)) for r, s in zip(rollouts, samples, strict=True)]
