@@ -34,7 +34,7 @@ from fopd_cli.runtime.roles import graded, score
 from fopd_cli.runtime.schedule import Schedule
 from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
 from fopd_cli.runtime.tickets import Generate, Load, Measure, Replay, Score, Train
-from fopd_cli.samples import Request, Rollout, Sample, SampleStats, TargetSpec, TeacherTargets
+from fopd_cli.samples import Request, Rollout, Sample, SampleId, SampleStats, TargetSpec, TeacherTargets
 from fopd_cli.tasks import load_task
 from fopd_cli.tasks.replay import cached, realigned
 from fopd_cli.tasks.replay import replay as replayed
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Costs:
-    """Virtual seconds. Only ratios matter; the defaults are those measured on two cores for the tiny pairs (docs/staleness.md)."""
+    """Virtual seconds, of which only ratios matter. The defaults are guesses, not yet measured: they do not touch runs of exact lag."""
 
     sample: float = 1.0  # a response token of one request, alone in its place of the batch
     score: float = 0.02  # a token
@@ -97,6 +97,7 @@ class Inline:
         self._rollouts: dict[int, Rollout] = {}
         self._targets: dict[int, TeacherTargets] = {}
         self._grades: dict[int, tuple[float, dict[str, float]]] = {}
+        self._seen: dict[int, tuple[SampleId, tuple[float, dict[str, float]], Rollout]] = {}
         self._measured: list[tuple[SampleStats, list[int]]] = []
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -238,7 +239,7 @@ class Inline:
 
     def _after_measure(self, version: int, keys: tuple[int, ...]) -> None:
         samples = {k: self.schedule.tickets[k].sample for k in keys}
-        self._seen = getattr(self, "_seen", {}) | {k: (samples[k], self._grades[k], self._rollouts[k]) for k in keys}
+        self._seen |= {k: (samples[k], self._grades[k], self._rollouts[k]) for k in keys}
         complete = self.schedule.on_measured(version, keys)
         for key in keys:
             self._forget(key)

@@ -4,7 +4,7 @@
     python benchmarks/staleness.py [--quick | --full] [--out docs/staleness] [--jobs 2]
 
 Every cell is a whole run of ours (`inline.py`) on a tiny pair, with an exact lag or with lags that mix; cells that stand in
-OUT/results.jsonl are not run again. Writes table.csv, table.md and figures, prints the headline table last.
+OUT/results.jsonl are not run again. Writes table.csv and table.md, prints the headline table last. A beginning: no full grid was run yet.
 """
 
 from __future__ import annotations
