@@ -22,8 +22,8 @@ from fopd_cli.engines import hf
 from fopd_cli.engines.fsdp_learner import FsdpLearner
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.evaluation import converse
+from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
-from fopd_cli.freshness.score import POLICIES
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime import records
 from fopd_cli.runtime.build import learner_config, make_sampler, task_arguments

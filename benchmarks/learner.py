@@ -34,7 +34,7 @@ from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.token_batch import TokenBatch
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.freshness import drift
-from fopd_cli.freshness.score import POLICIES
+from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.samples import Rollout, Sample, TeacherTargets
 

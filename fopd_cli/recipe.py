@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from fopd_cli.errors import UserError
+from fopd_cli.freshness.policies import POLICIES, PolicyName
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -384,8 +385,8 @@ class Replay(Section):
 
 
 class Freshness(Section):
-    policy: Literal["sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd"] = "fopd"
-    """Which row of the paper's tables to run."""
+    policy: PolicyName = "fopd"
+    """Which row of the paper's tables to run; trust and fopd+trust are ours: tokens that the student has already moved far enough are left out (docs/staleness.md)."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """Weight of sqrt(D_roll) in the score. Not tuned yet."""
     beta: Annotated[float, Field(ge=0)] = 1.0
@@ -402,6 +403,8 @@ class Freshness(Section):
     """normalized: divide by the batch's mean weight, so that lag does not shrink the step before clipping."""
     step_scale: Literal["none", "freshness"] = "none"
     """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the loss)."""
+    trust: Annotated[float, Field(gt=0)] = 0.2
+    """Of the policies with trust: a token says nothing more once its log-prob has moved by so many nats in the direction of its signal since it was sampled."""
     refresh: Refresh = Refresh()
     replay: Replay = Replay()
 
@@ -516,9 +519,9 @@ class Recipe(Section):
 def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What is wrong with keys that are each fine alone."""
     loss, fresh, max_lag = recipe.loss, recipe.freshness, recipe.max_lag
-    weighs = fresh.policy in ("lag_weight", "reweight", "reweight+anchor", "fopd")
+    policy = POLICIES[fresh.policy]
     largest = 1 / (max_lag + 1)  # the score's bound, freshness/score.py
-    if weighs and fresh.xi >= largest:
+    if policy.weights != "one" and fresh.xi >= largest:
         yield (
             f"freshness.xi: {fresh.xi} gates out every sample of full lag, because f <= 1/(lag + 1) = {largest:.4g} at "
             f"lag {max_lag}; choose xi under {largest:.4g} or lower schedule.depth"
@@ -527,6 +530,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"freshness.policy: sync means schedule.depth 0, but the lag may be {max_lag} here; set schedule.depth: 0"
     yield from _teacher_contradictions(recipe)
     support = recipe.support
+    if policy.trust and support not in ("sampled", "mc"):
+        yield (
+            f"freshness.policy: {fresh.policy} leaves out sampled tokens by their signal, and loss.support {support} has none; "
+            "set freshness.policy: fopd (such losses need no trust region, see docs/staleness.md) or loss.support: sampled"
+        )
     if support == "topk" and not loss.tail:
         yield (
             "loss.tail: a top-k divergence without a tail class lets the student hide mass outside the top k "

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from fopd_cli.engines import hf
 from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
-from fopd_cli.freshness.score import POLICIES
+from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fopd_cli.collapse import collapse
-from fopd_cli.freshness import drift, score
+from fopd_cli.freshness import drift, score, trust
+from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.tensors import log1mexp
 
@@ -131,21 +132,42 @@ def test_score_is_zero_where_nothing_is_aligned() -> None:
         ("reweight", [0.7, 0.0]),
         ("reweight+anchor", [0.7, 0.0]),
         ("fopd", [0.7, 0.0]),
+        ("trust", [1.0, 1.0]),
+        ("fopd+trust", [0.7, 0.0]),
     ],
 )
 def test_policies_weigh_as_named(policy: str, expected: list[float]) -> None:
     found = score.weights(
-        score.POLICIES[policy], torch.tensor([0.8, 0.05], dtype=torch.float64), torch.tensor([0, 3]), xi=0.1
+        POLICIES[policy], torch.tensor([0.8, 0.05], dtype=torch.float64), torch.tensor([0, 3]), xi=0.1
     )
     assert found.tolist() == pytest.approx(expected)
 
 
 def test_only_the_named_policies_anchor_and_refresh() -> None:
-    assert {n for n, p in score.POLICIES.items() if p.anchor} == {"reweight+anchor", "fopd"}
-    assert {n: p.refresh for n, p in score.POLICIES.items() if p.refresh != "never"} == {
+    assert {n for n, p in POLICIES.items() if p.anchor} == {"reweight+anchor", "fopd", "fopd+trust"}
+    assert {n for n, p in POLICIES.items() if p.trust} == {"trust", "fopd+trust"}
+    assert {n: p.refresh for n, p in POLICIES.items() if p.refresh != "never"} == {
         "fixed_refresh": "fixed",
         "fopd": "adaptive",
+        "fopd+trust": "adaptive",
     }
+
+
+def test_spent_tokens_are_those_that_moved_with_their_signal() -> None:
+    signal = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 0.0])
+    log_rho = torch.tensor([0.3, 0.1, -0.3, -0.3, -0.1, 0.3, 9.0])
+    assert trust.spent(signal, log_rho, 0.2).tolist() == [True, False, False, True, False, False, False]
+
+
+@given(st.floats(-5, 5), st.floats(-3, 3), st.floats(0.05, 1))
+def test_the_trust_region_is_the_clip_of_ppo(signal: float, log_rho: float, width: float) -> None:
+    """PPO's min(rho A, clip(rho) A) has no gradient exactly where a token is spent, with bounds e^-width and e^width."""
+    moved = torch.tensor(log_rho, dtype=torch.float64, requires_grad=True)
+    rho = moved.exp()
+    torch.minimum(rho * signal, rho.clamp(math.exp(-width), math.exp(width)) * signal).backward()
+    gated = trust.spent(torch.tensor(signal), torch.tensor(log_rho), width)
+    if abs(abs(log_rho) - width) > 1e-6 and abs(signal) > 1e-6:
+        assert (moved.grad == 0) == gated
 
 
 def test_adaptive_refresh_obeys_thresholds_and_interval() -> None:

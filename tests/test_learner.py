@@ -14,7 +14,7 @@ import torch
 from fopd_cli.engines import hf
 from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig, lr_factor
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
-from fopd_cli.freshness.score import POLICIES
+from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.samples import Sample, StepReport, TeacherTargets
 

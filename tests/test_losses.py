@@ -109,6 +109,31 @@ def test_policy_gradient_off_policy() -> None:
     assert (gradient("cached", True) - exact).abs().max() > 1e-3
 
 
+def test_a_spent_token_has_no_gradient_and_counts_as_limited() -> None:
+    """The student has moved by 0.5 towards the first signal, against the second, not enough for the third."""
+    behaviour, teacher = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-0.1, -3.0, -0.1])
+    student = torch.tensor([-0.5, -0.5, -0.9], requires_grad=True)
+    policy_gradient(student, teacher, behaviour, "cached", importance=False, trust=0.2).sum().backward()
+    assert student.grad.tolist() == pytest.approx([0.0, 2.0, -0.9])
+    student.grad = None
+    policy_gradient(student, teacher, behaviour, "cached", importance=False).sum().backward()
+    assert student.grad.tolist() == pytest.approx([-0.9, 2.0, -0.9])
+
+
+@pytest.mark.parametrize("support", ["sampled", "mc"])
+def test_the_trust_region_reaches_the_learner(support: str) -> None:
+    """A region that nothing leaves changes nothing; one of no width keeps only tokens that moved against their signal."""
+    hidden, at, head, teacher_head = positions()
+    if support == "sampled":
+        teacher_head = None
+    found = {
+        w: terms_of(LossSpec("reverse_kl", support, trust=w), hidden, at, head, teacher_head) for w in (None, 1e9, 1e-6)
+    }
+    assert torch.equal(found[None].loss, found[1e9].loss)
+    assert (found[1e-6].clamped > found[1e9].clamped).any()
+    assert torch.equal(found[1e-6].loss[found[1e-6].clamped > 0], torch.zeros(int((found[1e-6].clamped > 0).sum())))
+
+
 # ---- chunked ----------------------------------------------------------------------------------------------------------
 
 

@@ -36,6 +36,7 @@ from fopd_cli.engines.hf import blocks
 from fopd_cli.engines.micro_batch import MicroBatch, placeholder
 from fopd_cli.engines.token_batch import enable_packing
 from fopd_cli.freshness import drift, score
+from fopd_cli.freshness.policies import Policy
 from fopd_cli.losses.chunked import Weighting, chunked_objective
 from fopd_cli.losses.objective import shares, weighting
 from fopd_cli.losses.terms import LossSpec, TokenTerms
@@ -49,7 +50,7 @@ class LearnerConfig:
     """The recipe's learner, loss and freshness sections, as the learner needs them."""
 
     loss: LossSpec
-    policy: score.Policy
+    policy: Policy
     alpha: float
     beta: float
     xi: float

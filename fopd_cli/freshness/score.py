@@ -1,4 +1,4 @@
-"""The freshness score (equation 11), the sample weights made of it, and the named control policies.
+"""The freshness score (equation 11), and the sample weights made of it.
 
     f_i = exp( -( alpha sqrt(D_roll_i) + beta sqrt(D_sup_i) ) ) / (tau_i + 1)
     w_i = relu( f_i - xi )
@@ -10,33 +10,10 @@ asynchronous and the synchronous objective. `f` ranks samples; it is no unbiased
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-PolicyName = Literal["sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd"]
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What a named row of the paper's tables switches on."""
-
-    weights: Literal["one", "lag", "freshness"]
-    anchor: bool = False
-    refresh: Literal["never", "fixed", "adaptive"] = "never"
-
-
-POLICIES: dict[str, Policy] = {
-    "sync": Policy(weights="one"),  # and depth 0, which the recipe checks
-    "async": Policy(weights="one"),
-    "fixed_refresh": Policy(weights="one", refresh="fixed"),
-    "lag_weight": Policy(weights="lag"),
-    "reweight": Policy(weights="freshness"),
-    "reweight+anchor": Policy(weights="freshness", anchor=True),
-    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive"),
-}
+from fopd_cli.freshness.policies import Policy
 
 
 def freshness(

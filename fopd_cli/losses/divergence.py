@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fopd_cli.freshness.trust import spent
+
 LossKind = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
@@ -54,19 +56,28 @@ def ratio(student: Tensor, behaviour: Tensor, cap: float | None) -> Tensor:
     return rho if cap is None else rho.clamp(max=cap)
 
 
+Advantage = Literal["cached", "recomputed"]
+
+
+def advantage_of(kind: Advantage, student: Tensor, teacher: Tensor, behaviour: Tensor) -> Tensor:
+    """log p - log pi of the sampled token, from log-probs `(...)`; `cached` takes log pi from the behaviour policy, as it was
+    when y was sampled, `recomputed` from the student as it is now. No gradient."""
+    return teacher - (behaviour if kind == "cached" else student.detach())
+
+
 def policy_gradient(
-    student: Tensor, teacher: Tensor, behaviour: Tensor, advantage: Literal["cached", "recomputed"], importance: bool,
-    max_ratio: float | None = None,
+    student: Tensor, teacher: Tensor, behaviour: Tensor, advantage: Advantage, importance: bool,
+    max_ratio: float | None = None, trust: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Reverse KL from one sampled token a position: `-(log p - log pi)(y) * log pi_t(y)`, log-probs `(...)` of y.
 
-    The advantage is detached. `cached` takes log pi from the behaviour policy, as it was when y was sampled;
-    `recomputed` takes the student as it is now. `importance` multiplies by rho = pi_t(y)/pi_r(y), which makes the
-    gradient that of `E_{pi_t}`, up to a cap on rho if there is one. Only the gradient means anything: the value is no divergence.
+    `importance` multiplies by rho = pi_t(y)/pi_r(y), which makes the gradient that of `E_{pi_t}`, up to a cap on rho if there is
+    one; `trust` leaves out tokens that are spent (`freshness/trust.py`). Only the gradient means anything: the value is no divergence.
     """
     now = student.detach()
-    reference = behaviour if advantage == "cached" else now
-    signal = teacher - reference
+    signal = advantage_of(advantage, now, teacher, behaviour)
+    if trust is not None:
+        signal = torch.where(spent(signal, now - behaviour, trust), 0.0, signal)
     if importance:
         signal = signal * ratio(now, behaviour, max_ratio)
     return -signal * student

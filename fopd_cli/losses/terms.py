@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fopd_cli.freshness import drift
-from fopd_cli.losses.divergence import LossKind, divergence, kl, policy_gradient, ratio
+from fopd_cli.freshness.trust import spent
+from fopd_cli.losses.divergence import Advantage, LossKind, advantage_of, divergence, kl, policy_gradient, ratio
 
 Support = Literal["full", "topk", "sampled", "mc"]
 DriftKind = Literal["exact", "topk", "sampled"]
@@ -23,9 +24,10 @@ class LossSpec:
     support: Support
     beta: float = 0.5  # of jsd
     temperature: float = 1.0  # of both distributions in the divergence (full support)
-    advantage: Literal["cached", "recomputed"] = "recomputed"  # sampled support
+    advantage: Advantage = "recomputed"  # sampled support
     importance: bool = False  # sampled support
     max_ratio: float | None = None  # cap on the importance ratio; sampled and mc support
+    trust: float | None = None  # width of the token's trust region in nats; sampled and mc support
     drift: DriftKind = "sampled"
     sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
     chunk_bytes: int | None = None  # of one float32 [chunk, vocab] tensor; None: see `chunked.chunk_rows`
@@ -66,7 +68,7 @@ class TokenTerms:
     entropy: Tensor  # of pi_t
     student_mass: Tensor  # probability that the student gives to the teacher's top-k; 1 on full, nan on sampled support
     teacher_mass: Tensor  # the same for the teacher
-    clamped: Tensor  # share of the position's terms at a limit: of the ratio, of the drift, or a tail too small to tell from 0
+    clamped: Tensor  # share of the position's terms at a limit: of the ratio, of the trust region, of the drift, or a tail too small to tell from 0
 
 
 def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
@@ -84,9 +86,10 @@ def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tens
     clamped = drift.at_limit(acting_y.detach(), at.behaviour)
     if spec.support == "sampled":
         teacher_y = _teacher_logprob(at, teacher_logits)
-        if spec.importance:
-            clamped = torch.maximum(clamped, _capped(spec, acting_y, at.behaviour))
-        loss = policy_gradient(acting_y, teacher_y, at.behaviour, spec.advantage, spec.importance, spec.max_ratio)
+        clamped = torch.maximum(clamped, _limited(spec, spec.importance, acting_y, teacher_y, at.behaviour))
+        loss = policy_gradient(
+            acting_y, teacher_y, at.behaviour, spec.advantage, spec.importance, spec.max_ratio, spec.trust
+        )
         return loss, drifts, acting_y.detach() - teacher_y, nan, entropy, nan, nan, clamped
     if spec.support == "mc":
         loss, capped = _monte_carlo(spec, at, acting, acting_y, teacher_logits)
@@ -122,15 +125,20 @@ def _monte_carlo(
         student = torch.cat([student, acting.gather(-1, at.draw_ids)], -1)
         behaviour = torch.cat([behaviour, at.draw_behaviour], -1)
     judged = teacher.gather(-1, ids)
-    loss = policy_gradient(student, judged, behaviour, spec.advantage, importance=True, max_ratio=spec.max_ratio)
-    return loss.mean(-1), _capped(spec, student, behaviour).mean(-1)
+    loss = policy_gradient(student, judged, behaviour, spec.advantage, True, spec.max_ratio, spec.trust)
+    return loss.mean(-1), _limited(spec, True, student, judged, behaviour).mean(-1)
 
 
-def _capped(spec: LossSpec, student: Tensor, behaviour: Tensor) -> Tensor:
-    """1 where the cap on the importance ratio is in force."""
-    if spec.max_ratio is None:
-        return torch.zeros_like(behaviour)
-    return (ratio(student.detach(), behaviour, None) > spec.max_ratio).to(behaviour.dtype)
+def _limited(spec: LossSpec, importance: bool, student: Tensor, teacher: Tensor, behaviour: Tensor) -> Tensor:
+    """1 where the cap on the importance ratio or the trust region is in force."""
+    student = student.detach()
+    limited = torch.zeros_like(behaviour, dtype=torch.bool)
+    if importance and spec.max_ratio is not None:
+        limited = ratio(student, behaviour, None) > spec.max_ratio
+    if spec.trust is not None:
+        signal = advantage_of(spec.advantage, student, teacher, behaviour)
+        limited = limited | spent(signal, student - behaviour, spec.trust)
+    return limited.to(behaviour.dtype)
 
 
 def _teacher_logprob(at: Positions, teacher_logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from fopd_cli.engines import hf, lora
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.engines.vllm_engine import AdapterOptions, VllmOptions
 from fopd_cli.errors import UserError
-from fopd_cli.freshness.score import POLICIES
+from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.recipe import Lora, Recipe, Vllm
 from fopd_cli.recipe import Teacher as TeacherSection
@@ -73,13 +73,14 @@ def learner_config(recipe: Recipe, compute: torch.dtype, vocab: int, **loss_over
     from fopd_cli.engines.fsdp_learner import LearnerConfig
 
     loss, fresh, lrn = recipe.loss, recipe.freshness, recipe.learner
+    policy = POLICIES[fresh.policy]
     spec = LossSpec(
         kind=loss.kind, support=recipe.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
-        importance=loss.importance, max_ratio=loss.max_ratio, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
+        importance=loss.importance, max_ratio=loss.max_ratio, trust=fresh.trust if policy.trust else None, drift=fresh.drift, sampling_temperature=recipe.sampler.temperature,
         chunk_bytes=None if loss.chunk_mb is None else loss.chunk_mb << 20, compile=lrn.compile,
     )  # fmt: skip
     return LearnerConfig(
-        loss=replace(spec, **loss_overrides), policy=POLICIES[fresh.policy], alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
+        loss=replace(spec, **loss_overrides), policy=policy, alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
         anchor=fresh.anchor, weights=fresh.weights, step_scale=fresh.step_scale, average=loss.average, lr=lrn.lr,
         warmup_steps=lrn.warmup_steps, decay=lrn.decay, min_lr_ratio=lrn.min_lr_ratio, steps=lrn.steps, betas=lrn.betas,
         weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, packing=lrn.packing, compute_dtype=compute,

@@ -24,8 +24,8 @@ import torch
 
 from fopd_cli.engines import hf
 from fopd_cli.errors import Interrupted, UserError, WorkerError
+from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
-from fopd_cli.freshness.score import POLICIES
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime import records, roles

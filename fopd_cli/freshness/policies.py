@@ -1,0 +1,34 @@
+"""The control policies that a recipe can name: what each switches on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PolicyName = Literal[
+    "sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd", "trust", "fopd+trust"
+]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a named row of the tables switches on."""
+
+    weights: Literal["one", "lag", "freshness"]
+    anchor: bool = False
+    refresh: Literal["never", "fixed", "adaptive"] = "never"
+    trust: bool = False  # the token's trust region (`trust.py`)
+
+
+POLICIES: dict[str, Policy] = {
+    "sync": Policy(weights="one"),  # and depth 0, which the recipe checks
+    "async": Policy(weights="one"),
+    "fixed_refresh": Policy(weights="one", refresh="fixed"),
+    "lag_weight": Policy(weights="lag"),
+    "reweight": Policy(weights="freshness"),
+    "reweight+anchor": Policy(weights="freshness", anchor=True),
+    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive"),
+    # Ours, not the paper's.
+    "trust": Policy(weights="one", trust=True),
+    "fopd+trust": Policy(weights="freshness", anchor=True, refresh="adaptive", trust=True),
+}
