@@ -118,6 +118,10 @@ class Inline:
                     break
                 self._now, _, happens = heapq.heappop(self._events)
                 happens()
+                while (
+                    self._events and self._events[0][0] == self._now
+                ):  # at once: the schedule need not be asked in between
+                    heapq.heappop(self._events)[2]()
         self.outcome.seconds, self.outcome.refreshes = self._now, self.schedule.refreshes
         return self.outcome
 
@@ -171,12 +175,17 @@ class Inline:
             found = []
             while self.sampler.busy:
                 found += self.sampler.step()
+        ends = []
         for rollout in sorted(found, key=lambda r: r.key):
             place = min(range(len(self._free_at)), key=self._free_at.__getitem__)
             begin = max(self._now, self._free_at[place])
             self._free_at[place] = begin + self.costs.sample * int(rollout.loss_mask.sum())
+            ends.append(self._free_at[place])
+        if self.schedule.config.deterministic:  # whole groups, whose order of arrival says nothing
+            ends = [max(ends)] * len(ends)
+        for rollout, end in zip(sorted(found, key=lambda r: r.key), ends, strict=True):
             life = self._life
-            self._after(self._free_at[place] - self._now, lambda r=rollout, n=life: self._sampled(r, n))  # type: ignore[misc]
+            self._after(end - self._now, lambda r=rollout, n=life: self._sampled(r, n))  # type: ignore[misc]
 
     def _sampled(self, rollout: Rollout, life: int) -> None:
         if life == self._life and self.schedule.on_sampled(0, rollout.key, rollout.oldest_version):

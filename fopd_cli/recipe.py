@@ -395,8 +395,8 @@ class Freshness(Section):
     """Gate: w = relu(f - xi). Must be under 1/(depth + 1). Not tuned yet."""
     anchor: Annotated[float, Field(ge=0)] = 1.0
     """lambda: weight of the rollout anchor, relative to the loss. Not tuned yet."""
-    drift: Literal["sampled", "topk", "exact"] = "sampled"
-    """Estimator of D_roll: from the sampled token, the sampler's top-k and a tail, or the whole vocabulary."""
+    drift: Literal["sampled", "quadratic", "topk", "exact"] = "sampled"
+    """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor, docs/staleness.md), the sampler's top-k and a tail, or the whole vocabulary."""
     drift_k: Positive = 32
     """k of drift topk."""
     weights: Literal["raw", "normalized"] = "raw"
@@ -558,7 +558,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
             f"learner.optimizer_dtype: bf16 keeps 8 bits, and an average over 1/(1 - {recipe.learner.betas[1]}) steps would be rounded "
             "away; set learner.betas: [0.9, 0.95] or optimizer_dtype: fp32"
         )
-    if fresh.drift != "sampled" and recipe.sampler.top_p < 1:
+    if fresh.drift in ("topk", "exact") and recipe.sampler.top_p < 1:
         yield f"freshness.drift: {fresh.drift} needs the untruncated behaviour policy; set sampler.top_p: 1 or drift: sampled"
 
 

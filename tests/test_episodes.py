@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -273,27 +274,38 @@ def test_killed_in_the_middle_of_episodes(fopd: Fopd) -> None:
 @SLOW
 @needs_sandbox
 def test_asynchronous_episodes_and_a_lost_environment(fopd: Fopd) -> None:
-    """Its episodes are done again in a new one; when that may not be started, the run ends with a checkpoint."""
+    """Its episodes are done again in a new one; when that may not be started, the run ends with a checkpoint.
+
+    The sampler stands still meanwhile, so that it ends a token, and with many at work some turn, after it was told to
+    abort them: nothing of that may get into the episodes' second try.
+    """
     recipe = tool_recipe(
         schedule={"depth": 2},
-        learner={"steps": 12, "batch_samples": 8, "lr": 1e-3, "warmup_steps": 0},
+        sampler={"concurrency": 32},
+        learner={"steps": 12, "batch_samples": 16, "lr": 1e-3, "warmup_steps": 0},
         teacher={"delay_ms": 20},
-        runtime={"restarts": 1},
+        runtime={"restarts": 3},
     )
     process, run = fopd.start("run", fopd.recipe(recipe, "r.yaml"), "--run-dir", fopd.folder / "r"), fopd.folder / "r"
-    for step in (2, 6):
+    for step in (1, 3, 5):
         reach(process, run, step)
-        worker(run, "environment-0", descendants(process.pid)).kill()
+        sampler, environment = (worker(run, name, descendants(process.pid)) for name in ("sampler-0", "environment-0"))
+        sampler.suspend()
+        environment.kill()
+        time.sleep(0.5)
+        sampler.resume()
+    reach(process, run, 7)
+    worker(run, "environment-0", descendants(process.pid)).kill()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert "environment-0" in err
-    assert "starting it again (1 of 1)" in err
+    assert "starting it again (3 of 3)" in err
     assert "there is no other environment" in err
     fopd("resume", run)
     prompts = check_accounts(run)
-    assert prompts["trained"] + prompts["gated"] == 12 * 8
+    assert prompts["trained"] + prompts["gated"] == 12 * 16
     assert summary(run)["max_lag"] <= 2
-    assert summary(run)["restarts"] == 1
+    assert summary(run)["restarts"] == 3
 
 
 @SLOW

@@ -78,14 +78,36 @@ def test_sampled_gradient_is_that_of_the_kl() -> None:
     np.testing.assert_allclose(ours.numpy(), logits.grad.numpy(), rtol=1e-8, atol=1e-12)
 
 
-def test_sampled_far_apart_is_finite() -> None:
-    assert torch.isfinite(drift.sampled(torch.tensor([0.0]), torch.tensor([-1e4]))).all()
+def test_quadratic_is_the_kl_of_near_policies_and_pulls_on_tokens_given_up() -> None:
+    old = random_logprobs(6, 13, 6)
+    new = torch.log_softmax(old + 1e-3 * random_logprobs(6, 13, 7), -1)
+    np.testing.assert_allclose((old.exp() * drift.quadratic(new, old)).sum(-1), drift.exact(new, old), rtol=1e-2)
+    gone, before = torch.tensor(-12.0, requires_grad=True), torch.tensor(-1.0)
+    (pull,) = torch.autograd.grad(drift.quadratic(gone, before), gone)
+    (slack,) = torch.autograd.grad(drift.sampled(gone, before), gone)
+    assert pull.item() == pytest.approx(-11)
+    assert abs(slack.item()) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sampled", "quadratic"])
+def test_slope_is_the_derivative_up_to_the_limit(kind: drift.TokenDrift) -> None:
+    old = torch.zeros(5)
+    new = torch.tensor([-70.0, -2.0, 0.0, 3.0, 61.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(drift.ONE_TOKEN[kind](new, old).sum(), new)
+    torch.testing.assert_close(drift.slope(kind, new.detach(), old), gradient)
+    assert drift.slope(kind, torch.tensor(1e4), torch.tensor(0.0)) == 0
+
+
+@pytest.mark.parametrize("kind", ["sampled", "quadratic"])
+def test_far_apart_is_finite(kind: drift.TokenDrift) -> None:
+    assert torch.isfinite(drift.ONE_TOKEN[kind](torch.tensor([0.0]), torch.tensor([-1e4]))).all()
 
 
 def test_same_policy_has_no_drift() -> None:
     p = random_logprobs(3, 7, 9)
     assert drift.exact(p, p).abs().max() < 1e-15
     assert drift.sampled(p, p).abs().max() == 0
+    assert drift.quadratic(p, p).abs().max() == 0
     assert drift.topk(p[:, :2], p[:, :2]).abs().max() < 1e-15
 
 

@@ -209,6 +209,8 @@ def reference(
     if spec.drift == "sampled":
         rho = (acting.gather(-1, y)[:, 0] - at.behaviour.to(F64)).exp()
         drift = rho * rho.log() - rho + 1
+    elif spec.drift == "quadratic":
+        drift = (acting.gather(-1, y)[:, 0] - at.behaviour.to(F64)) ** 2 / 2
     else:
         new, old = acting.gather(-1, at.behaviour_topk_ids).exp(), at.behaviour_topk.to(F64).exp()
         new, old = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (new, old))
@@ -228,16 +230,19 @@ def reference(
 
 CASES = [
     *((kind, "full", "sampled", t, ts) for kind in ("forward_kl", "reverse_kl", "jsd") for t, ts in ((1.0, 1.0), (0.7, 1.3))),
+    ("reverse_kl", "full", "quadratic", 0.7, 1.3), ("forward_kl", "topk", "quadratic", 1.0, 0.8), ("reverse_kl", "sampled", "quadratic", 1.0, 1.0),
     *((kind, "topk", drift, 1.0, 0.8) for kind in ("forward_kl", "reverse_kl", "jsd") for drift in ("sampled", "topk")),
     ("reverse_kl", "sampled", "sampled", 1.0, 1.0), ("reverse_kl", "full", "topk", 0.9, 0.9),
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "temperature", "sampling"), [case[:1] + case[3:] for case in CASES[:6]])
-def test_the_compiled_objective_and_its_gradients(kind: str, temperature: float, sampling: float) -> None:
+@pytest.mark.parametrize(("kind", "support", "drift", "temperature", "sampling"), CASES[:7])
+def test_the_compiled_objective_and_its_gradients(
+    kind: str, support: str, drift: str, temperature: float, sampling: float
+) -> None:
     for chunk in (7, 1000):
-        check_objective(kind, "full", "sampled", temperature, sampling, True, chunk, compile=True)
+        check_objective(kind, support, drift, temperature, sampling, True, chunk, compile=True)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 1000])

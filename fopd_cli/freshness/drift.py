@@ -13,6 +13,7 @@ that at tau = 0, so that it can be taken off before fresh samples look stale.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,8 +61,29 @@ def sampled(new: Tensor, old: Tensor) -> Tensor:
     return rho * log_rho - rho + 1
 
 
+def quadratic(new: Tensor, old: Tensor) -> Tensor:
+    """`(log rho)^2 / 2`, from log-probs `(...)` of the sampled token `y ~ pi_r`.
+
+    The KL to second order in the distance of the two policies (Schulman's k2), and of less variance than `sampled`. What matters more
+    is its gradient by log pi_t(y), log rho: it grows with the distance in both directions, where that of `sampled`, rho log rho,
+    goes to 0 for a token that the student has all but given up. An anchor must still pull there (docs/staleness.md).
+    """
+    return 0.5 * (new - old).clamp(max=MAX_LOG_RHO).square()
+
+
+TokenDrift = Literal["sampled", "quadratic"]
+ONE_TOKEN = {"sampled": sampled, "quadratic": quadratic}  # the estimators that ask for no more than the sampled token
+
+
+def slope(kind: TokenDrift, new: Tensor, old: Tensor) -> Tensor:
+    """Derivative of a `ONE_TOKEN` estimator by log pi_t(y), `(...)`; 0 where it is at its limit."""
+    log_rho = (new - old).clamp(max=MAX_LOG_RHO)
+    rises = log_rho.exp() * log_rho if kind == "sampled" else log_rho
+    return torch.where(log_rho < MAX_LOG_RHO, rises, 0.0)
+
+
 def at_limit(new: Tensor, old: Tensor) -> Tensor:
-    """1 where `sampled` is at its limit, `(...)`."""
+    """1 where a `ONE_TOKEN` estimator is at its limit, `(...)`."""
     return ((new - old) > MAX_LOG_RHO).to(old.dtype)
 
 

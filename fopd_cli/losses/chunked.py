@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fopd_cli.freshness.drift import ONE_TOKEN
 from fopd_cli.losses.kernels import AnyChunk, Chunk, CompiledChunk, FullChunk
 from fopd_cli.losses.terms import LossSpec, Positions, TokenTerms
 
@@ -121,7 +122,7 @@ class _Pass:
         self.terms: list[tuple[Tensor, ...]] = []
         self.value = torch.zeros((), device=hidden.device)
         self.kind: type[Chunk] = AnyChunk
-        if spec.support == "full" and spec.drift == "sampled":
+        if spec.support == "full" and spec.drift in ONE_TOKEN:
             self.kind = CompiledChunk if spec.compile else FullChunk
         # One set of buffers for all chunks: on a CPU, fresh ones of this size would be mapped and zeroed by the kernel.
         shape = (min(self.chunk, len(at.tokens)), head.shape[0])

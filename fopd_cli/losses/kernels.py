@@ -30,7 +30,7 @@ class Chunk(Protocol):
 
 
 class FullChunk:
-    """Full vocabulary and sampled drift, by formula and in place: the path that must be fast, and it is memory that bounds it.
+    """Full vocabulary and drift of one token, by formula and in place: the path that must be fast, and it is memory that bounds it.
 
     With z the logits over the temperature T: u = exp(z - max), pi = u / sum(u), likewise v and p of the teacher, and
     gap = log pi - log p = (z - z_teacher) + shift, one number `shift` a row. Then
@@ -38,7 +38,7 @@ class FullChunk:
         KL(p||pi) = -sum(p gap)       d/dz = pi - p
         JSD       = sum(beta p w + (1 - beta) pi (gap + w)),   w = log p/m = -log(beta + (1 - beta) e^gap)
                                       d/dz = pi (g - sum(pi g)),   g = (1 - beta)(gap + w)
-    and dz / dlogits = 1 / T. The drift D = rho log rho - rho + 1 has dD/dlog pi(y) = rho log rho.
+    and dz / dlogits = 1 / T. The drift knows log pi(y) alone: `drift.slope`.
     """
 
     def __init__(
@@ -58,10 +58,9 @@ class FullChunk:
         teacher_lse, _, self.teacher_total = _lse_(teacher)
         self.u, self.v, self.gap, self.shift = spare, teacher, student, teacher_lse - lse
         self.acting_y = y_logit / ts - (self.acting_lse if self.acting_lse is not None else lse)
-        log_rho = self.acting_y[:, 0] - at.behaviour
-        drifts = drift.sampled(self.acting_y[:, 0], at.behaviour)
-        slope = log_rho.clamp(max=drift.MAX_LOG_RHO).exp() * log_rho
-        self.drift_slope = torch.where(log_rho < drift.MAX_LOG_RHO, slope, 0.0)
+        assert spec.drift == "sampled" or spec.drift == "quadratic"
+        drifts = drift.ONE_TOKEN[spec.drift](self.acting_y[:, 0], at.behaviour)
+        self.drift_slope = drift.slope(spec.drift, self.acting_y[:, 0], at.behaviour)
         self.reverse = _dot(self.u, self.gap) / self.total + self.shift
         forward = -(_dot(self.v, self.gap) / self.teacher_total + self.shift)
         loss = self.reverse if self.kind == "reverse_kl" else forward
@@ -123,8 +122,9 @@ class CompiledChunk:
         self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
     ) -> None:
         self.how = (one_name(spec.kind, spec.beta), spec.beta, spec.temperature, spec.sampling_temperature)
+        assert spec.drift == "sampled" or spec.drift == "quadratic"
         self.logits, self.tokens = (student, teacher), at.tokens
-        terms, self.row = _compiled(_formula_terms)(*self.logits, at.tokens, at.behaviour, *self.how)
+        terms, self.row = _compiled(_formula_terms)(*self.logits, at.tokens, at.behaviour, spec.drift, *self.how)
         self.terms: tuple[Tensor, ...] = terms
 
     def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
@@ -142,6 +142,7 @@ def _formula_terms(
     teacher: Tensor,
     tokens: Tensor,
     behaviour: Tensor,
+    estimator: drift.TokenDrift,
     kind: LossKind,
     beta: float,
     t: float,
@@ -161,10 +162,9 @@ def _formula_terms(
         to_mixture, teachers = _to_mixture(gap, beta)
         mean = (1 - beta) * (pi * to_mixture).sum(-1, keepdim=True)
         loss = mean + beta * (p * teachers).sum(-1, keepdim=True)
-    log_rho = acting_y - behaviour
-    slope = torch.where(log_rho < drift.MAX_LOG_RHO, log_rho.clamp(max=drift.MAX_LOG_RHO).exp() * log_rho, 0.0)
+    slope = drift.slope(estimator, acting_y, behaviour)
     one = torch.ones_like(slope)
-    drifts, clamped = drift.sampled(acting_y, behaviour), drift.at_limit(acting_y, behaviour)
+    drifts, clamped = drift.ONE_TOKEN[estimator](acting_y, behaviour), drift.at_limit(acting_y, behaviour)
     terms = (loss[:, 0], drifts, reverse[:, 0], forward[:, 0], entropy, one, one, clamped)
     return terms, (lse, teacher_lse, acting_lse, mean, slope)
 

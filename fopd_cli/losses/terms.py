@@ -13,7 +13,7 @@ from fopd_cli.freshness.trust import spent
 from fopd_cli.losses.divergence import Advantage, LossKind, advantage_of, divergence, kl, policy_gradient, ratio
 
 Support = Literal["full", "topk", "sampled", "mc"]
-DriftKind = Literal["exact", "topk", "sampled"]
+DriftKind = Literal["exact", "topk", "sampled", "quadratic"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class LossSpec:
     drift: DriftKind = "sampled"
     sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
     chunk_bytes: int | None = None  # of one float32 [chunk, vocab] tensor; None: see `chunked.chunk_rows`
-    compile: bool = False  # full support and sampled drift: formulas fused by torch.compile
+    compile: bool = False  # full support and drift of one token: formulas fused by torch.compile
 
 
 @dataclass
@@ -148,8 +148,8 @@ def _teacher_logprob(at: Positions, teacher_logits: Tensor) -> Tensor:
 
 
 def _drift(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor) -> Tensor:
-    if spec.drift == "sampled":
-        return drift.sampled(acting_y, at.behaviour)
+    if spec.drift == "sampled" or spec.drift == "quadratic":
+        return drift.ONE_TOKEN[spec.drift](acting_y, at.behaviour)
     assert at.behaviour_topk is not None
     if spec.drift == "exact":
         return drift.exact(acting, at.behaviour_topk[:, : acting.shape[-1]])

@@ -271,6 +271,7 @@ class Conductor:
             case Load(replica, version):
                 self._to_sampler(replica, m.LoadCommand(version))
             case Abort(replica):
+                self.fleet.workers[f"sampler-{replica}"].aborts += 1
                 self._to_sampler(replica, m.AbortCommand())
                 self._give_up(replica)
             case Score(teacher, keys, again):
@@ -381,6 +382,8 @@ class Conductor:
         for span in getattr(message, "spans", None) or ([message.span] if hasattr(message, "span") else []):
             self.telemetry.span(worker.name, span)
         match message:
+            case m.Sampled() if message.aborts < worker.aborts:
+                pass  # said before it knew that these are aborted; they may be under way anew
             case m.Sampled():
                 finished = message.rollouts if self.episodes is None else self._on_turns(message.rollouts)
                 self._on_sampled(worker.spec.rank, finished)

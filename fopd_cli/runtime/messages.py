@@ -132,8 +132,12 @@ class Ready:
 
 @dataclass
 class Sampled:
+    """`aborts`: how many `AbortCommand`s the sampler had obeyed by then. A key that was aborted may be sampled again, and what was
+    on its way before is not to be taken for that."""
+
     rollouts: list[Rollout]
     spans: list[Span]
+    aborts: int
 
 
 @dataclass

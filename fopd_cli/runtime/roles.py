@@ -39,7 +39,7 @@ def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     engine = build_sampler(spec, setup)
     mailbox.send(m.Ready())
     began: float | None = None  # of the span that is open
-    tokens = 0
+    tokens = aborts = 0
     while True:
         command = mailbox.receive(block=not engine.busy)
         if command is None:
@@ -51,7 +51,7 @@ def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
                 if not engine.busy or time.time() - began > SPAN_S:
                     spans.append(m.Span("generate", began, time.time(), {"tokens": tokens}))
                     began, tokens = None, 0
-                mailbox.send(m.Sampled(rollouts, spans))
+                mailbox.send(m.Sampled(rollouts, spans, aborts))
         elif isinstance(command, m.GenerateCommand):
             engine.submit(command.requests)
         elif isinstance(command, m.LoadCommand):
@@ -61,7 +61,7 @@ def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             mailbox.send(m.Loaded(command.version, _load_span(command.version, setup.channel, start)))
         elif isinstance(command, m.AbortCommand):
             engine.abort()
-            began, tokens = None, 0
+            began, tokens, aborts = None, 0, aborts + 1
         elif isinstance(command, m.StopCommand):
             return
         else:

@@ -93,6 +93,7 @@ class Worker:
     log: Path
     replaceable: bool
     owed: int = 0
+    aborts: int = 0  # sent to a sampler
     started: bool = False  # has said that its engine stands
     sent_at: float = field(default_factory=time.monotonic)
 
