@@ -1,8 +1,11 @@
+#!/usr/bin/env python3
 """A whole run in one process: our schedule, engines, losses and freshness, on a virtual clock.
+
+    python benchmarks/inline.py      measures the costs that `Costs` has as defaults
 
 What is sampled, judged and learnt is real; only *when* things end is made up, from a cost model, so that a run is deterministic
 and lags mix as they do on a box where roles work side by side. With `schedule.lag` the clock changes nothing but the
-modelled throughput.
+modelled throughput. Evaluations take no time.
 """
 
 from __future__ import annotations
@@ -10,8 +13,15 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
-from collections.abc import Callable
+import math
+import random
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +34,7 @@ from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.evaluation import converse
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
-from fopd_cli.recipe import Recipe
+from fopd_cli.recipe import Recipe, load_recipe
 from fopd_cli.runtime import records
 from fopd_cli.runtime.build import learner_config, make_sampler, task_arguments
 from fopd_cli.runtime.environment import LocalEnvironments
@@ -40,16 +50,20 @@ from fopd_cli.tasks.replay import cached, realigned
 from fopd_cli.tasks.replay import replay as replayed
 
 CPU = torch.device("cpu")
+TICK_MS = 10.0  # rollouts of uneven duration end on it, so that those after them are sampled in batches
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Virtual seconds, of which only ratios matter. The defaults are guesses, not yet measured: they do not touch runs of exact lag."""
+    """Virtual milliseconds, of which only ratios matter; measured by this file's `main` (see docs/staleness.md)."""
 
-    sample: float = 1.0  # a response token of one request, alone in its place of the batch
-    score: float = 0.02  # a token
-    train: float = 0.06  # a token
-    load: float = 1.0  # an update of weights
+    sample: float = 1.55  # a response token of one request, in a batch of 32
+    score: float = 0.0175  # a token
+    train: float = 0.042  # a token
+    load: float = 0.23  # an update of weights
+    control: float = (
+        1.02  # a training step with weights and anchor, as a multiple of one without (benchmarks/learner.py)
+    )
 
 
 @dataclass
@@ -60,13 +74,21 @@ class Outcome:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     refreshes: int = 0
     seconds: float = 0.0
+    spent: defaultdict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # real milliseconds, by kind of work
+    work: Counter[str] = field(default_factory=Counter)  # what was done in them: decoding steps, tokens, updates
 
 
 class Inline:
-    """One run. Engines are made anew for each, so that nothing passes from one to the next."""
+    """One run. Engines are made anew for each, so that nothing passes from one to the next.
 
-    def __init__(self, recipe: Recipe, costs: Costs = Costs()) -> None:
-        self.recipe, self.costs = recipe, costs
+    `uneven`: a rollout takes 0.5 to 16 times as long as its tokens say, as slow tools make it. `sgd`: plain SGD in the place of
+    AdamW, for the control experiment.
+    """
+
+    def __init__(self, recipe: Recipe, costs: Costs = Costs(), uneven: bool = False, sgd: bool = False) -> None:
+        self.recipe, self.costs, self.uneven = recipe, costs, uneven
         inputs = doctor.load_inputs(recipe, place(recipe, 0))
         self.spec: TargetSpec = inputs.target_specs[0]
         self.stream: PromptStream = inputs.stream
@@ -80,6 +102,8 @@ class Inline:
         heads = [self.teacher.head().clone()] if recipe.targets == "hidden" else []
         student = hf.load_model(recipe.student.model, "student.model", torch.float32)
         self.learner = FsdpLearner(student, heads, learner_config(recipe, torch.float32, inputs.vocab), CPU, 0, 1)
+        if sgd:
+            self.learner.optimizer = torch.optim.SGD(self.learner.student.parameters(), lr=recipe.learner.lr)  # type: ignore[assignment]
         self.sampler = make_sampler(
             recipe, recipe.student.model, torch.float32, CPU, context_tokens(recipe, self.stream)
         )
@@ -132,7 +156,8 @@ class Inline:
         s, costs = self.schedule, self.costs
         match action:
             case Load(replica, version):
-                self.sampler.load(version, self._weights[version].items())
+                with self._timed("load", 1):
+                    self.sampler.load(version, self._weights[version].items())
                 self._after(costs.load, lambda: s.on_loaded(replica, version))
             case Generate(_, keys):
                 self._generate(keys)
@@ -144,14 +169,24 @@ class Inline:
                     changed = self._replay(key)
                     self._after(costs.sample, lambda k=key, c=changed: s.on_replayed(k, c))  # type: ignore[misc]
             case Train(step, keys):
-                report = self.learner.train(step, [self._sample(k) for k in keys])
+                samples = [self._sample(k) for k in keys]
+                with self._timed("train", sum(len(x.rollout.token_ids) for x in samples)):
+                    report = self.learner.train(step, samples)
                 self._publish()
-                self._after(costs.train * report.tokens, lambda: self._trained(report, keys))
+                control = 1.0 if self.learner.config.policy.weights == "one" else costs.control
+                self._after(costs.train * control * report.tokens, lambda: self._trained(report, keys))
             case Measure(version, keys):
                 self._measured.append((self.learner.measure([self._sample(k) for k in keys]), list(keys)))
                 self._after(0.0, lambda: self._after_measure(version, keys))
             case _:
                 raise RuntimeError(f"unexpected {action}")
+
+    @contextmanager
+    def _timed(self, kind: str, work: int) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.outcome.spent[kind] += 1000 * (time.perf_counter() - began)
+        self.outcome.work[kind] += work
 
     def _publish(self) -> None:
         with torch.no_grad():
@@ -167,19 +202,25 @@ class Inline:
         ]
         if self.stream.episodic:
             prompts = {k: self.stream.prompt(i) for k, i in zip(keys, samples, strict=True)}
-            found = list(
-                converse(self.sampler, requests, self._environments, prompts, self.tokenizer, self.sampler.version)
-            )
+            assert self._environments is not None
+            version = self.schedule.replicas[0].loaded
+            found = list(converse(self.sampler, requests, self._environments, prompts, self.tokenizer, version))
         else:
             self.sampler.submit(requests)
             found = []
             while self.sampler.busy:
-                found += self.sampler.step()
+                with self._timed("sample", 1):
+                    found += self.sampler.step()
         ends = []
         for rollout in sorted(found, key=lambda r: r.key):
+            if self.schedule.tickets[rollout.key].evaluation:
+                ends.append(self._now)
+                continue
             place = min(range(len(self._free_at)), key=self._free_at.__getitem__)
             begin = max(self._now, self._free_at[place])
-            self._free_at[place] = begin + self.costs.sample * int(rollout.loss_mask.sum())
+            pace = random.Random(rollout.key).uniform(0.5, 16) if self.uneven else 1.0
+            end = begin + self.costs.sample * pace * int(rollout.loss_mask.sum())
+            self._free_at[place] = math.ceil(end / TICK_MS) * TICK_MS if self.uneven else end
             ends.append(self._free_at[place])
         if self.schedule.config.deterministic:  # whole groups, whose order of arrival says nothing
             ends = [max(ends)] * len(ends)
@@ -201,10 +242,13 @@ class Inline:
             if rollout.key not in self._targets:
                 fields = self.spec.fields(rollout.response_length)
                 self._targets[rollout.key] = TeacherTargets(
-                    self.spec.kind, **{n: torch.zeros(s, dtype=d) for n, d, s in fields}
+                    self.spec.kind,
+                    **{n: torch.zeros(s, dtype=d) for n, d, s in fields},  # type: ignore[arg-type]
                 )
-        score(self.teacher, rollouts, [self._targets[k] for k in keys], again)
-        return sum(len(r.judged.token_ids) for r in rollouts)
+        tokens = sum(len(r.judged.token_ids) for r in rollouts)
+        with self._timed("score", tokens):
+            score(self.teacher, rollouts, [self._targets[k] for k in keys], again)
+        return 0 if self.schedule.tickets[keys[0]].evaluation else tokens
 
     def _scored(self, teacher: int, keys: tuple[int, ...]) -> None:
         for key in self.schedule.on_scored(teacher, keys):
@@ -262,7 +306,7 @@ class Inline:
 
     def _forget(self, key: int) -> None:
         for table in (self._rollouts, self._targets, self._grades):
-            table.pop(key, None)  # type: ignore[attr-defined]
+            table.pop(key, None)
 
 
 class _Nothing:
@@ -271,3 +315,17 @@ class _Nothing:
 
     def __exit__(self, *_: Any) -> None:
         return None
+
+
+def main() -> None:
+    """Print what a unit of each kind of work takes here, one thread, on the short task at lag 0: the median of five runs."""
+    torch.set_num_threads(1)
+    overrides = ["schedule.lag=0", "learner.steps=30", "eval.every=0", "sampler.concurrency=32", "loss.support=sampled"]
+    runs = [Inline(load_recipe(Path(__file__).parent / "recipes" / "short.yaml", overrides)).run() for _ in range(5)]
+    for kind in ("sample", "score", "train", "load"):
+        each = statistics.median(run.spent[kind] / run.work[kind] for run in runs)
+        print(f"{kind}: {each:.4f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,33 +1,38 @@
 #!/usr/bin/env python3
 """Does freshness control pay, where, and how much? The paper's tables at a scale that two CPU cores can run.
 
-    python benchmarks/staleness.py [--quick | --full] [--out docs/staleness] [--jobs 2]
+    python benchmarks/staleness.py [--quick | --full | --study NAME ...] [--out docs/staleness] [--jobs 2] [--seeds N]
 
-Every cell is a whole run of ours (`inline.py`) on a tiny pair, with an exact lag or with lags that mix; cells that stand in
-OUT/results.jsonl are not run again. Writes table.csv and table.md, prints the headline table last. A beginning: no full grid was run yet.
+Every cell is a whole run of ours (`inline.py`: our schedule, engines, losses and freshness in one process, on a virtual clock) on a
+tiny pair, with an exact lag or with lags that mix. Cells that stand in OUT/results.jsonl are not run again, so it can be stopped and
+started at will. Writes table.csv and table.md, and figures where matplotlib is installed; the headline table comes last.
+docs/staleness.md says what the rows are and what came out.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import staleness_report as report
 
-TASKS: dict[str, tuple[str, list[str]]] = {  # recipe, overrides
-    "short": ("quickstart.yaml", ["task.eval_prompts=128", "task.horizon=5", "learner.steps=120", "eval.every=12"]),
-    "middle": ("tool-tiny.yaml", ["task.eval_prompts=64", "task.drift=0.1", "learner.steps=40", "eval.every=8"]),
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+# The rate of each task is the highest of 1e-4, 3e-4, 1e-3 at which the synchronous run learns well on the cached policy gradient.
+TASKS = {
+    "short": ["learner.lr=1e-3"],
+    "middle": ["learner.lr=3e-4", "learner.steps=120", "eval.every=15"],
+    "long": ["learner.lr=3e-4"],
 }
-LOSSES: dict[str, list[str]] = {
+LOSSES = {
     "pg_cached": ["loss.support=sampled", "loss.advantage=cached"],
     "pg_ratio": ["loss.support=sampled", "loss.advantage=cached", "loss.importance=true"],
     "pg_recomputed": ["loss.support=sampled", "loss.advantage=recomputed"],
@@ -36,65 +41,155 @@ LOSSES: dict[str, list[str]] = {
     "jsd": ["loss.kind=jsd", "loss.support=full"],
     "topk": ["loss.support=topk", "teacher.k=8"],
 }
-POLICIES: dict[str, list[str]] = {
-    **{
-        name: [f"freshness.policy={name}"]
-        for name in ("async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd")
-    },
-    "reweight, scaled step": ["freshness.policy=reweight", "freshness.step_scale=freshness"],
-    "ratio, capped": ["freshness.policy=async", "loss.importance=true", "loss.max_ratio=2"],
+SAMPLED = ("pg_cached", "pg_ratio", "pg_recomputed")
+PUBLISHED = ["freshness.drift=sampled", "freshness.anchor=1", "freshness.refresh.every_at_least=100"]
+PAPER = {
+    name: [f"freshness.policy={name}", *PUBLISHED]
+    for name in ("async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd")
 }
-COMMON = [
-    "sampler.concurrency=64", "checkpoint.every=0", "schedule.inflight=wait", "freshness.xi=0.01", "freshness.refresh.every_at_least=50",
-]  # fmt: skip
+OTHERS = {
+    "recomputed, ratio": ["freshness.policy=async", "loss.advantage=recomputed", "loss.importance=true"],
+    "ratio capped at 2": ["freshness.policy=async", "loss.importance=true", "loss.max_ratio=2"],
+    "reweight, scaled step": ["freshness.policy=reweight", "freshness.step_scale=freshness"],
+}
+ANCHORED = ["freshness.policy=fopd", "freshness.anchor=auto", "freshness.refresh.mean=0"]
+TOPK = ["freshness.drift=topk", "freshness.drift_k=8"]
+BEST = "fopd, top-k anchor"
+OURS = {
+    "trust": ["freshness.policy=trust", "freshness.trust=0.2"],
+    "fopd, quadratic anchor": [*ANCHORED, "freshness.drift=quadratic"],
+    BEST: [*ANCHORED, *TOPK],
+}
+POLICIES = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
+MIXED = "0..8"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `lag` exact; policy `sync` is lag 0 without control."""
+    """One run. `lag` is exact ("8") or mixed ("0..8"); `extra` are further overrides of the recipe."""
 
     task: str
     loss: str
     policy: str
-    lag: int
+    lag: str
     seed: int
+    extra: tuple[str, ...] = ()
+    optimizer: str = "adamw"
 
     @property
     def key(self) -> str:
-        return "/".join(map(str, asdict(self).values()))
+        return "/".join([self.task, self.loss, self.policy, self.lag, str(self.seed), *self.extra, self.optimizer])
 
     @property
     def overrides(self) -> list[str]:
-        policy = ["freshness.policy=sync"] if self.policy == "sync" else POLICIES[self.policy]
-        return [
-            *TASKS[self.task][1],
-            *COMMON,
-            *LOSSES[self.loss],
-            *policy,
-            f"schedule.lag={self.lag}",
-            f"seed={self.seed}",
-        ]
+        lag = (
+            ["schedule.depth=8", "schedule.inflight=keep", "sampler.concurrency=96"]
+            if self.lag == MIXED
+            else [f"schedule.lag={self.lag}"]
+        )
+        own = [*TASKS[self.task], *LOSSES[self.loss], *POLICIES[self.policy], *lag, f"seed={self.seed}"]
+        return [*own, *self.extra]
 
 
-def cells(full: bool) -> Iterator[Cell]:
-    """The grid, headline rows first."""
-    for seed in range(3):
-        yield Cell("short", "pg_cached", "sync", 0, seed)
-        for policy in ("async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd"):
-            yield Cell("short", "pg_cached", policy, 8, seed)
-    if not full:
-        return
-    for seed in range(5):
-        for task in TASKS:
-            for loss in LOSSES:
-                yield Cell(task, loss, "sync", 0, seed)
-                for lag in (2, 4, 8, 16):
-                    for policy in POLICIES:
-                        if policy != "ratio, capped" or loss.startswith("pg"):
-                            yield Cell(task, loss, policy, lag, seed)
+def headline(seed: int) -> Iterator[Cell]:
+    """Every policy on the most fragile loss at lag 8: the paper's comparison."""
+    for policy in POLICIES:
+        yield Cell("short", "pg_cached", policy, "0" if policy == "sync" else "8", seed)
 
 
-def measure(cell: Cell, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+def lags(seed: int) -> Iterator[Cell]:
+    """Where it starts to matter."""
+    for lag in ("2", "4", "16"):
+        for policy in ("async", "fopd", *OURS):
+            yield Cell("short", "pg_cached", policy, lag, seed)
+
+
+def losses(seed: int) -> Iterator[Cell]:
+    """Which losses need control at all: nothing against the best of ours that the loss admits."""
+    for loss in LOSSES:
+        if loss != "pg_cached":
+            yield Cell("short", loss, "sync", "0", seed)
+            for lag in ("2", "4", "8", "16"):
+                for policy in ("async", BEST):
+                    yield Cell("short", loss, policy, lag, seed)
+
+
+def horizons(seed: int) -> Iterator[Cell]:
+    """The same at longer horizons."""
+    for task in ("middle", "long"):
+        yield Cell(task, "pg_cached", "sync", "0", seed)
+        for policy in ("async", "lag_weight", "fopd", *OURS):
+            yield Cell(task, "pg_cached", policy, "8", seed)
+        for loss in ("reverse_kl", "forward_kl"):
+            yield Cell(task, loss, "sync", "0", seed)
+            for policy in ("async", BEST):
+                yield Cell(task, loss, policy, "8", seed)
+
+
+def mixed(seed: int) -> Iterator[Cell]:
+    """Lags 0 to 8 in one batch, as rollouts of uneven duration give: here weights can tell samples apart."""
+    for policy in ("async", "lag_weight", "reweight", "reweight+anchor", "fopd", *OURS):
+        yield Cell("short", "pg_cached", policy, MIXED, seed)
+
+
+def sgd(seed: int) -> Iterator[Cell]:
+    """The control experiment: plain SGD without clipping does not cancel a factor that all of a batch has in common."""
+    for policy in ("sync", "async", "lag_weight", "reweight"):
+        lag = "0" if policy == "sync" else "8"
+        yield Cell("short", "pg_cached", policy, lag, seed, ("learner.lr=0.03", "learner.clip=0"), "sgd")
+
+
+SWEEP: dict[str, tuple[str, list[tuple[str, ...]]]] = {
+    "anchor, sampled drift": (BEST, [("freshness.drift=sampled", f"freshness.anchor={x}") for x in (3, 9, 30, 100)]),
+    "anchor, quadratic drift": (BEST, [("freshness.drift=quadratic", f"freshness.anchor={x}") for x in (3, 30)]),
+    "anchor, top-k drift": (BEST, [(f"freshness.anchor={x}",) for x in (1, 5, 18, 36)]),
+    "k": (BEST, [(f"freshness.drift_k={x}",) for x in (1, 2, 32)]),
+    "with the importance ratio": (BEST, [("loss.importance=true",)]),
+    "alpha": (BEST, [(f"freshness.alpha={x}",) for x in (0, 0.3, 3, 10)]),
+    "xi, as a share of 1/(lag + 1)": (BEST, [(f"freshness.xi={x / 9:.4f}",) for x in (0, 0.5, 0.8)]),
+    "weights": (BEST, [("freshness.weights=normalized",)]),
+    "step_scale": (BEST, [("freshness.step_scale=freshness",)]),
+    "kappa_f (refreshes)": (
+        BEST,
+        [("freshness.refresh.mean=0.1", f"freshness.refresh.every_at_least={n}") for n in (25, 100)],
+    ),
+    "trust": ("trust", [(f"freshness.trust={x}",) for x in (0.1, 0.3, 1)]),
+}
+
+
+def sweep(seed: int) -> Iterator[Cell]:
+    """One key at a time around our best."""
+    for policy, variants in SWEEP.values():
+        for extra in variants:
+            yield Cell("short", "pg_cached", policy, "8", seed, extra)
+
+
+def replays(seed: int) -> Iterator[Cell]:
+    """Supervision drift: how much of a batch to replay, and what D_sup may cost a sample."""
+    for extra in (
+        ("freshness.replay.share=0",),
+        ("freshness.replay.share=1",),
+        ("freshness.replay.share=1", "freshness.beta=10"),
+    ):
+        yield Cell("middle", "reverse_kl", BEST, "8", seed, extra)
+
+
+def anchored_kl(seed: int) -> Iterator[Cell]:
+    """What an anchor costs where nothing needs it: the default loss at the default depth, and the cached loss beside it."""
+    for lag in ("4", "8"):
+        yield Cell("short", "reverse_kl", "async", lag, seed)
+        yield Cell("short", "reverse_kl", "reweight", lag, seed)
+        for extra in ((), ("freshness.anchor=1",)):
+            yield Cell("short", "reverse_kl", BEST, lag, seed, extra)
+
+
+STUDIES = {
+    f.__name__: f for f in (headline, anchored_kl, lags, horizons, losses, sweep, mixed, replays, sgd)
+}  # fmt: skip
+QUICK, FULL = (("headline",), 3), (tuple(STUDIES), 5)
+
+
+def measure(cell: Cell, steps: int | None = None) -> dict[str, Any]:
     """Run one cell."""
     import torch
     from inline import Inline
@@ -104,67 +199,47 @@ def measure(cell: Cell, extra: tuple[str, ...] = ()) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     began = time.monotonic()
-    recipe = load_recipe(ROOT / "recipes" / TASKS[cell.task][0], [*cell.overrides, *extra])
-    outcome = Inline(recipe).run()
+    short = [] if steps is None else [f"learner.steps={steps}", f"eval.every={steps}"]
+    recipe = load_recipe(RECIPES / f"{cell.task}.yaml", [*cell.overrides, *short])
+    outcome = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd").run()
     curve = [(int(e["step"]), float(e["score"])) for e in outcome.evaluations]
     found = collapse(curve, recipe.learner.steps)
+
+    def mean(name: str) -> float:
+        return statistics.fmean(s[name] for s in outcome.steps)
+
     return {
         **asdict(cell), "key": cell.key, "score": curve[-1][1], "peak": found.peak, "drop": found.drop, "collapsed": found.collapsed,
-        "curve": curve, "kl": outcome.evaluations[-1]["kl"], "lag_mean": statistics.fmean(s["lag_mean"] for s in outcome.steps),
-        "freshness": statistics.fmean(s["freshness"] for s in outcome.steps),
-        "drift_roll": statistics.fmean(s["drift_roll"] for s in outcome.steps),
-        "drift_sup": statistics.fmean(s["drift_sup"] for s in outcome.steps), "refreshes": outcome.refreshes,
+        "curve": curve, "kl": outcome.evaluations[-1]["kl"], "lag_mean": mean("lag_mean"), "lag_max": max(s["lag_max"] for s in outcome.steps),
+        "freshness": mean("freshness"), "drift_roll": mean("drift_roll"), "drift_sup": mean("drift_sup"), "refreshes": outcome.refreshes,
         "modelled_seconds": outcome.seconds, "wall_seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
 
 
-def table(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each (task, loss, policy, lag): mean over seeds, its standard error, collapses."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for r in results:
-        groups[r["task"], r["loss"], r["policy"], r["lag"]].append(r)
-    rows = []
-    for (task, loss, policy, lag), runs in groups.items():
-        scores = [r["score"] for r in runs]
-        error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
-        rows.append(
-            {
-                "task": task, "loss": loss, "policy": policy, "lag": lag, "seeds": len(runs), "score": statistics.fmean(scores),
-                "error": error, "collapsed": sum(r["collapsed"] for r in runs), "drop": statistics.fmean(r["drop"] for r in runs),
-                "freshness": statistics.fmean(r["freshness"] for r in runs), "drift_roll": statistics.fmean(r["drift_roll"] for r in runs),
-                "drift_sup": statistics.fmean(r["drift_sup"] for r in runs), "refreshes": statistics.fmean(r["refreshes"] for r in runs),
-            }
-        )  # fmt: skip
-    return rows
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| task | loss | lag | policy | score | peak - final | collapsed | freshness | D_roll |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {r['task']} | {r['loss']} | {r['lag']} | {r['policy']} | {r['score']:.3f} ± {r['error']:.3f} | {r['drop']:.3f} | "
-            f"{r['collapsed']}/{r['seeds']} | {r['freshness']:.3f} | {r['drift_roll']:.4f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the headline rows, three seeds (the default)")
-    parser.add_argument("--full", action="store_true", help="everything, five seeds: hours")
+    parser.add_argument("--quick", action="store_true", help="the headline study, three seeds (the default)")
+    parser.add_argument("--full", action="store_true", help="all studies, five seeds: hours")
+    parser.add_argument("--study", choices=list(STUDIES), action="append", help="these alone")
+    parser.add_argument("--seeds", type=int, help="instead of three or five")
+    parser.add_argument(
+        "--steps", type=int, help="cut every run to so many optimizer steps: for a test, not for figures"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "staleness")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
+    studies, seeds = FULL if args.full else QUICK
+    studies, seeds = args.study or studies, args.seeds or seeds
+    # Seed by seed, so that a table that was stopped half-way is whole for fewer seeds.
+    wanted = {c.key: c for seed in range(seeds) for study in studies for c in STUDIES[study](seed)}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.jsonl"
     results = {r["key"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
-    wanted = list(dict.fromkeys(cells(args.full)))
-    todo = [cell for cell in wanted if cell.key not in results]
-    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=8) as pool, path.open("a") as file:
-        for number, result in enumerate(pool.imap_unordered(measure, todo), 1):
+    todo = [cell for key, cell in wanted.items() if key not in results]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.jobs, maxtasksperchild=8) as pool, path.open("a") as file:
+        pending = pool.imap_unordered(_measure, [(cell, args.steps) for cell in todo])
+        for number, result in enumerate(pending, 1):
             results[result["key"]] = result
             file.write(json.dumps(result) + "\n")
             file.flush()
@@ -172,13 +247,13 @@ def main() -> None:
                 f"{number}/{len(todo)}  {result['key']}: {result['score']:.3f} in {result['wall_seconds']} s",
                 flush=True,
             )
-    rows = table([results[cell.key] for cell in wanted])
-    with (args.out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (args.out / "table.md").write_text(markdown(rows) + "\n")
-    print(markdown(rows))
+    report.write(args.out, list(results.values()))
+    shown = report.rows([results[key] for key in wanted])
+    print(report.markdown([r for r in shown if r["study"] == "headline"] or shown))
+
+
+def _measure(job: tuple[Cell, int | None]) -> dict[str, Any]:
+    return measure(*job)
 
 
 if __name__ == "__main__":

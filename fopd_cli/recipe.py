@@ -386,15 +386,15 @@ class Replay(Section):
 
 class Freshness(Section):
     policy: PolicyName = "fopd"
-    """Which row of the paper's tables to run; trust and fopd+trust are ours: tokens that the student has already moved far enough are left out (docs/staleness.md)."""
+    """Which row of the paper's tables to run; trust is ours: tokens that the student has already moved far enough are left out (docs/staleness.md)."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """Weight of sqrt(D_roll) in the score. Not tuned yet."""
     beta: Annotated[float, Field(ge=0)] = 1.0
     """Weight of sqrt(D_sup) in the score. Not tuned yet."""
     xi: Annotated[float, Field(ge=0)] = 0.05
     """Gate: w = relu(f - xi). Must be under 1/(depth + 1). Not tuned yet."""
-    anchor: Annotated[float, Field(ge=0)] = 1.0
-    """lambda: weight of the rollout anchor, relative to the loss. Not tuned yet."""
+    anchor: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """lambda: weight of the rollout anchor, relative to the loss. auto: the largest lag + 1, so that the batches under way together move the student no further than to the teacher."""
     drift: Literal["sampled", "quadratic", "topk", "exact"] = "sampled"
     """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor, docs/staleness.md), the sampler's top-k and a tail, or the whole vocabulary."""
     drift_k: Positive = 32
@@ -404,7 +404,7 @@ class Freshness(Section):
     step_scale: Literal["none", "freshness"] = "none"
     """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the loss)."""
     trust: Annotated[float, Field(gt=0)] = 0.2
-    """Of the policies with trust: a token says nothing more once its log-prob has moved by so many nats in the direction of its signal since it was sampled."""
+    """Of policy trust: a token says nothing more once its log-prob has moved by so many nats in the direction of its signal since it was sampled."""
     refresh: Refresh = Refresh()
     replay: Replay = Replay()
 
@@ -486,6 +486,12 @@ class Recipe(Section):
     @property
     def max_lag(self) -> int:
         return self.schedule.depth if self.schedule.lag is None else self.schedule.lag
+
+    @property
+    def anchor(self) -> float:
+        """freshness.anchor, resolved. An anchored step takes the student 1/lambda of the way from the policy that sampled to the teacher
+        (`freshness/score.py`), and max_lag + 1 batches of one policy are under way at once."""
+        return self.max_lag + 1.0 if self.freshness.anchor == "auto" else self.freshness.anchor
 
     @property
     def support(self) -> Literal["full", "topk", "sampled", "mc"]:

@@ -167,6 +167,24 @@ def pretrain(
     return step
 
 
+def make_pair(
+    out: Path, examples: Any, teacher_loss: float, student_loss: float, teacher_steps: int | None = None, arch: str = "qwen3",
+    untrained: bool = False, dtype: str = "bfloat16",
+) -> None:  # fmt: skip
+    """Write OUT/teacher and OUT/student; `examples(rng, step)` gives worked solutions as pieces (text, whether it is learnt)."""
+    tokenizer = make_tokenizer()
+    for seed, (name, hidden, target) in enumerate((("teacher", 128, teacher_loss), ("student", 96, student_loss))):
+        start = time.monotonic()
+        model, steps = make_model(arch, len(tokenizer), hidden, 2, seed), 0
+        if not untrained:
+            steps = pretrain(model, tokenizer, examples, target, seed, teacher_steps if name == "teacher" else None)
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
+        model.to(getattr(torch, dtype)).save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{out / name}: {millions:.2f}M parameters, {steps} steps, {time.monotonic() - start:.0f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -179,22 +197,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the saved weights")
     parser.add_argument("--horizon", type=int, default=5)
     args = parser.parse_args()
-    tokenizer = make_tokenizer()
     examples = {"tool": ToolCalls, "swe": BugFixes}.get(args.task, lambda: Arithmetics(args.horizon))()
-    sizes = {"teacher": (128, 2, args.teacher_loss), "student": (96, 2, args.student_loss)}
-    for seed, (name, (hidden, layers, target)) in enumerate(sizes.items()):
-        start = time.monotonic()
-        model = make_model(args.arch, len(tokenizer), hidden, layers, seed)
-        steps = (
-            0
-            if args.untrained
-            else pretrain(model, tokenizer, examples, target, seed, args.teacher_steps if name == "teacher" else None)
-        )
-        model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
-        model.to(getattr(torch, args.dtype)).save_pretrained(args.out / name)
-        tokenizer.save_pretrained(args.out / name)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"{args.out / name}: {millions:.2f}M parameters, {steps} steps, {time.monotonic() - start:.0f} s")
+    make_pair(
+        args.out,
+        examples,
+        args.teacher_loss,
+        args.student_loss,
+        args.teacher_steps,
+        args.arch,
+        args.untrained,
+        args.dtype,
+    )
 
 
 if __name__ == "__main__":

@@ -155,7 +155,6 @@ def test_score_is_zero_where_nothing_is_aligned() -> None:
         ("reweight+anchor", [0.7, 0.0]),
         ("fopd", [0.7, 0.0]),
         ("trust", [1.0, 1.0]),
-        ("fopd+trust", [0.7, 0.0]),
     ],
 )
 def test_policies_weigh_as_named(policy: str, expected: list[float]) -> None:
@@ -166,12 +165,11 @@ def test_policies_weigh_as_named(policy: str, expected: list[float]) -> None:
 
 
 def test_only_the_named_policies_anchor_and_refresh() -> None:
-    assert {n for n, p in POLICIES.items() if p.anchor} == {"reweight+anchor", "fopd", "fopd+trust"}
-    assert {n for n, p in POLICIES.items() if p.trust} == {"trust", "fopd+trust"}
+    assert {n for n, p in POLICIES.items() if p.anchor} == {"reweight+anchor", "fopd"}
+    assert {n for n, p in POLICIES.items() if p.trust} == {"trust"}
     assert {n: p.refresh for n, p in POLICIES.items() if p.refresh != "never"} == {
         "fixed_refresh": "fixed",
         "fopd": "adaptive",
-        "fopd+trust": "adaptive",
     }
 
 

@@ -62,7 +62,7 @@ def test_mistakes_in_one_key(recipe: Path, override: str, message: str) -> None:
         (["loss.support=topk", "teacher.targets=sampled"], "set teacher.targets: topk"),
         (["freshness.drift=topk", "sampler.top_p=0.9"], "set sampler.top_p: 1"),
         (["loss.max_ratio=2"], "loss.support full has no importance ratio"),
-        (["freshness.policy=fopd+trust"], "loss.support full has none"),
+        (["freshness.policy=trust"], "loss.support full has none"),
         (["loss.support=sampled", "loss.max_ratio=2"], "importance: true"),
         (["loss.student_k=4"], "belongs to loss.support topk, not full"),
         (["loss.support=topk", "loss.student_k=64"], "raise teacher.k"),

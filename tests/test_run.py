@@ -107,10 +107,11 @@ def test_time_slicing_takes_turns(fopd: Fopd, pair: Path) -> None:
 
 
 POLICIES: dict[str, dict[str, Any]] = {
-    "fopd+trust": {"refresh": {"mean": 1.0, "every_at_least": 3}, "trust": 0.01},
+    "trust": {"trust": 0.01},
     "fixed_refresh": {"refresh": {"every": 2}},
     "lag_weight": {},
     "reweight": {"weights": "normalized", "drift": "topk", "drift_k": 8},
+    "reweight+anchor": {"drift": "quadratic"},
     "fopd": {"refresh": {"mean": 1.0, "every_at_least": 3}, "step_scale": "freshness", "drift": "exact"},
 }
 
@@ -118,16 +119,16 @@ POLICIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("policy", [pytest.param(p, marks=() if p in ("fopd", "reweight") else SLOW) for p in POLICIES])
 def test_policies(fopd: Fopd, pair: Path, policy: str) -> None:
     fresh = {"policy": policy, "xi": 0.01, **POLICIES[policy]}
-    loss = {"support": "sampled"} if "trust" in policy else {}
+    loss = {"support": "sampled"} if policy == "trust" else {}
     run = fopd.run(small_recipe(pair, schedule={"depth": 2}, freshness=fresh, loss=loss, learner={"steps": 7}))
     prompts = check_accounts(run)
     refreshes = [r["step"] for r in metrics(run) if r["kind"] == "refresh"]
-    assert refreshes == {"fixed_refresh": [2, 4, 6], "fopd": [3, 6], "fopd+trust": [3, 6]}.get(policy, [])
+    assert refreshes == {"fixed_refresh": [2, 4, 6], "fopd": [3, 6]}.get(policy, [])
     assert bool(prompts["refreshed"]) == bool(refreshes)
     steps = {r["step"]: r for r in metrics(run) if r["kind"] == "step"}
     for step in refreshes:
         assert steps[step + 1]["lag_max"] == 0, "the first batch after a refresh is fresh"
-    if policy == "fopd+trust":
+    if policy == "trust":
         assert any(s["clamped"] > 0 for s in steps.values() if s["lag_max"] > 0), "some token is spent"
     if policy == "lag_weight":
         assert steps[7]["weight"] == pytest.approx(1 / (1 + steps[7]["lag_mean"]) - 0.01, abs=0.05)

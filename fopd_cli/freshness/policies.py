@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-PolicyName = Literal[
-    "sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd", "trust", "fopd+trust"
-]
+PolicyName = Literal["sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd", "trust"]
 
 
 @dataclass(frozen=True)
@@ -30,5 +28,4 @@ POLICIES: dict[str, Policy] = {
     "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive"),
     # Ours, not the paper's.
     "trust": Policy(weights="one", trust=True),
-    "fopd+trust": Policy(weights="freshness", anchor=True, refresh="adaptive", trust=True),
 }

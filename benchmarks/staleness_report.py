@@ -1,0 +1,121 @@
+"""Results of benchmarks/staleness.py as tables and figures."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+ASYNC_LAG = "8"
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One for each (task, loss, policy, lag, overrides): means over seeds, beside the synchronous run of the same task and loss."""
+    groups: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
+    for r in results:
+        groups[r["task"], r["loss"], r["lag"], r["policy"], tuple(r["extra"]), r["optimizer"]].append(r)
+    found = []
+    for (task, loss, lag, policy, extra, optimizer), runs in groups.items():
+        sync = groups.get((task, loss, "0", "sync", extra if optimizer == "sgd" else (), optimizer), [])
+        found.append(
+            {
+                "study": _study(loss, lag, extra, optimizer, task), "task": task, "loss": loss, "lag": lag, "policy": policy,
+                "overrides": " ".join(extra), "optimizer": optimizer, **_figures(runs, sync),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _study(loss: str, lag: str, extra: Sequence[str], optimizer: str, task: str) -> str:
+    headline = (
+        task == "short" and loss == "pg_cached" and lag in ("0", ASYNC_LAG) and not extra and optimizer == "adamw"
+    )
+    return "headline" if headline else ""
+
+
+def _figures(runs: list[Result], sync: list[Result]) -> dict[str, Any]:
+    scores = [r["score"] for r in runs]
+    mean = statistics.fmean(scores)
+    base = statistics.fmean(r["score"] for r in sync) if sync else float("nan")
+    start = statistics.fmean(r["curve"][0][1] for r in runs)
+    pace = statistics.fmean(r["modelled_seconds"] for r in sync) if sync else float("nan")
+    reached = [_first(r["curve"], 0.9 * base) for r in runs]
+    return {
+        "seeds": len(runs),
+        "score": mean,
+        "error": statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else float("nan"),
+        "of_sync": mean / base if base else float("nan"),
+        "of_gain": (mean - start) / (base - start) if base > start else float("nan"),
+        "kl": statistics.fmean(r["kl"] for r in runs),
+        "drop": statistics.fmean(r["drop"] for r in runs),
+        "collapsed": sum(r["collapsed"] for r in runs),
+        # The median over seeds, if most of them get there.
+        "steps_to_90": statistics.median(s if s is not None else float("inf") for s in reached),
+        "throughput": pace / statistics.fmean(r["modelled_seconds"] for r in runs),
+        "freshness": statistics.fmean(r["freshness"] for r in runs),
+        "lag_mean": statistics.fmean(r["lag_mean"] for r in runs),
+        "drift_roll": statistics.fmean(r["drift_roll"] for r in runs),
+        "drift_sup": statistics.fmean(r["drift_sup"] for r in runs),
+        "refreshes": statistics.fmean(r["refreshes"] for r in runs),
+    }
+
+
+def _first(curve: list[list[float]], target: float) -> float | None:
+    return next((step for step, score in curve if score >= target), None)
+
+
+def equal_time(results: Sequence[Result]) -> list[tuple[str, float, float]]:
+    """(policy, steps it has done, score) of the headline when the asynchronous run has ended, by the cost model."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    main = [r for r in results if _study(r["loss"], r["lag"], r["extra"], r["optimizer"], r["task"]) == "headline"]
+    budget = statistics.fmean(r["modelled_seconds"] for r in main if r["policy"] == "async")
+    for r in main:
+        last = r["curve"][-1][0]
+        steps = min(last, last * budget / r["modelled_seconds"])
+        found[r["policy"]].append((steps, _at(r["curve"], steps)))
+    return [(p, *(statistics.fmean(column) for column in zip(*v, strict=True))) for p, v in found.items()]  # type: ignore[misc]
+
+
+def _at(curve: list[list[float]], step: float) -> float:
+    for (a, low), (b, high) in pairwise(curve):
+        if a <= step <= b:
+            return low + (high - low) * (step - a) / (b - a)
+    return curve[-1][1]
+
+
+def markdown(found: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| task | loss | lag | policy | score | of sync | of its gain | KL | peak - final | collapsed | steps to 90% | throughput |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found:
+        name = " ".join(
+            filter(None, [r["policy"], r["overrides"], "" if r["optimizer"] == "adamw" else r["optimizer"]])
+        )
+        lines.append(
+            f"| {r['task']} | {r['loss']} | {r['lag']} | {name} | {r['score']:.3f} ± {r['error']:.3f} | {r['of_sync']:.0%} | {r['of_gain']:.0%} "
+            f"| {r['kl']:.3f} | {r['drop']:.3f} | {r['collapsed']}/{r['seeds']} | {r['steps_to_90']:.0f} | {r['throughput']:.2f} |"
+        )
+    return "\n".join(lines).replace("nan%", "-").replace("nan", "-").replace("inf", "never")
+
+
+def write(out: Path, results: Sequence[Result]) -> None:
+    """table.csv, table.md and the figures."""
+    found = rows(results)
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    (out / "table.md").write_text(markdown(found) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures: matplotlib is not installed (pip install 'fopd[bench]')")
+        return
+    from staleness_figures import draw
+
+    draw(out, results, found)
