@@ -52,7 +52,8 @@ OTHERS = {
     "ratio capped at 2": ["freshness.policy=async", "loss.importance=true", "loss.max_ratio=2"],
     "reweight, scaled step": ["freshness.policy=reweight", "freshness.step_scale=freshness"],
 }
-ANCHORED = ["freshness.policy=fopd", "freshness.anchor=auto", "freshness.refresh.mean=0"]
+# lambda as `anchor: auto` has it for sampled losses, here also on those for which it would leave the anchor out.
+ANCHORED = ["freshness.policy=fopd", "freshness.refresh.mean=0", "freshness.anchor=10"]
 TOPK = ["freshness.drift=topk", "freshness.drift_k=8"]
 BEST = "fopd, top-k anchor"
 OURS = {
@@ -140,9 +141,9 @@ def sgd(seed: int) -> Iterator[Cell]:
 
 
 SWEEP: dict[str, tuple[str, list[tuple[str, ...]]]] = {
-    "anchor, sampled drift": (BEST, [("freshness.drift=sampled", f"freshness.anchor={x}") for x in (3, 9, 30, 100)]),
+    "anchor, sampled drift": (BEST, [("freshness.drift=sampled", f"freshness.anchor={x}") for x in (3, 10, 30, 100)]),
     "anchor, quadratic drift": (BEST, [("freshness.drift=quadratic", f"freshness.anchor={x}") for x in (3, 30)]),
-    "anchor, top-k drift": (BEST, [(f"freshness.anchor={x}",) for x in (1, 5, 18, 36)]),
+    "anchor, top-k drift": (BEST, [(f"freshness.anchor={x}",) for x in (1, 5, 20, 40)]),
     "k": (BEST, [(f"freshness.drift_k={x}",) for x in (1, 2, 32)]),
     "with the importance ratio": (BEST, [("loss.importance=true",)]),
     "alpha": (BEST, [(f"freshness.alpha={x}",) for x in (0, 0.3, 3, 10)]),

@@ -35,6 +35,10 @@ NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 
+# A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 10, one that the teacher finds 12 nats less likely
+# moves by 1.2 nats before it is sampled anew. Measured: 5 and less let lag 8 collapse, see docs/staleness.md.
+ANCHOR_OF_SAMPLED = 10.0
+
 
 class Section(BaseModel):
     """Unknown keys are refused; the string under a field is its documentation."""
@@ -394,9 +398,9 @@ class Freshness(Section):
     xi: Annotated[float, Field(ge=0)] = 0.05
     """Gate: w = relu(f - xi). Must be under 1/(depth + 1). Not tuned yet."""
     anchor: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """lambda: weight of the rollout anchor, relative to the loss. auto: the largest lag + 1, so that the batches under way together move the student no further than to the teacher."""
-    drift: Literal["sampled", "quadratic", "topk", "exact"] = "sampled"
-    """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor, docs/staleness.md), the sampler's top-k and a tail, or the whole vocabulary."""
+    """lambda: weight of the rollout anchor, relative to the loss. auto: 10 for losses from sampled tokens (sampled, mc), 0 for exact ones, which an anchor only slows (docs/staleness.md)."""
+    drift: Literal["auto", "sampled", "quadratic", "topk", "exact"] = "auto"
+    """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor), the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with sampler.top_p), else sampled, which is free."""
     drift_k: Positive = 32
     """k of drift topk."""
     weights: Literal["raw", "normalized"] = "raw"
@@ -489,9 +493,21 @@ class Recipe(Section):
 
     @property
     def anchor(self) -> float:
-        """freshness.anchor, resolved. An anchored step takes the student 1/lambda of the way from the policy that sampled to the teacher
-        (`freshness/score.py`), and max_lag + 1 batches of one policy are under way at once."""
-        return self.max_lag + 1.0 if self.freshness.anchor == "auto" else self.freshness.anchor
+        """lambda: 0 where the policy does not anchor, else freshness.anchor, resolved."""
+        if not POLICIES[self.freshness.policy].anchor:
+            return 0.0
+        if self.freshness.anchor != "auto":
+            return self.freshness.anchor
+        return ANCHOR_OF_SAMPLED if self.support in ("sampled", "mc") else 0.0
+
+    @property
+    def drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
+        """freshness.drift, resolved."""
+        if self.freshness.drift != "auto":
+            return self.freshness.drift
+        if self.anchor == 0:
+            return "sampled"
+        return "topk" if self.sampler.top_p == 1 else "quadratic"
 
     @property
     def support(self) -> Literal["full", "topk", "sampled", "mc"]:

@@ -126,8 +126,7 @@ def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[fl
             f = np.exp(-cfg.alpha * np.sqrt(max(0.0, drift.item()))) / (sample.lag + 1)
             weight = max(0.0, f - cfg.xi)
         share = len(y) / all_tokens if cfg.average == "token" else 1 / len(samples)
-        anchor = cfg.anchor if cfg.policy.anchor else 0.0
-        total = total + weight * share * (loss + anchor * drift)
+        total = total + weight * share * (loss + cfg.anchor * drift)
     total.backward()
     return total.item(), {n: q.grad.numpy().copy() for n, q in student.named_parameters() if q.grad is not None}
 

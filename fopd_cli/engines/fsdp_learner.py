@@ -54,7 +54,7 @@ class LearnerConfig:
     alpha: float
     beta: float
     xi: float
-    anchor: float  # lambda; used only where the policy anchors
+    anchor: float  # lambda; 0: none
     weights: Literal["raw", "normalized"]
     step_scale: Literal["none", "freshness"]
     average: Literal["sample", "token"]
@@ -269,10 +269,9 @@ class FsdpLearner:
 
         total = sum(int(s.rollout.loss_mask.sum()) for s in samples)
         share = shares(lengths, config.average, len(samples), total) * bool(indices)
-        anchored = config.anchor if config.policy.anchor else 0.0
         # FSDP averages gradients over ranks, but shares are of the whole batch: hence the factor.
         coefficients = weighting(
-            sample, mask, aligned, share * self.world, anchored, None if config.policy.weights == "one" else weigh
+            sample, mask, aligned, share * self.world, config.anchor, None if config.policy.weights == "one" else weigh
         )
         teacher_head = self.teacher_heads[chosen[0].targets.teacher] if self.teacher_heads else None
         value, *found = self.student(batch, config.loss, config.vocab, teacher_head, coefficients)

@@ -9,7 +9,7 @@ from fopd_cli.samples import SamplingParams
 def sampling_params(recipe: Recipe, evaluation: bool) -> SamplingParams:
     """How training or held-out responses are sampled. Both keep the same extras, so that they can share a batch."""
     s, e = recipe.sampler, recipe.eval
-    keep = {"sampled": 0, "quadratic": 0, "topk": recipe.freshness.drift_k, "exact": -1}[recipe.freshness.drift]
+    keep = {"sampled": 0, "quadratic": 0, "topk": recipe.freshness.drift_k, "exact": -1}[recipe.drift]
     keep = keep if keep < 0 else max(keep, recipe.loss.student_k)
     draws = recipe.loss.draws if recipe.support == "mc" else 1
     if not evaluation:
