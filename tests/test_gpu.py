@@ -18,6 +18,7 @@ from fopd_cli.engines import hf, vllm_engine
 from fopd_cli.engines.fsdp_learner import FsdpLearner
 from fopd_cli.engines.token_batch import TokenBatch, enable_packing
 from fopd_cli.runtime.build import transformers_sampler
+from fopd_cli.runtime.publish import WeightChannel
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
 pytestmark = [
@@ -99,6 +100,16 @@ def test_what_saves_time_or_memory_changes_no_loss(pair: Path, tmp_path: Path, c
         learner.wake()
         losses[-1].append(learner.train(3, samples).loss)
     assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+
+
+def test_weight_slots_are_page_locked(capfd: pytest.CaptureFixture[str]) -> None:
+    channel = WeightChannel.create([("w", (1 << 20,))], torch.float32)
+    channel.page_lock()
+    assert capfd.readouterr().err == ""
+    channel.write(3, iter([("w", torch.arange(1 << 20, device="cuda", dtype=torch.float32))]))
+    ((_, found),) = channel.read(3)
+    assert found.is_pinned()
+    torch.testing.assert_close(found.cuda(), torch.arange(1 << 20, device="cuda", dtype=torch.float32))
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

@@ -10,6 +10,7 @@ descriptor, so that the weights are never copied through a queue.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,17 @@ class WeightChannel:
     def slot_bytes(self) -> int:
         """Bytes of one version."""
         return sum(aligned(self.dtype.itemsize * int(np.prod(shape))) for _, shape in self.layout)
+
+    def page_lock(self) -> None:
+        """For a process with a CUDA device: copies between it and the slots then go at the bus's speed, without a detour through a
+        buffer of the driver's. Where the kernel refuses to lock so much, they are slower, and the worker's log says so."""
+        error = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 1))  # 1: portable
+        if error:
+            print(
+                f"the weight slots ({self.memory.nbytes / 1e9:.1f} GB) could not be page-locked (CUDA error {error}); updates of weights "
+                "will be slower; raise the limit on locked memory (ulimit -l)",
+                file=sys.stderr,
+            )
 
     def write(self, version: int, weights: Iterator[tuple[str, Tensor]], keep: bool = True) -> int:
         """Copy all weights into the version's slot, cast to the channel's dtype; returns bytes written.

@@ -37,6 +37,8 @@ def _rest(engine: Any, mailbox: Mailbox, command: Any) -> None:
 def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """Take commands between tokens; finished rollouts leave at once."""
     engine = build_sampler(spec, setup)
+    if spec.devices:
+        setup.channel.page_lock()
     mailbox.send(m.Ready())
     began: float | None = None  # of the span that is open
     tokens = aborts = 0
@@ -117,6 +119,8 @@ def score(engine: Teacher, rollouts: Sequence[Rollout], targets: Sequence[Teache
 def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """All ranks get the same command; rank 0's report counts."""
     engine = build_learner(spec, setup)
+    if spec.devices and spec.rank == 0:
+        setup.channel.page_lock()
     publish(spec, engine, setup.channel)
     mailbox.send(m.Ready({"version": engine.version}))
     while True:
