@@ -35,9 +35,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 
-# A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 10, one that the teacher finds 12 nats less likely
-# moves by 1.2 nats before it is sampled anew. Measured: 5 and less let lag 8 collapse, see docs/staleness.md.
-ANCHOR_OF_SAMPLED = 10.0
+# A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds 12 nats less likely
+# moves by 0.6 nats before it is sampled anew. Each estimator's best at lag 8 (docs/staleness.md): less collapses, more slows.
+ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
 
 
 class Section(BaseModel):
@@ -368,7 +368,7 @@ class Schedule(Section):
 
 class Refresh(Section):
     mean: Share = 0.1
-    """kappa_f: refresh when the batch's mean freshness is at or under this."""
+    """kappa_f: refresh when the batch's mean freshness is at or under this. Never, once and every 25 of 200 steps ended alike in our sweep; often costs throughput."""
     coverage_roll: Share = 0.5
     """kappa_roll: ... or its mean rollout coverage is under this."""
     coverage_sup: Share = 0.5
@@ -392,23 +392,23 @@ class Freshness(Section):
     policy: PolicyName = "fopd"
     """Which row of the paper's tables to run; trust is ours: tokens that the student has already moved far enough are left out (docs/staleness.md)."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of sqrt(D_roll) in the score. Not tuned yet."""
+    """Weight of sqrt(D_roll) in the score. 0 to 3 made no difference in our sweep, 10 slows learning."""
     beta: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of sqrt(D_sup) in the score. Not tuned yet."""
+    """Weight of sqrt(D_sup) in the score. 10 instead of 1 made no difference in our sweep."""
     xi: Annotated[float, Field(ge=0)] = 0.05
-    """Gate: w = relu(f - xi). Must be under 1/(depth + 1). Not tuned yet."""
+    """Gate: w = relu(f - xi). Must be under 1/(depth + 1). A tenth to four fifths of that made no difference in our sweep; 0 was worse."""
     anchor: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """lambda: weight of the rollout anchor, relative to the loss. auto: 10 for losses from sampled tokens (sampled, mc), 0 for exact ones, which an anchor only slows (docs/staleness.md)."""
+    """lambda: weight of the rollout anchor, relative to the loss. auto: for losses from sampled tokens (sampled, mc) 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which an anchor only slows (docs/staleness.md)."""
     drift: Literal["auto", "sampled", "quadratic", "topk", "exact"] = "auto"
     """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor), the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with sampler.top_p), else sampled, which is free."""
     drift_k: Positive = 32
-    """k of drift topk."""
+    """k of drift topk. As an anchor 1 collapsed in our sweep, 2 lagged behind, 8 and more held."""
     weights: Literal["raw", "normalized"] = "raw"
-    """normalized: divide by the batch's mean weight, so that lag does not shrink the step before clipping."""
+    """raw is the paper's, and no worse in our sweep. normalized: divide by the batch's mean weight, so that lag does not shrink the step before clipping."""
     step_scale: Literal["none", "freshness"] = "none"
-    """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the loss)."""
+    """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the loss). Saves runs that have no anchor, slows those that have one."""
     trust: Annotated[float, Field(gt=0)] = 0.2
-    """Of policy trust: a token says nothing more once its log-prob has moved by so many nats in the direction of its signal since it was sampled."""
+    """Of policy trust, 0.1 and 0.2 held at lag 8, 0.3 lagged behind, 1 collapsed: a token says nothing more once its log-prob has moved by so many nats in the direction of its signal since it was sampled."""
     refresh: Refresh = Refresh()
     replay: Replay = Replay()
 
@@ -498,15 +498,17 @@ class Recipe(Section):
             return 0.0
         if self.freshness.anchor != "auto":
             return self.freshness.anchor
-        return ANCHOR_OF_SAMPLED if self.support in ("sampled", "mc") else 0.0
+        return ANCHORS[self._anchors_drift] if self.support in ("sampled", "mc") else 0.0
 
     @property
     def drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
         """freshness.drift, resolved."""
+        return "sampled" if self.freshness.drift == "auto" and self.anchor == 0 else self._anchors_drift
+
+    @property
+    def _anchors_drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
         if self.freshness.drift != "auto":
             return self.freshness.drift
-        if self.anchor == 0:
-            return "sampled"
         return "topk" if self.sampler.top_p == 1 else "quadratic"
 
     @property

@@ -48,6 +48,26 @@ def test_mistakes_in_one_key(recipe: Path, override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "anchor", "drift"),
+    [
+        ([], 0, "sampled"),
+        (["loss.support=topk"], 0, "sampled"),
+        (["loss.support=sampled"], 20, "topk"),
+        (["loss.support=mc"], 20, "topk"),
+        (["loss.support=sampled", "sampler.top_p=0.95"], 10, "quadratic"),
+        (["loss.support=sampled", "freshness.drift=sampled"], 30, "sampled"),
+        (["loss.support=sampled", "freshness.policy=reweight"], 0, "sampled"),
+        (["freshness.anchor=1"], 1, "topk"),
+        (["freshness.policy=async", "freshness.anchor=1"], 0, "sampled"),
+        (["freshness.drift=exact"], 0, "exact"),
+    ],
+)
+def test_anchor_and_drift_follow_the_loss(recipe: Path, overrides: list[str], anchor: float, drift: str) -> None:
+    found = load_recipe(recipe, overrides)
+    assert (found.anchor, found.drift) == (anchor, drift)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (
