@@ -49,7 +49,7 @@ def _curves(path: Path, results: Sequence[dict[str, Any]]) -> None:
 def _lags(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Final score by lag, a panel a loss."""
     losses = list(dict.fromkeys(r["loss"] for r in rows))
-    figure, panels = plt.subplots(1, len(losses), figsize=(3.2 * len(losses), 3.4), squeeze=False, sharey=True)
+    figure, panels = plt.subplots(1, len(losses), figsize=(2 * len(losses), 3.2), squeeze=False, sharey=True)
     for loss, panel in zip(losses, panels[0], strict=True):
         points: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
         for r in rows:
@@ -61,7 +61,7 @@ def _lags(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         for policy, values in sorted(points.items()):
             x, y, e = zip(*sorted(values), strict=True)
             panel.errorbar(x, y, yerr=e, label=policy, marker="o", capsize=2)
-        panel.set(title=loss, xlabel="lag", ylim=(0, None))
+        panel.set(title=loss, xlabel="lag", ylim=(-0.02, 1.02))
     panels[0][0].set_ylabel("final held-out score")
     panels[0][0].legend(fontsize=7)
     _save(figure, path)
