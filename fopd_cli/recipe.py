@@ -34,6 +34,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
+Labels = Literal["cached", "current"]
 
 # A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds 12 nats less likely
 # moves by 0.6 nats before it is sampled anew. Each estimator's best at lag 8 (docs/staleness.md): less collapses, more slows.
@@ -386,6 +387,8 @@ class Replay(Section):
     """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context first: their calls are executed again, the teacher judges what changed. 0: D_sup is taken to be 0. Deterministic tools cost the execution only."""
     min_lag: Positive = 1
     """Only contexts so many optimizer steps old."""
+    labels: Labels = "cached"
+    """What a replayed sample teaches. cached: what the teacher said when both had read the same, while freshness says how much; current, as published: what it says in the current context, which the student has not read."""
 
 
 class Freshness(Section):

@@ -109,13 +109,13 @@ def test_supervision_drift_against_float64(kind: Any, width: int) -> None:
     changed, positions = later.judged.token_ids, later.judged.positions
     spec = TargetSpec(kind, width, torch.float32, replayed=True)
     targets = targets_at(shared_bytes(spec.nbytes(n)), 0, spec, n)
-    score(teacher, [r], [targets], again=False)
+    score(teacher, [r], [targets])
     assert targets.drift is not None
     assert targets.aligned is not None
     assert (targets.drift == 0).all()
     assert targets.aligned.all()
     before = relabel.copied(targets)
-    score(teacher, [later], [targets], again=True)
+    score(teacher, [later], [targets], again="current")
 
     def full(tokens: np.ndarray) -> torch.Tensor:
         return torch.log_softmax(model(torch.from_numpy(tokens).long()[None]).logits[0, :, :VOCAB].double(), -1)
@@ -138,11 +138,18 @@ def test_supervision_drift_against_float64(kind: Any, width: int) -> None:
     m = len(changed) - len(asked)
     alone = rollout([(0, m)], changed.tolist(), len(asked))
     again = targets_at(shared_bytes(spec.nbytes(m)), 0, spec, m)
-    score(teacher, [alone], [again], again=False)
+    score(teacher, [alone], [again])
     name = "hidden" if kind == "hidden" else "logprobs"
     labels = getattr(targets, name)[own]
     torch.testing.assert_close(labels, getattr(again, name)[positions[own] - len(asked)], atol=1e-4, rtol=1e-4)
     assert not torch.equal(labels, getattr(before, name)[own])
+    # With cached labels the same drift stands beside those of the context that the student has read.
+    kept = targets_at(shared_bytes(spec.nbytes(n)), 0, spec, n)
+    score(teacher, [r], [kept])
+    score(teacher, [later], [kept], again="cached")
+    for field in spec.fields(n):
+        expected = targets if field[0] in ("drift", "aligned") else before
+        assert torch.equal(getattr(kept, field[0]), getattr(expected, field[0])), field[0]
 
 
 def test_overlap_merges_what_only_one_side_names() -> None:
@@ -193,6 +200,23 @@ def test_a_tool_that_drifts_is_measured_and_one_that_does_not_is_not(fopd: Fopd)
     assert last["freshness"] < 1 / 5, "older and drifted, by equation 11"
     changed = sum(r["timing"]["replayed_changed"] for r in lines(runs[4] / "metrics.jsonl") if r["kind"] == "step")
     assert changed > 0
+    without = fopd.run(drifting(4, 0.3, freshness={"policy": "lag_weight"}), "without")
+    assert supervision(without) == [0.0] * 5
+    timing = [r["timing"] for r in lines(without / "metrics.jsonl") if r["kind"] == "step"]
+    assert sum(t["replayed"] for t in timing) == 0, "a policy without freshness replays nothing"
+
+
+@SLOW
+@needs_sandbox
+def test_a_drifted_sample_teaches_what_the_student_has_read_unless_told_otherwise(fopd: Fopd) -> None:
+    """The student is the teacher: on the context that both have read there is nothing to learn."""
+    replay = {"share": 1.0}
+    kept, current = (
+        [r["kl"] for r in metrics(fopd.run(drifting(4, 0.9, freshness={"replay": {**replay, "labels": labels}}), labels)) if r["kind"] == "step"]
+        for labels in ("cached", "current")
+    )  # fmt: skip
+    assert max(kept) < 1e-4
+    assert max(current) > 0.1
 
 
 @SLOW

@@ -44,6 +44,14 @@ def new_labels(rollout: Rollout, old: TeacherTargets, new: TeacherTargets, head:
         new.drift[part] = _drift(old, new, part, head).float().cpu()
 
 
+def restore(old: TeacherTargets, new: TeacherTargets) -> None:
+    """The older labels, beside the newer drift and alignment."""
+    for f in fields(new):
+        label = getattr(new, f.name)
+        if isinstance(label, Tensor) and f.name not in ("drift", "aligned"):
+            label.copy_(getattr(old, f.name))
+
+
 def _classes(targets: TeacherTargets) -> int:
     return 1 if targets.topk_ids is None else targets.topk_ids.shape[-1]
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fopd_cli.engines import hf, relabel
 from fopd_cli.engines.protocols import Learner, Teacher
+from fopd_cli.recipe import Labels
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime.arena import targets_at
 from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, task_arguments
@@ -83,6 +84,7 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """
     engine = build_teacher(spec, setup)
     delay_s = setup.recipe.teachers[spec.index].delay_ms / 1000
+    kept = setup.recipe.freshness.replay.labels
     mailbox.send(m.Ready())
     while True:
         command = mailbox.receive(block=True)
@@ -90,7 +92,7 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             start = time.time()
             share = slice(spec.rank, None, spec.world)
             rollouts, targets = command.rollouts[share], _targets(setup, command.slots)[share]
-            score(engine, rollouts, targets, command.again)
+            score(engine, rollouts, targets, kept if command.again else None)
             time.sleep(delay_s * len(targets))
             tokens = sum(len(r.judged.token_ids) for r in rollouts)
             keys = [r.key for r in command.rollouts]
@@ -103,17 +105,21 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             _rest(engine, mailbox, command)
 
 
-def score(engine: Teacher, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets], again: bool) -> None:
-    """Fill the targets; `again`: note how far they are from the older ones, too."""
-    before = [relabel.copied(t) for t in targets] if again else []
+def score(
+    engine: Teacher, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets], again: Labels | None = None
+) -> None:
+    """Fill the targets. `again`, after a replay: note how far they are from the older ones, and which of both are kept."""
+    before = [relabel.copied(t) for t in targets] if again is not None else []
     engine.score(rollouts, targets)
-    if not again:
+    if again is None:
         for rollout, target in zip(rollouts, targets, strict=True):
             relabel.first_labels(rollout, target)
         return
     head = engine.head()
     for rollout, old, new in zip(rollouts, before, targets, strict=True):
         relabel.new_labels(rollout, old, new, head)
+        if again == "cached":
+            relabel.restore(old, new)
 
 
 def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from fopd_cli.engines import hf
 from fopd_cli.errors import UserError
+from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.tickets import ScheduleConfig
 from fopd_cli.samples import Prompt, SampleId
@@ -108,11 +109,12 @@ def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
 def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: bool) -> ScheduleConfig:
     """The recipe as the schedule wants it; evaluations before the first step, after the last, and every so often."""
     replay = recipe.freshness.replay
+    wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or replay.labels == "current"
     steps, every = recipe.learner.steps, recipe.eval.every
     between = range(every, steps, every) if every else range(0)
     return ScheduleConfig(
         steps=steps, batch=recipe.learner.batch_samples, depth=recipe.schedule.depth, lag=recipe.schedule.lag,
         inflight=recipe.schedule.inflight, replicas=replicas, concurrency=recipe.sampler.concurrency,
         score_batch=tuple(t.batch_samples for t in recipe.teachers), exclusive=exclusive, eval_versions=frozenset({0, steps, *between}),
-        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable else 0, replay_lag=replay.min_lag,
+        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable and wanted else 0, replay_lag=replay.min_lag,
     )  # fmt: skip
