@@ -6,9 +6,9 @@
 Times whole optimizer steps of one process on one batch, the variants in a rotating order within each repeat, and prints the
 median of the ratios pair by pair; the first table in CPU seconds (on a CPU: wall time on a shared machine says more about its
 neighbours), the second in wall time, because it compares programs that use their threads differently. `loss alone`
-computes the distillation loss and nothing for freshness. TRL is `GKDTrainer.training_step` (off-policy, reverse KL, gradient
-clipping, AdamW) on the same two models and the same samples, right-padded; its step runs the teacher too, so ours is
-given with the teacher's scoring (`teacher and learner`) and without.
+computes the distillation loss and nothing for freshness. TRL is `training_step` of `GKDTrainer` (off-policy) and of
+`DistillationTrainer` (with the samples as what it generated), reverse KL, gradient clipping, AdamW, on the same two models and
+the same samples, padded; its step runs the teacher too, so ours is given with the teacher's scoring (`teacher and learner`) and without.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def model(hidden: int, vocab: int) -> Any:
 
 
 def same_samples(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """The batch as TRL's collator would give it."""
+    """The batch as the collator of `GKDTrainer` would give it."""
     ids = TokenBatch.of([s.rollout.token_ids for s in samples], False, DEVICE).ids
     lengths = torch.tensor([len(s.rollout.token_ids) for s in samples], device=DEVICE)
     columns = torch.arange(ids.shape[1], device=DEVICE)[None]
@@ -61,26 +61,74 @@ def same_samples(samples: list[Sample]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.where(answer, ids, -100)}
 
 
-def trl_trainer(student: Any, teacher: Any, folder: str) -> Any:
-    """GKDTrainer, ready for `training_step`."""
+def generated(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """The batch as `DistillationTrainer` has it once it has generated; all prompts are of one length."""
+    prompts = np.stack([s.rollout.token_ids[: s.rollout.prompt_length] for s in samples])
+    answers = TokenBatch.of([s.rollout.response_ids for s in samples], False, DEVICE).ids
+    lengths = torch.tensor([s.rollout.response_length for s in samples], device=DEVICE)
+    prompt_ids = torch.from_numpy(prompts).long().to(DEVICE)
+    return {
+        "prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids), "completion_ids": answers,
+        "completion_mask": (torch.arange(answers.shape[1], device=DEVICE)[None] < lengths[:, None]).long(),
+        "num_items_in_batch": lengths.sum().float(),
+    }  # fmt: skip
+
+
+def trl_arguments(folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": folder, "beta": 1.0, "temperature": 1.0, "learning_rate": 1e-5, "max_grad_norm": 1.0,
+        "use_cpu": DEVICE.type == "cpu", "bf16": False, "report_to": [], "gradient_checkpointing": False,
+    }  # fmt: skip
+
+
+def gkd_trainer(student: Any, teacher: Any, folder: str) -> Any:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(Path(__file__).parent.parent / "recipes" / "tiny" / "student")
     talk = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    arguments = GKDConfig(
-        output_dir=folder, lmbda=0.0, beta=1.0, temperature=1.0, learning_rate=1e-5, max_grad_norm=1.0, use_cpu=DEVICE.type == "cpu",
-        bf16=False, report_to=[], gradient_checkpointing=False,
-    )  # fmt: skip
-    trainer = GKDTrainer(
-        model=student, teacher_model=teacher, args=arguments, processing_class=tokenizer,
+    return GKDTrainer(
+        model=student, teacher_model=teacher, args=GKDConfig(**trl_arguments(folder), lmbda=0.0), processing_class=trl_tokenizer(),
         train_dataset=Dataset.from_list([{"messages": talk}] * 8),
     )  # fmt: skip
+
+
+def distillation_trainer(student: Any, teacher: Any, folder: str) -> Any:
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    class Given(DistillationTrainer):
+        """Takes what it is given for what it would have generated."""
+
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            return generation_batch
+
+    return Given(
+        model=student, teacher_model=teacher, args=DistillationConfig(**trl_arguments(folder)), processing_class=trl_tokenizer(),
+        train_dataset=Dataset.from_list([{"prompt": "1+1="}] * 8),
+    )  # fmt: skip
+
+
+def trl_tokenizer() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(__file__).parent.parent / "recipes" / "tiny" / "student"
+    return PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+
+
+def trl_step(trainer: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # what train() would have set
-    return trainer
+    trainer.model.train()
+    parameters = list(trainer.model.parameters())
+
+    def whole() -> None:
+        trainer.training_step(trainer.model, dict(inputs), None)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return whole
 
 
 def against_trl(args: argparse.Namespace, folder: str) -> None:
@@ -90,19 +138,13 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
     ours = learner(args.hidden, args.vocab, "fopd")
     judge = TransformersTeacher(model(args.hidden, args.vocab), DEVICE, 1, 4096, args.vocab)
     ours.teacher_heads = [judge.model.lm.get_output_embeddings().weight.detach()]
-    trainer = trl_trainer(model(args.hidden, args.vocab), model(args.hidden, args.vocab), folder)
-    inputs = same_samples(samples)
-    parameters = list(trainer.model.parameters())
+
+    def models() -> tuple[Any, Any, str]:
+        return model(args.hidden, args.vocab), model(args.hidden, args.vocab), folder
 
     def whole() -> None:
         judge.score([s.rollout for s in samples], [s.targets for s in samples])
         ours.train(ours.version, samples)
-
-    def theirs() -> None:
-        trainer.training_step(trainer.model, dict(inputs))
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
 
     others = {
         "learner, padded": learner(args.hidden, args.vocab, "fopd", packing=False),
@@ -113,7 +155,8 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
         "teacher and learner": whole,
         "learner": partial(step, ours, samples),
         **{name: partial(step, one, samples) for name, one in others.items()},
-        "TRL GKDTrainer": theirs,
+        "TRL GKDTrainer": trl_step(gkd_trainer(*models()), same_samples(samples)),
+        "TRL DistillationTrainer": trl_step(distillation_trainer(*models()), generated(samples)),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(args.repeats + 2):
@@ -125,11 +168,11 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
             if repeat >= 2:
                 times[name].append(time.perf_counter() - start)
     for name, seconds in times.items():
-        ratios = [a / b for a, b in zip(times["TRL GKDTrainer"], seconds, strict=True)]
-        print(
-            f"{name:28} median {tokens / statistics.median(seconds):9,.0f} tokens/s   x TRL: {statistics.median(ratios):.2f} "
-            f"(min {min(ratios):.2f}, max {max(ratios):.2f})"
-        )
+        line = f"{name:28} median {tokens / statistics.median(seconds):9,.0f} tokens/s"
+        for rival in ("GKDTrainer", "DistillationTrainer"):
+            ratios = [a / b for a, b in zip(times[f"TRL {rival}"], seconds, strict=True)]
+            line += f"   x {rival}: {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
+        print(line)
 
 
 def batch(args: argparse.Namespace) -> list[Sample]:

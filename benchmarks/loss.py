@@ -6,7 +6,8 @@
 ours            fopd_cli.losses.chunked, weights 1; with freshness weights and the anchor, which nobody else computes; and with
                 these fused by torch.compile
 naive           plain PyTorch: both logits, log_softmax, KL, backward
-TRL             GKDTrainer.generalized_jsd_loss on the same logits, beta 1
+TRL GKD         GKDTrainer.generalized_jsd_loss on the same logits, beta 1
+TRL chunked     the loss of DistillationTrainer, in tiles of tokens and vocabulary (Triton on a GPU, PyTorch on a CPU)
 Liger chunked   LigerFusedLinearJSDLoss, beta 1 (pip install --no-deps liger-kernel), compiled and not
 Liger fused     LigerFusedLinearJSD, Triton, on a GPU only
 
@@ -43,7 +44,7 @@ SIZES = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLES = 8
-SLOW = ("ours, compiled", "TRL", "Liger chunked")  # left out by --quick
+SLOW = ("ours, compiled", "TRL GKD", "Liger chunked")  # left out by --quick
 
 
 class Problem:
@@ -85,13 +86,23 @@ def naive(p: Problem, hidden: Tensor, head: Tensor) -> Tensor:
     return (s.exp() * (s - t)).sum(-1).mean()
 
 
-def trl(p: Problem, hidden: Tensor, head: Tensor) -> Tensor:
+def trl_gkd(p: Problem, hidden: Tensor, head: Tensor) -> Tensor:
     from trl.experimental.gkd import GKDTrainer
 
     with torch.no_grad():
         teacher = p.teacher_hidden @ p.teacher_head.T
     loss: Tensor = GKDTrainer.generalized_jsd_loss(hidden @ head.T, teacher, beta=1.0, reduction="sum")
     return loss / len(p.tokens)
+
+
+def trl_chunked(p: Problem, hidden: Tensor, head: Tensor) -> Tensor:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    mask = p.mask[None].long()
+    value: Tensor = _chunked_divergence_loss(
+        hidden[None], p.teacher_hidden[None], head, p.teacher_head, mask, beta=1.0
+    )[0]
+    return value
 
 
 def liger_chunked(p: Problem, hidden: Tensor, head: Tensor, compiled: bool = False) -> Tensor:
@@ -114,7 +125,8 @@ CONTENDERS: dict[str, Callable[[Problem, Tensor, Tensor], Tensor]] = {
     "ours, weights and anchor": lambda p, h, w: ours(p, h, w, weighed=True),
     "ours, compiled": lambda p, h, w: ours(p, h, w, weighed=True, compiled=True),
     "naive": naive,
-    "TRL": trl,
+    "TRL GKD": trl_gkd,
+    "TRL chunked": trl_chunked,
     "Liger chunked": liger_chunked,
     "Liger chunked, compiled": lambda p, h, w: liger_chunked(p, h, w, compiled=True),
     "Liger fused (Triton)": liger_fused,
@@ -243,7 +255,7 @@ def main() -> None:
     rounds = args.rounds or (1 if args.quick else 3)
     names = [name for name in CONTENDERS if not (args.quick and name in SLOW)]
     if args.largest:
-        names = [name for name in names if name not in ("TRL", "Liger chunked")]
+        names = [name for name in names if name not in ("TRL GKD", "Liger chunked")]
     print(f"{device}, {dtype}, {torch.get_num_threads()} threads, {rounds} rounds after one to warm up", flush=True)
     tables = []
     groups = [[name] for name in names] if device == "cuda" or args.largest else [names]
