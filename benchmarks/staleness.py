@@ -41,25 +41,30 @@ LOSSES = {
     "jsd": ["loss.kind=jsd", "loss.support=full"],
     "topk": ["loss.support=topk", "teacher.k=8"],
 }
-SAMPLED = ("pg_cached", "pg_ratio", "pg_recomputed")
 PUBLISHED = ["freshness.drift=sampled", "freshness.anchor=1", "freshness.refresh.every_at_least=100"]
+CURRENT = ["freshness.replay.labels=current"]
 PAPER = {
-    name: [f"freshness.policy={name}", *PUBLISHED]
-    for name in ("async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd")
+    name: [f"freshness.policy={name}", *PUBLISHED, *labels]
+    for names, labels in (
+        (("async", "fixed_refresh", "lag_weight"), []),
+        (("reweight", "reweight+anchor", "fopd"), CURRENT),
+    )
+    for name in names
 }
 OTHERS = {
     "recomputed, ratio": ["freshness.policy=async", "loss.advantage=recomputed", "loss.importance=true"],
     "ratio capped at 2": ["freshness.policy=async", "loss.importance=true", "loss.max_ratio=2"],
     "reweight, scaled step": ["freshness.policy=reweight", "freshness.step_scale=freshness"],
 }
-# Before anything was tuned. What the recipe's `auto` says now came out of the sweep; see `far`.
+# Before anything was tuned; what a recipe says that says nothing came out of the sweep.
 ANCHORED = ["freshness.policy=fopd", "freshness.refresh.mean=0", "freshness.anchor=10"]
 TOPK = ["freshness.drift=topk", "freshness.drift_k=8"]
-BEST = "fopd, top-k anchor"
+BEST, DEFAULT = "fopd, top-k anchor", "fopd, defaults"
 OURS = {
     "trust": ["freshness.policy=trust", "freshness.trust=0.2"],
     "fopd, quadratic anchor": [*ANCHORED, "freshness.drift=quadratic"],
     BEST: [*ANCHORED, *TOPK],
+    DEFAULT: ["freshness.policy=fopd"],
 }
 POLICIES = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
 MIXED = "0..8"
@@ -106,26 +111,19 @@ def lags(seed: int) -> Iterator[Cell]:
 
 
 def far(seed: int) -> Iterator[Cell]:
-    """Lag 16, and what the sweep says of it: more classes in the anchor, a stronger one, the importance ratio. Both of the first are
-    our defaults; hence also on the other tasks."""
-    for task in ("middle", "long"):
-        yield Cell(task, "pg_cached", BEST, "8", seed, ("freshness.drift_k=32", "freshness.anchor=20"))
-    for extra in (
-        ("freshness.drift_k=32",),
-        ("freshness.drift_k=32", "freshness.anchor=20"),
-        ("freshness.drift_k=32", "freshness.anchor=20", "loss.importance=true"),
-    ):
+    """What lag 16 says of settings that lag 8 does not tell apart."""
+    for extra in (("freshness.drift_k=32",), ("freshness.drift_k=32", "freshness.anchor=20", "loss.importance=true")):
         for lag in ("8", "16"):
             yield Cell("short", "pg_cached", BEST, lag, seed, extra)
 
 
 def losses(seed: int) -> Iterator[Cell]:
-    """Which losses need control at all: nothing against the best of ours that the loss admits."""
+    """Which losses need control at all: nothing, an anchor on all of them, and what a recipe does that says nothing."""
     for loss in LOSSES:
         if loss != "pg_cached":
             yield Cell("short", loss, "sync", "0", seed)
             for lag in ("2", "4", "8", "16"):
-                for policy in ("async", BEST):
+                for policy in ("async", BEST, DEFAULT):
                     yield Cell("short", loss, policy, lag, seed)
 
 
@@ -135,10 +133,13 @@ def horizons(seed: int) -> Iterator[Cell]:
         yield Cell(task, "pg_cached", "sync", "0", seed)
         for policy in ("async", "lag_weight", "fopd", *OURS):
             yield Cell(task, "pg_cached", policy, "8", seed)
+        for loss in LOSSES:
+            if loss != "pg_cached":
+                yield Cell(task, loss, "sync", "0", seed)
+                for policy in ("async", DEFAULT):
+                    yield Cell(task, loss, policy, "8", seed)
         for loss in ("reverse_kl", "forward_kl"):
-            yield Cell(task, loss, "sync", "0", seed)
-            for policy in ("async", BEST):
-                yield Cell(task, loss, policy, "8", seed)
+            yield Cell(task, loss, BEST, "8", seed)
 
 
 def mixed(seed: int) -> Iterator[Cell]:
@@ -180,13 +181,14 @@ def sweep(seed: int) -> Iterator[Cell]:
 
 
 def replays(seed: int) -> Iterator[Cell]:
-    """Supervision drift: how much of a batch to replay, and what D_sup may cost a sample."""
-    for extra in (
-        ("freshness.replay.share=0",),
-        ("freshness.replay.share=1",),
-        ("freshness.replay.share=1", "freshness.beta=10"),
-    ):
-        yield Cell("middle", "reverse_kl", BEST, "8", seed, extra)
+    """Supervision drift: how much of a batch to replay, what its samples then teach, and what D_sup may cost them."""
+    for loss in ("reverse_kl", "forward_kl"):
+        for share in ("freshness.replay.share=0.125", "freshness.replay.share=1"):
+            yield Cell("middle", loss, "async", "8", seed, (*CURRENT, share))
+            yield Cell("middle", loss, DEFAULT, "8", seed, (*CURRENT, share))
+            yield Cell("middle", loss, DEFAULT, "8", seed, (share,))
+        yield Cell("middle", loss, DEFAULT, "8", seed, ("freshness.replay.share=1", "freshness.beta=10"))
+        yield Cell("middle", loss, DEFAULT, "8", seed, ("freshness.replay.share=0",))
 
 
 def anchored_kl(seed: int) -> Iterator[Cell]:

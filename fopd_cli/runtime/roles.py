@@ -38,7 +38,7 @@ def _rest(engine: Any, mailbox: Mailbox, command: Any) -> None:
 def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """Take commands between tokens; finished rollouts leave at once."""
     engine = build_sampler(spec, setup)
-    if spec.devices:
+    if spec.devices and setup.recipe.sampler.engine == "transformers":  # vLLM copies in processes of its own
         setup.channel.page_lock()
     mailbox.send(m.Ready())
     began: float | None = None  # of the span that is open
