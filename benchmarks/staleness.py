@@ -41,7 +41,8 @@ LOSSES = {
     "jsd": ["loss.kind=jsd", "loss.support=full"],
     "topk": ["loss.support=topk", "teacher.k=8"],
 }
-PUBLISHED = ["freshness.drift=sampled", "freshness.anchor=1", "freshness.refresh.every_at_least=100"]
+RAW = "freshness.weights=raw"
+PUBLISHED = ["freshness.drift=sampled", "freshness.anchor=1", "freshness.refresh.every_at_least=100", RAW]
 CURRENT = ["freshness.replay.labels=current"]
 PAPER = {
     name: [f"freshness.policy={name}", *PUBLISHED, *labels]
@@ -54,10 +55,10 @@ PAPER = {
 OTHERS = {
     "recomputed, ratio": ["freshness.policy=async", "loss.advantage=recomputed", "loss.importance=true"],
     "ratio capped at 2": ["freshness.policy=async", "loss.importance=true", "loss.max_ratio=2"],
-    "reweight, scaled step": ["freshness.policy=reweight", "freshness.step_scale=freshness"],
+    "reweight, scaled step": ["freshness.policy=reweight", "freshness.step_scale=freshness", RAW],
 }
 # Before anything was tuned; what a recipe says that says nothing came out of the sweep.
-ANCHORED = ["freshness.policy=fopd", "freshness.refresh.mean=0", "freshness.anchor=10"]
+ANCHORED = ["freshness.policy=fopd", "freshness.refresh.mean=0", "freshness.anchor=10", RAW]
 TOPK = ["freshness.drift=topk", "freshness.drift_k=8"]
 BEST, DEFAULT = "fopd, top-k anchor", "fopd, defaults"
 OURS = {
@@ -200,8 +201,16 @@ def anchored_kl(seed: int) -> Iterator[Cell]:
             yield Cell("short", "reverse_kl", BEST, lag, seed, extra)
 
 
+def weights(seed: int) -> Iterator[Cell]:
+    """Whether weights that shrink the whole batch cost anything where their ranking hardly matters."""
+    for task in TASKS:
+        for loss in ("pg_cached", "reverse_kl", "forward_kl", "jsd", "topk"):
+            yield Cell(task, loss, DEFAULT, "8", seed, (RAW,))
+    yield Cell("short", "pg_cached", DEFAULT, "16", seed, (RAW,))
+
+
 STUDIES = {
-    f.__name__: f for f in (headline, anchored_kl, lags, far, horizons, losses, sweep, mixed, replays, sgd)
+    f.__name__: f for f in (headline, anchored_kl, lags, far, horizons, losses, sweep, mixed, replays, sgd, weights)
 }  # fmt: skip
 QUICK, FULL = (("headline",), 3), (tuple(STUDIES), 5)
 
