@@ -44,7 +44,7 @@ SIZES = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLES = 8
-SLOW = ("ours, compiled", "TRL GKD", "Liger chunked")  # left out by --quick
+SLOW = ("ours, compiled", "TRL GKD", "TRL chunked", "Liger chunked")  # left out by --quick
 
 
 class Problem:
