@@ -247,8 +247,8 @@ class Inline:
                 )
         tokens = sum(len(r.judged.token_ids) for r in rollouts)
         with self._timed("score", tokens):
-            kept = self.recipe.freshness.replay.labels if again else None
-            score(self.teacher, rollouts, [self._targets[k] for k in keys], kept)
+            labels = self.recipe.freshness.replay.labels if again else None
+            score(self.teacher, rollouts, [self._targets[k] for k in keys], labels)
         return 0 if self.schedule.tickets[keys[0]].evaluation else tokens
 
     def _scored(self, teacher: int, keys: tuple[int, ...]) -> None:

@@ -384,7 +384,7 @@ class Replay(Section):
     """Tasks of many turns only: their contexts can change, all others' cannot."""
 
     share: Share = 0.125
-    """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context first: their calls are executed again, the teacher judges what changed. 0: D_sup is taken to be 0. Deterministic tools cost the execution only."""
+    """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context first: their calls are executed again, the teacher judges what changed. 0: D_sup is taken to be 0. Deterministic tools cost the execution only. Policies without freshness weights replay for labels: current alone."""
     min_lag: Positive = 1
     """Only contexts so many optimizer steps old."""
     labels: Labels = "cached"

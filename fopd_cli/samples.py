@@ -162,8 +162,8 @@ class TeacherTargets:
 
     `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes exact logits.
     `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the likeliest tokens.
-    After a replay all of it is of the current context; `drift` (n,) is then KL(p(.|now) || p(.|labelled)) in nats, and `aligned`
-    (n,) 0 where the current context has no such position. `teacher` is the number of the teacher that said it.
+    After a replay `drift` (n,) is KL(p(.|now) || p(.|labelled)) in nats, and `aligned` (n,) 0 where the current context has no such
+    position; the labels themselves are still those of the first context, or of the current one (`freshness.replay.labels`). `teacher` is the number of the teacher that said it.
     """
 
     kind: TargetKind

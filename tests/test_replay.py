@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conftest import SLOW, TINY, Fopd, lines, metrics, small_recipe, summary
 from learner_kit import CPU, VOCAB
 from test_episodes import TOOL, needs_sandbox, tool_recipe
 
-from fopd_cli.engines import hf, relabel
+from fopd_cli.engines import hf
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.errors import UserError
 from fopd_cli.freshness import drift
@@ -114,7 +115,7 @@ def test_supervision_drift_against_float64(kind: Any, width: int) -> None:
     assert targets.aligned is not None
     assert (targets.drift == 0).all()
     assert targets.aligned.all()
-    before = relabel.copied(targets)
+    before = copy.deepcopy(targets)
     score(teacher, [later], [targets], again="current")
 
     def full(tokens: np.ndarray) -> torch.Tensor:

@@ -14,13 +14,6 @@ from fopd_cli.samples import Rollout, TeacherTargets
 CHUNK_BYTES = 64 << 20  # of one float32 [positions, vocab] or [positions, k, k] tensor
 
 
-def copied(targets: TeacherTargets) -> TeacherTargets:
-    """The same in memory of their own, before they are written over."""
-    tensors = {f.name: getattr(targets, f.name) for f in fields(targets)}
-    own: dict[str, Any] = {name: t.clone() for name, t in tensors.items() if isinstance(t, Tensor)}
-    return replace(targets, **own)
-
-
 def first_labels(rollout: Rollout, targets: TeacherTargets) -> None:
     """Nothing has drifted yet."""
     if targets.drift is not None and targets.aligned is not None:
@@ -28,28 +21,35 @@ def first_labels(rollout: Rollout, targets: TeacherTargets) -> None:
         targets.aligned.copy_(torch.from_numpy(rollout.judged.positions >= 0))
 
 
-def new_labels(rollout: Rollout, old: TeacherTargets, new: TeacherTargets, head: Tensor | None) -> None:
-    """Note KL(p(.|now) || p(.|labelled)) at every aligned, loss-bearing position; the new labels stand already.
+def blank(targets: TeacherTargets) -> TeacherTargets:
+    """Room of the same shape for what the teacher says today."""
+    tensors = {f.name: getattr(targets, f.name) for f in fields(targets)}
+    own: dict[str, Any] = {name: torch.zeros_like(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return replace(targets, **own)
+
+
+def note_drift(rollout: Rollout, targets: TeacherTargets, today: TeacherTargets, head: Tensor | None) -> None:
+    """Beside the labels that stand, their KL(p(.|now) || p(.|labelled)) at every aligned, loss-bearing position.
 
     From hidden states and the teacher's `head` `(V, hidden)` it is exact; from log-probs it is over the classes that both know.
     """
-    assert new.drift is not None
-    assert new.aligned is not None
+    assert targets.drift is not None
+    assert targets.aligned is not None
     aligned = torch.from_numpy(rollout.judged.positions >= 0)
-    new.aligned.copy_(aligned)
-    new.drift.zero_()
+    targets.aligned.copy_(aligned)
+    targets.drift.zero_()
     rows = torch.nonzero(aligned & torch.from_numpy(rollout.loss_mask)).flatten()
-    width = max(1, 4 * (head.shape[0] if head is not None else _classes(new) ** 2))
+    width = max(1, 4 * (head.shape[0] if head is not None else _classes(targets) ** 2))
     for part in rows.split(max(1, CHUNK_BYTES // width)):
-        new.drift[part] = _drift(old, new, part, head).float().cpu()
+        targets.drift[part] = _drift(targets, today, part, head).float().cpu()
 
 
-def restore(old: TeacherTargets, new: TeacherTargets) -> None:
-    """The older labels, beside the newer drift and alignment."""
-    for f in fields(new):
-        label = getattr(new, f.name)
+def take_over(targets: TeacherTargets, today: TeacherTargets) -> None:
+    """Today's labels in the place of those that stand; drift and alignment stay."""
+    for f in fields(targets):
+        label = getattr(targets, f.name)
         if isinstance(label, Tensor) and f.name not in ("drift", "aligned"):
-            label.copy_(getattr(old, f.name))
+            label.copy_(getattr(today, f.name))
 
 
 def _classes(targets: TeacherTargets) -> int:

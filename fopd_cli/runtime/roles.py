@@ -84,7 +84,7 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """
     engine = build_teacher(spec, setup)
     delay_s = setup.recipe.teachers[spec.index].delay_ms / 1000
-    kept = setup.recipe.freshness.replay.labels
+    labels = setup.recipe.freshness.replay.labels
     mailbox.send(m.Ready())
     while True:
         command = mailbox.receive(block=True)
@@ -92,7 +92,7 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
             start = time.time()
             share = slice(spec.rank, None, spec.world)
             rollouts, targets = command.rollouts[share], _targets(setup, command.slots)[share]
-            score(engine, rollouts, targets, kept if command.again else None)
+            score(engine, rollouts, targets, labels if command.again else None)
             time.sleep(delay_s * len(targets))
             tokens = sum(len(r.judged.token_ids) for r in rollouts)
             keys = [r.key for r in command.rollouts]
@@ -108,18 +108,19 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
 def score(
     engine: Teacher, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets], again: Labels | None = None
 ) -> None:
-    """Fill the targets. `again`, after a replay: note how far they are from the older ones, and which of both are kept."""
-    before = [relabel.copied(t) for t in targets] if again is not None else []
-    engine.score(rollouts, targets)
+    """Fill the targets. `again`, after a replay: note how far they are from what the teacher says today, and keep the labels that stand
+    (cached) or today's (current)."""
     if again is None:
+        engine.score(rollouts, targets)
         for rollout, target in zip(rollouts, targets, strict=True):
             relabel.first_labels(rollout, target)
         return
-    head = engine.head()
-    for rollout, old, new in zip(rollouts, before, targets, strict=True):
-        relabel.new_labels(rollout, old, new, head)
-        if again == "cached":
-            relabel.restore(old, new)
+    today, head = [relabel.blank(t) for t in targets], engine.head()
+    engine.score(rollouts, today)
+    for rollout, target, new in zip(rollouts, targets, today, strict=True):
+        relabel.note_drift(rollout, target, new, head)
+        if again == "current":
+            relabel.take_over(target, new)
 
 
 def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
