@@ -14,6 +14,7 @@ the same samples, padded; its step runs the teacher too, so ours is given with t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import statistics
 import tempfile
@@ -254,7 +255,10 @@ def main() -> None:
         dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         measure(args)
         dist.destroy_process_group()
-        against_trl(args, folder)
+        if importlib.util.find_spec("trl") is None:
+            print("not beside TRL's, which is not installed (pip install 'fopd[dev]')")
+        else:
+            against_trl(args, folder)
 
 
 def measure(args: argparse.Namespace) -> None:

@@ -43,7 +43,7 @@ LOSSES = {
 }
 RAW = "freshness.weights=raw"
 PUBLISHED = ["freshness.drift=sampled", "freshness.anchor=1", "freshness.refresh.every_at_least=100", RAW]
-CURRENT = ["freshness.replay.labels=current"]
+CURRENT, ALL = ["freshness.replay.labels=current"], "freshness.replay.share=1"
 PAPER = {
     name: [f"freshness.policy={name}", *PUBLISHED, *labels]
     for names, labels in (
@@ -184,12 +184,11 @@ def sweep(seed: int) -> Iterator[Cell]:
 def replays(seed: int) -> Iterator[Cell]:
     """Supervision drift: how much of a batch to replay, what its samples then teach, and what D_sup may cost them."""
     for loss in ("reverse_kl", "forward_kl"):
-        for share in ("freshness.replay.share=0.125", "freshness.replay.share=1"):
-            yield Cell("middle", loss, "async", "8", seed, (*CURRENT, share))
-            yield Cell("middle", loss, DEFAULT, "8", seed, (*CURRENT, share))
-            yield Cell("middle", loss, DEFAULT, "8", seed, (share,))
-        yield Cell("middle", loss, DEFAULT, "8", seed, ("freshness.replay.share=1", "freshness.beta=10"))
-        yield Cell("middle", loss, DEFAULT, "8", seed, ("freshness.replay.share=0",))
+        for policy in ("async", DEFAULT):
+            for extra in (CURRENT, (*CURRENT, ALL)):
+                yield Cell("middle", loss, policy, "8", seed, tuple(extra))
+        for others in ((), (ALL,), (ALL, "freshness.beta=10"), ("freshness.replay.share=0",)):
+            yield Cell("middle", loss, DEFAULT, "8", seed, others)
 
 
 def anchored_kl(seed: int) -> Iterator[Cell]:
