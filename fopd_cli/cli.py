@@ -141,7 +141,9 @@ def evaluate(
     is_run = (folder / "recipe.yaml").is_file()
     source = task or (folder / "recipe.yaml" if is_run else None)
     if source is None:
-        raise UserError("--task: name a recipe that says which task to evaluate on (a run directory has its own)")
+        raise UserError(
+            f"{model}: is no run directory here (they have a recipe.yaml); for a model give --task, a recipe that says what to evaluate on"
+        )
     overrides = list(set_ or [])
     if not is_run:
         overrides.append(f"student.model={json.dumps(model)}")
