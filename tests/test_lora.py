@@ -10,7 +10,7 @@ import learner_kit as kit
 import numpy as np
 import pytest
 import torch
-from conftest import Fopd, check_accounts, metrics, small_recipe, summary
+from conftest import SLOW, Fopd, check_accounts, metrics, small_recipe, summary
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fopd_cli.engines import hf, lora
@@ -140,6 +140,7 @@ def test_a_target_that_the_model_lacks_is_named(pair: Path) -> None:
         student(pair, targets=("c_attn",))
 
 
+@SLOW
 def test_a_run_with_adapters_stopped_and_resumed(fopd: Fopd, pair: Path) -> None:
     """Bitwise the metrics of a run in one go; what it leaves is a plain model, whatever the learner held."""
     recipe = small_recipe(pair, learner={"steps": 6, "lr": 1e-2, "activation_checkpointing": True})

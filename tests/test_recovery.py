@@ -202,6 +202,7 @@ def test_the_last_one_lost_ends_the_run_with_a_checkpoint(fopd: Fopd, pair: Path
     check_accounts(run)
 
 
+@SLOW
 def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -> None:
     """Depth 0: sampler, teacher and grader killed or stopped in the middle; the metrics are those of a quiet run."""
     quiet = fopd.run(slow(pair, 0), "quiet")
@@ -253,6 +254,7 @@ def test_an_engine_lost_on_a_time_sliced_box(fopd: Fopd, pair: Path, role: str) 
     check_accounts(run)
 
 
+@SLOW
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(fopd: Fopd, pair: Path) -> None:
     run = fopd.run(small_recipe(pair, learner={"steps": 4}))
     assert checkpoints(run) == ["step-000002", "step-000004"]
@@ -269,6 +271,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(fopd: Fopd, 
     assert "no complete checkpoint" in fopd("resume", run, code=2).err
 
 
+@SLOW
 def test_a_checkpoint_of_another_recipe_is_refused(fopd: Fopd, pair: Path) -> None:
     run = fopd.run(small_recipe(pair))
     err = fopd("resume", run, "--set", "task.horizon=3", "--set", "learner.steps=9", code=2).err
