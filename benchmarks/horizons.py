@@ -28,10 +28,14 @@ FURTHER = 24
 
 
 class Lookups:
-    """`drift`: the probability with which a training question's values change from one version of the student to the next."""
+    """`drift`: the probability with which a training question's values change from one version of the student to the next.
+    `outage`: that with which a training question cannot be looked up at a version, which ends its conversation."""
 
-    def __init__(self, drift: float = 0.0, train_prompts: int = 4000, eval_prompts: int = 128) -> None:
-        self.drift, self.sizes = drift, {"train": train_prompts, "eval": eval_prompts}
+    def __init__(
+        self, drift: float = 0.0, outage: float = 0.0, train_prompts: int = 4000, eval_prompts: int = 128
+    ) -> None:
+        self.drift, self.outage = drift, outage
+        self.sizes = {"train": train_prompts, "eval": eval_prompts}
 
     def prompts(self, split: Literal["train", "eval"]) -> list[Prompt]:
         rng = random.Random(f"lookups/{split}")
@@ -44,6 +48,10 @@ class Lookups:
 
     def episode(self, prompt: Prompt, now: int) -> _Asking:
         return _Asking(self, prompt, now)
+
+    def down(self, prompt: Prompt, now: int) -> bool:
+        split = prompt.payload["split"]
+        return split == "train" and random.Random(f"outage/{prompt.index}/{now}").random() < self.outage
 
     def value(self, prompt: Prompt, letter: str, now: int) -> int:
         split = prompt.payload["split"]
@@ -61,7 +69,7 @@ class _Asking:
 
     async def observe(self, turn: str) -> Observation:
         self.calls += 1
-        if len(turn) != 2 or turn[1] != "?" or self.calls > CALLS:
+        if len(turn) != 2 or turn[1] != "?" or self.calls > CALLS or self.task.down(self.prompt, self.now):
             return Observation(None)
         value = str(self.task.value(self.prompt, turn[0], self.now))
         return Observation(

@@ -164,9 +164,9 @@ class Inline:
             case Score(teacher, keys, again):
                 tokens = self._score(keys, again)
                 self._after(costs.score * tokens, lambda: self._scored(teacher, keys))
-            case Replay(keys):
+            case Replay(keys, now):
                 for key in keys:
-                    changed = self._replay(key)
+                    changed = self._replay(key, now)
                     self._after(costs.sample, lambda k=key, c=changed: s.on_replayed(k, c))  # type: ignore[misc]
             case Train(step, keys):
                 samples = [self._sample(k) for k in keys]
@@ -255,11 +255,11 @@ class Inline:
         for key in self.schedule.on_scored(teacher, keys):
             self._forget(key)
 
-    def _replay(self, key: int) -> bool:
+    def _replay(self, key: int, now: int) -> bool:
         """Whether its context has changed; it then has the new one."""
         rollout, prompt = self._rollouts[key], self.stream.prompt(self.schedule.tickets[key].sample)
         texts = [hf.decode(self.tokenizer, rollout.response_ids[a:b]) for a, b in rollout.turns]
-        found = asyncio.run(replayed(self.task, prompt, texts, self.schedule.step))
+        found = asyncio.run(replayed(self.task, prompt, texts, now))
         chat = prompt.messages is not None
         seen = [
             hf.encode_observation(self.tokenizer, o.text, o.role, chat)

@@ -191,6 +191,18 @@ def replays(seed: int) -> Iterator[Cell]:
             yield Cell("middle", loss, DEFAULT, "8", seed, others)
 
 
+def coverage(seed: int) -> Iterator[Cell]:
+    """Half of the questions cannot be looked up at a version: what it costs, and whether dropping the buffer for it pays."""
+    outage = ("task.options.drift=0", "task.options.outage=0.5")
+    for policy, lag in (("sync", "0"), ("async", "8"), (DEFAULT, "8")):
+        yield Cell("middle", "reverse_kl", policy, lag, seed, outage)
+    for kappa in (
+        ("freshness.refresh.coverage_sup=0",),
+        *(("freshness.refresh.coverage_sup=0.9", f"freshness.refresh.every_at_least={n}") for n in (100, 25)),
+    ):
+        yield Cell("middle", "reverse_kl", DEFAULT, "8", seed, (*outage, ALL, *kappa))
+
+
 def anchored_kl(seed: int) -> Iterator[Cell]:
     """What an anchor costs where nothing needs it: the default loss at the default depth, and the cached loss beside it."""
     for lag in ("4", "8"):
@@ -209,7 +221,7 @@ def weights(seed: int) -> Iterator[Cell]:
 
 
 STUDIES = {
-    f.__name__: f for f in (headline, anchored_kl, lags, far, horizons, losses, sweep, mixed, replays, sgd, weights)
+    f.__name__: f for f in (headline, anchored_kl, lags, far, horizons, losses, sweep, mixed, replays, coverage, sgd, weights)
 }  # fmt: skip
 QUICK, FULL = (("headline",), 3), (tuple(STUDIES), 5)
 

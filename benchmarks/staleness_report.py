@@ -22,7 +22,9 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
         groups[r["task"], r["loss"], r["lag"], r["policy"], tuple(r["extra"]), r["optimizer"]].append(r)
     found = []
     for (task, loss, lag, policy, extra, optimizer), runs in groups.items():
-        sync = groups.get((task, loss, "0", "sync", extra if optimizer == "sgd" else (), optimizer), [])
+        # The synchronous run of the same world: the one with the most of these overrides.
+        bases = [groups.get((task, loss, "0", "sync", extra[:n], optimizer)) for n in range(len(extra), -1, -1)]
+        sync = next((base for base in bases if base), [])
         found.append(
             {
                 "study": _study(loss, lag, extra, optimizer, task), "task": task, "loss": loss, "lag": lag, "policy": policy,

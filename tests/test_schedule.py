@@ -53,7 +53,9 @@ class Simulator:
         )  # fmt: skip
         self.lives: Counter[tuple[str, int]] = Counter()  # how often each engine was lost: what it owed never comes
         self.clock, self.events, self.order = 0.0, [], 0
-        self.replayed: list[tuple[int, str]] = []  # (step, sample)
+        self.replayed: list[str] = []
+        self.replays: Counter[int] = Counter()  # in the world of a step
+        self.ahead = 0  # replays while a step was under way
         self.lags: list[int] = []
         self.steps: list[tuple[float, tuple[str, ...]]] = []
         self.measured: Counter[int] = Counter()
@@ -137,10 +139,17 @@ class Simulator:
                 assert version <= s.step
                 assert version >= s.step - 1, "its slot may be overwritten"
                 self.from_engine("sampler", replica, "load", lambda: s.on_loaded(replica, version))
-            case Replay(keys):
+            case Replay(keys, now):
                 for key in keys:
-                    lag = s.step - s.tickets[key].version
-                    assert lag >= s.config.replay_lag
+                    assert now - s.tickets[key].version >= s.config.replay_lag
+                    if s.config.replay_ahead:
+                        training = any(t.state is State.TRAINING for t in s.tickets.values())
+                        assert now == s.step - 1 + training
+                        self.ahead += training
+                    else:
+                        assert now == s.step
+                        assert not s.learner_busy
+                    self.replays[now] += 1
                     changed = key % 3 == 0
                     self.from_engine("environment", 0, "replay", lambda k=key, c=changed: self.looked_at(k, c))
             case Score(teacher, keys):
@@ -165,7 +174,7 @@ class Simulator:
 
     def looked_at(self, key: int, changed: bool) -> None:
         if key in self.schedule.tickets:
-            self.replayed.append((self.schedule.step, str(self.schedule.tickets[key].sample)))
+            self.replayed.append(str(self.schedule.tickets[key].sample))
         self.schedule.on_replayed(key, changed)
 
     def scored(self, teacher: int, call: int) -> None:
@@ -196,23 +205,23 @@ def accounts(s: Schedule) -> None:
 
 @example(  # the first held-out sample came in last, into an arena full of later ones
     depth=0, batch=1, replicas=1, concurrency=5, score_batch=1, inflight="keep", exclusive=False, evals=5, refresh=0,
-    arena=True, faults=0, teachers=1, replays=0, seed=0,
+    arena=True, faults=0, teachers=1, replays=0, ahead=False, seed=0,
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
 @given(
     depth=st.integers(0, 5), batch=st.integers(1, 6), replicas=st.integers(1, 3), concurrency=st.integers(1, 9),
     score_batch=st.integers(1, 5), inflight=st.sampled_from(["keep", "wait"]), exclusive=st.booleans(),
     evals=st.integers(0, 7), refresh=st.sampled_from([0, 2, 3]), arena=st.booleans(), faults=st.integers(0, 4),
-    teachers=st.integers(1, 2), replays=st.integers(0, 3), seed=st.integers(0, 10**6),
+    teachers=st.integers(1, 2), replays=st.integers(0, 3), ahead=st.booleans(), seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_lag_is_bounded_and_accounts_are_exact(
     depth: int, batch: int, replicas: int, concurrency: int, score_batch: int, inflight: Any, exclusive: bool,
-    evals: int, refresh: int, arena: bool, faults: int, teachers: int, replays: int, seed: int,
+    evals: int, refresh: int, arena: bool, faults: int, teachers: int, replays: int, ahead: bool, seed: int,
 ) -> None:  # fmt: skip
     """Whatever the durations and whoever dies: it ends, no sample is older than the depth, none is trained twice or lost."""
     cfg = config(
         depth=depth, batch=batch, replicas=replicas, concurrency=concurrency, score_batch=(score_batch,) * teachers, inflight=inflight,
-        exclusive=exclusive, eval_versions=frozenset({0, 3, 6}), replays=replays,
+        exclusive=exclusive, eval_versions=frozenset({0, 3, 6}), replays=replays, replay_ahead=ahead,
     )  # fmt: skip
     sim = Simulator(
         cfg, seed, evals=evals, refresh_every=refresh, arena=3 * batch + score_batch if arena else None, faults=faults
@@ -222,33 +231,54 @@ def test_lag_is_bounded_and_accounts_are_exact(
     accounts(sim.schedule)
     assert sim.schedule.in_flight == 0
     assert sim.held == 0
+    assert faults or not sim.replays or max(sim.replays.values()) <= replays
     if evals:
         assert sim.measured == {0: evals, 3: evals, 6: evals}
 
 
 @settings(max_examples=150, deadline=None)
-@example(lag=3, batch=5, replicas=2, exclusive=False, faults=2, replays=0, seed=183)  # lost after its twin had moved on
+@example(
+    lag=3, batch=5, replicas=2, exclusive=False, faults=2, replays=0, ahead=False, seed=183
+)  # lost after its twin had moved on
 @given(
     lag=st.integers(0, 5), batch=st.integers(1, 5), replicas=st.integers(1, 2), exclusive=st.booleans(),
-    faults=st.integers(0, 3), replays=st.integers(0, 3), seed=st.integers(0, 10**6),
+    faults=st.integers(0, 3), replays=st.integers(0, 3), ahead=st.booleans(), seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_fixed_lag_is_exact(
-    lag: int, batch: int, replicas: int, exclusive: bool, faults: int, replays: int, seed: int
+    lag: int, batch: int, replicas: int, exclusive: bool, faults: int, replays: int, ahead: bool, seed: int
 ) -> None:
-    cfg = config(lag=lag, batch=batch, replicas=replicas, steps=9, exclusive=exclusive, replays=replays)
+    cfg = config(
+        lag=lag, batch=batch, replicas=replicas, steps=9, exclusive=exclusive, replays=replays, replay_ahead=ahead
+    )
     sim = Simulator(cfg, seed, faults=faults).run()
     expected = [step - max(0, step - lag) for step in range(9) for _ in range(batch)]
     assert sim.lags == expected
-    # The first samples of every window but the first, which has no lag; a loss may make it look twice.
-    wanted = {(t, str(stream(t * batch + i))) for t in range(1, 9) for i in range(min(replays, batch)) if lag}
+    # The first samples of every window whose world has moved on since; a loss may make it look twice.
+    windows = range(1 + ahead, 9) if lag > ahead else ()
+    wanted = {str(stream(t * batch + i)) for t in windows for i in range(min(replays, batch))}
     assert set(sim.replayed) == wanted
     assert len(sim.replayed) == len(wanted) or faults
+
+
+@pytest.mark.parametrize("lag", [None, 4])
+def test_replays_ahead_do_not_hold_the_learner(lag: int | None) -> None:
+    """A learner that is the slowest: its next batch is replayed while it works."""
+    times = {"sample": (0.1, 0.5), "score": (0.1, 0.1), "train": (4.0, 4.0), "load": (0.0, 0.0), "replay": (1.0, 2.0)}
+    base: dict[str, Any] = {"depth": 4, "lag": lag, "steps": 12, "score_batch": (4,)}
+    without = Simulator(config(**base), durations=times).run()
+    before, ahead = (
+        Simulator(config(**base, replays=2, replay_ahead=flag), durations=times).run() for flag in (False, True)
+    )
+    assert before.clock > without.clock + 10
+    assert ahead.clock < without.clock + 2
+    assert ahead.ahead >= 16
+    assert len(set(before.replayed)) >= len(set(ahead.replayed)) >= 16
 
 
 @settings(max_examples=30, deadline=None)
 @given(lag=st.sampled_from([None, 0, 2]), seed=st.integers(0, 10**6))
 def test_deterministic_modes_form_the_same_batches_whatever_the_durations(lag: int | None, seed: int) -> None:
-    cfg = config(depth=0, lag=lag, concurrency=3, score_batch=(3,), batch=5, replays=2)
+    cfg = config(depth=0, lag=lag, concurrency=3, score_batch=(3,), batch=5, replays=2, replay_ahead=seed % 2 == 0)
     steps = [b for _, b in Simulator(cfg, seed).run().steps]
     assert steps == [b for _, b in Simulator(cfg, seed + 1).run().steps]
     assert steps == [b for _, b in Simulator(cfg, seed + 2, faults=3).run().steps], "a restarted engine changes nothing"
@@ -347,6 +377,38 @@ def test_a_restart_plans_what_was_in_flight_again_without_drawing_it_twice() -> 
     again.on_loaded(0, 0)
     assert set(again.actions()[0].keys) == set(keys[1:])
     assert again.counts["drawn"] == len(keys)
+
+
+def test_a_restart_does_replays_that_ran_ahead_anew() -> None:
+    """Whatever became of them: their labels stand, nothing is scored for the first time again."""
+    cfg = config(depth=2, batch=2, steps=9, replays=2, replay_ahead=True, score_batch=(6,))
+    s = Schedule(cfg, stream, [])
+    s.on_learner_ready()
+    s.actions()
+    s.on_loaded(0, 0)
+    keys = s.actions()[0].keys
+    for key in keys:
+        s.on_sampled(0, key, 0)
+        s.on_graded(key)
+    (score,) = s.actions()
+    s.on_scored(0, score.keys)
+    (train,) = s.actions()
+    s.on_trained(0, dict.fromkeys(train.keys, "trained"))
+    train, load = s.actions()
+    assert (type(train), load) == (Train, Load(0, 1))
+    found = [a for a in s.actions() if isinstance(a, Replay)]
+    assert [a.now for a in found] == [1]
+    first, second = found[0].keys
+    s.on_replayed(first, True)
+    again = next(a for a in s.actions() if isinstance(a, Score))
+    assert again.again
+    assert again.keys == (first,)
+    s.on_trained(1, dict.fromkeys(train.keys, "trained"))
+    resumed = Schedule(cfg, stream, [])
+    resumed.load_state_dict(s.state_dict())
+    assert [resumed.tickets[k].state for k in (first, second)] == [State.SCORED] * 2
+    resumed.on_learner_ready()
+    assert next(a for a in resumed.actions() if isinstance(a, Replay)) == Replay((first, second), 1)
 
 
 def test_refresh_draws_the_same_prompts_again() -> None:

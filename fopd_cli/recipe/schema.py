@@ -361,7 +361,7 @@ class Refresh(Section):
     coverage_roll: Share = 0.5
     """kappa_roll: ... or its mean rollout coverage is under this."""
     coverage_sup: Share = 0.5
-    """kappa_sup: ... or its mean supervision coverage is under this."""
+    """kappa_sup: ... or its mean supervision coverage is under this. Samples that were not replayed count as covered: it acts only above 1 - replay.share."""
     every_at_least: Positive = 200
     """Optimizer steps between two adaptive refreshes."""
     every: Positive = 10
@@ -372,11 +372,11 @@ class Replay(Section):
     """Tasks of many turns only: their contexts can change, all others' cannot."""
 
     share: Share = 0.125
-    """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context first: their calls are executed again, the teacher judges what changed. 0: D_sup is taken to be 0. Deterministic tools cost the execution only. Policies without freshness weights replay for labels: current alone."""
+    """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context first: their calls are executed again, the teacher judges what changed. With cached labels that happens during the step before, and costs next to nothing. 0: D_sup is taken to be 0. Policies without freshness weights replay for labels: current alone."""
     min_lag: Positive = 1
-    """Only contexts so many optimizer steps old."""
+    """Only contexts so many optimizer steps old when they are replayed."""
     labels: Labels = "cached"
-    """What a replayed sample teaches. cached: what the teacher said when both had read the same, while freshness says how much; current, as published: what it says in the current context, which the student has not read."""
+    """What a replayed sample teaches. cached: what the teacher said when both had read the same, while freshness says how much; current, as published: what it says in the current context, which the student has not read; the step waits for it."""
 
 
 class Freshness(Section):

@@ -278,10 +278,10 @@ class Conductor:
                 command = m.ScoreCommand([self._judged(k) for k in keys], [self.slots[k] for k in keys], again)
                 self._score_answers.append([teacher, keys, len(self.plan.teachers[teacher])])
                 self._to_all(self.plan.teachers[teacher], command)
-            case Replay(keys):
-                self.replays.begin(keys)
+            case Replay(keys, now):
+                self.replays.begin(keys, holding=not self.schedule.learner_busy)
                 for key in keys:
-                    self._replay(key)
+                    self._replay(key, now)
             case Train(step, keys):
                 self._step_began = time.time()
                 self._learn(step, keys)
@@ -302,11 +302,11 @@ class Conductor:
             current = cached(rollout, told)
         return rollout if current is None else replace(rollout, context=current)
 
-    def _replay(self, key: int) -> None:
+    def _replay(self, key: int, now: int) -> None:
         ticket = self.schedule.tickets[key]
         sample, template = ticket.sample, self.recipe.teachers[ticket.teacher].context
         command = m.ReplayCommand(
-            self.rollouts[key], self.stream.prompt(sample), self.stream.told(sample), template, self.schedule.step
+            self.rollouts[key], self.stream.prompt(sample), self.stream.told(sample), template, now
         )
         self.fleet.send(ENVIRONMENT.name, command, answers=0)
 
@@ -577,6 +577,7 @@ class Conductor:
             self._on_measured(self._first_answer.stats)
         else:
             self._on_trained(self._first_answer)
+        self.replays.hold()
 
     def _on_measured(self, stats: SampleStats) -> None:
         version = self.schedule.step

@@ -15,17 +15,22 @@ class Replays:
     def __init__(self) -> None:
         self.contexts: dict[int, Context] = {}
         self._under_way: set[int] = set()
-        self._since = 0.0
+        self._since: float | None = None  # when they began to hold the learner, if they do
         self._clear()
 
     def _clear(self) -> None:
         self._replayed = self._changed = 0
         self._waited = self._executed = 0.0
 
-    def begin(self, keys: Iterable[int]) -> None:
-        """The next optimizer step waits for these."""
+    def begin(self, keys: Iterable[int], holding: bool) -> None:
+        """The next optimizer step waits for these; `holding`: the learner is free for it already."""
         self._under_way |= set(keys)
-        self._since = time.time()
+        if holding and self._since is None:
+            self._since = time.time()
+
+    def hold(self) -> None:
+        """The learner is free now."""
+        self._since = time.time() if self._under_way else None
 
     def end(self, message: m.Replayed) -> None:
         """One of them is known."""
@@ -44,11 +49,12 @@ class Replays:
     def _done(self, key: int) -> None:
         if key in self._under_way:
             self._under_way.discard(key)
-            if not self._under_way:
+            if not self._under_way and self._since is not None:
                 self._waited += time.time() - self._since
+                self._since = None
 
     def cost(self) -> dict[str, float]:
-        """Since the last call: samples replayed, of them changed; seconds of execution, and those that the learner waited."""
+        """Since the last call: samples replayed, of them changed; seconds of execution, and those in which the learner was free."""
         found = {
             "replayed": float(self._replayed), "replayed_changed": float(self._changed),
             "replay_seconds": self._executed, "replay_wait_seconds": self._waited,

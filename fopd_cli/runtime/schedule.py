@@ -23,8 +23,10 @@ samplers hold version t.
 being told to load something older than t.
 
 **Replays.** Before a step, the oldest samples of its batch that have a lag, at most `replays` of them, have their contexts
-replayed, once each; those that changed are scored again. The step waits for it, so that a replayed label is of the step's own
-time. What a lost teacher was scoring again is scored on its first context and then replayed anew.
+replayed, once each; those that changed are scored again. Where their labels replace the first ones, the step waits for it, so
+that a label is of the step's own time. Where only their drift is asked (`replay_ahead`), they are replayed while the learner
+is still at the step before, in the world of that step, and a wait is what is left of it. What a lost teacher was scoring again
+is scored on its first context and then replayed anew.
 
 **Lost engines.** What a lost sampler was generating, or a lost teacher scoring, goes back one state, and whoever has
 room takes it up: a replica that lives, or the same one when it is back. A sampler that is back, or awake after its
@@ -167,7 +169,6 @@ class Schedule:
             self.counts[outcome] += 1
         self.consumed += len(outcomes)
         self.step += 1
-        self.replayed_now = 0
         self.learner_busy = False
 
     def on_measured(self, version: int, keys: Iterable[int]) -> bool:
@@ -294,6 +295,7 @@ class Schedule:
             return []
         self.learner_busy = True
         if isinstance(action, Train):
+            self.replayed_now = 0
             for key in action.keys:
                 self._check_lag(self.tickets[key])
                 self.tickets[key].state = State.TRAINING
@@ -322,19 +324,36 @@ class Schedule:
     # -- replays
 
     def _start_replays(self) -> list[Action]:
-        blocked = self.learner_busy or self._eval_due() is not None or not self._may_train()
-        if not self.config.replays or blocked or self._relabelling():
+        if not self.config.replays:
             return []
-        keys = self._due_replays(self._batch() or [])
+        keys = self._due_replays(self._replayable())
         for key in keys:
             self.tickets[key].state = State.REPLAYING
         self.replayed_now += len(keys)
-        return [Replay(keys)] if keys else []
+        return [Replay(keys, self._world)] if keys else []
+
+    def _replayable(self) -> list[int]:
+        """Samples that the next step may want replayed now."""
+        ahead = self.config.replay_ahead
+        if ahead and not self.config.deterministic:  # one by one, as they get ready
+            return [t.key for t in self._by_deadline() if self._ready(t)][: self.config.batch]
+        blocked = not ahead and (self.learner_busy or self._eval_due() is not None or not self._may_train())
+        return [] if blocked or self._relabelling() else self._batch() or []
+
+    @property
+    def _next_step(self) -> int:
+        """The step that has not started yet."""
+        return self.step + any(t.state is State.TRAINING for t in self.tickets.values())
+
+    @property
+    def _world(self) -> int:
+        """The number of the step whose world a replay sees: of whether it starts early or late nothing may depend."""
+        return self._next_step - self.config.replay_ahead
 
     def _due_replays(self, batch: list[int]) -> tuple[int, ...]:
-        """Of the next batch, the samples to be replayed first."""
-        left = self.config.replays - self.replayed_now
-        old = (self.tickets[k] for k in batch if self.step - self.tickets[k].version >= self.config.replay_lag)
+        """Of samples of the next batch, those to be replayed first."""
+        left, world = self.config.replays - self.replayed_now, self._world
+        old = (self.tickets[k] for k in batch if world - self.tickets[k].version >= self.config.replay_lag)
         due = sorted((t for t in old if not t.replayed), key=lambda t: (t.version, t.key))
         return tuple(t.key for t in due[: max(0, left)])
 
@@ -354,7 +373,8 @@ class Schedule:
         """Keys of the next batch, in key order; None while it must wait."""
         size = self.config.batch
         if self.config.lag is not None:
-            window = sorted(t.key for t in self.tickets.values() if not t.evaluation)[:size]
+            waiting = (t for t in self.tickets.values() if not t.evaluation and t.state is not State.TRAINING)
+            window = sorted(t.key for t in waiting)[:size]
             ready = len(window) == size and all(self._ready(self.tickets[k]) for k in window)
             return window if ready else None
         urgent = self._by_deadline()
@@ -363,10 +383,10 @@ class Schedule:
             return None
         batch = {t.key for t in chosen}
         left = Counter(t.version + self.config.depth for t in urgent if t.key not in batch)
-        total = 0
+        total, step = 0, self._next_step
         for deadline in sorted(left):
             total += left[deadline]
-            if total > (deadline - self.step) * size:
+            if total > (deadline - step) * size:
                 return None
         return sorted(batch)
 
@@ -541,26 +561,35 @@ class Schedule:
     # ---- state on disk ------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as JSON. Samples that were being sampled or scored go back one state."""
+        """Everything that a resumed run needs, as JSON. Samples that were being sampled or scored go back one state.
+
+        Replays that ran ahead left the labels alone and are done anew: the teacher's groups are then those of a run that went on.
+        """
         back = {
             State.SAMPLING: State.PLANNED, State.SCORING: State.SAMPLED,
             State.REPLAYING: State.SCORED, State.REPLAYED: State.SCORED,
         }  # fmt: skip
+        anew = self.config.replay_ahead
+
+        def state(ticket: Ticket) -> State:
+            labelled = anew and ticket.replayed and ticket.state is State.SCORING
+            return State.SCORED if labelled else back.get(ticket.state, ticket.state)
+
         return {
             "step": self.step,
             "consumed": self.consumed,
             "cursor": self.cursor,
             "next_key": self.next_key,
-            "replayed_now": self.replayed_now,
+            "replayed_now": 0 if anew else self.replayed_now,
             "refreshes": self.refreshes,
             "counts": dict(self.counts),
             "evaluated": sorted(self.evaluated),
             "retries": [list(vars(s).values()) for s in self.retries],
             "tickets": [
                 {
-                    "key": t.key, "sample": list(vars(t.sample).values()), "state": back.get(t.state, t.state).value,
+                    "key": t.key, "sample": list(vars(t.sample).values()), "state": state(t).value,
                     "version": t.version, "graded": t.graded, "drawn": t.drawn,
-                    "replayed": t.replayed and t.state is State.SCORED,
+                    "replayed": not anew and t.replayed and t.state is State.SCORED,
                 }
                 for t in self.tickets.values() if not t.evaluation
             ],

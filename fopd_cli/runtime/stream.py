@@ -116,5 +116,5 @@ def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: 
         steps=steps, batch=recipe.learner.batch_samples, depth=recipe.schedule.depth, lag=recipe.schedule.lag,
         inflight=recipe.schedule.inflight, replicas=replicas, concurrency=recipe.sampler.concurrency,
         score_batch=tuple(t.batch_samples for t in recipe.teachers), exclusive=exclusive, eval_versions=frozenset({0, steps, *between}),
-        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable and wanted else 0, replay_lag=replay.min_lag,
+        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable and wanted else 0, replay_lag=replay.min_lag, replay_ahead=replay.labels == "cached",
     )  # fmt: skip

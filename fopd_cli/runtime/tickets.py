@@ -59,6 +59,7 @@ class ScheduleConfig:
     score_ahead: int = 2  # calls under way at once, of each teacher
     replays: int = 0  # samples whose contexts are replayed before an optimizer step, at most
     replay_lag: int = 1  # only samples so many versions old
+    replay_ahead: bool = False  # while the learner is at the step before
 
     @property
     def max_lag(self) -> int:
@@ -96,9 +97,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Replay:
-    """Find out whether the contexts of these samples have changed since they were scored."""
+    """Find out whether the contexts of these samples have changed since they were scored, in the world of step `now`."""
 
     keys: tuple[int, ...]
+    now: int
 
 
 @dataclass(frozen=True)
