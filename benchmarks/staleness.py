@@ -104,6 +104,14 @@ def headline(seed: int) -> Iterator[Cell]:
         yield Cell("short", "pg_cached", policy, "0" if policy == "sync" else "8", seed)
 
 
+def defaults(seed: int) -> Iterator[Cell]:
+    """The claim itself, few enough runs for ten seeds: what a recipe gets that says nothing, beside sync."""
+    for task in TASKS:
+        yield Cell(task, "pg_cached", "sync", "0", seed)
+        yield Cell(task, "pg_cached", DEFAULT, "8", seed)
+    yield Cell("short", "pg_cached", DEFAULT, "16", seed)
+
+
 def lags(seed: int) -> Iterator[Cell]:
     """Where it starts to matter."""
     for lag in ("2", "4", "16"):
@@ -221,7 +229,7 @@ def weights(seed: int) -> Iterator[Cell]:
 
 
 STUDIES = {
-    f.__name__: f for f in (headline, anchored_kl, lags, far, horizons, losses, sweep, mixed, replays, coverage, sgd, weights)
+    f.__name__: f for f in (headline, defaults, anchored_kl, lags, far, horizons, losses, sweep, mixed, replays, coverage, sgd, weights)
 }  # fmt: skip
 QUICK, FULL = (("headline",), 3), (tuple(STUDIES), 5)
 

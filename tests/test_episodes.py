@@ -15,7 +15,6 @@ from conftest import (
     SLOW,
     Fopd,
     check_accounts,
-    descendants,
     lines,
     metrics,
     reach,
@@ -240,6 +239,7 @@ def tool_recipe(**changes: Any) -> dict[str, Any]:
     return recipe
 
 
+@SLOW
 @needs_sandbox
 def test_two_synchronous_runs_with_tools_are_bitwise_the_same(fopd: Fopd) -> None:
     """Although tools answer in any order; and one that was killed in the middle of episodes and resumed is, too."""
@@ -289,13 +289,13 @@ def test_asynchronous_episodes_and_a_lost_environment(fopd: Fopd) -> None:
     process, run = fopd.start("run", fopd.recipe(recipe, "r.yaml"), "--run-dir", fopd.folder / "r"), fopd.folder / "r"
     for step in (1, 3, 5):
         reach(process, run, step)
-        sampler, environment = (worker(run, name, descendants(process.pid)) for name in ("sampler-0", "environment-0"))
+        sampler, environment = (worker(run, name, process.pid) for name in ("sampler-0", "environment-0"))
         sampler.suspend()
         environment.kill()
         time.sleep(0.5)
         sampler.resume()
     reach(process, run, 7)
-    worker(run, "environment-0", descendants(process.pid)).kill()
+    worker(run, "environment-0", process.pid).kill()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert "environment-0" in err

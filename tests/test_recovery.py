@@ -54,10 +54,14 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     wait_for(lambda: gone(family), "the workers to die with their conductor", 5.0)
 
 
-def worker(run: Path, name: str, family: list[psutil.Process]) -> psutil.Process:
-    """A worker's process: the one that writes its log."""
+def worker(run: Path, name: str, pid: int) -> psutil.Process:
+    """A worker's process, of the run of that pid: the one that writes its log. One that is being started again has none for a while."""
     log = str(run / "logs" / f"{name}.log")
-    return next(p for p in family if os.path.realpath(f"/proc/{p.pid}/fd/1") == log)
+
+    def found() -> psutil.Process | None:
+        return next((p for p in descendants(pid) if os.path.realpath(f"/proc/{p.pid}/fd/1") == log), None)
+
+    return wait_for(found, f"a process of {name}")
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -140,7 +144,7 @@ def test_ctrl_c_twice_stops_at_once(fopd: Fopd, pair: Path) -> None:
     process, run = start(fopd, slow(pair, 2, steps=200))
     reach(process, run, 2)
     family = descendants(process.pid)
-    worker(run, "learner-0", family).suspend()
+    worker(run, "learner-0", process.pid).suspend()
     time.sleep(1.0)  # the next step reaches it
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)
@@ -168,7 +172,7 @@ def test_a_killed_learner_is_named_and_the_last_checkpoint_stands(fopd: Fopd, pa
     process, run = start(fopd, slow(pair, 1, steps=60))
     wait_for(lambda: checkpoints(run), "a checkpoint")
     family = descendants(process.pid)
-    worker(run, "learner-0", family).kill()
+    worker(run, "learner-0", process.pid).kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
     assert "Traceback" not in err
@@ -188,7 +192,7 @@ def test_the_last_one_lost_ends_the_run_with_a_checkpoint(fopd: Fopd, pair: Path
     process, run = start(fopd, slow(pair, 1, steps=60, runtime={"restarts": 0}, checkpoint={"every": 0}))
     reach(process, run, 2)
     family = descendants(process.pid)
-    worker(run, role, family).kill()
+    worker(run, role, process.pid).kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
     assert "Traceback" not in err
@@ -209,7 +213,7 @@ def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -
     process, run = start(fopd, slow(pair, 0, runtime={"timeout_s": 8.0}))
     for step, name, blow in ((2, "sampler-0", "kill"), (5, "grader-0", "kill"), (7, "teacher-0", "suspend")):
         reach(process, run, step)
-        getattr(worker(run, name, descendants(process.pid)), blow)()
+        getattr(worker(run, name, process.pid), blow)()
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
     assert summary(run)["restarts"] == 3
@@ -226,7 +230,7 @@ def test_other_replicas_take_over(fopd: Fopd, pair: Path) -> None:
     recipe = slow(pair, 2, steps=24, placement={"sampler": 2}, runtime={"restarts": 0})
     process, run = start(fopd, recipe)
     reach(process, run, 3)
-    worker(run, "sampler-1", descendants(process.pid)).kill()
+    worker(run, "sampler-1", process.pid).kill()
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
     assert "stays away" in err
@@ -244,7 +248,7 @@ def test_an_engine_lost_on_a_time_sliced_box(fopd: Fopd, pair: Path, role: str) 
     process, run = start(fopd, recipe)
     for step, stopped_s in ((2, 0.0), (4, 2.0), (6, 2.0), (8, 0.0)):
         reach(process, run, step)
-        engine = worker(run, role, descendants(process.pid))
+        engine = worker(run, role, process.pid)
         engine.suspend()
         time.sleep(stopped_s)
         engine.kill()

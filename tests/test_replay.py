@@ -258,6 +258,7 @@ def test_the_template_fills_in_columns_and_leaves_other_braces_alone() -> None:
         told(plain, "{solution}")
 
 
+@SLOW
 def test_a_teacher_that_is_told_more_judges_otherwise(fopd: Fopd) -> None:
     """The whole path: another prompt for the teacher, the same for the student."""
     base = small_recipe(TINY, learner={"steps": 2})

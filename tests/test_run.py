@@ -184,7 +184,8 @@ def test_a_llama_pair_on_questions_from_a_file(fopd: Fopd, llama_pair: Path, tmp
     assert "hello" in AutoTokenizer.from_pretrained(tmp_path / "out").decode(model.config.eos_token_id) + "hello"
 
 
-@pytest.mark.parametrize("kind", ["hidden", pytest.param("topk", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("kind", ["hidden", "topk"])
 def test_several_teachers_judge_what_is_theirs(fopd: Fopd, pair: Path, tmp_path: Path, kind: str) -> None:
     """Held-out questions go to the student's own twin, so their KL is 0; training questions to the real teacher."""
     rows = [{"question": f"{i}+{i}=", "answer": str(2 * i), "who": "twin" if i < 8 else "wise"} for i in range(60)]

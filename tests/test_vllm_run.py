@@ -112,7 +112,7 @@ def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fo
     process = fopd.start("run", fopd.recipe(recipe), "--run-dir", run)
     reach(process, run, 2)
     for name in ("sampler-0", "teacher-0"):
-        worker(run, name, descendants(process.pid)).kill()
+        worker(run, name, process.pid).kill()
         reached = steps_done(run)
         # More than what was under way already can give.
         wait_for(lambda reached=reached: steps_done(run) >= reached + 6, f"steps after {name} was replaced")
