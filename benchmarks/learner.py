@@ -191,7 +191,7 @@ def batch(args: argparse.Namespace) -> list[Sample]:
 def learner(hidden: int, vocab: int, policy: str, sharded: bool = False, rank: int = 0, **changes: Any) -> FsdpLearner:
     """`rank`: of LoRA adapters, 0 for none; `changes` are fields of the configuration."""
     config = LearnerConfig(
-        loss=LossSpec("reverse_kl", "full"), policy=POLICIES[policy], alpha=1.0, beta=1.0, xi=0.01, anchor=1.0 if POLICIES[policy].anchor else 0.0, weights="raw",
+        loss=LossSpec("reverse_kl", "full"), policy=POLICIES[policy], alpha=1.0, beta=1.0, xi=0.01, anchor=1.0 if POLICIES[policy].anchor else 0.0, weights="raw", labels="cached",
         step_scale="none", average="sample", lr=1e-5, warmup_steps=0, decay="constant", min_lr_ratio=0.1, steps=10**6,
         betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, micro_tokens=4096, packing=True, compute_dtype=torch.float32,
         activation_checkpointing=False, compile=False, offload=False, optimizer_dtype=torch.float32, adapter_only=False,

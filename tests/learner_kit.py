@@ -28,7 +28,7 @@ VOCAB = 260
 def config(**changes: Any) -> LearnerConfig:
     loss = changes.pop("loss", LossSpec("reverse_kl", "full"))
     values: dict[str, Any] = {
-        "policy": POLICIES["async"], "alpha": 1.0, "beta": 1.0, "xi": 0.01, "anchor": 0.0, "weights": "raw",
+        "policy": POLICIES["async"], "alpha": 1.0, "beta": 1.0, "xi": 0.01, "anchor": 0.0, "weights": "raw", "labels": "cached",
         "step_scale": "none", "average": "sample", "lr": 1e-3, "warmup_steps": 0, "decay": "constant", "min_lr_ratio": 0.1,
         "steps": 10, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 0.0, "micro_tokens": 64, "packing": True,
         "compute_dtype": torch.float32, "activation_checkpointing": False, "compile": False, "offload": False,

@@ -221,6 +221,30 @@ def test_when_everything_is_gated_nothing_is_updated(pair: Path, samples: list[S
     assert all(torch.equal(before[n], t) for n, t in learner.publish())
 
 
+def test_a_cached_label_stands_where_the_current_context_is_gone(pair: Path, samples: list[Sample]) -> None:
+    """As if replays had found the second half of each sample no more: cached labels still teach it, current ones cannot."""
+    halves = []
+    for s in samples:
+        n = len(s.rollout.loss_mask)
+        aligned = (torch.arange(n) < (n + 1) // 2).int()
+        halves.append(replace(s, targets=replace(s.targets, drift=torch.zeros(n), aligned=aligned)))
+    # What `current` trains on: the same samples whose second half was not sampled, as far as the loss knows.
+    cut = [
+        replace(s, rollout=replace(s.rollout, loss_mask=s.rollout.loss_mask & h.targets.aligned.bool().numpy()))
+        for s, h in zip(samples, halves, strict=True)
+    ]
+    whole, whole_gradient = step(pair, samples, kit.config())
+    cached, cached_gradient = step(pair, halves, kit.config(labels="cached"))
+    close(cached_gradient, whole_gradient)
+    np.testing.assert_allclose(cached.stats.loss, whole.stats.loss, rtol=1e-6)
+    current, current_gradient = step(pair, halves, kit.config(labels="current"))
+    close(current_gradient, step(pair, cut, kit.config())[1])
+    assert not np.allclose(current.stats.loss, whole.stats.loss, rtol=1e-2)
+    expected = [h.targets.aligned.sum().item() / len(h.rollout.loss_mask) for h in halves]
+    for found in (cached, current):
+        np.testing.assert_allclose(found.stats.coverage_sup, expected)
+
+
 def test_student_as_its_own_teacher_has_no_loss(pair: Path) -> None:
     """On policy, judged by itself: loss, drift and gradient are 0 up to rounding."""
     same = pair / "same"

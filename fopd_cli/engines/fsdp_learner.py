@@ -56,6 +56,7 @@ class LearnerConfig:
     xi: float
     anchor: float  # lambda; 0: none
     weights: Literal["raw", "normalized"]
+    labels: Literal["cached", "current"]  # of replayed samples
     step_scale: Literal["none", "freshness"]
     average: Literal["sample", "token"]
     lr: float
@@ -252,11 +253,14 @@ class FsdpLearner:
         config = self.config
         chosen = [samples[i] for i in indices] or [placeholder(samples[0])]
         batch, n = MicroBatch.of(chosen, config.packing, self.device), len(chosen)
-        sample, mask, lag, lengths = batch.sample, batch.loss_bearing, batch.lag, batch.lengths
+        sample, lag, lengths = batch.sample, batch.lag, batch.lengths
+        # A cached label is of the context that the student has read, whether or not that one still exists.
+        still_there = batch.sampled & batch.current
+        mask = batch.sampled if config.labels == "cached" else still_there
         aligned = torch.isfinite(batch.at.behaviour)
         _, coverage = drift.per_sample(torch.zeros_like(batch.at.behaviour), aligned, batch.sampled, sample, n)
         # The teacher is frozen: where the context did not change, D_sup is exactly 0 and all of it aligned.
-        drift_sup, coverage_sup = drift.per_sample(batch.drift_sup, mask, batch.sampled, sample, n)
+        drift_sup, coverage_sup = drift.per_sample(batch.drift_sup, still_there, batch.sampled, sample, n)
 
         def freshness(of: Tensor, drift_roll: Tensor) -> Tensor:
             above = self.floor.subtract(drift_roll)
@@ -288,7 +292,7 @@ class FsdpLearner:
         stats = SampleStats(
             keys=np.array([s.rollout.key for s in chosen]), lag=_numpy(lag).astype(np.int64),
             length=_numpy(lengths).astype(np.int64), loss=_numpy(loss), kl=mean(terms.kl), forward_kl=mean(terms.forward_kl),
-            entropy=mean(terms.entropy), kl_quartiles=_quartiles(terms.kl, batch), student_mass=mean(terms.student_mass),
+            entropy=mean(terms.entropy), kl_quartiles=_quartiles(terms.kl, batch, mask), student_mass=mean(terms.student_mass),
             teacher_mass=mean(terms.teacher_mass), clamped=mean(terms.clamped), drift_roll=_numpy(drift_roll), drift_sup=_numpy(drift_sup),
             coverage_roll=_numpy(coverage), coverage_sup=_numpy(coverage_sup), freshness=_numpy(f), weight=_numpy(w),
         )  # fmt: skip
@@ -382,12 +386,12 @@ class FsdpLearner:
                     state[name] = value.to(device)
 
 
-def _quartiles(term: Tensor, batch: MicroBatch) -> np.ndarray:
+def _quartiles(term: Tensor, batch: MicroBatch, mask: Tensor) -> np.ndarray:
     """(samples, 4): the term's mean over each quarter of a sample's loss-bearing positions; nan where there is none."""
     bucket = 4 * batch.sample + batch.quarter
     empty = torch.zeros(4 * len(batch.lag), device=term.device)
-    total = empty.index_add(0, bucket, torch.where(batch.loss_bearing, term, 0.0))
-    return _numpy(total / empty.index_add(0, bucket, batch.loss_bearing.to(term.dtype))).reshape(-1, 4)
+    total = empty.index_add(0, bucket, torch.where(mask, term, 0.0))
+    return _numpy(total / empty.index_add(0, bucket, mask.to(term.dtype))).reshape(-1, 4)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -44,7 +44,7 @@ class MicroBatch:
     at: Positions
     sample: Tensor  # int64 (N,)
     sampled: Tensor  # bool (N,): by the student
-    loss_bearing: Tensor  # bool (N,): sampled, and in the teacher's current context
+    current: Tensor  # bool (N,): in the teacher's current context
     drift_sup: Tensor  # float32 (N,): KL of the teacher's label now against the first one
     quarter: Tensor  # int64 (N,): of the sample's loss-bearing positions, 0 to 3
     lag: Tensor  # int64 (n,)
@@ -77,7 +77,7 @@ class MicroBatch:
         return cls(
             tokens=tokens, index=array(index), at=Positions(**positions),
             sample=array(np.repeat(np.arange(len(samples)), counts)),
-            sampled=sampled, loss_bearing=sampled if judged is None else sampled & judged,
+            sampled=sampled, current=torch.ones_like(sampled) if judged is None else judged,
             drift_sup=torch.zeros(len(sampled), device=device) if drift_sup is None else drift_sup,
             quarter=array([4 * np.arange(n) // n for n in counts]), lag=array(np.array([s.lag for s in samples])),
             lengths=array(np.array([r.loss_mask.sum() for r in rollouts], dtype=np.float32)),

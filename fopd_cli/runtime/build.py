@@ -81,7 +81,7 @@ def learner_config(recipe: Recipe, compute: torch.dtype, vocab: int, **loss_over
     )  # fmt: skip
     return LearnerConfig(
         loss=replace(spec, **loss_overrides), policy=policy, alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
-        anchor=recipe.anchor, weights=fresh.weights, step_scale=fresh.step_scale, average=loss.average, lr=lrn.lr,
+        anchor=recipe.anchor, weights=fresh.weights, labels=fresh.replay.labels, step_scale=fresh.step_scale, average=loss.average, lr=lrn.lr,
         warmup_steps=lrn.warmup_steps, decay=lrn.decay, min_lr_ratio=lrn.min_lr_ratio, steps=lrn.steps, betas=lrn.betas,
         weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, packing=lrn.packing, compute_dtype=compute,
         activation_checkpointing=lrn.activation_checkpointing, compile=lrn.compile, offload=lrn.offload,
