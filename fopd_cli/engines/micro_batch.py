@@ -32,7 +32,7 @@ OF_TARGETS = {  # field of `Positions` -> field of `TeacherTargets`, dtype (None
     "teacher_topk": ("topk_logprobs", torch.float32),
     "teacher_topk_ids": ("topk_ids", torch.int64),
 }
-SUPERVISION = {"drift_sup": ("drift", torch.float32), "judged": ("aligned", torch.bool)}  # likewise, of `MicroBatch`
+SUPERVISION = {"drift_sup": ("drift", torch.float32), "current": ("aligned", torch.bool)}  # likewise, of `MicroBatch`
 
 
 @dataclass
@@ -73,11 +73,11 @@ class MicroBatch:
         labels = {
             name: move(_of_targets([s.targets for s in samples], rows, *source)) for name, source in SUPERVISION.items()
         }
-        judged, drift_sup = labels["judged"], labels["drift_sup"]
+        current, drift_sup = labels["current"], labels["drift_sup"]
         return cls(
             tokens=tokens, index=array(index), at=Positions(**positions),
             sample=array(np.repeat(np.arange(len(samples)), counts)),
-            sampled=sampled, current=torch.ones_like(sampled) if judged is None else judged,
+            sampled=sampled, current=torch.ones_like(sampled) if current is None else current,
             drift_sup=torch.zeros(len(sampled), device=device) if drift_sup is None else drift_sup,
             quarter=array([4 * np.arange(n) // n for n in counts]), lag=array(np.array([s.lag for s in samples])),
             lengths=array(np.array([r.loss_mask.sum() for r in rollouts], dtype=np.float32)),

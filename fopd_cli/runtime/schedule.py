@@ -563,7 +563,7 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as JSON. Samples that were being sampled or scored go back one state.
 
-        Replays that ran ahead left the labels alone and are done anew: the teacher's groups are then those of a run that went on.
+        Replays that ran ahead left the labels alone: whatever became of them, such samples are scored, and are replayed anew.
         """
         back = {
             State.SAMPLING: State.PLANNED, State.SCORING: State.SAMPLED,
