@@ -94,19 +94,18 @@ class Inline:
         self.stream: PromptStream = inputs.stream
         self.task: Any = load_task(*task_arguments(recipe))
         self.tokenizer = inputs.tokenizer
-        teacher = recipe.teachers[0]
+        teacher, longest = recipe.teachers[0], context_tokens(recipe, self.stream)
         judge = hf.load_model(teacher.model, "teacher.model", torch.float32)
         self.teacher = TransformersTeacher(
-            judge, CPU, 1, teacher.micro_tokens, inputs.vocab, student_k=recipe.loss.student_k
+            judge, CPU, 1, teacher.micro_tokens, inputs.vocab, longest, student_k=recipe.loss.student_k
         )
         heads = [self.teacher.head().clone()] if recipe.targets == "hidden" else []
         student = hf.load_model(recipe.student.model, "student.model", torch.float32)
-        self.learner = FsdpLearner(student, heads, learner_config(recipe, torch.float32, inputs.vocab), CPU, 0, 1)
+        of_learner = learner_config(recipe, torch.float32, inputs.vocab, longest)
+        self.learner = FsdpLearner(student, heads, of_learner, CPU, 0, 1)
         if sgd:
             self.learner.optimizer = torch.optim.SGD(self.learner.student.parameters(), lr=recipe.learner.lr)  # type: ignore[assignment]
-        self.sampler = make_sampler(
-            recipe, recipe.student.model, torch.float32, CPU, context_tokens(recipe, self.stream)
-        )
+        self.sampler = make_sampler(recipe, recipe.student.model, torch.float32, CPU, longest)
         r = recipe.freshness.refresh
         policy = POLICIES[recipe.freshness.policy]
         self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)

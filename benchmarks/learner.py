@@ -137,7 +137,7 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
     samples = batch(args)
     tokens = sum(len(s.rollout.token_ids) for s in samples)
     ours = learner(args.hidden, args.vocab, "fopd")
-    judge = TransformersTeacher(model(args.hidden, args.vocab), DEVICE, 1, 4096, args.vocab)
+    judge = TransformersTeacher(model(args.hidden, args.vocab), DEVICE, 1, 4096, args.vocab, 4096)
     ours.teacher_heads = [judge.model.lm.get_output_embeddings().weight.detach()]
 
     def models() -> tuple[Any, Any, str]:
@@ -195,7 +195,7 @@ def learner(hidden: int, vocab: int, policy: str, sharded: bool = False, rank: i
         step_scale="none", average="sample", lr=1e-5, warmup_steps=0, decay="constant", min_lr_ratio=0.1, steps=10**6,
         betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, micro_tokens=4096, packing=True, compute_dtype=torch.float32,
         activation_checkpointing=False, compile=False, offload=False, optimizer_dtype=torch.float32, adapter_only=False,
-        vocab=vocab,
+        vocab=vocab, longest=4096,
     )  # fmt: skip
     config = replace(config, **changes)
     head = torch.randn(vocab, hidden) / hidden**0.5

@@ -170,7 +170,7 @@ def scoring(name: str, folder: Path, rounds: int) -> list[str]:
     targets = [targets_at(room, 0, spec, r.response_length) for r in rollouts]
     tokens = sum(len(r.token_ids) for r in rollouts)
     fast = VllmTeacher(options(folder, live_weights=False, seeded=False, max_batched_tokens=2048), vocab, 0)
-    plain = TransformersTeacher(hf.load_model(str(folder), "m", DTYPE), CPU, 1, 16384, vocab)
+    plain = TransformersTeacher(hf.load_model(str(folder), "m", DTYPE), CPU, 1, 16384, vocab, 4096)
 
     def score(teacher: Any) -> float:
         teacher.score(rollouts, targets)

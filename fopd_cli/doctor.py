@@ -381,12 +381,12 @@ def sanity(inputs: Inputs) -> Finding | None:
         rollouts += sampler.step()
     width = hf.text_config(inputs.student_config).hidden_size
     targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts]
-    vocab = hf.text_config(inputs.student_config).vocab_size
+    vocab, longest = hf.text_config(inputs.student_config).vocab_size, max(len(r.token_ids) for r in rollouts)
     judge = TransformersTeacher(
-        hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, recipe.learner.packing
+        hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, longest, recipe.learner.packing
     )
     judge.score(rollouts, targets)
-    config = learner_config(recipe, torch.float32, vocab, support="full", drift="sampled", compile=False)
+    config = learner_config(recipe, torch.float32, vocab, longest, support="full", drift="sampled", compile=False)
     config = replace(config, offload=False, compile=False)
     heads = [hf.load_head(path, "student.model", dtype)]
     learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)

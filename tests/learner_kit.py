@@ -32,7 +32,7 @@ def config(**changes: Any) -> LearnerConfig:
         "step_scale": "none", "average": "sample", "lr": 1e-3, "warmup_steps": 0, "decay": "constant", "min_lr_ratio": 0.1,
         "steps": 10, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 0.0, "micro_tokens": 64, "packing": True,
         "compute_dtype": torch.float32, "activation_checkpointing": False, "compile": False, "offload": False,
-        "optimizer_dtype": torch.float32, "adapter_only": False, "vocab": VOCAB,
+        "optimizer_dtype": torch.float32, "adapter_only": False, "vocab": VOCAB, "longest": 64,
     }  # fmt: skip
     return LearnerConfig(loss=loss, **{**values, **changes})
 
@@ -60,7 +60,7 @@ def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 
         rollouts += sampler.step()
     rollouts.sort(key=lambda r: r.key)
     model = hf.load_model(str(pair / "teacher"), "m", torch.float32)
-    teacher = TransformersTeacher(model, CPU, 1, 4096, VOCAB)
+    teacher = TransformersTeacher(model, CPU, 1, 4096, VOCAB, 64)
     targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width)) for r in rollouts]
     teacher.score(rollouts, targets)
     samples = []

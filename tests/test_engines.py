@@ -173,7 +173,9 @@ def test_teacher_targets_are_the_models(student: str, request: pytest.FixtureReq
     rollouts = list(drain(sampler).values())
     path = str(Path(student).parent / "teacher")
     model = hf.load_model(path, "m", torch.float32)
-    teacher = TransformersTeacher(hf.load_model(path, "m", torch.float32), CPU, 1, micro_tokens=40, vocab=260)
+    teacher = TransformersTeacher(
+        hf.load_model(path, "m", torch.float32), CPU, 1, micro_tokens=40, vocab=260, longest=64
+    )
     head = hf.load_head(path, "m", torch.float32)
     for kind, width in (("hidden", 128), ("topk", 6), ("sampled", 1)):
         targets = targets_for(kind, width, rollouts)
@@ -204,7 +206,7 @@ def test_the_students_likeliest_tokens_join_the_teachers(student: str, keep: int
     rollouts = list(drain(sampler).values())
     model, judge = (hf.load_model(str(Path(student).parent / "teacher"), "m", torch.float32) for _ in range(2))
     targets = targets_for("topk", 7, rollouts)
-    TransformersTeacher(judge, CPU, 1, 64, 260, student_k=3).score(rollouts, targets)
+    TransformersTeacher(judge, CPU, 1, 64, 260, 64, student_k=3).score(rollouts, targets)
     for rollout, target in zip(rollouts, targets, strict=True):
         assert rollout.topk_logprobs is not None
         with torch.no_grad():

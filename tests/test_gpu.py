@@ -70,7 +70,7 @@ def test_packed_rows_are_each_sequence_alone(pair: Path, dtype: torch.dtype) -> 
     cuda, rng = torch.device("cuda"), np.random.Generator(np.random.PCG64(0))
     sequences = [rng.integers(4, 200, size=n).astype(np.int32) for n in (33, 1, 120, 7)]
     plain, packing = (hf.load_model(str(pair / "student"), "m", dtype) for _ in range(2))
-    enable_packing(packing, "learner.packing")
+    enable_packing(packing)
     expected = [TokenBatch.of([s], False, cuda).hidden(plain.to(cuda)) for s in sequences]
     found = TokenBatch.of(sequences, True, cuda).hidden(packing.to(cuda))
     tolerance = 1e-4 if dtype == torch.float32 else 6e-2

@@ -338,7 +338,7 @@ def two_teachers(pair: Path, samples: list[Sample]) -> list[Sample]:
     """Every other sample is judged by the student itself, which is narrower than the teacher."""
     student = hf.load_model(str(pair / "student"), "m", torch.float32)
     targets = [TeacherTargets("hidden", hidden=torch.empty(s.rollout.response_length, 96), teacher=1) for s in samples]
-    TransformersTeacher(student, kit.CPU, 1, 4096, kit.VOCAB).score([s.rollout for s in samples], targets)
+    TransformersTeacher(student, kit.CPU, 1, 4096, kit.VOCAB, 64).score([s.rollout for s in samples], targets)
     return [replace(s, targets=t) if i % 2 else s for i, (s, t) in enumerate(zip(samples, targets, strict=True))]
 
 
@@ -365,7 +365,7 @@ def test_each_sample_is_measured_against_its_own_teacher(
 
 def _score_unevenly(rank: int, world: int, pair: Path, samples: list[Sample], count: int) -> list[np.ndarray]:
     model = hf.load_model(str(pair / "teacher"), "m", torch.float32)
-    teacher = TransformersTeacher(model, kit.CPU, world, 16, kit.VOCAB)
+    teacher = TransformersTeacher(model, kit.CPU, world, 16, kit.VOCAB, 64)
     rollouts = [s.rollout for s in samples][:count]
     targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, 128)) for r in rollouts]
     share = slice(rank, None, world)

@@ -15,8 +15,10 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
 )
 
+from fopd_cli.engines.packing import check_packing
 from fopd_cli.engines.token_batch import TokenBatch, enable_packing
 from fopd_cli.errors import UserError
 
@@ -48,6 +50,10 @@ def hidden(lm: Any, sequences: list[np.ndarray], packed: bool) -> list[torch.Ten
     return [flat[start : start + len(s)] for start, s in zip(batch.starts, sequences, strict=True)]
 
 
+def probe(lm: Any, longest: int = 64) -> None:
+    check_packing(lambda batch: batch.hidden(lm), lm, 64, longest, CPU, "learner.packing")
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_is_each_alone(name: str) -> None:
     lm = model(ARCHITECTURES[name])
@@ -58,7 +64,8 @@ def test_packed_is_each_alone(name: str) -> None:
     gradients = []
     for packed in (False, True):
         if packed:
-            enable_packing(lm, "learner.packing")
+            enable_packing(lm)
+            probe(lm)
         lm.zero_grad()
         found = hidden(lm, sequences, packed)
         torch.stack([h.square().mean() for h in found]).sum().backward()
@@ -80,7 +87,33 @@ def test_a_row_holds_no_padding() -> None:
 
 def test_an_architecture_with_a_running_state_is_refused() -> None:
     """LFM2's short convolutions would run on from one sample into the next."""
-    lm = model(Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=["conv", "full_attention"]))
-    with pytest.raises(UserError, match=r"learner\.packing: Lfm2ForCausalLM gives other hidden states"):
-        enable_packing(lm, "learner.packing")
-    hidden(lm, [np.arange(3)], packed=False)  # as usable as before
+    layers = ["conv", "full_attention"]
+    lm = model(Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=layers, initializer_range=0.2))
+    enable_packing(lm)
+    with pytest.raises(UserError, match=r"learner\.packing: Lfm2ForCausalLM .* a sample changes with its neighbours"):
+        probe(lm)
+
+
+def test_rounding_is_no_reason_to_refuse() -> None:
+    """Thirty layers in bfloat16 and in float32, wide enough that rows of another length run other kernels."""
+    for dtype in (torch.float32, torch.bfloat16):
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=192, intermediate_size=384, num_hidden_layers=30, num_attention_heads=3,
+            num_key_value_heads=1,
+        )  # fmt: skip
+        lm = model(config).to(dtype)
+        enable_packing(lm)
+        probe(lm)
+
+
+def test_a_window_that_packing_would_lose_is_found_where_samples_reach_it() -> None:
+    """Qwen2-MoE leaves its window to the mask, which a packed row does not have."""
+    config = Qwen2MoeConfig(
+        **SIZES, num_key_value_heads=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4,
+        use_sliding_window=True, sliding_window=24, max_window_layers=2, initializer_range=0.2,
+    )  # fmt: skip
+    lm = model(config)
+    enable_packing(lm)
+    probe(lm, longest=24)  # no sample is longer than the window
+    with pytest.raises(UserError, match="a sample is not what it is alone"):
+        probe(lm, longest=64)

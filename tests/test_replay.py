@@ -99,7 +99,7 @@ def test_a_replay_executes_the_turns_again_or_asks_the_task() -> None:
 def test_supervision_drift_against_float64(kind: Any, width: int) -> None:
     """Exact from hidden states, and from a top-k of the whole vocabulary; a lower bound from less."""
     model = hf.load_model(str(TOOL / "teacher"), "teacher", torch.float32)
-    teacher = TransformersTeacher(model, CPU, 1, 4096, VOCAB, packing=False)
+    teacher = TransformersTeacher(model, CPU, 1, 4096, VOCAB, 64, packing=False)
     tokenizer = hf.load_tokenizer(str(TOOL / "teacher"), "teacher")
     question = "37*52+18="
     pieces = [tokenizer(text)["input_ids"] for text in (question, *scripted(question), "\n```output\n77\n```\n")]

@@ -28,13 +28,21 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from fopd_cli.engines import dcp, lora
 from fopd_cli.engines.batching import balanced_shares, by_token_budget
 from fopd_cli.engines.hf import blocks
 from fopd_cli.engines.micro_batch import MicroBatch, placeholder
-from fopd_cli.engines.token_batch import enable_packing
+from fopd_cli.engines.packing import check_packing
+from fopd_cli.engines.token_batch import TokenBatch, enable_packing
 from fopd_cli.freshness import drift, score
 from fopd_cli.freshness.policies import Policy
 from fopd_cli.losses.chunked import Weighting, chunked_objective
@@ -76,6 +84,7 @@ class LearnerConfig:
     optimizer_dtype: torch.dtype  # of AdamW's states between steps
     adapter_only: bool  # what is published of a LoRA student
     vocab: int
+    longest: int  # tokens of the longest sample that there can be
 
 
 def sharded(compute_dtype: torch.dtype, offload: bool, world: int) -> bool:
@@ -112,6 +121,10 @@ class _Student(nn.Module):
         # A tuple: FSDP hooks on tensors that it can see.
         return (value, *(getattr(terms, f.name) for f in fields(TokenTerms)))
 
+    def hidden(self, tokens: TokenBatch) -> Tensor:
+        """Post-norm hidden states `(tokens, width)` alone; where the model is sharded, a forward of its own."""
+        return tokens.hidden(self.lm)
+
 
 class FsdpLearner:
     """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_heads` `(V, teacher width)` stand in the
@@ -131,10 +144,12 @@ class FsdpLearner:
         self.floor = drift.NoiseFloor()
         self.teacher_heads = [head[: config.vocab].to(device) for head in teacher_heads]
         if config.packing:
-            enable_packing(model, "learner.packing", config.compile)
+            enable_packing(model, config.compile)
         # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
         self.student = _Student(model.eval())
         self._shard()
+        if config.packing:
+            self._check_packing()
         self.optimizer = torch.optim.AdamW(
             [p for p in self.student.parameters() if p.requires_grad], lr=config.lr, betas=config.betas,
             weight_decay=config.weight_decay, foreach=True,
@@ -165,6 +180,15 @@ class FsdpLearner:
         for block in blocks(lm):
             fully_shard(block, **policy)
         fully_shard(self.student, reshard_after_forward=False, **policy)
+        register_fsdp_forward_method(self.student, "hidden")
+
+    def _check_packing(self) -> None:
+        """On the weights as they are sharded, on their device."""
+        config, student = self.config, self.student
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for the probe's few lengths
+            check_packing(student.hidden, student.lm, config.vocab, config.longest, self.device, "learner.packing")
+        if isinstance(student, FSDPModule):
+            student.reshard()  # the optimizer wants the shards, and a forward without a backward leaves them gathered
 
     # ---- one optimizer step -------------------------------------------------------------------------------------
 

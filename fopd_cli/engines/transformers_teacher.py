@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fopd_cli.engines.batching import by_token_budget
 from fopd_cli.engines.hf import blocks
+from fopd_cli.engines.packing import check_packing
 from fopd_cli.engines.token_batch import TokenBatch, enable_packing
 from fopd_cli.samples import Rollout, TeacherTargets
 
@@ -37,27 +38,34 @@ class _HiddenAndHead(nn.Module):
     def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         return batch.hidden(self.lm), self.lm.get_output_embeddings().weight
 
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """The first of the two alone; where the model is sharded, a forward of its own."""
+        return batch.hidden(self.lm)
+
 
 class TransformersTeacher:
     """Implements `protocols.Teacher`."""
 
     def __init__(
-        self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int, packing: bool = True,
-        student_k: int = 0,
+        self, model: Any, device: torch.device, world: int, micro_tokens: int, vocab: int, longest: int,
+        packing: bool = True, student_k: int = 0,
     ) -> None:  # fmt: skip
         self.device, self.world, self.micro_tokens, self.packing = device, world, micro_tokens, packing
         self.vocab = vocab  # logits past it are padding and are cut off
         self.student_k = student_k  # of top-k targets: so many ids are the student's own likeliest
         if packing:
-            enable_packing(model, "teacher.packing")
+            enable_packing(model)
         self.model = _HiddenAndHead(model.eval().requires_grad_(False))
         if world > 1:
             mesh = dist.init_device_mesh(device.type, (world,))
             for block in blocks(model):
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
+            register_fsdp_forward_method(self.model, "hidden")
         else:
             self.model.to(device)
+        if packing:
+            check_packing(self.model.hidden, model, vocab, longest, device, "teacher.packing")
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:

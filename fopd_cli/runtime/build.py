@@ -68,7 +68,9 @@ def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
     )
 
 
-def learner_config(recipe: Recipe, compute: torch.dtype, vocab: int, **loss_overrides: Any) -> LearnerConfig:
+def learner_config(
+    recipe: Recipe, compute: torch.dtype, vocab: int, longest: int, **loss_overrides: Any
+) -> LearnerConfig:
     """The learner's, loss's and freshness's sections as the learner wants them."""
     from fopd_cli.engines.fsdp_learner import LearnerConfig
 
@@ -86,6 +88,7 @@ def learner_config(recipe: Recipe, compute: torch.dtype, vocab: int, **loss_over
         weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, packing=lrn.packing, compute_dtype=compute,
         activation_checkpointing=lrn.activation_checkpointing, compile=lrn.compile, offload=lrn.offload,
         optimizer_dtype=hf.DTYPES[lrn.optimizer_dtype], adapter_only=published_adapter(recipe) is not None, vocab=vocab,
+        longest=longest,
     )  # fmt: skip
 
 
@@ -95,7 +98,7 @@ def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
     recipe, device = setup.recipe, _device(spec)
     compute = resolve_dtype(recipe.learner.dtype, bool(spec.devices))
     _join_group(spec, setup, always=sharded(compute, recipe.learner.offload, spec.world))
-    config = learner_config(recipe, compute, setup.vocab)
+    config = learner_config(recipe, compute, setup.vocab, setup.context)
     heads = []
     if recipe.targets == "hidden":
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)
@@ -147,6 +150,7 @@ def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
         spec.world,
         teacher.micro_tokens,
         setup.vocab,
+        setup.context,
         teacher.packing,
         setup.recipe.loss.student_k,
     )
