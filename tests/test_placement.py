@@ -46,10 +46,18 @@ def test_timeslice_gives_everyone_everything(tmp_path: Path) -> None:
     assert plan.learners[0].threads == 8
 
 
-def test_cpu_shares_the_cores(tmp_path: Path) -> None:
-    plan = place(recipe(tmp_path, mode="cpu", learner=2, threads={"sampler": 3}), 4, 8)
-    assert devices(plan) == [[], [], []]
-    assert [w.threads for w in (plan.samplers[0], *plan.teachers[0], *plan.learners)] == [3, 2, 2, 2]
+def test_on_a_cpu_cores_go_by_turns_by_need_or_in_shares(tmp_path: Path) -> None:
+    def threads(*overrides: str, **placement: Any) -> list[int | None]:
+        plan = place(recipe(tmp_path, *overrides, mode="cpu", learner=2, **placement), 4, 8)
+        assert devices(plan) == [[], [], []]
+        return [w.threads for w in (plan.samplers[0], *plan.teachers[0], *plan.learners)]
+
+    assert threads("schedule.depth=0") == [8, 8, 4, 4]
+    assert threads("schedule.depth=2") == [None, None, None, None]
+    assert threads("schedule.depth=2", threads={"sampler": 3}) == [3, None, None, None]
+    assert threads("schedule.lag=2") == [2, 2, 2, 2]  # two runs must agree to the bit
+    vllm = ("sampler.engine=vllm", "sampler.vllm.tensor_parallel=2")
+    assert threads("schedule.depth=2", *vllm) == [1, None, None, None]  # its ranks are processes of their own
 
 
 def test_a_replica_may_span_devices(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ def blocks(model: Any) -> Any:
         if isinstance(found, nn.ModuleList):
             return found
     raise UserError(f"{type(model).__name__}: fopd does not know where this architecture keeps its transformer blocks")
+
+
+def between_blocks(model: Any, call: Callable[[], None]) -> None:
+    """Have `call` called before each transformer block, forward and backward."""
+    for block in blocks(model):
+        block.register_forward_pre_hook(lambda *_: call())
+        block.register_full_backward_pre_hook(lambda *_: call())
 
 
 @torch.no_grad()

@@ -427,6 +427,8 @@ class Checkpoint(Section):
 
 
 class Threads(Section):
+    """Default: all cores for whoever takes its turn (depth 0, time-slicing); side by side on a CPU they are divided among those who compute at the moment; with a fixed lag, or beside CUDA devices, in equal shares."""
+
     sampler: Positive | None = None
     """CPU threads of each sampler."""
     teacher: Positive | None = None

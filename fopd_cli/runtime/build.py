@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,8 @@ def learner_config(
     )  # fmt: skip
 
 
-def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
+def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Learner:
+    """`breathe` is called between layers, so that a long step shows that it gets on, and shares the cores."""
     from fopd_cli.engines.fsdp_learner import FsdpLearner, sharded
 
     recipe, device = setup.recipe, _device(spec)
@@ -104,6 +106,8 @@ def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
     model = load_student(recipe, compute)
+    if not spec.devices:
+        hf.between_blocks(model, breathe)
     learner = FsdpLearner(model, heads, config, device, spec.rank, spec.world)
     if setup.restore:
         learner.restore(*setup.restore)
@@ -123,7 +127,8 @@ def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
         lora.add_adapters(model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype)
 
 
-def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
+def build_teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Teacher:
+    """`breathe`: as of the learner."""
     teacher, dtype = setup.recipe.teachers[spec.index], setup.target_specs[spec.index].dtype
     if teacher.engine == "http":
         from fopd_cli.engines.http_teacher import HttpTeacher
@@ -144,6 +149,8 @@ def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
 
     _join_group(spec, setup, always=False)
     model = hf.load_model(teacher.model, "teacher.model", dtype)
+    if not spec.devices:
+        hf.between_blocks(model, breathe)
     return TransformersTeacher(
         model,
         _device(spec),

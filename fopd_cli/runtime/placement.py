@@ -36,7 +36,8 @@ class Plan:
         """One line for people."""
         parts = []
         for workers in (self.samplers, *self.teachers, self.learners):
-            where = [f"cuda:{d}" for w in workers for d in w.devices] or [f"cpu, {workers[0].threads} threads each"]
+            threads = "cores by need" if workers[0].threads is None else f"{workers[0].threads} threads each"
+            where = [f"cuda:{d}" for w in workers for d in w.devices] or [f"cpu, {threads}"]
             label = f" {workers[0].label}" if workers[0].label else ""
             parts.append(f"{len(workers)} {workers[0].role}{label} ({', '.join(where)})")
         return f"{self.mode}: " + "; ".join(parts)
@@ -129,26 +130,32 @@ def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[
 
 def _plan(recipe: Recipe, mode: Literal["cpu", "timeslice", "partition"], groups: _Groups, cores: int) -> Plan:
     threads = recipe.placement.threads
-    # Taking turns, each role may use all cores; side by side they share them.
+    # Taking turns, as at depth 0, each role may use all cores; side by side they divide them: by need on a CPU, in fixed
+    # shares where two runs must agree to the bit (another number of threads adds up in another order).
+    turns = mode == "timeslice" or (mode == "cpu" and recipe.max_lag == 0)
+    by_need = mode == "cpu" and recipe.schedule.lag is None and not turns
     busy = [t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if engine.engine != "http"]
     workers = len(groups.samplers) + sum(map(len, busy)) + len(groups.learners)
 
     def specs(
-        role: str, devices: list[Devices], wanted: int | None, index: int = 0, label: str = ""
-    ) -> tuple[WorkerSpec, ...]:
-        n = len(devices)
-        share = wanted or max(1, cores // (n if mode == "timeslice" else workers))
+        role: str, engine: Sampler | Teacher | None, devices: list[Devices], wanted: int | None, index: int = 0,
+        label: str = "",
+    ) -> tuple[WorkerSpec, ...]:  # fmt: skip
+        n, split = len(devices), 1 if engine is None else _processes(engine)
+        remote = engine is not None and engine.engine == "http"  # waits, and computes nothing
+        fixed = 1 if remote else max(1, cores // (n if turns else workers) // split)
+        share = wanted or (None if by_need and split == 1 and not remote else fixed)
         return tuple(WorkerSpec(role, rank, n, devices[rank], share, index, label) for rank in range(n))
 
     several = len(recipe.teachers) > 1
     teachers = [
-        specs("teacher", group, threads.teacher, i, engine.name if several else "")
+        specs("teacher", engine, group, threads.teacher, i, engine.name if several else "")
         for i, (group, engine) in enumerate(zip(groups.teachers, recipe.teachers, strict=True))
     ]
     return Plan(
         mode,
-        specs("sampler", groups.samplers, threads.sampler),
+        specs("sampler", recipe.sampler, groups.samplers, threads.sampler),
         tuple(teachers),
-        specs("learner", groups.learners, threads.learner),
+        specs("learner", None, groups.learners, threads.learner),
         WorkerSpec("grader", 0, 1, (), 1),
     )

@@ -82,7 +82,7 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
 
     The conductor waits for every rank's answer, so the targets of a group are complete when the last one is in.
     """
-    engine = build_teacher(spec, setup)
+    engine = build_teacher(spec, setup, mailbox.beat)
     delay_s = setup.recipe.teachers[spec.index].delay_ms / 1000
     labels = setup.recipe.freshness.replay.labels
     mailbox.send(m.Ready())
@@ -125,7 +125,7 @@ def score(
 
 def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """All ranks get the same command; rank 0's report counts."""
-    engine = build_learner(spec, setup)
+    engine = build_learner(spec, setup, mailbox.beat)
     if spec.devices and spec.rank == 0:
         setup.channel.page_lock()
     publish(spec, engine, setup.channel)

@@ -29,6 +29,8 @@ import torch
 import torch.multiprocessing as mp
 
 from fopd_cli.errors import UserError, WorkerError
+from fopd_cli.runtime import cores
+from fopd_cli.runtime.cores import Cores
 from fopd_cli.runtime.messages import Failed, Lost, StopCommand
 
 PR_SET_PDEATHSIG = 1
@@ -37,8 +39,9 @@ STOP_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One process: `role` and `rank` name it, `devices` are CUDA ordinals (empty: the CPU), `threads` its CPU share.
+    """One process: `role` and `rank` name it, `devices` are CUDA ordinals (empty: the CPU).
 
+    `threads` is its fixed share of the cores; None: all of them, divided with those who compute at the same time.
     `index` is the number of the teacher, where there are several; `label` then tells them apart. `life` counts restarts.
     """
 
@@ -46,7 +49,7 @@ class WorkerSpec:
     rank: int
     world: int
     devices: tuple[int, ...]
-    threads: int
+    threads: int | None
     index: int = 0
     label: str = ""
     life: int = 0
@@ -57,18 +60,22 @@ class WorkerSpec:
 
 
 class Mailbox:
-    """A worker's end: commands in, answers out, and the pulse."""
+    """A worker's end: commands in, answers out, the pulse, and its part of the cores."""
 
-    def __init__(self, inbox: Any, outbox: Any, pulse: torch.Tensor) -> None:
-        self._inbox, self._outbox, self._pulse = inbox, outbox, pulse
+    def __init__(self, inbox: Any, outbox: Any, pulse: torch.Tensor, cores: Cores | None) -> None:
+        self._inbox, self._outbox, self._pulse, self._cores = inbox, outbox, pulse, cores
 
     def receive(self, block: bool) -> Any:
         """The next command; None if there is none and `block` is False."""
         self.beat()
+        if block and self._cores is not None:
+            self._cores.rest()
         try:
             message = self._inbox.get(block)
         except queue.Empty:
             return None
+        if self._cores is not None:
+            self._cores.compute()
         self.beat()
         return message
 
@@ -77,8 +84,10 @@ class Mailbox:
         self.beat()
 
     def beat(self) -> None:
-        """I am alive and getting on."""
+        """I am alive and getting on; while I compute, with as many threads as fall to me now."""
         self._pulse[0] = time.monotonic()
+        if self._cores is not None:
+            self._cores.share()
 
 
 @dataclass
@@ -118,6 +127,7 @@ class Fleet:
     def __init__(self, logs: Path, timeout_s: float, start_timeout_s: float) -> None:
         self.logs, self.timeout_s, self.start_timeout_s = logs, timeout_s, start_timeout_s
         self.workers: dict[str, Worker] = {}
+        self._computing, self._rows = cores.table(), dict[str, int]()  # who computes, and the row of each worker
         self._context = mp.get_context("spawn")
 
     def __enter__(self) -> Fleet:
@@ -134,8 +144,10 @@ class Fleet:
         outbox: Any = self._context.Queue()
         pulse = torch.tensor([time.monotonic()], dtype=torch.float64).share_memory_()
         log = self.logs / f"{spec.name}.log"
+        row = self._rows.setdefault(spec.name, len(self._rows))
+        share = Cores(self._computing, row, cores.here()) if spec.threads is None else None
         process = self._context.Process(
-            target=_main, args=(spec, target, args, inbox, outbox, pulse, str(log), os.getpid()), name=spec.name
+            target=_main, args=(spec, target, args, inbox, outbox, pulse, share, str(log), os.getpid()), name=spec.name
         )
         with _environment(spec):
             process.start()
@@ -211,6 +223,7 @@ class Fleet:
         worker = self.workers.pop(name)
         worker.process.kill()
         worker.process.join(STOP_TIMEOUT_S)
+        self._computing[self._rows[name]] = 0  # whatever it was doing
         worker.inbox.cancel_join_thread()
         worker.inbox.close()
 
@@ -249,7 +262,8 @@ class Fleet:
 @contextlib.contextmanager
 def _environment(spec: WorkerSpec) -> Any:
     """What must be set before the child imports torch; a spawned child inherits it."""
-    ours = {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+    threads = str(spec.threads or cores.here())
+    ours = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if spec.devices:
         ours["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
         # The learner's batches vary in shape, which fragments the allocator; engines that share memory cannot have it.
@@ -270,7 +284,7 @@ def _environment(spec: WorkerSpec) -> Any:
 
 def _main(
     spec: WorkerSpec, target: Callable[..., None], args: tuple[Any, ...], inbox: Any, outbox: Any, pulse: torch.Tensor,
-    log: str, parent: int,
+    share: Cores | None, log: str, parent: int,
 ) -> None:  # fmt: skip
     """A worker's life: tie it to its parent, send its output to its log, run, and report how it ended."""
     if sys.platform == "linux":
@@ -283,8 +297,8 @@ def _main(
     os.dup2(fd, 2)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    torch.set_num_threads(spec.threads)
-    mailbox = Mailbox(inbox, outbox, pulse)
+    torch.set_num_threads(spec.threads or cores.here())
+    mailbox = Mailbox(inbox, outbox, pulse, share)
     try:
         target(spec, mailbox, *args)
     except UserError as error:

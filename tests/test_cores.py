@@ -1,0 +1,30 @@
+"""Who gets how many threads while others compute, too."""
+
+from __future__ import annotations
+
+import torch
+
+from fopd_cli.runtime import cores
+from fopd_cli.runtime.cores import Cores
+
+
+def test_cores_are_divided_among_those_who_compute() -> None:
+    busy = cores.table()
+    workers = [Cores(busy, row, total=8) for row in range(3)]
+    workers[1].compute()
+    assert torch.get_num_threads() == 8
+    workers[0].compute()
+    assert [w.due() for w in workers[:2]] == [4, 4]
+    workers[2].compute()
+    assert [w.due() for w in workers] == [3, 3, 2]
+    workers[0].rest()
+    workers[1].share()
+    assert torch.get_num_threads() == 4
+
+
+def test_everyone_keeps_one_thread() -> None:
+    busy = cores.table()
+    workers = [Cores(busy, row, total=2) for row in range(5)]
+    for worker in workers:
+        worker.compute()
+    assert [w.due() for w in workers] == [1, 1, 1, 1, 1]
