@@ -47,7 +47,7 @@ def model(config: PretrainedConfig) -> Any:
 def hidden(lm: Any, sequences: list[np.ndarray], packed: bool) -> list[torch.Tensor]:
     batch = TokenBatch.of(sequences, packed, CPU)
     flat = batch.hidden(lm)
-    return [flat[start : start + len(s)] for start, s in zip(batch.starts, sequences, strict=True)]
+    return [flat[places] for places in batch.places]
 
 
 def probe(lm: Any, longest: int = 64) -> None:
@@ -59,6 +59,9 @@ def test_packed_is_each_alone(name: str) -> None:
     lm = model(ARCHITECTURES[name])
     rng = np.random.Generator(np.random.PCG64(0))
     sequences = [rng.integers(0, 64, size=n).astype(np.int32) for n in (7, 1, 19, 3, 12)]
+    system, prompt = (rng.integers(0, 64, size=n).astype(np.int32) for n in (18, 17))
+    sequences += [np.concatenate([system, own]) for own in sequences[:2]]
+    sequences += [np.concatenate([system, prompt, own]) for own in (*sequences[:2], sequences[0][:0])]
     alone = [hidden(lm, [s], packed=False)[0] for s in sequences]
     padded = hidden(lm, sequences, packed=False)
     gradients = []
@@ -81,7 +84,7 @@ def test_a_row_holds_no_padding() -> None:
     batch = TokenBatch.of([np.arange(3), np.arange(5)], True, CPU)
     assert batch.ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
     assert batch.extra["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4]]
-    assert batch.starts.tolist() == [0, 3]
+    assert [places.tolist() for places in batch.places] == [[0, 1, 2], [3, 4, 5, 6, 7]]
     assert TokenBatch.of([np.arange(3), np.arange(5)], False, CPU).ids.shape == (2, 5)
 
 

@@ -57,7 +57,7 @@ class MicroBatch:
         rows = [np.flatnonzero(r.loss_mask) if r.loss_mask.any() else np.zeros(1, dtype=np.int64) for r in rollouts]
         counts = np.array([len(own) for own in rows])
         tokens = TokenBatch.of([r.token_ids for r in rollouts], packed, device)
-        index = [start + r.prompt_length - 1 + own for start, r, own in zip(tokens.starts, rollouts, rows, strict=True)]
+        index = [p[r.prompt_length - 1 + own] for p, r, own in zip(tokens.places, rollouts, rows, strict=True)]
         found = {name: _of_rollouts(rollouts, rows, *source) for name, source in OF_ROLLOUT.items()}
         found |= {name: _of_targets([s.targets for s in samples], rows, *source) for name, source in OF_TARGETS.items()}
 

@@ -2,7 +2,8 @@
 
 Packed, they lie in one row and nothing is computed that nobody needs. Position ids start anew with each sequence, and
 attention stays within it: on CUDA by PyTorch's variable-length flash attention, elsewhere sequence by sequence, which
-costs the sum of squared lengths (a block mask over the row would cost the square of the sum).
+costs the sum of squared lengths (a block mask over the row would cost the square of the sum). Elsewhere, too, a beginning
+that sequences share lies in the row once (`prefixes.py`); on CUDA that has not been run, and each has its own.
 
 Padded, the padding stands on the right, where no real token of a causal model ever attends to it; no mask is needed.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.engines.hf import backbone
+from fopd_cli.engines.prefixes import SharedRow
 
 PACKED_ATTENTION = "fopd_packed"
 
@@ -30,7 +32,7 @@ class TokenBatch:
     """One model input and where each sequence lies in it."""
 
     ids: Tensor  # int64 (rows, width)
-    starts: np.ndarray  # int64 (sequences,): first token of each in `ids.flatten()`
+    places: list[np.ndarray]  # int64 (length,) of each sequence: where its tokens lie in `ids.flatten()`
     extra: dict[str, Any] = field(default_factory=dict)  # what a packed row needs beside its ids
 
     @classmethod
@@ -49,18 +51,22 @@ def _padded(sequences: Sequence[np.ndarray], device: torch.device) -> TokenBatch
     ids = np.zeros((len(sequences), width), dtype=np.int64)  # id 0, which no real position ever sees
     for row, sequence in zip(ids, sequences, strict=True):
         row[: len(sequence)] = sequence
-    return TokenBatch(torch.from_numpy(ids).to(device), np.arange(len(sequences)) * width)
+    places = [row * width + np.arange(len(s)) for row, s in enumerate(sequences)]
+    return TokenBatch(torch.from_numpy(ids).to(device), places)
 
 
 def _packed(sequences: Sequence[np.ndarray], device: torch.device) -> TokenBatch:
-    lengths = [len(s) for s in sequences]
-    bounds = np.cumsum([0, *lengths])
-    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
-    positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
-    extra: dict[str, Any] = {"position_ids": positions[None].to(device)}
+    row = SharedRow.of(sequences) if device.type == "cpu" else SharedRow.apart(sequences)
+    bounds, lengths = row.starts, [len(t) for t in row.tokens]
+    ids = torch.from_numpy(np.concatenate(row.tokens).astype(np.int64))
+    positions = np.concatenate([start + np.arange(n) for start, n in zip(row.offsets, lengths, strict=True)])
+    extra: dict[str, Any] = {"position_ids": torch.from_numpy(positions)[None].to(device)}
     extra["cu_seq_lens_q"] = extra["cu_seq_lens_k"] = torch.from_numpy(bounds.astype(np.int32)).to(device)
     extra["max_length_q"] = extra["max_length_k"] = max(lengths)  # the names that transformers gives them
-    return TokenBatch(ids[None].to(device), bounds[:-1], extra)
+    if any(row.prefixes):
+        spans = list(pairwise(bounds.tolist()))
+        extra["prefixes"] = [[spans[s] for s in before] for before in row.prefixes]
+    return TokenBatch(ids[None].to(device), row.places(), extra)
 
 
 def enable_packing(lm: Any, compiled: bool = False) -> None:
@@ -78,11 +84,13 @@ def enable_packing(lm: Any, compiled: bool = False) -> None:
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cu_seq_lens_q: Tensor,
     max_length_q: int, scaling: float | None = None, sliding_window: int | None = None, dropout: float = 0.0,
-    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    softcap: float | None = None, s_aux: Tensor | None = None,
+    prefixes: Sequence[Sequence[tuple[int, int]]] | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention within each sequence of a packed row: `(1, heads, tokens, width)` -> `(1, tokens, heads, width)`.
 
-    The interface is that of transformers' `AttentionInterface`.
+    The interface is that of transformers' `AttentionInterface`. `cu_seq_lens_q` bounds the segments of the row, `prefixes` says
+    for each where in the row what comes before it lies; None: nothing does.
     """
     if dropout or softcap is not None or s_aux is not None:
         raise ValueError("attention dropout, soft caps and sinks are not known here")
@@ -97,11 +105,17 @@ def packed_attention(
 
     parts = []
     bounds: list[int] = cu_seq_lens_q.tolist()
-    for start, stop in pairwise(bounds):
-        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        mask = _band(stop - start, sliding_window, query.device)
+    for segment, span in enumerate(pairwise(bounds)):
+        seen = [*(prefixes[segment] if prefixes else ()), span]
+        q = query[:, :, slice(*span)]
+        k, v = (_joined([x[:, :, slice(*s)] for s in seen]) for x in (key, value))
+        mask = _band(q.shape[2], k.shape[2], sliding_window, query.device)
         parts.append(sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)[0])
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+    return _joined(parts, 1), None
+
+
+def _joined(parts: list[Tensor], axis: int = 2) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 @functools.cache
@@ -114,10 +128,11 @@ def _varlen_attention() -> Callable[..., Tensor]:
     return functools.partial(plain, enable_gqa=True) if told else plain
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """bool `(length, length)`: the last `window` positions up to each; None where that is all of them."""
-    if window is None or length <= window:
+def _band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """bool `(queries, keys)`, the queries being the last of the keys: for each the last `window` up to it. None where it is
+    plain causal attention of a square."""
+    if queries == keys and (window is None or keys <= window):
         return None
-    place = torch.arange(length, device=device)
-    distance = place[:, None] - place[None]
-    return (distance >= 0) & (distance < window)
+    place = torch.arange(keys, device=device)
+    distance = place[keys - queries :, None] - place[None]
+    return (distance >= 0) & (distance < (keys if window is None else window))

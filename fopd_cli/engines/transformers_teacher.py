@@ -101,9 +101,9 @@ class TransformersTeacher:
         contexts = [r.judged for r in rollouts]
         batch = TokenBatch.of([c.token_ids for c in contexts], self.packing, self.device)
         hidden, head = self.model(batch)
-        for start, context, rollout, target in zip(batch.starts, contexts, rollouts, targets, strict=True):
+        for places, context, rollout, target in zip(batch.places, contexts, rollouts, targets, strict=True):
             # A position that the context does not have gets some row; nobody reads it.
-            rows = hidden[torch.from_numpy(start + context.positions.clip(min=1) - 1).to(self.device)]
+            rows = hidden[torch.from_numpy(places[context.positions.clip(min=1) - 1]).to(self.device)]
             if target.hidden is not None:
                 target.hidden.copy_(rows)
             else:

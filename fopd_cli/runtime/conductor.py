@@ -127,6 +127,7 @@ class Conductor:
         self._resume: Resume | None = None
         self._last_saved: int | None = None
         self._step_began = time.time()
+        self._version_since = time.time()  # when the newest version was there, to be evaluated if that is due
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
@@ -589,7 +590,9 @@ class Conductor:
         if self.schedule.on_measured(version, stats.keys.tolist()):
             record = records.evaluation(version, self._eval_stats, list(self._eval.values()), self._eval_figures)
             self.totals.evaluations[str(version)] = record
-            timing = records.tool_seconds([r for _, _, r in self._eval.values()])
+            tools = records.tool_seconds([r for _, _, r in self._eval.values()])
+            seconds = time.time() - self._version_since
+            timing = {**tools, "seconds": seconds, "wall_seconds": self.totals.wall_seconds}
             self.telemetry.metrics.write({**record, "timing": timing})
             self.telemetry.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
             for key in sorted(self._eval)[:2]:
@@ -607,6 +610,7 @@ class Conductor:
         rollouts = [self.rollouts[k] for k in keys]
         self._count(stats, report.skipped)
         self.schedule.on_trained(report.step, outcomes)
+        self._version_since = time.time()
         step = self.schedule.step
         timing = {
             "seconds": time.time() - self._step_began, "busy": self.telemetry.busy_shares(),
