@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fopd_cli.engines import cpu_attention
 from fopd_cli.engines.hf import backbone
 from fopd_cli.engines.prefixes import SharedRow
 
@@ -101,8 +102,6 @@ def packed_attention(
             q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window
         )
         return out[None], None
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     parts = []
     bounds: list[int] = cu_seq_lens_q.tolist()
     for segment, span in enumerate(pairwise(bounds)):
@@ -110,7 +109,7 @@ def packed_attention(
         q = query[:, :, slice(*span)]
         k, v = (_joined([x[:, :, slice(*s)] for s in seen]) for x in (key, value))
         mask = _band(q.shape[2], k.shape[2], sliding_window, query.device)
-        parts.append(sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, is_causal=True)[0])
+        parts.append(cpu_attention.attention(module, q, k, v, mask, scaling=scaling, is_causal=True)[0])
     return _joined(parts, 1), None
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fopd_cli.engines import cpu_attention
 from fopd_cli.engines.hf import TokenRules
 from fopd_cli.engines.rows import Row
 from fopd_cli.samples import Request, Rollout, SamplingParams
@@ -43,6 +44,8 @@ class TransformersSampler:
     """Implements `protocols.Sampler`. `model` is a causal LM on `device`; its weights are replaced by `load`."""
 
     def __init__(self, model: Any, rules: TokenRules, device: torch.device, batch_size: int) -> None:
+        if device.type == "cpu":
+            cpu_attention.enable(model)
         self.model, self.rules, self.device, self.batch_size = model.to(device).eval(), rules, device, batch_size
         self.version = 0
         self._waiting: deque[Request] = deque()
