@@ -32,6 +32,7 @@ from fopd_cli.engines import hf
 from fopd_cli.engines.fsdp_learner import FsdpLearner
 from fopd_cli.engines.transformers_teacher import TransformersTeacher
 from fopd_cli.evaluation import converse
+from fopd_cli.freshness.depth import Depth
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.recipe import Recipe, load_recipe
@@ -108,6 +109,7 @@ class Inline:
         self.sampler = make_sampler(recipe, recipe.student.model, torch.float32, CPU, longest)
         r = recipe.freshness.refresh
         policy = POLICIES[recipe.freshness.policy]
+        self.depth = Depth(recipe.max_lag, recipe.max_drift)
         self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
         config = schedule_config(recipe, 1, False, self.stream.replayable)
         self.schedule = Schedule(config, self.stream.train_id, evaluation_ids(recipe, self.stream))
@@ -278,6 +280,7 @@ class Inline:
         outcomes = {k: records.outcome(w) for k, w in zip(report.stats.keys.tolist(), report.stats.weight, strict=True)}
         grades = [self._grades[k][0] for k in keys]
         self.outcome.steps.append(records.step(report.step + 1, report, [self._rollouts[k] for k in keys], grades))
+        self.schedule.ahead = self.depth.update(report.stats.lag, report.drift_above_floor)
         self.schedule.on_trained(report.step, outcomes)
         for key in keys:
             self._forget(key)

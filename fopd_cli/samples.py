@@ -227,3 +227,8 @@ class StepReport:
     padded_tokens: int  # with padding
     publish_seconds: float
     publish_bytes: int
+
+    @property
+    def drift_above_floor(self) -> np.ndarray:
+        """float64 (samples,): D_roll_i without the noise floor, never under 0."""
+        return np.maximum(self.stats.drift_roll - self.noise_floor, 0.0)

@@ -167,9 +167,9 @@ def steps_done(run: Path) -> int:
     return sum('"kind": "step"' in line for line in path.read_text().splitlines()) if path.exists() else 0
 
 
-def reach(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def reach(process: subprocess.Popen[str], run: Path, step: int, seconds: float = 120.0) -> None:
     """Wait until so many steps are done; a run that has ended fails with what it said."""
-    wait_for(lambda: steps_done(run) >= step or process.poll() is not None, f"step {step}")
+    wait_for(lambda: steps_done(run) >= step or process.poll() is not None, f"step {step}", seconds)
     if process.poll() is not None:
         pytest.fail(f"the run ended before step {step} with {process.returncode}: {process.communicate()[1]}")
 

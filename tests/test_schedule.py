@@ -33,7 +33,7 @@ class Simulator:
 
     def __init__(
         self, cfg: ScheduleConfig, seed: int = 0, durations: dict[str, tuple[float, float]] | None = None,
-        evals: int = 0, refresh_every: int = 0, arena: int | None = None, faults: int = 0,
+        evals: int = 0, refresh_every: int = 0, arena: int | None = None, faults: int = 0, less_ahead: bool = False,
     ) -> None:  # fmt: skip
         self.rng = random.Random(seed)
         self.durations = {
@@ -46,7 +46,7 @@ class Simulator:
             "restart": (0.1, 4.0),
             **(durations or {}),
         }
-        self.arena, self.held = arena, 0
+        self.arena, self.held, self.less_ahead = arena, 0, less_ahead
         self.schedule = Schedule(
             cfg, stream, [SampleId("eval", 0, i, 0) for i in range(evals)], self._reserve, self._release,
             lambda sample: sample.prompt % len(cfg.score_batch),
@@ -190,6 +190,8 @@ class Simulator:
 
     def finish_step(self, step: int, keys: tuple[int, ...]) -> None:
         self.held -= len(keys)
+        if self.less_ahead:
+            self.schedule.ahead = self.rng.randint(0, self.schedule.config.depth)
         self.schedule.on_trained(step, dict.fromkeys(keys, "trained"))
         if self.refresh_every and (step + 1) % self.refresh_every == 0 and step + 1 < self.schedule.config.steps:
             held = (State.SCORED, State.REPLAYING, State.REPLAYED)
@@ -205,27 +207,30 @@ def accounts(s: Schedule) -> None:
 
 @example(  # the first held-out sample came in last, into an arena full of later ones
     depth=0, batch=1, replicas=1, concurrency=5, score_batch=1, inflight="keep", exclusive=False, evals=5, refresh=0,
-    arena=True, faults=0, teachers=1, replays=0, ahead=False, seed=0,
+    arena=True, faults=0, teachers=1, replays=0, ahead=False, less=False, seed=0,
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
 @given(
     depth=st.integers(0, 5), batch=st.integers(1, 6), replicas=st.integers(1, 3), concurrency=st.integers(1, 9),
     score_batch=st.integers(1, 5), inflight=st.sampled_from(["keep", "wait"]), exclusive=st.booleans(),
     evals=st.integers(0, 7), refresh=st.sampled_from([0, 2, 3]), arena=st.booleans(), faults=st.integers(0, 4),
-    teachers=st.integers(1, 2), replays=st.integers(0, 3), ahead=st.booleans(), seed=st.integers(0, 10**6),
+    teachers=st.integers(1, 2), replays=st.integers(0, 3), ahead=st.booleans(), less=st.booleans(),
+    seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_lag_is_bounded_and_accounts_are_exact(
     depth: int, batch: int, replicas: int, concurrency: int, score_batch: int, inflight: Any, exclusive: bool,
-    evals: int, refresh: int, arena: bool, faults: int, teachers: int, replays: int, ahead: bool, seed: int,
+    evals: int, refresh: int, arena: bool, faults: int, teachers: int, replays: int, ahead: bool, less: bool,
+    seed: int,
 ) -> None:  # fmt: skip
-    """Whatever the durations and whoever dies: it ends, no sample is older than the depth, none is trained twice or lost."""
+    """Whatever the durations, whoever dies, however far ahead: it ends, no sample is older than the depth, none is trained twice or lost."""
     cfg = config(
         depth=depth, batch=batch, replicas=replicas, concurrency=concurrency, score_batch=(score_batch,) * teachers, inflight=inflight,
         exclusive=exclusive, eval_versions=frozenset({0, 3, 6}), replays=replays, replay_ahead=ahead,
     )  # fmt: skip
     sim = Simulator(
-        cfg, seed, evals=evals, refresh_every=refresh, arena=3 * batch + score_batch if arena else None, faults=faults
-    ).run()
+        cfg, seed, evals=evals, refresh_every=refresh, arena=3 * batch + score_batch if arena else None, faults=faults,
+        less_ahead=less,
+    ).run()  # fmt: skip
     assert max(sim.lags) <= depth
     assert len(sim.trained) == len(set(sim.trained)) == 6 * batch
     accounts(sim.schedule)
@@ -234,6 +239,18 @@ def test_lag_is_bounded_and_accounts_are_exact(
     assert faults or not sim.replays or max(sim.replays.values()) <= replays
     if evals:
         assert sim.measured == {0: evals, 3: evals, 6: evals}
+
+
+def test_less_ahead_admits_less() -> None:
+    """One batch at a time, all of it fresh, although the depth would allow two more."""
+    s = Schedule(config(depth=2, batch=4, concurrency=100), stream, [])
+    s.ahead = 0
+    s.on_learner_ready()
+    assert s.actions() == [Load(0, 0)]
+    s.on_loaded(0, 0)
+    assert s.actions() == [Generate(0, (0, 1, 2, 3))]
+    s.ahead = 1
+    assert s.actions() == [Generate(0, (4, 5, 6, 7))]
 
 
 @settings(max_examples=150, deadline=None)

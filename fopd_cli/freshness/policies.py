@@ -16,6 +16,7 @@ class Policy:
     anchor: bool = False
     refresh: Literal["never", "fixed", "adaptive"] = "never"
     trust: bool = False  # the token's trust region (`trust.py`)
+    depth: bool = False  # how far sampling runs ahead follows the drift (`depth.py`)
 
 
 POLICIES: dict[str, Policy] = {
@@ -25,7 +26,7 @@ POLICIES: dict[str, Policy] = {
     "lag_weight": Policy(weights="lag"),
     "reweight": Policy(weights="freshness"),
     "reweight+anchor": Policy(weights="freshness", anchor=True),
-    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive"),
+    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive", depth=True),
     # Ours, not the paper's.
     "trust": Policy(weights="one", trust=True),
 }

@@ -394,6 +394,8 @@ class Freshness(Section):
     """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor), the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with sampler.top_p), else sampled, which is free."""
     drift_k: Positive = 32
     """k of drift topk. As an anchor 1 collapsed in our sweep, 2 lagged behind, 8 and more held."""
+    max_drift: Annotated[float, Field(gt=0)] | None = 0.1
+    """Of policy fopd: while lagging samples drift more than this (D_roll, nats a token), sampling runs less far ahead than schedule.depth, down to not at all. Ours, not the paper's; null: always as far as schedule.depth. A fixed schedule.lag ignores it."""
     weights: Literal["raw", "normalized"] = "normalized"
     """normalized: divide by the batch's mean weight, so that lag does not shrink the step; what remains is how samples differ. raw is the paper's: in our benchmark it cost exact losses 2% of the score, because AdamW remembers the larger gradients of the first, fresh batches."""
     step_scale: Literal["none", "freshness"] = "none"
@@ -483,6 +485,12 @@ class Recipe(Section):
     @property
     def max_lag(self) -> int:
         return self.schedule.depth if self.schedule.lag is None else self.schedule.lag
+
+    @property
+    def max_drift(self) -> float | None:
+        """freshness.max_drift where the policy and the schedule ask for it."""
+        follows = POLICIES[self.freshness.policy].depth and self.schedule.lag is None
+        return self.freshness.max_drift if follows else None
 
     @property
     def anchor(self) -> float:

@@ -24,6 +24,7 @@ import torch
 
 from fopd_cli.engines import hf
 from fopd_cli.errors import Interrupted, UserError, WorkerError
+from fopd_cli.freshness.depth import Depth
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.recipe import Recipe
@@ -90,10 +91,12 @@ class Conductor:
         policy = POLICIES[recipe.freshness.policy]
         r = recipe.freshness.refresh
         self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
+        self.depth = Depth(recipe.max_lag, recipe.max_drift)
         self.schedule = Schedule(
             schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable), stream.train_id, evaluation_ids(recipe, stream),
             self._reserve, self._release, stream.teacher,
         )  # fmt: skip
+        self.schedule.ahead = self.depth.now
         cuda = bool(plan.samplers[0].devices)
         self.setup = Setup(
             recipe, model.vocab, model.target_specs, context_tokens(recipe, stream), self.arena.memory,
@@ -145,6 +148,7 @@ class Conductor:
             raise UserError(f"learner.steps: {self.recipe.learner.steps} is less than the {step} steps that are done")
         self.schedule.load_state_dict(state["schedule"])
         self.refresh.last = state["refresh_last"]
+        self.schedule.ahead = self.depth.resume(**state["depth"])
         self.totals = Totals(**state["totals"])
         self.grades = {int(k): v for k, v in state["grades"].items()}
         rollouts, targets = load_buffer(folder / "buffer.safetensors", state["rollouts"])
@@ -609,13 +613,15 @@ class Conductor:
         samples = {k: self.schedule.tickets[k].sample for k in keys}
         rollouts = [self.rollouts[k] for k in keys]
         self._count(stats, report.skipped)
+        ahead = self.schedule.ahead
+        self.schedule.ahead = self.depth.update(stats.lag, report.drift_above_floor)
         self.schedule.on_trained(report.step, outcomes)
         self._version_since = time.time()
         step = self.schedule.step
         timing = {
             "seconds": time.time() - self._step_began, "busy": self.telemetry.busy_shares(),
             "buffer_samples": len(self.rollouts) - len(keys), "buffer_bytes": self.arena.used_bytes,
-            "in_flight": self.schedule.in_flight, "publish_seconds": report.publish_seconds,
+            "in_flight": self.schedule.in_flight, "ahead": ahead, "publish_seconds": report.publish_seconds,
             "publish_bytes": report.publish_bytes,
             "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
             **self.replays.cost(), **records.tool_seconds(rollouts), "wall_seconds": self.totals.wall_seconds, **self._load,
@@ -747,6 +753,7 @@ class Conductor:
             "fingerprint": fingerprint(self.recipe),
             "schedule": schedule,
             "refresh_last": self.refresh.last,
+            "depth": {"now": self.depth.now, "waited": self.depth.waited},
             "learner": learner,
             "student_dtype": str(self.setup.channel.dtype).removeprefix("torch."),
             "totals": vars(self.totals),

@@ -15,6 +15,9 @@ with deadline <= s number at most (s - t) B                                     
 If not, it waits for the stragglers that it lacks. So no sample is ever older than D at consumption, no finished
 sample is ever thrown away for its age, and a straggler can be overtaken only as long as it still makes its deadline.
 
+**Less ahead.** `ahead` steps, at most D, is what (admission) uses in D's place; the conductor sets it by the measured drift
+(`freshness/depth.py`). Deadlines stay v + D: who admits less keeps the bound all the more.
+
 **Fixed lag** (`lag = k`, for studies): window j (samples jB .. jB+B-1) is sampled by version max(0, j - k) alone and
 consumed at step j. A sampler moves to v + 1 only when window v + k is sampled, and step t starts only when all
 samplers hold version t.
@@ -106,6 +109,7 @@ class Schedule:
         self.lease: Role | None = None
         self._switching = False
         self.refreshes = 0
+        self.ahead = config.max_lag  # steps that sampling may run ahead
         self.replayed_now = 0  # for the next step
         self.paused = False  # nothing new starts (Ctrl-C); a time-sliced box goes back to the learner, to be saved
 
@@ -515,7 +519,7 @@ class Schedule:
     def _room(self, replica: _Replica) -> int:
         """How many samples may be admitted at the replica's version (the docstring's admission rule)."""
         outstanding = sum(not t.evaluation and t.state is not State.PLANNED for t in self.tickets.values())
-        bound = min((self.config.max_lag + replica.loaded + 1), self.config.steps) * self.config.batch
+        bound = min((self.ahead + replica.loaded + 1), self.config.steps) * self.config.batch
         return max(0, bound - self.consumed - outstanding)
 
     def _admissible(self, replica: _Replica) -> tuple[list[int], int]:
