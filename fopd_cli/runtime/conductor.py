@@ -45,6 +45,7 @@ from fopd_cli.runtime.sizes import arena_bytes
 from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
 from fopd_cli.runtime.telemetry import Resume, Telemetry
 from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Replay, Role, Score, Train
+from fopd_cli.runtime.watch import Watch
 from fopd_cli.runtime.workers import Fleet, Worker, WorkerSpec
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
 from fopd_cli.tasks.replay import cached
@@ -91,6 +92,7 @@ class Conductor:
         policy = POLICIES[recipe.freshness.policy]
         r = recipe.freshness.refresh
         self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
+        self.watch = Watch(recipe.learner.clip)
         self.depth = Depth(recipe.max_lag, recipe.max_drift)
         self.schedule = Schedule(
             schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable), stream.train_id, evaluation_ids(recipe, stream),
@@ -632,6 +634,8 @@ class Conductor:
         self.telemetry.scalars(records.scalars(record, timing), step)
         self.telemetry.histograms(records.histograms(stats), step)
         self.telemetry.progress.step(step, records.bar(record, timing))
+        for warning in self.watch.step(report.grad_norm, record["kl"]):
+            self.telemetry.progress.say(f"step {step}: {warning}")
         if step % max(1, self.recipe.learner.steps // 20) == 0:
             self._write_sample(step, samples[keys[0]], self.grades[keys[0]], rollouts[0])
         for key in keys:

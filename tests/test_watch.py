@@ -1,0 +1,32 @@
+"""What is said while a run goes wrong."""
+
+from __future__ import annotations
+
+from fopd_cli.runtime.watch import WINDOW, Watch
+
+
+def said(watch: Watch, norms: list[float], kls: list[float]) -> list[str]:
+    return [text for norm, kl in zip(norms, kls, strict=True) for text in watch.step(norm, kl)]
+
+
+def test_a_threshold_that_always_acts_is_named_once() -> None:
+    found = said(Watch(1.0), [2.0] * 3 * WINDOW, [0.5] * 3 * WINDOW)
+    assert len(found) == 1
+    assert "learner.clip: all of the last 20 gradients were clipped to 1 (norms 2 to 2)" in found[0]
+
+
+def test_a_guard_against_spikes_is_left_alone() -> None:
+    norms = [0.5] * (WINDOW - 1) + [9.0]
+    assert said(Watch(1.0), norms * 3, [0.5] * 3 * WINDOW) == []
+    assert said(Watch(0.0), [9.0] * 3 * WINDOW, [0.5] * 3 * WINDOW) == []
+
+
+def test_a_kl_that_climbs_is_told_and_noise_is_not() -> None:
+    falling = [1.0 / (1 + i) + 0.4 for i in range(2 * WINDOW)]
+    assert said(Watch(0.0), [1.0] * 2 * WINDOW, falling) == []
+    climbing = falling + [0.4 + 0.05 * i for i in range(2 * WINDOW)]
+    found = said(Watch(0.0), [1.0] * 4 * WINDOW, climbing)
+    assert len(found) == 1
+    assert "the KL to the teacher climbs" in found[0]
+    assert said(Watch(0.0), [1.0] * 4 * WINDOW, [0.002] * 2 * WINDOW + [0.006] * 2 * WINDOW) == []
+    assert said(Watch(0.0), [1.0] * WINDOW, [float("nan")] * WINDOW) == []
