@@ -57,7 +57,7 @@ def of_a_loop(script: str, args: argparse.Namespace) -> Curve:
         command += [f"--{name}", str(getattr(args, name))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     curve = Curve()
-    for row in map(json.loads, filter(lambda line: line.startswith("{"), done.stdout.splitlines())):
+    for row in map(json.loads, filter(lambda line: line.startswith('{"'), done.stdout.splitlines())):
         if row["kind"] == "eval":
             curve.evaluations.append((row["seconds"], row["kl"]))
         else:
@@ -118,7 +118,7 @@ def tiny(args: argparse.Namespace, folder: Path) -> None:
     from fopd_cli.tasks.arithmetic import Arithmetic
 
     task = Arithmetic(horizon=5, difficulty=2, train_prompts=2000, eval_prompts=HELD_OUT)
-    asked = [p.messages[-1]["content"] for split in ("eval", "train") for p in task.prompts(split) if p.messages]
+    asked = [str(p.text) for split in ("eval", "train") for p in task.prompts(split)]
     args.pair, args.questions = ROOT / "recipes" / "tiny", folder / "questions.jsonl"
     args.questions.write_text("".join(json.dumps({"question": q}) + "\n" for q in asked))
 
@@ -143,6 +143,9 @@ def table(curves: dict[str, list[Curve]], to: float) -> str:
     def median(values: list[float]) -> float:
         return sorted(values)[len(values) // 2]
 
+    def shown(value: float, digits: int = 0) -> str:
+        return f"{value:.{digits}f}" if math.isfinite(value) else "never" if value == math.inf else "-"
+
     plain = curves.get("plain loop")
     against = median([c.seconds_to(to) for c in plain]) if plain else math.nan
     lines = [
@@ -153,7 +156,7 @@ def table(curves: dict[str, list[Curve]], to: float) -> str:
         seconds = median([c.seconds_to(to) for c in found])
         rate = median([c.tokens / c.steps[-1] for c in found])
         lines.append(
-            f"| {name} | {seconds:.0f} | {seconds / against:.2f} | {median([c.a_step for c in found]):.1f} | "
+            f"| {name} | {shown(seconds)} | {shown(seconds / against, 2)} | {median([c.a_step for c in found]):.1f} | "
             f"{f'{rate:.0f}' if rate else '-'} | {median([c.evaluations[-1][1] for c in found]):.3f} |"
         )
     return "\n".join(lines)
