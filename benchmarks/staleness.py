@@ -90,7 +90,7 @@ class Cell:
     @property
     def overrides(self) -> list[str]:
         lag = (
-            ["schedule.depth=8", "schedule.inflight=keep", "sampler.concurrency=96"]
+            ["schedule.depth=8", "schedule.inflight=keep", "sampler.concurrency=96", "freshness.max_drift=null"]
             if self.lag == MIXED
             else [f"schedule.lag={self.lag}"]
         )
