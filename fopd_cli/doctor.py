@@ -20,7 +20,7 @@ import torch
 
 from fopd_cli.engines import hf, lora, vllm_engine
 from fopd_cli.engines.templates import Frame, check_variables, encode_observation, end_of_turn, readable
-from fopd_cli.engines.vocabularies import Match, inverse, listed, match
+from fopd_cli.engines.vocabularies import Match, exchanged, inverse, listed, match
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher, Vllm
 from fopd_cli.runtime.build import (
@@ -163,6 +163,10 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     for split in SPLITS:
         if not stream.prompts[split]:
             raise UserError(f"task: there is no {split} prompt; give it at least one")
+    if recipe.template_kwargs and not frames and not any(p.messages for s in SPLITS for p in stream.prompts[s]):
+        raise UserError(
+            "task.chat_template_kwargs: all prompts are plain text, so no chat template is rendered; leave it out"
+        )
     if frames and stream.replayable:
         raise UserError(
             "teacher.template: what stands between turns is in the student's frame, so a teacher with its own can judge tasks of one "
@@ -262,12 +266,21 @@ def _compiler(inputs: Inputs) -> Iterator[Finding]:
 
 def _servers(inputs: Inputs) -> Iterator[Finding]:
     """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs, of the longest sample too."""
-    longest = context_tokens(inputs.recipe, inputs.stream, judged=True)
-    index = inputs.stream.kept["train"][0]
-    probe = np.resize(inputs.stream.encoded("train", index), longest)
-    for section in inputs.recipe.teachers:
-        if section.engine == "http":
-            _remote(section, inputs.vocab).check(inputs.tokenizer, probe, section.k)
+    remote = [t for t in inputs.recipe.teachers if t.engine == "http"]
+    if remote:
+        from fopd_cli.engines.http_teacher import TooLong
+
+        stream = inputs.stream
+        split, index = max(
+            ((s, i) for s in SPLITS for i in stream.kept[s]), key=lambda at: stream.tokens(*at, judged=True)
+        )
+        probe = np.resize(stream.encoded(split, index), context_tokens(inputs.recipe, stream, judged=True))
+        for section in remote:
+            try:
+                _remote(section, inputs.vocab).check(inputs.tokenizer, probe, section.k)
+            except TooLong as error:
+                where = stream.prompts[split][index].where
+                raise UserError(f"{error}; the longest sample that there can be is of {where}") from None
     yield from ()
 
 
@@ -324,7 +337,7 @@ def _ends_of_turns(inputs: Inputs) -> Iterator[Finding]:
     frames += [_own_frame(t, inputs.recipe) for t in inputs.teachers if t.section.template == "teacher"]
     for frame in frames:
         end = end_of_turn(frame.tokenizer, frame.variables)
-        known = end if end is None or frame.to_student is None else int(frame.to_student[end])
+        known = end if end is None or frame.to_student is None else int(exchanged(np.array([end]), frame.to_student)[0])
         if known is not None and known not in ours:
             yield Finding(
                 "warning",
@@ -378,7 +391,9 @@ def shown(inputs: Inputs) -> Iterator[str]:
     teacher = next((t for t in inputs.teachers if t.section.name == name), None)
     if teacher is not None and teacher.section.template == "teacher":
         table = teacher.match.table
-        yield from _block("what the teacher reads", teacher.tokenizer, told if table is None else table[told])
+        yield from _block(
+            "what the teacher reads", teacher.tokenizer, told if table is None else exchanged(told, table)
+        )
     else:
         yield from _block("what the teacher reads", inputs.tokenizer, told)
 

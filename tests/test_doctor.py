@@ -222,10 +222,41 @@ def test_what_no_template_reads_is_refused(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match="reads no variable 'enable_thinking'"):
         load(tmp_path, task=task)
+    plain = {"name": "tool", "sandbox": "none", "chat_template_kwargs": {"messages_": 1}}
+    with pytest.raises(UserError, match="reads no variable 'messages_'"):
+        load(tmp_path, task=plain)
+    with pytest.raises(UserError, match="all prompts are plain text"):
+        load(tmp_path, task={**plain, "chat_template_kwargs": {"m": 1}})
     with pytest.raises(UserError, match=r"no chat template is rendered with task.chat: false"):
         load(tmp_path, task={**task, "chat": False})
     with pytest.raises(UserError, match=r"task.system: plain text .* put it into task.template"):
         load(tmp_path, task={**task, "chat": False, "chat_template_kwargs": {}, "system": "s"})
+
+
+def test_a_teacher_with_its_own_frame_judges_one_turn_only(tmp_path: Path) -> None:
+    task = {"name": "tool", "sandbox": "none", "train_prompts": 20, "eval_prompts": 4}
+    with pytest.raises(UserError, match=r"teacher.template: .* tasks of one turn only; set teacher.template: student"):
+        load(tmp_path, task=task, teacher={"model": str(TINY / "teacher"), "template": "teacher"})
+
+
+def test_a_template_that_does_not_show_what_a_tool_answers(tmp_path: Path) -> None:
+    """Found before anything runs, not at the first call."""
+    student = changed(tmp_path, "student")
+    (student / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{% if m['role'] == 'assistant' %}<assistant>{{ m['content'] }}<eos>{% else %}<user>{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = questions(tmp_path, "a", "b")
+    task = {"name": "tool", "train": rows, "eval": rows, "eval_prompts": 1, "sandbox": "none"}
+    models = {"student": {"model": str(student)}, "teacher": {"model": str(TINY / "teacher"), "template": "student"}}
+    assert not [f for f in found(load(tmp_path, task=task, **models), tmp_path) if f.startswith("error")]
+    (error,) = [
+        f
+        for f in found(load(tmp_path, task={**task, "notation": "native"}, **models), tmp_path)
+        if f.startswith("error")
+    ]
+    assert "refuses a message of role 'tool' after the assistant's (no tools here); set task.notation: code" in error
 
 
 def test_one_prompt_is_shown_as_both_read_it(tmp_path: Path) -> None:

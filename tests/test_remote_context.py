@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -125,6 +126,7 @@ def test_a_server_that_does_not_tell_its_context_is_asked_with_the_longest_sampl
     with pytest.raises(UserError) as error:
         list(doctor.findings(load(tmp_path, server, "held out", "x" * 60), tmp_path))
     assert "refuses a sample of 72 tokens as too long" in str(error.value)
+    assert re.search(r"the longest sample that there can be is of row 2 of '.*q.jsonl'$", str(error.value))
     assert "max_logprobs" not in str(error.value)
     assert server.url in str(error.value)
 

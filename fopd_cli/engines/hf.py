@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fopd_cli.engines.templates import encode_observation, encode_prompt, special_ids
+from fopd_cli.engines.templates import encode_observation, encode_prompt
+from fopd_cli.engines.vocabularies import special_ids
 from fopd_cli.errors import UserError
 from fopd_cli.tasks.calls import MARKS
 

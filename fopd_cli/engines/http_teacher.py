@@ -41,6 +41,10 @@ class Unreachable(Exception):
     """The server failed so often that it is given up; in the middle of a run the worker fails and is started again."""
 
 
+class TooLong(UserError):
+    """A sample is longer than the server's context."""
+
+
 @dataclass(frozen=True)
 class HttpServer:
     """Where it is and how to talk to it; `url` ends before `/completions`."""
@@ -182,7 +186,8 @@ class HttpTeacher:
             except urllib.error.HTTPError as error:
                 said = _said(error)
                 if error.code not in TRANSIENT:
-                    raise UserError(_refused(server, error.code, said, len(body["prompt"]))) from None
+                    kind = TooLong if TOO_LONG.search(said) else UserError
+                    raise kind(_refused(server, error.code, said, len(body["prompt"]))) from None
                 trouble = f"status {error.code}: {said}"
             except (OSError, json.JSONDecodeError) as error:  # refused, timed out, cut off
                 trouble = str(getattr(error, "reason", None) or error) or type(error).__name__

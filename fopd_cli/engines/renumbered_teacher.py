@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.engines.protocols import Teacher
-from fopd_cli.engines.vocabularies import inverse
+from fopd_cli.engines.vocabularies import exchanged, inverse
 from fopd_cli.samples import Rollout, TeacherTargets
 
 
@@ -39,12 +39,12 @@ class RenumberedTeacher:
 
     def _asked(self, rollout: Rollout) -> Rollout:
         context = rollout.judged
-        changes: dict[str, Any] = {"token_ids": self.table[rollout.token_ids]}
+        changes: dict[str, Any] = {"token_ids": exchanged(rollout.token_ids, self.table)}
         if rollout.topk_ids is not None:
             changes["topk_ids"] = self.table[rollout.topk_ids]
         elif rollout.topk_logprobs is not None:  # of the whole vocabulary, in the order of ids
             changes["topk_logprobs"] = rollout.topk_logprobs[:, self.back.numpy()]
-        return replace(rollout, context=replace(context, token_ids=self.table[context.token_ids]), **changes)
+        return replace(rollout, context=replace(context, token_ids=exchanged(context.token_ids, self.table)), **changes)
 
 
 def renumbered_head(head: Tensor, table: np.ndarray) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fopd_cli.engines.vocabularies import exchanged, special_ids
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Prompt
 
@@ -42,7 +43,7 @@ class Frame:
         else:
             ids = self._rendered(prompt, prompt.messages)
         found = np.asarray(ids, dtype=np.int32)
-        return found if self.to_student is None else self.to_student[found]
+        return found if self.to_student is None else exchanged(found, self.to_student)
 
     def _rendered(self, prompt: Prompt, messages: list[dict[str, Any]]) -> Any:
         def render(shown: list[dict[str, Any]]) -> Any:
@@ -164,12 +165,6 @@ def check_variables(variables: Iterable[str], tokenizers: Sequence[Any]) -> None
                 f"task.chat_template_kwargs: the chat template reads no variable {name!r}; look at the model's "
                 "chat_template for the names that it knows, or leave it out"
             )
-
-
-def special_ids(tokenizer: Any) -> set[int]:
-    """Of tokens that stand for no text."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
 def readable(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from fopd_cli.engines.templates import special_ids
-
 SHOWN = 8
 
 
@@ -68,6 +66,19 @@ def _by_id(tokenizer: Any, vocab: int) -> dict[int, str]:
 def _added(tokenizer: Any) -> set[int]:
     """Tokens that are matched as a whole and are no part of the tokenizer's own vocabulary of pieces."""
     return special_ids(tokenizer) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Of tokens that stand for no text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+def exchanged(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The ids by the table; those that are past it, which one of the two models does not have, stay."""
+    found, inside = ids.copy(), ids < len(table)
+    found[inside] = table[ids[inside]]
+    return found
 
 
 def inverse(table: np.ndarray) -> np.ndarray:
