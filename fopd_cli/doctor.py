@@ -272,7 +272,7 @@ def _servers(inputs: Inputs) -> Iterator[Finding]:
 
         stream = inputs.stream
         split, index = max(
-            ((s, i) for s in SPLITS for i in stream.kept[s]), key=lambda at: stream.tokens(*at, judged=True)
+            ((s, i) for s in SPLITS for i in stream.kept[s]), key=lambda at: stream.tokens(at[0], at[1], True)
         )
         probe = np.resize(stream.encoded(split, index), context_tokens(inputs.recipe, stream, judged=True))
         for section in remote:
