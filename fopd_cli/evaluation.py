@@ -134,9 +134,10 @@ def _plain(value: float | None) -> float | None:
 
 
 def _digest(model: str, recipe: Recipe) -> str:
-    """Of what rows depend on."""
+    """Of what rows depend on; of teachers what they are and what they read, as some rows hold a KL to them."""
+    teachers = [[t.name, t.model, t.context, t.template, t.k] for t in recipe.teachers]
     asked = {"model": model, "task": recipe.task.model_dump(mode="json"), "sampler": recipe.sampler.model_dump(mode="json"),
-             "eval": recipe.eval.model_dump(mode="json"), "seed": recipe.seed, "teachers": [t.model_dump(mode="json") for t in recipe.teachers]}  # fmt: skip
+             "eval": recipe.eval.model_dump(mode="json"), "seed": recipe.seed, "teachers": teachers}  # fmt: skip
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -219,7 +220,8 @@ def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
     for t in local:
         with contextlib.suppress(UserError):
             configs[t.name] = ("teacher.model", hf.load_config(t.model, "teacher.model"))
-    check_variables(recipe.template_kwargs, [tokenizer])
+    if all(t.template == "student" for t in recipe.teachers):  # else a teacher's may be the one that reads them
+        check_variables(recipe.template_kwargs, [tokenizer])
     stream = PromptStream(
         task, student_frame(recipe, tokenizer), recipe.seed, recipe.sampler.samples_per_prompt, recipe.teachers
     )

@@ -86,6 +86,8 @@ def test_what_is_no_call_is_said_and_nothing_is_raised(body: str) -> None:
         ("```python\nprint('<think>')\n```\nand\n```\n2\n```", ["print('<think>')\n", "2\n"]),
         ("[THINK]```python\nbad\n```[/THINK]```python\ngood\n```", ["good\n"]),
         ("a <think>```python\nbad\n```</think> b ```py\ngood\n``` <think>```python\nbad\n```</think>", ["good\n"]),
+        ("It is ```7```\nbecause of\n  ```Python title\ngood\n```", ["good\n"]),
+        ("so: ```python\ngood\n```", ["good\n"]),
         ('```json\n{"a": 1}\n```\nwords\n```python\ngood\n```', ["good\n"]),  # a closing fence opens nothing
     ],
 )

@@ -13,7 +13,8 @@ THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 MARKS = {*THOUGHTS, *THOUGHTS.values(), "<tool_call>", "</tool_call>", "[TOOL_CALLS]"}
 
 # Fences and thoughts side by side, the leftmost first: a fence inside a thought is a thought, and a mark inside a fence is code.
-FENCE = r"```(?P<language>[^\n`]*)\n(?P<code>.*?)```"
+# One without a language must begin its line: what ends an inline ```7``` opens nothing.
+FENCE = r"(?:(?<![^\n])[ \t]*```|```(?=[^\s`]))(?P<language>[^\n`]*)\n(?P<code>.*?)```"
 THOUGHT = "|".join(rf"{re.escape(a)}.*?(?:{re.escape(b)}|\Z)" for a, b in THOUGHTS.items())
 PIECES = re.compile(rf"{THOUGHT}|{FENCE}", re.DOTALL)
 PYTHON = {"", "python", "py", "python3"}
@@ -46,9 +47,7 @@ def spoken(turn: str) -> str:
 def fenced(turn: str) -> list[str]:
     """Python code in fenced blocks, in their order."""
     found = PIECES.finditer(_after_opened_thought(turn))
-    return [
-        piece["code"] for piece in found if piece["code"] is not None and piece["language"].strip().lower() in PYTHON
-    ]
+    return [p["code"] for p in found if p["code"] is not None and (p["language"].split() or [""])[0].lower() in PYTHON]
 
 
 def native(turn: str) -> list[Call]:
