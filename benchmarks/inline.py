@@ -95,7 +95,10 @@ class Inline:
         self.stream: PromptStream = inputs.stream
         self.task: Any = load_task(*task_arguments(recipe))
         self.tokenizer = inputs.tokenizer
-        teacher, longest = recipe.teachers[0], context_tokens(recipe, self.stream)
+        teacher, longest = (
+            recipe.teachers[0],
+            max(context_tokens(recipe, self.stream, judged) for judged in (False, True)),
+        )
         judge = hf.load_model(teacher.model, "teacher.model", torch.float32)
         self.teacher = TransformersTeacher(
             judge, CPU, 1, teacher.micro_tokens, inputs.vocab, longest, student_k=recipe.loss.student_k
@@ -134,7 +137,11 @@ class Inline:
         """Train to the end."""
         self._publish()
         self.schedule.on_learner_ready()
-        with LocalEnvironments(self.task, self.tokenizer) if self.stream.episodic else _Nothing() as self._environments:
+        with (
+            LocalEnvironments(self.task, self.stream.frame)
+            if self.stream.episodic
+            else _Nothing() as self._environments
+        ):
             while True:
                 while actions := self.schedule.actions():
                     for action in actions:
@@ -259,12 +266,12 @@ class Inline:
     def _replay(self, key: int, now: int) -> bool:
         """Whether its context has changed; it then has the new one."""
         rollout, prompt = self._rollouts[key], self.stream.prompt(self.schedule.tickets[key].sample)
-        texts = [hf.decode(self.tokenizer, rollout.response_ids[a:b]) for a, b in rollout.turns]
+        texts = [hf.decode_turn(self.tokenizer, rollout.response_ids[a:b]) for a, b in rollout.turns]
         found = asyncio.run(replayed(self.task, prompt, texts, now))
         chat = prompt.messages is not None
         seen = [
-            hf.encode_observation(self.tokenizer, o.text, o.role, chat)
-            for o in found.observations
+            hf.encode_observation(self.tokenizer, o.text, o.role, chat, int(rollout.response_ids[stop - 1]))
+            for o, (_, stop) in zip(found.observations, rollout.turns, strict=False)
             if o.text is not None
         ]
         context = realigned(rollout, rollout.token_ids[: rollout.prompt_length], seen)

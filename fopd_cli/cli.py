@@ -128,6 +128,7 @@ def evaluate(
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
 
+    Where there are no answers to grade (task.name: chat, task.answer: null), the KL to the teacher instead.
     Same code and random numbers as the run's own evaluation: for a finished run it prints the same score. Interrupted, the
     same command with the same --out goes on.
     """
@@ -184,12 +185,14 @@ def doctor_command(
     typer.echo(f"placement: {inputs.plan.describe()}")
     for section, spec in zip(parsed.teachers, inputs.target_specs, strict=True):
         typer.echo(f"{section.name} ({section.engine}): {spec.kind} targets, {spec.nbytes(1)} bytes a token")
+    for line in doctor.shown(inputs):
+        typer.echo(line)
     found = list(doctor.findings(inputs, Path("runs")))
     if sanity and not any(f.level == "error" for f in found):
         found += [f for f in [doctor.sanity(inputs)] if f]
     for finding in found:
         typer.echo(str(finding))
-    if found:
+    if any(f.level != "note" for f in found):
         raise typer.Exit(EXIT_USER)
     typer.echo("no findings")
 
@@ -235,10 +238,13 @@ def _report(summary: dict[str, Any], path: Path) -> None:
         f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} (ui.perfetto.dev)"
     )
     typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
-    if summary["score_first"] is not None:
+    if summary["kl_first"] is not None:
+        score = ""  # where nothing is graded there is none
+        if summary["score_first"] is not None and summary["score_last"] is not None:
+            score = f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, "
         typer.echo(
-            f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, KL to the teacher "
-            f"{summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in {summary['steps']} steps and {summary['wall_seconds']:.0f} s"
+            f"{score}KL to the teacher {summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in {summary['steps']} steps and "
+            f"{summary['wall_seconds']:.0f} s"
         )
 
 

@@ -13,21 +13,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from fopd_cli.engines import hf, lora, vllm_engine
+from fopd_cli.engines.templates import Frame, check_variables, encode_observation, end_of_turn, readable
+from fopd_cli.engines.vocabularies import Match, exchanged, inverse, listed, match
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher, Vllm
-from fopd_cli.runtime.build import add_adapters, http_server, published_adapter, resolve_dtype, task_arguments
+from fopd_cli.runtime.build import (
+    add_adapters,
+    http_server,
+    published_adapter,
+    resolve_dtype,
+    student_frame,
+    task_arguments,
+)
+from fopd_cli.runtime.lengths import keep_what_fits, rooms, tells
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import Layout
 from fopd_cli.runtime.sizes import arena_bytes, available_memory, free_shared_memory
-from fopd_cli.runtime.stream import PromptStream
-from fopd_cli.samples import TargetSpec
+from fopd_cli.runtime.stream import SPLITS, PromptStream, context_tokens
+from fopd_cli.samples import Prompt, TargetSpec
 from fopd_cli.tasks import load_task
+
+if TYPE_CHECKING:
+    from fopd_cli.engines.http_teacher import HttpTeacher
 
 GB = 1e9
 SANITY_LIMIT_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -35,14 +48,14 @@ SANITY_LIMIT_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, and what to do about it. An error stops a run; a warning is for the user to judge."""
+    """What is wrong, and what to do about it. An error stops a run; a warning is for the user to judge; a note is no fault."""
 
-    level: Literal["error", "warning"]
+    level: Literal["error", "warning", "note"]
     what: str
-    cure: str
+    cure: str = ""
 
     def __str__(self) -> str:
-        return f"{self.level}: {self.what}; {self.cure}"
+        return f"{self.level}: {self.what}" + (f"; {self.cure}" if self.cure else "")
 
 
 @dataclass
@@ -53,6 +66,7 @@ class LocalTeacher:
     section: Teacher
     config: Any
     tokenizer: Any
+    match: Match  # its tokenizer and the student's
 
 
 @dataclass
@@ -71,6 +85,12 @@ class Inputs:
     def vocab(self) -> int:
         """Ids that all models here have; the rest is padding of one of them."""
         return min(hf.vocab_size(c) for c in (self.student_config, *(t.config for t in self.teachers)))
+
+    @property
+    def tables(self) -> tuple[np.ndarray | None, ...]:
+        """Of each teacher: the student's token id -> the teacher's; None where they are the same."""
+        local = {t.section.name: t.match.table for t in self.teachers}
+        return tuple(local.get(section.name) for section in self.recipe.teachers)
 
     @property
     def target_specs(self) -> tuple[TargetSpec, ...]:
@@ -128,16 +148,53 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
         check_model_name(t.model, keys[t.name])
     task = load_task(*task_arguments(recipe))
     config = hf.load_config(recipe.student.model, "student.model")
-    teachers = [
-        LocalTeacher(keys[t.name], t, hf.load_config(t.model, keys[t.name]), hf.load_tokenizer(t.model, keys[t.name]))
-        for t in local
-    ]
     tokenizer = hf.load_tokenizer(recipe.student.model, "student.model")
-    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt, recipe.teachers)
-    for split in ("train", "eval"):
+    configs = {t.name: hf.load_config(t.model, keys[t.name]) for t in local}
+    vocab = min(hf.vocab_size(c) for c in (config, *configs.values()))
+    teachers = []
+    for t in local:
+        theirs = hf.load_tokenizer(t.model, keys[t.name])
+        teachers.append(LocalTeacher(keys[t.name], t, configs[t.name], theirs, match(tokenizer, theirs, vocab)))
+    frames = {t.section.name: _own_frame(t, recipe) for t in teachers if t.section.template == "teacher"}
+    check_variables(recipe.template_kwargs, [tokenizer, *(f.tokenizer for f in frames.values())])
+    stream = PromptStream(
+        task, student_frame(recipe, tokenizer), recipe.seed, recipe.sampler.samples_per_prompt, recipe.teachers, frames
+    )
+    for split in SPLITS:
         if not stream.prompts[split]:
             raise UserError(f"task: there is no {split} prompt; give it at least one")
+    if recipe.template_kwargs and not frames and not any(p.messages for s in SPLITS for p in stream.prompts[s]):
+        raise UserError(
+            "task.chat_template_kwargs: all prompts are plain text, so no chat template is rendered; leave it out"
+        )
+    if frames and stream.replayable:
+        raise UserError(
+            "teacher.template: what stands between turns is in the student's frame, so a teacher with its own can judge tasks of one "
+            "turn only; set teacher.template: student"
+        )
+    found = {t.section.name: (t.key, t.config) for t in teachers}
+    stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, found, _served(recipe)))
     return Inputs(recipe, plan, config, tokenizer, teachers, stream, hf.weight_layout(config))
+
+
+def _own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:
+    table = teacher.match.table
+    return Frame(
+        teacher.tokenizer, recipe.template_kwargs, "teacher", getattr(recipe.task, "system", None),
+        None if table is None else inverse(table),
+    )  # fmt: skip
+
+
+def _served(recipe: Recipe) -> dict[str, int]:
+    """The context of each remote teacher that tells."""
+    found = {t.name: _remote(t, 0).context() for t in recipe.teachers if t.engine == "http"}
+    return {name: context for name, context in found.items() if context is not None}
+
+
+def _remote(section: Teacher, vocab: int) -> HttpTeacher:
+    from fopd_cli.engines.http_teacher import HttpTeacher
+
+    return HttpTeacher(http_server(section), vocab)
 
 
 def check_model_name(model: str, key: str) -> None:
@@ -152,17 +209,26 @@ def check_model_name(model: str, key: str) -> None:
 
 def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     """All that can be found without loading weights; `disk` is where the run will write."""
+    yield from (Finding("note", notice) for notice in inputs.stream.notices)
     yield from _vllm(inputs)
     yield from _compiler(inputs)
+    yield from _ends_of_turns(inputs)
     for teacher in inputs.teachers:
         yield from _tokenizers(inputs, teacher)
         yield from _ends(inputs, teacher)
         yield from _templates(inputs, teacher)
         yield from _sameness(inputs, teacher)
+    yield from _conversation(inputs)
     yield from _servers(inputs)
-    yield from _lengths(inputs)
     yield from _disk(inputs, disk)
     yield from _memory(inputs)
+
+
+def of_pairs(inputs: Inputs) -> Iterator[Finding]:
+    """Whether the teachers know the student's tokens at all: what any figure about them stands on."""
+    for teacher in inputs.teachers:
+        yield from _tokenizers(inputs, teacher)
+    yield from _servers(inputs)
 
 
 def _vllm(inputs: Inputs) -> Iterator[Finding]:
@@ -199,44 +265,60 @@ def _compiler(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _servers(inputs: Inputs) -> Iterator[Finding]:
-    """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs."""
+    """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs, of the longest sample too."""
     remote = [t for t in inputs.recipe.teachers if t.engine == "http"]
     if remote:
-        from fopd_cli.engines.http_teacher import HttpTeacher
+        from fopd_cli.engines.http_teacher import TooLong
 
-        probe = hf.encode_prompt(inputs.tokenizer, inputs.stream.prompts["train"][0])
+        stream = inputs.stream
+        split, index = max(
+            ((s, i) for s in SPLITS for i in stream.kept[s]), key=lambda at: stream.tokens(at[0], at[1], True)
+        )
+        probe = np.resize(stream.encoded(split, index), context_tokens(inputs.recipe, stream, judged=True))
         for section in remote:
-            HttpTeacher(http_server(section), inputs.vocab).check(inputs.tokenizer, probe, section.k)
+            try:
+                _remote(section, inputs.vocab).check(inputs.tokenizer, probe, section.k)
+            except TooLong as error:
+                where = stream.prompts[split][index].where
+                raise UserError(f"{error}; the longest sample that there can be is of {where}") from None
     yield from ()
 
 
 def _tokenizers(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
-    ours, theirs = inputs.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    ours_by_id, theirs_by_id = {i: t for t, i in ours.items()}, {i: t for t, i in theirs.items()}
-    shared = set(ours_by_id) & set(theirs_by_id)
-    different = sorted(i for i in shared if ours_by_id[i] != theirs_by_id[i])
-    if different:
-        i = different[0]
+    found = teacher.match
+    if found.different:
         yield Finding(
             "error",
-            f"student and teacher have different tokenizers: {len(different)} of {len(shared)} shared ids differ, first "
-            f"{i}: {ours_by_id[i]!r} against {theirs_by_id[i]!r}",
+            f"student and teacher have different tokenizers: {len(found.different)} of {found.shared} shared ids differ, first "
+            f"{found.different[0]}",
             "choose a pair of one model family (distillation compares the two token by token)",
         )
         return
-    beyond = [i for i in (set(ours_by_id) ^ set(theirs_by_id)) if i < inputs.vocab]
-    if beyond:
+    if found.renamed:
         yield Finding(
             "warning",
-            f"{len(beyond)} token ids under {inputs.vocab} are known to only one of the two tokenizers",
+            f"student and {teacher.section.name} differ in {len(found.renamed)} special tokens; the student's are taken for the "
+            f"teacher's: {listed(found.renamed)}",
+            "make sure that they mean the same, or choose a pair with one tokenizer",
+        )
+    if found.beyond:
+        yield Finding(
+            "warning",
+            f"{found.beyond} token ids under {inputs.vocab} are known to only one of the two tokenizers",
             "make sure that the prompts and answers never use them",
         )
 
 
+def _student_ends(inputs: Inputs) -> frozenset[int]:
+    return hf.token_rules(inputs.recipe.student.model, inputs.tokenizer, inputs.student_config, "student.model").eos
+
+
 def _ends(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
-    recipe = inputs.recipe
-    ours = hf.token_rules(recipe.student.model, inputs.tokenizer, inputs.student_config, "student.model").eos
+    ours = _student_ends(inputs)
     theirs = hf.token_rules(teacher.section.model, teacher.tokenizer, teacher.config, teacher.key).eos
+    if (table := teacher.match.table) is not None:
+        back = inverse(table)
+        theirs = frozenset(int(back[i]) if i < len(back) else i for i in theirs)
     if ours == theirs:
         return
     yield Finding(
@@ -247,38 +329,83 @@ def _ends(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     )
 
 
+def _ends_of_turns(inputs: Inputs) -> Iterator[Finding]:
+    """A chat template ends the assistant's turn with a token of its own; one that does not end a response never will."""
+    ours, frames = _student_ends(inputs), list[Frame]()
+    if any(p.messages for p in inputs.stream.prompts["train"][:1]):
+        frames.append(inputs.stream.frame)
+    frames += [_own_frame(t, inputs.recipe) for t in inputs.teachers if t.section.template == "teacher"]
+    for frame in frames:
+        end = end_of_turn(frame.tokenizer, frame.variables)
+        known = end if end is None or frame.to_student is None else int(exchanged(np.array([end]), frame.to_student)[0])
+        if known is not None and known not in ours:
+            yield Finding(
+                "warning",
+                f"the {frame.whose}'s chat template ends the assistant's turn with {frame.tokenizer.convert_ids_to_tokens(end)!r} "
+                f"({known}), but the student ends a response with {sorted(ours)}: its responses may all be cut off at max_new_tokens",
+                f"put {known} into eos_token_id of the student's generation_config.json (a list may hold several)",
+            )
+
+
 def _templates(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
+    if not any(p.messages for p in inputs.stream.prompts["train"][:1]) or teacher.section.template == "teacher":
+        return
     ours, theirs = (getattr(t, "chat_template", None) for t in (inputs.tokenizer, teacher.tokenizer))
-    if any(p.messages for p in inputs.stream.prompts["train"][:1]) and ours != theirs:
+    if ours != theirs:
         yield Finding(
             "warning",
             "student and teacher have different chat templates; the student's is used for both",
-            "make sure that the teacher understands it, or give the student the teacher's chat_template",
+            "make sure that the teacher understands it, or set teacher.template: teacher",
         )
 
 
-def _lengths(inputs: Inputs) -> Iterator[Finding]:
-    r = inputs.recipe
-    # vLLM generates one token after what it scores.
-    models = [("student.model", inputs.student_config, 0)]
-    models += [(t.key, t.config, int(t.section.engine == "vllm")) for t in inputs.teachers]
-    for key, config, extra in models:
-        context = getattr(hf.text_config(config), "max_position_embeddings", None)
-        for split, new in (
-            ("train", r.sampler.max_new_tokens), ("eval", r.eval.max_new_tokens or r.sampler.max_new_tokens),
-        ):  # fmt: skip
-            longest, index = inputs.stream.longest(split)
-            if context is not None and longest + new + extra > context:
-                yield Finding(
-                    "error",
-                    f"{key}: {split} prompt {index} has {longest} tokens, with {new} new ones that is more than the "
-                    f"model's context of {context}",
-                    "lower max_new_tokens, leave the prompt out, or take a model with a longer context",
-                )
+def _conversation(inputs: Inputs) -> Iterator[Finding]:
+    """What the environment answers must have a place in the chat template."""
+    first = inputs.stream.prompts["train"][inputs.stream.kept["train"][0]]
+    if inputs.stream.episodic and first.messages:
+        try:
+            _between(inputs, first)
+        except UserError as error:
+            what, _, cure = str(error).partition("; ")
+            yield Finding("error", what, cure)
+
+
+def _between(inputs: Inputs, prompt: Prompt) -> np.ndarray:
+    role = "tool" if prompt.tools else "user"
+    return encode_observation(inputs.tokenizer, "...", role, True, None, inputs.recipe.template_kwargs)
+
+
+def shown(inputs: Inputs) -> Iterator[str]:
+    """One prompt as the student and its teacher see it, special tokens in double brackets: most runs that go wrong do so here."""
+    stream = inputs.stream
+    index = stream.kept["train"][0]
+    prompt = stream.prompts["train"][index]
+    yield from _block(f"what the student reads ({prompt.where})", inputs.tokenizer, stream.encoded("train", index))
+    if stream.episodic and prompt.messages:
+        yield from _block("what stands between its turns", inputs.tokenizer, _between(inputs, prompt))
+    told = stream.as_told("train", index)
+    if told is None:
+        yield "the teacher reads the same"
+        return
+    name = stream.teacher_name("train", index)
+    teacher = next((t for t in inputs.teachers if t.section.name == name), None)
+    if teacher is not None and teacher.section.template == "teacher":
+        table = teacher.match.table
+        yield from _block(
+            "what the teacher reads", teacher.tokenizer, told if table is None else exchanged(told, table)
+        )
+    else:
+        yield from _block("what the teacher reads", inputs.tokenizer, told)
+
+
+def _block(title: str, tokenizer: Any, ids: np.ndarray) -> Iterator[str]:
+    yield f"{title}, {len(ids)} tokens:"
+    yield from (f"    {line}" for line in readable(tokenizer, ids).split("\n"))
 
 
 def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
-    if inputs.recipe.student.model == teacher.section.model:
+    # Told more than the student, a model teaches itself.
+    if inputs.recipe.student.model == teacher.section.model and not tells(teacher.section):
         yield Finding("warning", "student and teacher are the same model: every loss is 0", "name a larger teacher")
 
 
@@ -369,12 +496,9 @@ def sanity(inputs: Inputs) -> Finding | None:
     path = recipe.student.model
     sampler = transformers_sampler(path, dtype, cpu, concurrency=4)
     params = SamplingParams(recipe.sampler.temperature, 1.0, min(32, recipe.sampler.max_new_tokens))
-    count = min(4, len(inputs.stream.prompts["train"]))
+    asked = inputs.stream.kept["train"][:4]
     sampler.submit(
-        [
-            Request(i, inputs.stream.encoded("train", i), SampleId("train", 0, i, 0).seed(0), params)
-            for i in range(count)
-        ]
+        [Request(i, inputs.stream.encoded("train", i), SampleId("train", 0, i, 0).seed(0), params) for i in asked]
     )
     rollouts: list[Rollout] = []
     while sampler.busy:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -23,13 +25,15 @@ import torch
 
 from fopd_cli.engines import hf
 from fopd_cli.engines.protocols import Sampler
+from fopd_cli.engines.templates import check_variables
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime import records
-from fopd_cli.runtime.build import make_sampler, resolve_dtype, task_arguments
+from fopd_cli.runtime.build import make_sampler, resolve_dtype, student_frame, task_arguments
 from fopd_cli.runtime.environment import LocalEnvironments
 from fopd_cli.runtime.episodes import Episodes
+from fopd_cli.runtime.lengths import keep_what_fits, rooms
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.roles import graded
 from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids
@@ -70,6 +74,8 @@ def evaluate(model: str, recipe: Recipe, out: Path | None, mode: Mode = "all", j
 
     with book:
         _work(_jobs(model, recipe, mode, jobs, book.rows), take)
+        if mode != "generate":
+            _judge(model, recipe, book)
     rows = sorted(book.rows.values(), key=lambda row: row["number"])
     if out is not None:
         book.rewrite()
@@ -85,25 +91,53 @@ def evaluate(model: str, recipe: Recipe, out: Path | None, mode: Mode = "all", j
     return found
 
 
+def _judge(model: str, recipe: Recipe, book: _Book) -> None:
+    """Rows that nobody can grade are measured by their teacher instead."""
+    open_ = {n: row for n, row in book.rows.items() if not row["gradable"] and row["kl"] is None}
+    if open_:
+        from fopd_cli.teacher_kl import teacher_kl
+
+        for found in teacher_kl(model, recipe, list(open_.values())):
+            book.write({**open_[found.number], "kl": found.kl, "kl_tokens": found.tokens})
+
+
 def summary(rows: list[Row]) -> dict[str, Any]:
-    """Figures over all rows; the score is mean@k over prompts, None while nothing is graded."""
+    """Figures over all rows; the score is mean@k over prompts, None while nothing is graded.
+
+    The KL to the teacher is there for rows without a grade: the mean over tokens, with an error over prompts.
+    """
     by_prompt: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         if row["score"] is not None:
             by_prompt[row["prompt_index"]].append(row["score"])
     score, error = mean_and_error(by_prompt.values()) if by_prompt else (None, None)
+    measured: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        if row["kl"] is not None:
+            measured[row["prompt_index"]].append(row["kl"])
+    kl: Row = {}
+    if measured:
+        tokens = sum(row["kl_tokens"] for row in rows if row["kl"] is not None)
+        mean = sum(row["kl"] * row["kl_tokens"] for row in rows if row["kl"] is not None) / tokens
+        kl = {"kl": mean, "kl_error": _plain(mean_and_error(measured.values())[1])}
     episodes: Any = [SimpleNamespace(turns=row["turns"], calls=row["calls"]) for row in rows]
     return {
-        "score": score, "score_error": error, "prompts": len({row["prompt_index"] for row in rows}), "rows": len(rows),
+        "score": score, "score_error": _plain(error), **kl, "prompts": len({row["prompt_index"] for row in rows}), "rows": len(rows),
         "truncated": sum(row["finish"] == "length" for row in rows) / max(1, len(rows)),
         **records.mean_figures([row["figures"] for row in rows]), **records.episodes(episodes), **records.tool_seconds(episodes),
     }  # fmt: skip
 
 
+def _plain(value: float | None) -> float | None:
+    """JSON has no nan: the error of a single prompt."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _digest(model: str, recipe: Recipe) -> str:
-    """Of what rows depend on."""
+    """Of what rows depend on; of teachers what they are and what they read, as some rows hold a KL to them."""
+    teachers = [[t.name, t.model, t.context, t.template, t.k] for t in recipe.teachers]
     asked = {"model": model, "task": recipe.task.model_dump(mode="json"), "sampler": recipe.sampler.model_dump(mode="json"),
-             "eval": recipe.eval.model_dump(mode="json"), "seed": recipe.seed}  # fmt: skip
+             "eval": recipe.eval.model_dump(mode="json"), "seed": recipe.seed, "teachers": teachers}  # fmt: skip
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -119,7 +153,7 @@ class _Book:
 
     def _read(self, path: Path) -> None:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold U+2028
             found = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may have been cut off
         except (OSError, ValueError) as error:
             raise UserError(f"--out: {path} cannot be read as rows of fopd eval: {error}") from None
@@ -163,8 +197,10 @@ def _jobs(model: str, recipe: Recipe, mode: Mode, jobs: int, rows: dict[int, Row
     if mode == "grade":
         todo = list(rows.values())
         return [Job(model, recipe, mode, [], part) for i in range(jobs) if (part := todo[i::jobs])]
-    task: Any = load_task(*task_arguments(recipe))
-    count = len(task.prompts("eval")) * recipe.eval.samples
+    stream = _stream(model, recipe, load_task(*task_arguments(recipe)))
+    for notice in stream.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    count = len(evaluation_ids(recipe, stream))
     size = recipe.sampler.concurrency  # the groups that a run forms
     groups = [[n for n in range(i, min(i + size, count)) if n not in rows] for i in range(0, count, size)]
     groups = [group for group in groups if group]
@@ -174,6 +210,23 @@ def _jobs(model: str, recipe: Recipe, mode: Mode, jobs: int, rows: dict[int, Row
         for i in range(jobs)
         if groups[i::jobs] or ungraded[i::jobs]
     ]
+
+
+def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
+    """The held-out prompts that fit, as in the run. Of teachers that cannot be looked at here no context is known."""
+    tokenizer, config = hf.load_tokenizer(model, "MODEL"), hf.load_config(model, "MODEL")
+    local = [t for t in recipe.teachers if t.engine != "http" and t.template == "student"]
+    configs = {}
+    for t in local:
+        with contextlib.suppress(UserError):
+            configs[t.name] = ("teacher.model", hf.load_config(t.model, "teacher.model"))
+    if all(t.template == "student" for t in recipe.teachers):  # else a teacher's may be the one that reads them
+        check_variables(recipe.template_kwargs, [tokenizer])
+    stream = PromptStream(
+        task, student_frame(recipe, tokenizer), recipe.seed, recipe.sampler.samples_per_prompt, recipe.teachers
+    )
+    stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, configs, {}))
+    return stream
 
 
 def _work(jobs: list[Job], take: Callable[[Row], None]) -> None:
@@ -211,19 +264,20 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
     """Finished rows, one by one."""
     recipe = job.recipe
     task: Any = load_task(*task_arguments(recipe))  # with episodes or without
-    prompts = task.prompts("eval")
-    for row in job.rows:
-        yield {**row, **_grade(task, prompts[row["prompt_index"]], row["answer"])}
+    if job.rows:
+        prompts = task.prompts("eval")
+        for row in job.rows:
+            yield {**row, **_grade(task, prompts[row["prompt_index"]], row["answer"])}
     if not job.groups:
         return
-    tokenizer = hf.load_tokenizer(job.model, "MODEL")
-    stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
+    stream = _stream(job.model, recipe, task)
+    tokenizer = stream.frame.tokenizer
     dtype = resolve_dtype(recipe.sampler.dtype, device.type == "cuda")
-    sampler = make_sampler(recipe, job.model, dtype, device, context_tokens(recipe, stream))
+    sampler = make_sampler(recipe, job.model, dtype, device, context_tokens(recipe, stream, judged=False))
     ids = evaluation_ids(recipe, stream)
     params = sampling_params(recipe, evaluation=True)
     with contextlib.ExitStack() as stack:
-        environments = stack.enter_context(LocalEnvironments(task, tokenizer)) if stream.episodic else None
+        environments = stack.enter_context(LocalEnvironments(task, stream.frame)) if stream.episodic else None
         for group in job.groups:
             requests = [Request(i, stream.token_ids(ids[i]), ids[i].seed(recipe.seed), params) for i in group]
             if environments is None:
@@ -235,7 +289,11 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
             for rollout in finished:
                 sample = ids[rollout.key]
                 row = _row(stream.prompt(sample), sample, rollout, tokenizer)
-                yield row if job.mode == "generate" else {**row, **_grade(task, stream.prompt(sample), row["answer"])}
+                if job.mode != "generate":
+                    row |= _grade(task, stream.prompt(sample), row["answer"])
+                if job.mode == "generate" or not row["gradable"]:  # it may be for the teacher to judge
+                    row["token_ids"] = rollout.response_ids.tolist()
+                yield row
 
 
 def _grade(task: Any, prompt: Prompt, answer: str) -> Row:
@@ -244,6 +302,7 @@ def _grade(task: Any, prompt: Prompt, answer: str) -> Row:
     return {
         "score": score if gradable else None,
         "gradable": gradable,
+        "kl": None,
         "figures": {k: v for k, v in figures.items() if v == v},
     }
 
@@ -253,7 +312,7 @@ def _row(prompt: Prompt, sample: SampleId, rollout: Rollout, tokenizer: Any) -> 
         "number": rollout.key, "prompt_index": sample.prompt, "sample": sample.replica, "prompt": prompt.text or prompt.messages,
         "response": hf.decode(tokenizer, rollout.response_ids),
         "answer": hf.decode(tokenizer, rollout.last_turn) if rollout.answer is None else rollout.answer,
-        "score": None, "gradable": True, "figures": {}, "finish": rollout.finish, "tokens": rollout.response_length,
+        "score": None, "gradable": True, "kl": None, "figures": {}, "finish": rollout.finish, "tokens": rollout.response_length,
         "turns": rollout.turns, "calls": rollout.calls,
     }  # fmt: skip
 
@@ -287,7 +346,12 @@ def converse(
             else:
                 environments.turn(
                     m.TurnCommand(
-                        turn.key, episode.life, prompts[turn.key], hf.decode(tokenizer, turn.response_ids), now
+                        turn.key,
+                        episode.life,
+                        prompts[turn.key],
+                        hf.decode_turn(tokenizer, turn.response_ids),
+                        now,
+                        int(turn.response_ids[-1]),
                     )
                 )
         for seen in environments.receive(block=bool(episodes.running) and not sampler.busy):

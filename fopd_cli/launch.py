@@ -48,7 +48,7 @@ def check(recipe: Recipe, path: Path) -> doctor.Inputs:
     inputs = doctor.load_inputs(recipe, place(recipe, cuda_devices()))
     found = list(doctor.findings(inputs, path))
     for finding in found:
-        if finding.level == "warning":
+        if finding.level != "error":
             say(str(finding))
     errors = [f"{f.what}; {f.cure}" for f in found if f.level == "error"]
     if errors:
@@ -61,5 +61,5 @@ def say(line: str) -> None:
 
 
 def _conductor(inputs: doctor.Inputs, run_dir: RunDir) -> Conductor:
-    model = Model(inputs.tokenizer, inputs.vocab, inputs.target_specs, inputs.published)
+    model = Model(inputs.tokenizer, inputs.vocab, inputs.target_specs, inputs.published, inputs.tables)
     return Conductor(inputs.recipe, run_dir, inputs.plan, inputs.stream, model)

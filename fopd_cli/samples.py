@@ -34,6 +34,12 @@ class Prompt:
     payload: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None  # name of the teacher that judges it; None: the first
     tools: list[dict[str, Any]] = field(default_factory=list)  # for the chat template, in JSON schema
+    place: str | None = None  # the row of the user's file that it comes from, for errors
+
+    @property
+    def where(self) -> str:
+        """How an error names it."""
+        return self.place or f"prompt {self.index}"
 
 
 @dataclass(frozen=True, order=True)

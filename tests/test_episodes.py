@@ -152,16 +152,13 @@ def test_an_observation_cannot_speak_in_special_tokens(pair: Path) -> None:
 
 
 def test_calls_are_found_in_both_notations() -> None:
-    assert parse("so\n```python\nx = 1\n```\nor\n```py\nx\n```", "code") == ("x\n", None)
-    assert parse("the answer is ```7```", "code") is None
-    assert parse('<tool_call>\n{"name": "python", "arguments": {"code": "1+1"}}\n</tool_call>', "native") == (
-        "1+1",
-        None,
-    )
+    assert parse("so\n```python\nx = 1\n```\nor\n```py\nx\n```", "code") == [("x = 1\n", None), ("x\n", None)]
+    assert parse("the answer is ```7```", "code") == []
+    call = '<tool_call>\n{"name": "python", "arguments": {"code": "1+1"}}\n</tool_call>'
+    assert parse(call, "native") == [("1+1", None)]
     for wrong in ("{", '{"name": "bash", "arguments": {"code": "ls"}}', '{"name": "python", "arguments": "1"}', "[]"):
-        found = parse(f"<tool_call>{wrong}</tool_call>", "native")
-        assert found is not None
-        assert found[1]
+        ((_, problem),) = parse(f"<tool_call>{wrong}</tool_call>", "native")
+        assert problem
 
 
 def converse(task: Tool, *turns: str) -> list[Observation]:

@@ -39,6 +39,11 @@ def recipe(tmp_path: Path) -> Path:
         ("learner", "write key=value"),
         ("student.model.x=1", "student.model is no section"),
         ("task.name=math", "task.train: is required"),
+        (
+            "task.name=chta",
+            r"task.name: there is no task 'chta'; did you mean 'chat'\? \(a task of your own: package.module:Class\)$",
+        ),
+        ("task.name=gsm8k", r"task.name: there is no task 'gsm8k'; there are arithmetic, chat, math, swe, tool \(a"),
     ],
 )
 def test_mistakes_in_one_key(recipe: Path, override: str, message: str) -> None:
@@ -81,6 +86,10 @@ def test_anchor_and_drift_follow_the_loss(recipe: Path, overrides: list[str], an
         (["loss.support=full", "teacher.targets=topk"], "set teacher.targets: hidden"),
         (["loss.support=topk", "teacher.targets=sampled"], "set teacher.targets: topk"),
         (["freshness.drift=topk", "sampler.top_p=0.9"], "set sampler.top_p: 1"),
+        (
+            ["teacher.template=teacher", "teacher.engine=http", "teacher.http.url=http://x"],
+            "set teacher.template: student",
+        ),
         (["loss.max_ratio=2"], "loss.support full has no importance ratio"),
         (["freshness.policy=trust"], "loss.support full has none"),
         (["loss.support=sampled", "loss.max_ratio=2"], "importance: true"),

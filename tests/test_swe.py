@@ -194,6 +194,26 @@ def test_the_scaffolds_that_come_with_the_package() -> None:
     assert "Unknown tool 'python'" in str(seen[1].text)
 
 
+def test_parallel_calls_in_xml_and_thoughts() -> None:
+    """Each call is executed, in order, and answered as a message of its own; what was only thought is not."""
+    native = Swe(scaffold="swebench", notation="native", train_prompts=2, eval_prompts=2)
+    call = "<tool_call>\n<function=bash>\n<parameter=command>\n{}\n</parameter>\n</function>\n</tool_call>\n"
+    thought = f"<think>{call.format('touch thought')}</think>"
+    (seen,) = play(
+        native, native.prompts("eval")[0], [thought + call.format("echo one > new") + call.format("ls; cat new")]
+    )
+    assert seen.role == "tool"
+    assert seen.text is not None
+    assert len(seen.text) == len(seen.calls) == 2
+    assert "one" in seen.text[1]
+    assert "thought" not in seen.text[1]
+    task = Swe(train_prompts=2, eval_prompts=2)
+    turn = "<think>```mswea_bash_command\ntouch thought\n```</think>THOUGHT: look\n\n```mswea_bash_command\nls\n```"
+    (seen,) = play(task, task.prompts("eval")[0], [turn])
+    assert "a.py" in str(seen.text)
+    assert "thought" not in str(seen.text)
+
+
 def test_instances_in_the_columns_of_swe_bench(tmp_path: Path) -> None:
     """A directory of one's own, names of tests written as JSON, a test that the repository does not have yet."""
     repository = tmp_path / "repo"

@@ -14,8 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fopd_cli.engines.templates import encode_observation, encode_prompt
+from fopd_cli.engines.vocabularies import special_ids
 from fopd_cli.errors import UserError
-from fopd_cli.samples import Prompt
+from fopd_cli.tasks.calls import MARKS
+
+__all__ = ["encode_observation", "encode_prompt"]  # of the same kind: what is asked of tokenizers
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -154,47 +158,16 @@ def token_rules(model: str, tokenizer: Any, config: Any, key: str) -> TokenRules
     return TokenRules(eos, min(eos) if pad is None else pad)
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> np.ndarray:
-    """Token ids of a prompt: through the chat template if it holds messages, as plain text otherwise."""
-    if prompt.messages is None:
-        return np.asarray(tokenizer(prompt.text)["input_ids"], dtype=np.int32)
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "task.chat: the student's tokenizer has no chat template; set task.chat: false to send plain text, "
-            "or use an instruct model"
-        )
-    ids = tokenizer.apply_chat_template(
-        prompt.messages, tools=prompt.tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return np.asarray(ids, dtype=np.int32)
-
-
-def encode_observation(tokenizer: Any, text: str, role: str, chat: bool) -> np.ndarray:
-    """Token ids of what stands between two turns of the assistant: an observation in the chat template's frame.
-
-    Made from a conversation of two words, so that nothing that was sampled is rendered again. The turn's own end token is
-    left out: it was sampled. Special tokens that the text spells are taken as plain text.
-    """
-    if not chat:
-        return np.asarray(_plain_ids(tokenizer, text), dtype=np.int32)
-    said, seen = "\u2063said\u2063", "\u2063seen\u2063"  # invisible separators: no template contains them
-    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}, {"role": role, "content": seen}]
-    whole = str(tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False))
-    before, found, after = whole.partition(said)[2].partition(seen)
-    if not found:
-        raise UserError(f"task: the student's chat template does not show messages of role {role!r}")
-    before = before.removeprefix(str(tokenizer.eos_token))
-    frame = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
-    return np.asarray([*frame[0], *_plain_ids(tokenizer, text), *frame[1]], dtype=np.int32)
-
-
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-
 def decode(tokenizer: Any, ids: np.ndarray) -> str:
     """Text without special tokens."""
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+
+
+def decode_turn(tokenizer: Any, ids: np.ndarray) -> str:
+    """Text of a turn for its environment: without special tokens, but for those that say where thoughts and calls are."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    left_out = special_ids(tokenizer) - {i for i, token in added.items() if token.content in MARKS}
+    return str(tokenizer.decode([i for i in ids.tolist() if i not in left_out], skip_special_tokens=False))
 
 
 def weight_layout(config: Any) -> list[tuple[str, tuple[int, ...]]]:

@@ -8,7 +8,10 @@ server's limit) is the user's to mend and says so.
 
 from __future__ import annotations
 
+import http.client
 import json
+import math
+import re
 import time
 import urllib.error
 import urllib.request
@@ -25,12 +28,21 @@ from fopd_cli.errors import UserError
 from fopd_cli.samples import Rollout, TeacherTargets
 
 FIRST_PAUSE_S = 0.5
+MODELS_TIMEOUT_S = 10.0
+MASS_TOLERANCE = 0.01
+TOO_LONG = re.compile(
+    r"context length|max_model_len|too (?:long|many tokens)|maximum (?:input|model|sequence) length", re.I
+)
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 PROBES = ("2+2=4, é ß 中文 🙂\n\n\tif x >= 10: return 'done'", "The answer is \\boxed{42}.  <|im_end|> </s>")
 
 
 class Unreachable(Exception):
     """The server failed so often that it is given up; in the middle of a run the worker fails and is started again."""
+
+
+class TooLong(UserError):
+    """A sample is longer than the server's context."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,10 @@ class HttpTeacher:
         pass
 
     def check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
-        """Raises `UserError` unless the server answers, has our token ids and gives prompt log-probs for them."""
+        """Raises `UserError` unless the server answers, has our token ids and gives prompt log-probs for them.
+
+        `probe` is as long as the longest sample that there can be.
+        """
         try:
             self._check(tokenizer, probe, k)
         except Unreachable as error:
@@ -87,6 +102,18 @@ class HttpTeacher:
                 )
         self._prompt_logprobs(probe, k)
 
+    def context(self) -> int | None:
+        """Tokens that the server's model takes, if the server says; None also while it cannot be reached, which `check` tells."""
+        server = self.server
+        headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+        request = urllib.request.Request(f"{server.url}/models", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=min(server.timeout_s, MODELS_TIMEOUT_S)) as response:
+                models = json.load(response)["data"]
+            return next((int(m["max_model_len"]) for m in models if m["id"] == server.model), None)
+        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+            return None
+
     def _score(self, rollout: Rollout, target: TeacherTargets) -> None:
         wanted = 0 if target.topk_ids is None else target.topk_ids.shape[-1]
         context = rollout.judged
@@ -94,9 +121,14 @@ class HttpTeacher:
         at = context.positions.clip(min=1)  # a position that the context does not have gets some row; nobody reads it
         entries, tokens = [found[i] for i in at], context.token_ids[at]
         assert target.logprobs is not None
-        target.logprobs.copy_(
-            torch.tensor([entry[str(token)]["logprob"] for entry, token in zip(entries, tokens, strict=True)])
-        )
+        try:
+            own = [entry[str(token)]["logprob"] for entry, token in zip(entries, tokens, strict=True)]
+        except KeyError as error:
+            raise UserError(
+                f"teacher.http.url: {self.server.url} gives no log-prob of the prompt's own token {error}; fopd needs those "
+                "of vLLM's `prompt_logprobs`, which has them beside the likeliest"
+            ) from None
+        target.logprobs.copy_(torch.tensor(own))
         if target.topk_logprobs is not None and target.topk_ids is not None:
             # The sampled token stands among them even if it is not likely; the others are the k likeliest.
             likely = [[e for e in entry.items() if e[1]["rank"] <= wanted] for entry in entries]
@@ -115,7 +147,24 @@ class HttpTeacher:
                 f"teacher.http.url: {self.server.url} returned no prompt log-probs; fopd needs a server that knows "
                 "`prompt_logprobs` on /completions, such as vllm serve"
             )
-        return [entry or {} for entry in found]
+        entries = [entry or {} for entry in found]
+        self._check_normalised(entries, k)
+        return entries
+
+    def _check_normalised(self, entries: list[dict[str, Any]], k: int) -> None:
+        """The k likeliest of `vocab` tokens have a mass between k / vocab and 1; logits or scores of another kind do not."""
+        for entry in entries[1:]:
+            logprobs = [math.nan if e["logprob"] is None else float(e["logprob"]) for e in entry.values()]
+            mass = sum(math.exp(min(value, 700.0)) for value in logprobs)
+            too_little = (
+                k > 0 and len(logprobs) >= k and mass < k / self.vocab / 2
+            )  # the server may have more tokens than we
+            if not mass < 1 + MASS_TOLERANCE or too_little:  # nan is neither
+                raise UserError(
+                    f"teacher.http.url: {self.server.url} gives values that are no log-probs: its {len(logprobs)} likeliest "
+                    f"tokens of a position have a probability of {mass:.4g} together; it must return those of the whole "
+                    "distribution at temperature 1 (vllm serve: --logprobs-mode raw_logprobs)"
+                )
 
     def _choice(self, answer: dict[str, Any]) -> dict[str, Any]:
         choices = answer.get("choices")
@@ -137,7 +186,8 @@ class HttpTeacher:
             except urllib.error.HTTPError as error:
                 said = _said(error)
                 if error.code not in TRANSIENT:
-                    raise UserError(_refused(server, error.code, said)) from None
+                    kind = TooLong if TOO_LONG.search(said) else UserError
+                    raise kind(_refused(server, error.code, said, len(body["prompt"]))) from None
                 trouble = f"status {error.code}: {said}"
             except (OSError, json.JSONDecodeError) as error:  # refused, timed out, cut off
                 trouble = str(getattr(error, "reason", None) or error) or type(error).__name__
@@ -147,14 +197,18 @@ class HttpTeacher:
         raise Unreachable(f"teacher.http.url: {server.url} failed {server.retries + 1} times, last with {trouble}")
 
 
-def _refused(server: HttpServer, code: int, said: str) -> str:
+def _refused(server: HttpServer, code: int, said: str, length: int) -> str:
     if code in (401, 403):
         return f"teacher.http.api_key_env: {server.url} refuses the API key ({code}: {said})"
     if code == 404:
         return f"teacher.model: {server.url} knows no model {server.model!r} there, or has no /completions ({said})"
-    return (
-        f"teacher.http: {server.url} refuses the request ({code}: {said}); is teacher.k over the server's max_logprobs?"
-    )
+    if TOO_LONG.search(said):
+        return (
+            f"teacher.http.url: {server.url} refuses a sample of {length} tokens as too long ({code}: {said}); lower "
+            "sampler.max_new_tokens, shorten the prompts, or serve the teacher with a longer context (vllm serve: --max-model-len)"
+        )
+    hint = "; is teacher.k over the server's max_logprobs?" if "logprobs" in said else ""
+    return f"teacher.http: {server.url} refuses the request ({code}: {said}){hint}"
 
 
 def _said(error: urllib.error.HTTPError) -> str:

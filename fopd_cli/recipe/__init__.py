@@ -6,6 +6,18 @@ recipe first, then in the current directory. What runs is written to the run dir
 
 from fopd_cli.recipe.explain import explain
 from fopd_cli.recipe.files import dump_recipe, load_recipe
-from fopd_cli.recipe.schema import Labels, Lora, Recipe, Sampler, Teacher, Vllm
+from fopd_cli.recipe.schema import Labels, Lora, Placement, Prompts, Recipe, Sampler, Teacher, Vllm
 
-__all__ = ["Labels", "Lora", "Recipe", "Sampler", "Teacher", "Vllm", "dump_recipe", "explain", "load_recipe"]
+__all__ = [
+    "Labels",
+    "Lora",
+    "Placement",
+    "Prompts",
+    "Recipe",
+    "Sampler",
+    "Teacher",
+    "Vllm",
+    "dump_recipe",
+    "explain",
+    "load_recipe",
+]

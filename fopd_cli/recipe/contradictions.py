@@ -25,6 +25,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     if fresh.policy == "sync" and max_lag > 0:
         yield f"freshness.policy: sync means schedule.depth 0, but the lag may be {max_lag} here; set schedule.depth: 0"
     yield from _of_teachers(recipe)
+    yield from _of_prompts(recipe)
     support = recipe.support
     if policy.trust and support not in ("sampled", "mc"):
         yield (
@@ -72,6 +73,17 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
             yield f"loss.student_k: {loss.student_k} leaves none of the teacher's {t.k} classes to the teacher; raise teacher.k"
 
 
+def _of_prompts(recipe: Recipe) -> Iterator[str]:
+    """Keys of the chat template that no chat template would read."""
+    own_template = any(t.template == "teacher" for t in recipe.teachers)
+    if getattr(recipe.task, "chat", True):
+        return
+    if getattr(recipe.task, "system", None):
+        yield "task.system: plain text (task.chat: false) has no system message; put it into task.template"
+    if recipe.template_kwargs and not own_template:
+        yield "task.chat_template_kwargs: no chat template is rendered with task.chat: false; leave one of them out"
+
+
 def _of_teachers(recipe: Recipe) -> Iterator[str]:
     """What is wrong with a teacher, or with several together."""
     teachers = recipe.teachers
@@ -86,6 +98,8 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
                 f"teacher.engine: {t.engine} gives log-probs, not the hidden states that loss.support {recipe.support} needs; "
                 "set loss.support: topk (or auto), or teacher.engine: transformers"
             )
+        if t.engine == "http" and t.template == "teacher":
+            yield "teacher.template: the chat template of a remote teacher is not known here; set teacher.template: student"
         if t.engine == "http" and t.http.url is None:
             yield "teacher.http.url: engine http needs the server's address, for example http://localhost:8000/v1"
     for key, values in (("targets", {t.targets for t in teachers}), ("k", {t.k for t in teachers})):

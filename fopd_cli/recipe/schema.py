@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -115,6 +116,8 @@ class Teacher(Section):
     """Shared memory for targets (of all teachers; the largest value counts); a full buffer holds the teacher back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at least two batches' worst case."""
     context: str | None = None
     """What the teacher is told instead of the question, and the student is not: a template with {question} and any of the prompt's own columns, such as {answer} or {solution}. null: the question."""
+    template: Literal["student", "teacher"] = "student"
+    """Whose chat template (and tokenizer) frames the prompt when the teacher judges the response. teacher: its own, and plain text becomes a user's message; for tasks of one turn."""
     delay_ms: Annotated[float, Field(ge=0)] = 0.0
     """Sleep so long for every scored sample: a slow teacher, for studies."""
 
@@ -134,18 +137,23 @@ class ArithmeticTask(Section):
     """Of the questions, apart from the run's seed."""
 
 
-class Questions(Section):
-    """How rows of a file become prompts; of the math task and the tool task."""
+class Prompts(Section):
+    """What all tasks have in common whose prompts are the user's."""
+
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, for example {enable_thinking: false}; wherever it is rendered."""
+    overlong: Literal["drop", "refuse"] = "drop"
+    """Prompts that are too long for a model's context together with max_new_tokens: leave them out (and say how many), or refuse to start."""
+
+
+class Questions(Prompts):
+    """How rows of a file become prompts."""
 
     question: str = "question"
-    """Column of the question, a text or a list of chat messages; a.b for a nested one."""
-    answer: str | None = "answer"
-    """Column of the reference answer; null: there is none, nothing is graded."""
+    """Column of the question, a text or a list of chat messages; a.b for a nested one. An assistant's answer at the end is left out."""
     solution: str | None = None
-    """Column of a reference solution, for teacher.context."""
+    """Column of a reference solution, for teacher.context. Default: the assistant's answer at the end of the messages, if there is one."""
     eval_question: str | None = None
-    """The same for the held-out source, if its columns have other names."""
-    eval_answer: str | None = None
     """The same for the held-out source, if its columns have other names."""
     teacher: str | None = None
     """Column that names the teacher of each row, where there are several; null: the first teacher judges all."""
@@ -157,18 +165,40 @@ class Questions(Section):
     """Whether to apply the tokenizer's chat template."""
 
 
-class MathTask(Questions):
+class Graded(Questions):
+    """Questions with an answer."""
+
+    answer: str | None = "answer"
+    """Column of the reference answer; null: there is none, nothing is graded, the KL to the teacher is the measure."""
+    eval_answer: str | None = None
+    """The same for the held-out source, if its columns have other names."""
+
+
+class ChatTask(Questions):
+    name: Literal["chat"]
+    """Questions without an answer to grade: distillation alone. Evaluations report the KL to the teacher."""
+    train: str
+    """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
+    eval: str
+    """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
+    question: str = "messages"
+    """Column of the question, a list of chat messages or a text; a.b for a nested one. An assistant's answer at the end is left out."""
+    eval_prompts: Positive = 256
+    """Held-out questions used."""
+
+
+class MathTask(Graded):
     name: Literal["math"]
     """Maths questions graded by math-verify."""
     train: str
-    """jsonl file, or hf:owner/name[@config][:split]."""
+    """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: str
     """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
     eval_prompts: Positive = 256
     """Held-out questions used."""
 
 
-class ToolTask(Questions):
+class ToolTask(Graded):
     name: Literal["tool"]
     """Questions answered with a Python interpreter, in a sandbox, over several turns."""
     train: str | None = None
@@ -203,11 +233,11 @@ class ToolTask(Questions):
     """Probability with which a training question's tool changes its answers at a version: a world that moves on, for studies of supervision drift."""
 
 
-class SweTask(Section):
+class SweTask(Prompts):
     name: Literal["swe"]
     """A coding agent mends repositories with bash, on mini-SWE-agent's scaffold."""
     train: str | None = None
-    """Instances in SWE-bench's columns: jsonl file, or hf:owner/name[@config][:split]; null (both): generated repositories."""
+    """Instances in SWE-bench's columns: sources as of the math task; null (both): generated repositories."""
     eval: str | None = None
     """The same, held out; may be the training file: what is held out is then not trained on."""
     scaffold: str = "swebench_backticks"
@@ -236,15 +266,26 @@ class SweTask(Section):
     """Of generated instances, apart from the run's seed."""
 
 
-class PluginTask(Section):
+class PluginTask(Prompts):
     name: str
     """Import path of your own task, package.module:Class (see fopd_cli/tasks/base.py)."""
     options: dict[str, Any] = {}
     """Keyword arguments of the class."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _looks_like_an_import_path(cls, values: Any) -> Any:
+        name = values.get("name") if isinstance(values, dict) else None
+        if isinstance(name, str) and ":" not in name:  # said alone: which keys it may have is another question
+            near = difflib.get_close_matches(name, BUILT_IN_TASKS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BUILT_IN_TASKS)}"
+            raise ValueError(f"task.name: there is no task {name!r}; {hint} (a task of your own: package.module:Class)")
+        return values
+
 
 BUILT_IN_TASKS: dict[str, type[Section]] = {
     "arithmetic": ArithmeticTask,
+    "chat": ChatTask,
     "math": MathTask,
     "swe": SweTask,
     "tool": ToolTask,
@@ -258,6 +299,7 @@ def _task_tag(value: Any) -> str:
 
 Task = Annotated[
     Annotated[ArithmeticTask, Tag("arithmetic")]
+    | Annotated[ChatTask, Tag("chat")]
     | Annotated[MathTask, Tag("math")]
     | Annotated[SweTask, Tag("swe")]
     | Annotated[ToolTask, Tag("tool")]
@@ -491,6 +533,11 @@ class Recipe(Section):
         """freshness.max_drift where the policy and the schedule ask for it."""
         follows = POLICIES[self.freshness.policy].depth and self.schedule.lag is None
         return self.freshness.max_drift if follows else None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return dict(getattr(self.task, "chat_template_kwargs", {}))
 
     @property
     def anchor(self) -> float:

@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from fopd_cli.engines import hf, lora
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
+from fopd_cli.engines.renumbered_teacher import RenumberedTeacher, renumbered_head
+from fopd_cli.engines.templates import Frame
 from fopd_cli.engines.vllm_engine import AdapterOptions, VllmOptions
 from fopd_cli.errors import UserError
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
-from fopd_cli.recipe import Lora, Recipe, Vllm
+from fopd_cli.recipe import Lora, Prompts, Recipe, Vllm
 from fopd_cli.recipe import Teacher as TeacherSection
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.publish import WeightChannel
@@ -40,7 +43,9 @@ class Setup:
     recipe: Recipe
     vocab: int  # ids under which student and teacher mean the same token
     target_specs: tuple[TargetSpec, ...]  # of each teacher
-    context: int  # tokens of the longest sample that there can be
+    tables: tuple[np.ndarray | None, ...]  # of each teacher: the student's token id -> the teacher's; None: the same
+    context: int  # tokens of the longest sample that there can be, as the student has it
+    judged: int  # the same, as teachers judge it
     arena: torch.Tensor
     channel: WeightChannel
     rendezvous: Path  # a fresh file name; each group of ranks adds its role
@@ -105,6 +110,7 @@ def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
     if recipe.targets == "hidden":
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
+        heads = [h if t is None else renumbered_head(h, t) for h, t in zip(heads, setup.tables, strict=True)]
     model = load_student(recipe, compute)
     if not spec.devices:
         hf.between_blocks(model, breathe)
@@ -129,6 +135,12 @@ def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
 
 def build_teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Teacher:
     """`breathe`: as of the learner."""
+    engine = _teacher(spec, setup, breathe)
+    table = setup.tables[spec.index]
+    return engine if table is None else RenumberedTeacher(engine, table)
+
+
+def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Teacher:
     teacher, dtype = setup.recipe.teachers[spec.index], setup.target_specs[spec.index].dtype
     if teacher.engine == "http":
         from fopd_cli.engines.http_teacher import HttpTeacher
@@ -139,7 +151,7 @@ def build_teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
 
         padding = max(0, hf.vocab_size(hf.load_config(teacher.model, "teacher.model")) - setup.vocab)
         options = VllmOptions(
-            max_tokens=setup.context + 1,  # the token that vLLM insists on generating
+            max_tokens=setup.judged + 1,  # the token that vLLM insists on generating
             max_requests=teacher.batch_samples, max_logprobs=teacher.k + padding,
             **_vllm_options("teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec)),
         )  # fmt: skip
@@ -157,7 +169,7 @@ def build_teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
         spec.world,
         teacher.micro_tokens,
         setup.vocab,
-        setup.context,
+        setup.judged,
         teacher.packing,
         setup.recipe.loss.student_k,
     )
@@ -240,7 +252,14 @@ def with_cpu_cache(options: VllmOptions, model: str) -> VllmOptions:
 
 
 def task_arguments(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """(name, keyword arguments) of the recipe's task."""
+    """(name, keyword arguments) of the recipe's task, without what is not the task's own to do."""
     options = recipe.task.model_dump()
     name = options.pop("name")
+    for key in Prompts.model_fields:
+        options.pop(key, None)
     return name, options.get("options", options)
+
+
+def student_frame(recipe: Recipe, tokenizer: Any) -> Frame:
+    """How the student reads its prompts."""
+    return Frame(tokenizer, recipe.template_kwargs, system=getattr(recipe.task, "system", None))

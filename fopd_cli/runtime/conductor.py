@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fopd_cli.engines import hf
@@ -80,6 +81,7 @@ class Model:
     vocab: int
     target_specs: tuple[TargetSpec, ...]
     layout: Layout
+    tables: tuple[np.ndarray | None, ...]  # of each teacher: the student's token id -> the teacher's
 
 
 class Conductor:
@@ -101,7 +103,8 @@ class Conductor:
         self.schedule.ahead = self.depth.now
         cuda = bool(plan.samplers[0].devices)
         self.setup = Setup(
-            recipe, model.vocab, model.target_specs, context_tokens(recipe, stream), self.arena.memory,
+            recipe, model.vocab, model.target_specs, model.tables, context_tokens(recipe, stream, judged=False),
+            context_tokens(recipe, stream, judged=True), self.arena.memory,
             WeightChannel.create(model.layout, resolve_dtype(recipe.sampler.dtype, cuda)),
             run_dir.path / f".rendezvous-{uuid.uuid4().hex[:8]}",
         )  # fmt: skip
@@ -447,9 +450,10 @@ class Conductor:
                 finished.append(self.episodes.finish(episode))
                 continue
             prompt = self.stream.prompt(self.schedule.tickets[turn.key].sample)
-            text = hf.decode(self.model.tokenizer, turn.response_ids)
+            text = hf.decode_turn(self.model.tokenizer, turn.response_ids)
             now = self.schedule.tickets[turn.key].version
-            self.fleet.send(ENVIRONMENT.name, m.TurnCommand(turn.key, episode.life, prompt, text, now))
+            command = m.TurnCommand(turn.key, episode.life, prompt, text, now, int(turn.response_ids[-1]))
+            self.fleet.send(ENVIRONMENT.name, command)
         return finished
 
     def _on_observed(self, message: m.Observed) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fopd_cli.engines import hf
+from fopd_cli.engines.templates import Frame, encode_observation
 from fopd_cli.errors import UserError
 from fopd_cli.runtime import messages as m
 from fopd_cli.samples import Prompt
@@ -26,8 +27,9 @@ Answer = m.Observed | m.Replayed | m.Failed
 class Environments:
     """Episodes by their life. `answer` is called with an `m.Observed` for every turn, unless the episode was cancelled."""
 
-    def __init__(self, task: EpisodicTask, tokenizer: Any, answer: Callable[[Answer], None]) -> None:
-        self.task, self.tokenizer, self.answer = task, tokenizer, answer
+    def __init__(self, task: EpisodicTask, frame: Frame, answer: Callable[[Answer], None]) -> None:
+        self.task, self.frame, self.answer = task, frame, answer
+        self.tokenizer = frame.tokenizer
         self._episodes: dict[int, tuple[int, Episode]] = {}  # life -> key, episode
         self._turns: dict[int, asyncio.Task[None]] = {}
         self._replays: set[asyncio.Task[None]] = set()
@@ -69,7 +71,7 @@ class Environments:
     async def _observe(self, command: m.TurnCommand) -> None:
         start = time.time()
         seen: Observation = await self._episodes[command.life][1].observe(command.text)
-        ids = self._encoded(seen, command.prompt)
+        ids = self._encoded(seen, command.prompt, command.ended)
         if ids is None:
             await self._close(command.life)
         self._turns.pop(command.life, None)
@@ -78,22 +80,25 @@ class Environments:
 
     async def _replay(self, command: m.ReplayCommand) -> None:
         start, rollout = time.time(), command.rollout
-        texts = [hf.decode(self.tokenizer, rollout.response_ids[a:b]) for a, b in rollout.turns]
+        texts = [hf.decode_turn(self.tokenizer, rollout.response_ids[a:b]) for a, b in rollout.turns]
         found = await replay(self.task, command.prompt, texts, command.now)
         ids = rollout.token_ids[: rollout.prompt_length] if command.told is None else command.told
         if found.prompt != command.prompt:
             prompt = found.prompt if command.template is None else told(found.prompt, command.template)
-            ids = hf.encode_prompt(self.tokenizer, prompt)
-        seen = [e for o in found.observations if (e := self._encoded(o, command.prompt)) is not None]
+            ids = self.frame.prompt(prompt)
+        ends = [int(rollout.response_ids[b - 1]) for _, b in rollout.turns]
+        pairs = zip(found.observations, ends, strict=False)
+        seen = [e for o, ended in pairs if (e := self._encoded(o, command.prompt, ended)) is not None]
         context = realigned(rollout, ids, seen)
         unchanged = same(context, cached(rollout, command.told))
         span = m.Span("replay", start, time.time(), {"turns": len(seen)})
         self.answer(m.Replayed(rollout.key, None if unchanged else context, span))
 
-    def _encoded(self, seen: Observation, prompt: Prompt) -> np.ndarray | None:
+    def _encoded(self, seen: Observation, prompt: Prompt, ended: int) -> np.ndarray | None:
         if seen.text is None:
             return None
-        return hf.encode_observation(self.tokenizer, seen.text, seen.role, chat=prompt.messages is not None)
+        chat = prompt.messages is not None
+        return encode_observation(self.tokenizer, seen.text, seen.role, chat, ended, self.frame.variables)
 
     async def _close(self, life: int) -> None:
         await self._episodes.pop(life)[1].close()
@@ -102,10 +107,10 @@ class Environments:
 class LocalEnvironments:
     """The same in this process, its loop in a thread: for `fopd eval`. Use as a context manager."""
 
-    def __init__(self, task: EpisodicTask, tokenizer: Any) -> None:
+    def __init__(self, task: EpisodicTask, frame: Frame) -> None:
         self.answers: queue.Queue[Answer] = queue.Queue()
         self._loop = asyncio.new_event_loop()
-        self._environments = Environments(task, tokenizer, self.answers.put)
+        self._environments = Environments(task, frame, self.answers.put)
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> LocalEnvironments:

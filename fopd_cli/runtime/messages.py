@@ -60,6 +60,7 @@ class TurnCommand:
     prompt: Prompt
     text: str
     now: int  # the student's version
+    ended: int  # the token that ended the turn
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,8 @@ from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 if TYPE_CHECKING:
     from fopd_cli.runtime.conductor import Totals
     from fopd_cli.runtime.schedule import Schedule
+
+MANY_TRUNCATED = 0.5  # share of responses
 
 
 def outcome(weight: float) -> Literal["trained", "gated"]:
@@ -73,10 +76,16 @@ def evaluation(
     samples: list[tuple[SampleId, float, Rollout]],
     figures: list[dict[str, float]],
 ) -> dict[str, Any]:
-    """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over tokens."""
+    """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over tokens.
+
+    `samples` come in the order of `stats`. Without a grade the score is nan, and the KL alone is the measure; its error is
+    over prompts, too.
+    """
     by_prompt: dict[int, list[float]] = defaultdict(list)
-    for sample, grade, _ in samples:
+    kl_by_prompt: dict[int, list[float]] = defaultdict(list)
+    for (sample, grade, _), kl in zip(samples, np.concatenate([s.kl for s in stats]), strict=True):
         by_prompt[sample.prompt].append(grade)
+        kl_by_prompt[sample.prompt].append(float(kl))
     score, error = mean_and_error(by_prompt.values())
     rollouts = [r for _, _, r in samples]
 
@@ -91,6 +100,7 @@ def evaluation(
         "prompts": len(by_prompt),
         **mean_figures(figures),
         "kl": tokens_mean("kl"),
+        "kl_error": mean_and_error(kl_by_prompt.values())[1],
         "forward_kl": tokens_mean("forward_kl"),
         "entropy": tokens_mean("entropy"),
         "kl_by_quartile": [_mean(column) for column in np.concatenate([s.kl_quartiles for s in stats]).T],
@@ -126,10 +136,21 @@ def tool_seconds(rollouts: list[Rollout]) -> dict[str, float]:
 
 
 def evaluation_line(record: dict[str, Any]) -> str:
-    return (
-        f"held-out at step {record['step']}: score {record['score']:.3f} ± {record['score_error']:.3f} "
-        f"({record['prompts']} prompts), KL to the teacher {record['kl']:.4f}"
-    )
+    """For people; a score only where there is one."""
+    kl = f"KL to the teacher {measured(record['kl'], record['kl_error'], 4)}"
+    if math.isfinite(record["score"]):
+        figures = f"score {measured(record['score'], record['score_error'], 3)} ({record['prompts']} prompts), {kl}"
+    else:
+        figures = f"{kl} ({record['prompts']} prompts)"
+    cut_off = ""
+    if record["truncated"] > MANY_TRUNCATED:
+        cut_off = f"; {record['truncated']:.0%} of the responses were cut off at max_new_tokens"
+    return f"held-out at step {record['step']}: {figures}{cut_off}"
+
+
+def measured(value: float, error: float, digits: int) -> str:
+    """A figure with its standard error, where there is one (of a single prompt there is none)."""
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
 
 def scalars(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, float]:
@@ -149,8 +170,9 @@ def histograms(stats: SampleStats) -> dict[str, np.ndarray]:
 
 def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
     """The figures that matter, for the progress bar."""
+    score = {"score": f"{record['score']:.2f}"} if math.isfinite(record["score"]) else {}
     figures = {
-        "score": f"{record['score']:.2f}",
+        **score,
         "loss": f"{record['loss']:.4f}",
         "kl": f"{record['kl']:.4f}",
         "lag": f"{record['lag_mean']:.1f}",
@@ -180,6 +202,7 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "collapsed": None if found is None else found.collapsed,
         "kl_first": _plain(first.get("kl")),
         "kl_last": _plain(last.get("kl")),
+        "kl_last_error": _plain(last.get("kl_error")),
         "max_lag": totals.max_lag,
         "mean_freshness": totals.freshness_sum / max(1, totals.samples),
         "wall_seconds": round(totals.wall_seconds, 3),

@@ -15,7 +15,7 @@ from fopd_cli.engines.protocols import Learner, Teacher
 from fopd_cli.recipe import Labels
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime.arena import targets_at
-from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, task_arguments
+from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, student_frame, task_arguments
 from fopd_cli.runtime.checkpoint import disk_error
 from fopd_cli.runtime.environment import Environments
 from fopd_cli.runtime.publish import WeightChannel
@@ -192,9 +192,9 @@ def environment_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     from fopd_cli.tasks import load_task
 
     task: Any = load_task(*task_arguments(setup.recipe))
-    tokenizer = hf.load_tokenizer(setup.recipe.student.model, "student.model")
+    frame = student_frame(setup.recipe, hf.load_tokenizer(setup.recipe.student.model, "student.model"))
     mailbox.send(m.Ready())
-    asyncio.run(_serve_episodes(mailbox, Environments(task, tokenizer, mailbox.send)))
+    asyncio.run(_serve_episodes(mailbox, Environments(task, frame, mailbox.send)))
 
 
 async def _serve_episodes(mailbox: Mailbox, environments: Environments) -> None:

@@ -33,12 +33,12 @@ class Grade:
 @dataclass(frozen=True)
 class Observation:
     """What the environment answers to a turn. `text` None: the episode is over, and `answer` is what is to be graded (None: the
-    turn itself).
+    turn itself). Several texts are a message each, as the answers to parallel calls.
 
     `calls` describe what was executed: `tool`, `ok` (it could be run to its end), `seconds`, `input`, `output`.
     """
 
-    text: str | None
+    text: str | Sequence[str] | None
     role: Literal["user", "tool"] = "user"  # under which a chat template shows it
     calls: list[dict[str, Any]] = field(default_factory=list)
     answer: str | None = None

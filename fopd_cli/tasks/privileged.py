@@ -24,7 +24,7 @@ def told(prompt: Prompt, template: str) -> Prompt:
             name = match[1]
             if name != "question" and name not in values:
                 raise UserError(
-                    f"teacher.context: prompt {prompt.index} has no column {name!r}; it has {', '.join(['question', *values])}"
+                    f"teacher.context: {prompt.where} has no column {name!r}; it has {', '.join(['question', *values])}"
                 )
             return question if name == "question" else str(values[name])
 
@@ -34,7 +34,7 @@ def told(prompt: Prompt, template: str) -> Prompt:
         return replace(prompt, text=fill(prompt.text or ""))
     last = max((i for i, m in enumerate(prompt.messages) if m["role"] == "user"), default=None)
     if last is None:
-        raise UserError(f"teacher.context: prompt {prompt.index} has no message of the user to put it into")
+        raise UserError(f"teacher.context: {prompt.where} has no message of the user to put it into")
     messages = list(prompt.messages)
     messages[last] = {**messages[last], "content": fill(messages[last]["content"])}
     return replace(prompt, messages=messages)

@@ -10,6 +10,7 @@ from fopd_cli.tasks.base import Task
 
 BUILT_IN = {
     "arithmetic": "fopd_cli.tasks.arithmetic:Arithmetic",
+    "chat": "fopd_cli.tasks.chat:Chat",
     "math": "fopd_cli.tasks.math:Math",
     "swe": "fopd_cli.tasks.swe.task:Swe",
     "tool": "fopd_cli.tasks.tool:Tool",

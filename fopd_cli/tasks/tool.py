@@ -1,13 +1,13 @@
 """Questions to be answered with a Python interpreter: the student writes code, sees what it prints, and goes on.
 
-In the style of ReTool, in two notations: a block of code fenced as ```python, answered by the user's next message, or a native call
-of the chat template (`<tool_call>{"name": "python", "arguments": {"code": ...}}</tool_call>`), answered as the tool's.
+In the style of ReTool, in two notations: blocks of code fenced as ```python, answered by the user's next message, or native calls
+of the chat template (`<tool_call>{"name": "python", "arguments": {"code": ...}}</tool_call>`, or XML), each answered as the tool's.
+All calls of a turn are executed, in their order; what the student only thinks is none.
 The interpreter keeps its state within an episode and runs in the sandbox. A turn without a call is the answer.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -20,10 +20,9 @@ from fopd_cli.sandbox import bubblewrap
 from fopd_cli.sandbox.interpreter import PythonSession
 from fopd_cli.sandbox.limits import Limits, Outcome
 from fopd_cli.tasks.base import Observation
+from fopd_cli.tasks.calls import Call, fenced, native
 from fopd_cli.tasks.math import Math
 
-FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 NUMBER = re.compile(r"-?\d+")
 PYTHON_TOOL = {
@@ -66,6 +65,10 @@ class Tool:
                 "task.notation: generated questions are plain text and have no native calls; set it to code"
             )
 
+    @property
+    def notices(self) -> list[str]:
+        return [] if self.files is None else self.files.notices
+
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
         prompts = self.generated.prompts(split) if self.files is None else self.files.prompts(split)
         for prompt in prompts:
@@ -103,9 +106,16 @@ class ToolEpisode:
     async def observe(self, turn: str) -> Observation:
         self.turns += 1
         wanted = parse(turn, self.task.notation)
-        if wanted is None or self.turns >= self.task.max_turns:
+        if not wanted or self.turns >= self.task.max_turns:
             return Observation(None)
-        code, problem = wanted
+        calls = [await self._execute(code, problem) for code, problem in wanted]
+        seen = [self._frame(call["output"]) for call in calls]
+        if self.task.notation == "native":
+            return Observation(seen if len(seen) > 1 else seen[0], "tool", calls)
+        return Observation("\n".join(seen) if self.chat else "".join(seen), "user", calls)
+
+    async def _execute(self, code: str, problem: str | None) -> dict[str, Any]:
+        """One call, in the order in which they were written: a later one may need what an earlier one left behind."""
         call: dict[str, Any] = {"tool": "python", "input": code, "ok": False, "seconds": 0.0}
         if self.calls >= self.task.max_calls:
             problem = f"no more than {self.task.max_calls} calls are allowed; give the answer"
@@ -114,8 +124,7 @@ class ToolEpisode:
             outcome = await self.session.execute(code)
             call |= {"ok": outcome.reason == "exit" and outcome.code == 0, "seconds": outcome.seconds}
             problem = self._shown(outcome)
-        call["output"] = problem
-        return Observation(self._frame(problem), "tool" if self.task.notation == "native" else "user", [call])
+        return {**call, "output": problem}
 
     async def close(self) -> None:
         await self.session.close()
@@ -140,20 +149,19 @@ class ToolEpisode:
         return block if self.chat else f"\n{block}\n"
 
 
-def parse(turn: str, notation: Literal["code", "native"]) -> tuple[str, str | None] | None:
-    """(code, what is wrong with the call) of a turn's last call; None if it makes none."""
-    found = (FENCE if notation == "code" else CALL).findall(turn)
-    if not found:
-        return None
+def parse(turn: str, notation: Literal["code", "native"]) -> list[tuple[str, str | None]]:
+    """(code, what is wrong with the call) of each of a turn's calls; none: the turn is the answer."""
     if notation == "code":
-        return found[-1], None
-    try:
-        call = json.loads(found[-1])
-        name, code = call["name"], call["arguments"]["code"]
-    except (ValueError, TypeError, KeyError) as error:
-        return found[-1], f"not a call of a tool: {type(error).__name__}: {error}"
-    if name != "python" or not isinstance(code, str):
-        return str(code), f"there is no tool {name!r} that takes this; there is python, which takes code"
+        return [(code, None) for code in fenced(turn)]
+    return [_python(call) for call in native(turn)]
+
+
+def _python(call: Call) -> tuple[str, str | None]:
+    if call.problem is not None:
+        return call.text, call.problem
+    code = call.arguments.get("code")
+    if call.name != "python" or not isinstance(code, str):
+        return call.text, f"there is no tool {call.name!r} that takes this; there is python, which takes code"
     return code, None
 
 

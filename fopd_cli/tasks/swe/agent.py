@@ -24,8 +24,8 @@ import yaml
 from fopd_cli.errors import UserError
 from fopd_cli.sandbox.limits import Limits, Outcome
 from fopd_cli.tasks.base import Observation
+from fopd_cli.tasks.calls import Call, native, spoken
 from fopd_cli.tasks.swe.places import Place, shown
-from fopd_cli.tasks.tool import CALL
 
 LONGEST = 100_000  # Linux's limit for one argument is 128 kB
 INSTALL = "pip install 'fopd[swe]' && pip install --no-deps mini-swe-agent==2.4.6"
@@ -118,10 +118,10 @@ class TurnModel:
         if self.scaffold.notation == "code":
             regex = config.get("action_regex", r"```mswea_bash_command\s*\n(.*?)\n```")
             found: list[dict[str, Any]] = self._text.parse_regex_actions(
-                turn, action_regex=regex, format_error_template=config["format_error_template"]
+                spoken(turn), action_regex=regex, format_error_template=config["format_error_template"]
             )
             return found
-        calls = [_tool_call(text, str(i)) for i, text in enumerate(CALL.findall(turn))]
+        calls = [_tool_call(call, str(i)) for i, call in enumerate(native(turn))]
         parsed: list[dict[str, Any]] = self._toolcall.parse_toolcall_actions(
             calls, format_error_template=config["format_error_template"], template_kwargs={"finish_reason": "stop"}
         )
@@ -140,10 +140,10 @@ class TurnModel:
             )
             return found
         actions = message.get("extra", {}).get("actions", [])
-        native: list[dict[str, Any]] = self._toolcall.format_toolcall_observation_messages(
+        answers: list[dict[str, Any]] = self._toolcall.format_toolcall_observation_messages(
             actions=actions, outputs=outputs, observation_template=template, template_vars=template_vars
         )
-        return native
+        return answers
 
     def get_template_vars(self, **_: Any) -> dict[str, Any]:
         return {}
@@ -152,13 +152,9 @@ class TurnModel:
         return {}
 
 
-def _tool_call(text: str, number: str) -> Any:
-    """A call of Qwen's and others' chat templates as OpenAI's API has it, which is what the scaffold checks."""
-    try:
-        call = json.loads(text)
-        name, arguments = str(call["name"]), json.dumps(call["arguments"])
-    except (ValueError, TypeError, KeyError):
-        name, arguments = "bash", text  # the scaffold says what is wrong with it
+def _tool_call(call: Call, number: str) -> Any:
+    """A call of a chat template as OpenAI's API has it, which is what the scaffold checks."""
+    name, arguments = (call.name, json.dumps(call.arguments)) if call.problem is None else ("bash", call.text)
     return SimpleNamespace(id=number, function=SimpleNamespace(name=name, arguments=arguments))
 
 
@@ -230,8 +226,10 @@ class AgentEpisode:
             raise heard
         if isinstance(heard, dict):
             return Observation(None, calls=calls, answer=str(heard.get("submission", "")))
-        role: Any = "tool" if all(m["role"] == "tool" for m in heard) else "user"
-        return Observation("\n".join(str(m["content"]) for m in heard), role, calls)
+        texts = [str(m["content"]) for m in heard]
+        if all(m["role"] == "tool" for m in heard):
+            return Observation(texts if len(texts) > 1 else texts[0], "tool", calls)
+        return Observation("\n".join(texts), "user", calls)
 
     async def close(self) -> None:
         if self._thread is None or self._model is None:

@@ -1,4 +1,4 @@
-"""SWE-bench-style instances: from a jsonl file or the hub, with the columns of SWE-bench and a few of ours."""
+"""SWE-bench-style instances: from files or the hub, with the columns of SWE-bench and a few of ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_cli.errors import UserError
-from fopd_cli.tasks.rows import read_rows
+from fopd_cli.tasks.files import read_rows
 
 
 @dataclass(frozen=True)
@@ -28,31 +28,42 @@ class Instance:
     files: dict[str, str] | None = None
     directory: Path | None = None
     image: str | None = None
+    place: str | None = None  # the row that it stands in, for errors
 
 
 def load_instances(source: str, key: str) -> list[Instance]:
     """All rows of a source. Raises `UserError` for a row that is no instance."""
-    return [
-        _instance(row, f"{key}: row {number} of {source!r}", source)
-        for number, row in enumerate(read_rows(source, key), 1)
-    ]
+    return [_instance(row.values, row.place, key, source) for row in read_rows(source, key)]
 
 
-def _instance(row: dict[str, Any], where: str, source: str) -> Instance:
+def _instance(row: dict[str, Any], place: str, key: str, source: str) -> Instance:
+    where = f"{key}: {place}"
     missing = [name for name in ("instance_id", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS") if name not in row]
     if missing:
         raise UserError(f"{where} has no column {missing[0]!r}; an instance of SWE-bench has it")
+    for name in ("instance_id", "problem_statement"):
+        if row[name] is None or not str(row[name]).strip():
+            raise UserError(
+                f"{where}: column {name!r} is {'null' if row[name] is None else 'empty'}; leave the row out"
+            )
     directory = row.get("directory")
     if directory is not None:
-        directory = (Path(source).parent / directory).resolve()
+        directory = ((folder if (folder := Path(source)).is_dir() else folder.parent) / directory).resolve()
         if not directory.is_dir():
             raise UserError(f"{where}: there is no directory {directory}")
     return Instance(
         id=str(row["instance_id"]), problem=str(row["problem_statement"]), fail_to_pass=_names(row["FAIL_TO_PASS"], where),
         pass_to_pass=_names(row["PASS_TO_PASS"], where), test_patch=row.get("test_patch") or "",
-        test_command=row.get("test_command"), files=row.get("files"), directory=directory,
+        test_command=row.get("test_command"), files=_contents(row.get("files")), directory=directory,
         image=row.get("image_name") or row.get("docker_image") or official_image(str(row["instance_id"])),
+        place=place,
     )  # fmt: skip
+
+
+def _contents(files: Any) -> dict[str, str] | None:
+    """Path -> text. In a csv file it is JSON; a parquet file has a field for the paths of all rows, null in the others."""
+    found = json.loads(files) if isinstance(files, str) else files
+    return None if found is None else {path: text for path, text in found.items() if text is not None}
 
 
 def official_image(instance_id: str) -> str:

@@ -106,5 +106,7 @@ class Swe:
             tools = [BASH_TOOL]
         payload = {"instance": instance, "problem": instance.problem}
         if self.chat:
-            return Prompt(index, messages=messages, payload=payload, tools=tools)
-        return Prompt(index, text="".join(m["content"] for m in messages), payload=payload, tools=tools)
+            return Prompt(index, messages=messages, payload=payload, tools=tools, place=instance.place)
+        return Prompt(
+            index, text="".join(m["content"] for m in messages), payload=payload, tools=tools, place=instance.place
+        )

@@ -1,0 +1,52 @@
+"""A teacher whose special tokens have other ids than the student's: it is asked in its own ids and answers in the student's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fopd_cli.engines.protocols import Teacher
+from fopd_cli.engines.vocabularies import exchanged, inverse
+from fopd_cli.samples import Rollout, TeacherTargets
+
+
+class RenumberedTeacher:
+    """Implements `protocols.Teacher` over another one. `table` int32 (vocab,): the student's id -> the teacher's."""
+
+    def __init__(self, teacher: Teacher, table: np.ndarray) -> None:
+        self.teacher, self.table, self.back = teacher, table, torch.from_numpy(inverse(table))
+
+    def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
+        self.teacher.score([self._asked(r) for r in rollouts], targets)
+        for target in targets:
+            if target.topk_ids is not None:
+                target.topk_ids.copy_(self.back[target.topk_ids.long()])
+
+    def head(self) -> Tensor | None:
+        found = self.teacher.head()
+        return None if found is None else renumbered_head(found, self.table)
+
+    def sleep(self) -> None:
+        self.teacher.sleep()
+
+    def wake(self) -> None:
+        self.teacher.wake()
+
+    def _asked(self, rollout: Rollout) -> Rollout:
+        context = rollout.judged
+        changes: dict[str, Any] = {"token_ids": exchanged(rollout.token_ids, self.table)}
+        if rollout.topk_ids is not None:
+            changes["topk_ids"] = self.table[rollout.topk_ids]
+        elif rollout.topk_logprobs is not None:  # of the whole vocabulary, in the order of ids
+            changes["topk_logprobs"] = rollout.topk_logprobs[:, self.back.numpy()]
+        return replace(rollout, context=replace(context, token_ids=exchanged(context.token_ids, self.table)), **changes)
+
+
+def renumbered_head(head: Tensor, table: np.ndarray) -> Tensor:
+    """The rows `(vocab, hidden)` of a teacher's head in the order of the student's ids."""
+    return head[torch.from_numpy(table).long().to(head.device)]

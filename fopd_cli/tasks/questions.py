@@ -1,0 +1,129 @@
+"""Questions from files: rows become prompts, each once, and what is held out is not trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from fopd_cli.errors import UserError
+from fopd_cli.samples import Prompt
+from fopd_cli.tasks.conversations import asked
+from fopd_cli.tasks.files import Row, column, read_rows
+
+Split = Literal["train", "eval"]
+
+
+class Questions:
+    """`train` and `eval` as of `files.read_rows`. A column may be nested (`reward_model.ground_truth`).
+
+    A question is a text or a list of chat messages. An assistant's answer at its end is what the student is to write, so it
+    is left out of the prompt; `solution` is that answer, unless a column is named for it. `notices` say, once the prompts
+    were read, what was done to how many rows.
+    """
+
+    def __init__(
+        self, train: str, eval: str, question: str = "question", answer: str | None = "answer", eval_question: str | None = None,
+        eval_answer: str | None = None, solution: str | None = None, teacher: str | None = None, template: str = "{question}",
+        system: str | None = None, chat: bool = True, eval_prompts: int = 256,
+    ) -> None:  # fmt: skip
+        self.sources: dict[Split, str] = {"train": train, "eval": eval}
+        self.questions: dict[Split, str] = {"train": question, "eval": eval_question or question}
+        self.answers: dict[Split, str | None] = {"train": answer, "eval": eval_answer or answer}
+        self.teacher, self.solution = teacher, solution
+        self.template, self.system, self.chat = template, system, chat
+        self.eval_prompts = eval_prompts
+        self._notices: dict[Split, list[str]] = {}
+
+    @property
+    def notices(self) -> list[str]:
+        if self.sources["train"] == self.sources["eval"] and "train" in self._notices:
+            return self._notices["train"]  # of one file once
+        return [notice for split in self._notices.values() for notice in split]
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """The distinct questions in file order; the first `eval_prompts` of the held-out source, which training skips."""
+        held_out = self._read("eval")[: self.eval_prompts]
+        if split == "eval":
+            return held_out
+        known = {_identity(prompt) for prompt in held_out}
+        rest = [prompt for prompt in self._read("train") if _identity(prompt) not in known]
+        if not rest:
+            raise UserError(
+                f"task.train: {self.sources['train']!r} has no question that task.eval does not hold out; "
+                "give different files or lower task.eval_prompts"
+            )
+        return [replace(prompt, index=number) for number, prompt in enumerate(rest)]
+
+    def _read(self, split: Split) -> list[Prompt]:
+        """The distinct rows."""
+        distinct: dict[str, Prompt] = {}
+        rows, counts = read_rows(self.sources[split], f"task.{split}"), Counter[str]()
+        for row in rows:
+            prompt = self._prompt(len(distinct), row, split, counts)
+            distinct.setdefault(_identity(prompt), prompt)
+        counts["repeated"] = len(rows) - len(distinct)
+        self._notices[split] = list(_notices(f"task.{split}", len(rows), counts, self.solution is None))
+        return list(distinct.values())
+
+    def _prompt(self, index: int, row: Row, split: Split, counts: Counter[str]) -> Prompt:
+        source_key, name = f"task.{split}", self.questions[split]
+        try:
+            question, said = asked(column(row, name, source_key, "task.question"))
+        except ValueError as error:
+            raise UserError(
+                f"{source_key}: {row.place}: column {name!r} {error}; leave the row out, or mend it"
+            ) from None
+        counts["said"] += said is not None
+        columns = {"answer": self.answers[split], "solution": self.solution, "teacher": self.teacher}
+        found = {
+            key: None if name is None else column(row, name, source_key, f"task.{key}") for key, name in columns.items()
+        }
+        if self.answers[split] is not None and _blank(found["answer"]):
+            found["answer"] = None
+            if split == "eval":
+                raise UserError(
+                    f"{source_key}: {row.place}: column {self.answers[split]!r} is null or empty, so nothing can be graded; leave the "
+                    "row out, or set task.answer: null (task.name: chat)"
+                )
+            counts["no answer"] += 1
+        payload = {"answer": found["answer"], "solution": said if self.solution is None else found["solution"]}
+        teacher = None if found["teacher"] is None else str(found["teacher"])
+        messages = self._messages(question) if isinstance(question, str) else question
+        if self.chat:
+            return Prompt(index, messages=messages, payload=payload, teacher=teacher, place=row.place)
+        if len(messages) > 1:
+            raise UserError(
+                f"{source_key}: {row.place} holds {len(messages)} messages, and without a chat template (task.chat: false) "
+                "there is no telling how they become one text; set task.chat: true"
+            )
+        return Prompt(index, text=messages[0]["content"], payload=payload, teacher=teacher, place=row.place)
+
+    def _messages(self, question: str) -> list[dict[str, Any]]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.template.replace("{question}", question)}]
+
+
+def _blank(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _identity(prompt: Prompt) -> str:
+    """All that the student sees of it: conversations that end alike are different questions."""
+    return json.dumps([prompt.text, prompt.messages], sort_keys=True, default=str)
+
+
+def _notices(key: str, rows: int, counts: Counter[str], as_solution: bool) -> Sequence[str]:
+    found = []
+    if counts["said"]:
+        use = "; it is {solution} for teacher.context" if as_solution else ""
+        found.append(
+            f"{key}: {counts['said']} of {rows} rows end with the assistant's answer, left out of the prompt{use}"
+        )
+    if counts["repeated"]:
+        found.append(f"{key}: {counts['repeated']} of {rows} rows repeat a question; each is used once")
+    if counts["no answer"]:
+        found.append(f"{key}: {counts['no answer']} of {rows} rows have no answer; they are trained on, and not graded")
+    return found
