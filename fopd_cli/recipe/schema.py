@@ -436,7 +436,7 @@ class Freshness(Section):
     """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor), the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with sampler.top_p), else sampled, which is free."""
     drift_k: Positive = 32
     """k of drift topk. As an anchor 1 collapsed in our sweep, 2 lagged behind, 8 and more held."""
-    max_drift: Annotated[float, Field(gt=0)] | None = 0.1
+    max_drift: Annotated[float, Field(gt=0)] | None = 0.01
     """Of policy fopd: while lagging samples drift more than this (D_roll, nats a token), sampling runs less far ahead than schedule.depth, down to not at all. Ours, not the paper's; null: always as far as schedule.depth. A fixed schedule.lag ignores it."""
     weights: Literal["raw", "normalized"] = "normalized"
     """normalized: divide by the batch's mean weight, so that lag does not shrink the step; what remains is how samples differ. raw is the paper's: in our benchmark it cost exact losses 2% of the score, because AdamW remembers the larger gradients of the first, fresh batches."""
