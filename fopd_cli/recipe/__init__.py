@@ -4,8 +4,21 @@ A recipe is YAML. Unknown keys are errors; `--set a.b=c` overrides one key; rela
 recipe first, then in the current directory. What runs is written to the run directory with every default filled in.
 """
 
+from fopd_cli.recipe import changes
 from fopd_cli.recipe.explain import explain
-from fopd_cli.recipe.files import dump_recipe, load_recipe
+from fopd_cli.recipe.files import dump_recipe, load_recipe, recorded_recipe
 from fopd_cli.recipe.schema import Labels, Lora, Recipe, Sampler, Teacher, Vllm
 
-__all__ = ["Labels", "Lora", "Recipe", "Sampler", "Teacher", "Vllm", "dump_recipe", "explain", "load_recipe"]
+__all__ = [
+    "Labels",
+    "Lora",
+    "Recipe",
+    "Sampler",
+    "Teacher",
+    "Vllm",
+    "changes",
+    "dump_recipe",
+    "explain",
+    "load_recipe",
+    "recorded_recipe",
+]
