@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fopd_cli import __version__
+from fopd_cli import __version__, paths
 from fopd_cli.errors import EXIT_INTERRUPTED, EXIT_USER, EXIT_WORKER, Interrupted, UserError, WorkerError
 
 app = typer.Typer(
@@ -18,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil a big language model into a small one, on policy and asynchronously, with freshness control (f-OPD). "
     "Exit codes: 0 done, 2 your mistake (nothing is lost), 3 a worker failed (the last checkpoint stands), 130 interrupted "
-    "(a checkpoint was written).",
+    "by Ctrl-C, SIGTERM or a terminal that closed (a checkpoint was written).",
 )
 
 RecipeArgument = Annotated[
@@ -55,7 +57,7 @@ def run(
         ),
     ] = False,
 ) -> None:
-    """Distil: sample, judge, learn, until learner.steps. Ctrl-C writes a checkpoint and stops; twice stops at once.
+    """Distil: sample, judge, learn, until learner.steps. Ctrl-C or SIGTERM writes a checkpoint and stops; twice stops at once.
 
     The checks of `fopd doctor` come first. Leaves metrics, checkpoints and the student in the run directory.
     """
@@ -88,7 +90,8 @@ def resume(
 ) -> None:
     """Go on with a run from its newest sound checkpoint, exactly where it stood.
 
-    `--set learner.steps=...` makes it longer. Student, teacher, task and seed must stay what they were.
+    `--set learner.steps=...` makes it longer. What is set stands in recipe.yaml from then on, and recipe-history.jsonl says
+    since which step. Student, teacher, task and seed must stay what they were.
     """
     from fopd_cli import launch
 
@@ -139,7 +142,7 @@ def evaluate(
         raise UserError("--generate-only, --grade-only: choose one of them")
 
     folder = Path(model)
-    is_run = (folder / "recipe.yaml").is_file()
+    is_run = paths.is_file(folder / "recipe.yaml")
     source = task or (folder / "recipe.yaml" if is_run else None)
     if source is None:
         raise UserError(
@@ -151,7 +154,7 @@ def evaluate(
     if samples:
         overrides.append(f"eval.samples={samples}")
     recipe = load_recipe(source, overrides)
-    if is_run and not (folder / "student" / "config.json").is_file():
+    if is_run and not paths.is_file(folder / "student" / "config.json"):
         raise UserError(
             f"{folder}: has no student yet; make one with: fopd export {folder} OUT, then fopd eval OUT --task {source}"
         )
@@ -222,7 +225,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a checkpoint's student as a Hugging Face model directory, tokenizer included."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if paths.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; give a new directory")
     from fopd_cli.export import export_student
     from fopd_cli.runtime.rundir import RunDir
@@ -249,7 +252,10 @@ def _report(summary: dict[str, Any], path: Path) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: known errors become one line and an exit code."""
+    """Entry point: known errors become one line and an exit code. Every command ends at SIGTERM as it does at Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -270,5 +276,6 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be what went away
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from fopd_cli import paths
 from fopd_cli.engines import hf, lora, vllm_engine
 from fopd_cli.engines.templates import Frame, check_variables, encode_observation, end_of_turn, readable
 from fopd_cli.engines.vocabularies import Match, exchanged, inverse, listed, match
@@ -199,7 +200,7 @@ def _remote(section: Teacher, vocab: int) -> HttpTeacher:
 
 def check_model_name(model: str, key: str) -> None:
     """A name that is no directory must at least look like a hub id."""
-    if Path(model).is_dir():
+    if paths.is_dir(model):
         return
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
         raise UserError(
@@ -220,6 +221,7 @@ def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
         yield from _sameness(inputs, teacher)
     yield from _conversation(inputs)
     yield from _servers(inputs)
+    yield from _temperatures(inputs.recipe)
     yield from _disk(inputs, disk)
     yield from _memory(inputs)
 
@@ -403,6 +405,27 @@ def _block(title: str, tokenizer: Any, ids: np.ndarray) -> Iterator[str]:
     yield from (f"    {line}" for line in readable(tokenizer, ids).split("\n"))
 
 
+def _temperatures(recipe: Recipe) -> Iterator[Finding]:
+    """At a temperature other than 1 the supports settle at different students; which one must be a choice."""
+    t, support = recipe.sampler.temperature, recipe.support
+    if t == 1 or support == "full" or recipe.loss.teacher_temperature == "sampler":
+        return
+    if support == "topk":
+        yield Finding(
+            "warning",
+            f"sampler.temperature: {t:g}: the student learns from contexts that it sampled at {t:g}, while loss.support topk compares "
+            "both models at temperature 1, so that it settles where the student is the teacher at temperature 1",
+            "evaluate at the temperature that you will use (eval.temperature), or set sampler.temperature: 1",
+        )
+        return
+    yield Finding(
+        "warning",
+        f"sampler.temperature: {t:g}: loss.support {support} compares the student at {t:g} with the teacher at 1, so that it settles where "
+        f"the student, sampled at {t:g}, is the teacher; at temperature 1 it is then the teacher to the power of {t:g}",
+        "set loss.teacher_temperature: sampler (needs hidden states) or sampler.temperature: 1, unless you want that",
+    )
+
+
 def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     # Told more than the student, a model teaches itself.
     if inputs.recipe.student.model == teacher.section.model and not tells(teacher.section):
@@ -410,10 +433,13 @@ def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 
 
 def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
-    while not folder.exists():
+    while not paths.exists(folder):
         folder = folder.parent
     # fp32 masters and two AdamW moments, kept `keep` times and once more while a new one is written; the export.
     state = 12 * inputs.trainable
+    if inputs.recipe.schedule.lag:  # and the weights of the version before, as samplers have them
+        cuda = bool(inputs.plan.samplers[0].devices)
+        state += resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
     needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -10,8 +10,18 @@ EXIT_WORKER = 3
 EXIT_INTERRUPTED = 130
 
 
+LONGEST = 1400  # characters
+
+
 class UserError(Exception):
-    """What is wrong, where, and what to do about it, in one line. Exit code 2."""
+    """What is wrong, where, and what to do about it, in one line that a terminal can show. Exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        # What people wrote stands in it: it may be long, of several lines, or no text that can be encoded.
+        line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+        if len(line) > LONGEST:
+            line = f"{line[: LONGEST * 2 // 3]} [...] {line[-LONGEST // 3 :]}"
+        super().__init__(line)
 
 
 class WorkerError(Exception):

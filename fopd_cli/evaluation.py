@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 
+from fopd_cli import paths
 from fopd_cli.engines import hf
 from fopd_cli.engines.protocols import Sampler
 from fopd_cli.engines.templates import check_variables
@@ -148,7 +149,7 @@ class _Book:
         self.path, self.header = path, {"fopd_eval": digest}
         self.rows: dict[int, Row] = {}
         self._file: Any = None
-        if path is not None and path.exists():
+        if path is not None and paths.exists(path):
             self._read(path)
 
     def _read(self, path: Path) -> None:

@@ -27,12 +27,12 @@ def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = Fal
     recipe = run.load_recipe([])
     if adapter and recipe.student.lora is None:
         raise UserError(f"--adapter: {run.path} trained all weights, not adapters (student.lora)")
-    store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep)
+    store = CheckpointStore(run.checkpoints)
     if step is None:
         step, _ = store.newest_sound()
     elif problem := verify(store.path(step)):
         raise UserError(f"--step: {problem}; steps with a checkpoint: {store.steps()}")
-    evaluated_in = getattr(torch, json.loads((store.path(step) / "state.json").read_text())["student_dtype"])
+    evaluated_in = getattr(torch, store.state(step)["student_dtype"])
     model = _trained(recipe, store.path(step) / "learner", evaluated_in)
     try:
         if adapter and recipe.student.lora is not None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from fopd_cli import doctor
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import Recipe
-from fopd_cli.runtime.checkpoint import verify
+from fopd_cli.recipe import Recipe, changes, recorded_recipe
+from fopd_cli.runtime.checkpoint import CheckpointStore, verify
 from fopd_cli.runtime.conductor import Conductor, Model
 from fopd_cli.runtime.placement import cuda_devices, place
 from fopd_cli.runtime.rundir import RunDir
@@ -24,12 +24,42 @@ def run(recipe: Recipe, path: Path) -> dict[str, Any]:
 
 
 def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
-    """Go on from a checkpoint, the newest sound one unless `step` names another."""
+    """Go on from a checkpoint, the newest sound one unless `step` names another; `overrides` stand from then on.
+
+    With `step`, changes of the recipe that were made later are undone, like all else that came later. A resume that is
+    refused leaves everything as it was.
+    """
     run_dir = RunDir.open(path)
     run_dir.lock()
-    recipe = run_dir.load_recipe(overrides)
+    store = CheckpointStore(run_dir.checkpoints)
+    undone = [] if step is None else _undone(run_dir, step)
+    step = _sound(store, step)
+    state = store.state(step)
+    recipe = run_dir.load_recipe([*undone, *overrides])
+    before = recorded_recipe(state["recipe"], store.path(step))
+    if keys := changes.refused(before, recipe):
+        raise UserError(
+            f"{store.path(step)}: was written with another recipe ({', '.join(keys[:5])} differ); resume it with its own, "
+            "or start a new run"
+        )
+    if recipe.learner.steps < step:
+        raise UserError(f"learner.steps: {recipe.learner.steps} is less than the {step} steps that are done")
+    in_force = changes.flat(before)
+    for at, changed in run_dir.changed():
+        if at == step:  # made when it went on from this very checkpoint
+            in_force.update({key: values[1] for key, values in changed.items()})
     conductor = _conductor(check(recipe, path), run_dir)
-    store = conductor.store
+    say(f"resuming {path} from step {step}")
+    if undone:
+        say(f"the recipe goes back to what it was at step {step}: {', '.join(undone)}")
+    if again := changes.invalidated(before, recipe):
+        say(f"{', '.join(again)}: samples in flight were made with another value; they are sampled again")
+    conductor.restore(step, state, changes.changes(in_force, changes.flat(recipe)), anew=bool(again))
+    return conductor.run()
+
+
+def _sound(store: CheckpointStore, step: int | None) -> int:
+    """The step to go on from. Raises `UserError` if there is none, or no sound checkpoint of the one asked for."""
     if step is None:
         step, problems = store.newest_sound()
         for problem in problems:
@@ -38,9 +68,16 @@ def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]
         raise UserError(f"--step: there is no checkpoint of step {step}; there are {store.steps()}")
     elif damage := verify(store.path(step)):
         raise UserError(f"--step: {damage}; steps with a checkpoint: {store.steps()}")
-    say(f"resuming {path} from step {step}")
-    conductor.restore(step)
-    return conductor.run()
+    return step
+
+
+def _undone(run_dir: RunDir, step: int) -> list[str]:
+    """Overrides that take back what was changed after a step."""
+    before: dict[str, Any] = {}
+    for at, changed in run_dir.changed():
+        if at > step:
+            before = {key: values[0] for key, values in changed.items()} | before
+    return [changes.as_override(key, value) for key, value in before.items()]
 
 
 def check(recipe: Recipe, path: Path) -> doctor.Inputs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -303,14 +305,47 @@ def test_state_saved_by_any_number_of_ranks_goes_on_with_one(
         np.testing.assert_allclose(tensor.numpy(), expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_restored_learner_goes_by_the_recipe_of_today(pair: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """A checkpoint holds what AdamW has gathered, not how it is to be used."""
+    before = kit.make_learner(pair, kit.config())
+    before.train(0, samples)
+    extra = before.save(tmp_path / "saved")
+    after = kit.make_learner(pair, kit.config(betas=(0.8, 0.99), weight_decay=0.25))
+    after.restore(tmp_path / "saved", extra)
+    (group,) = after.optimizer.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.99), 0.25)
+    assert len(after.optimizer.state) == len(before.optimizer.state) > 0
+
+
 def test_learning_rate_schedule() -> None:
     cfg = kit.config(warmup_steps=4, steps=14, decay="cosine", min_lr_ratio=0.2)
-    factors = [lr_factor(cfg, i) for i in range(15)]
+    factors = [lr_factor(cfg, i) for i in range(14)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors[9] == pytest.approx(0.6)
-    assert factors[14] == pytest.approx(0.2)
-    assert lr_factor(replace(cfg, decay="linear"), 9) == pytest.approx(0.6)
+    assert factors[4:] == pytest.approx([0.6 + 0.4 * math.cos(math.pi * i / 9) for i in range(10)])
+    linear = [lr_factor(replace(cfg, decay="linear"), i) for i in range(4, 14)]
+    assert linear == pytest.approx([1 - 0.8 * i / 9 for i in range(10)])
     assert lr_factor(replace(cfg, decay="constant"), 13) == 1.0
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 5, 9, 10, 30])
+@pytest.mark.parametrize("steps", [1, 2, 6, 10, 11])
+def test_the_last_step_is_at_the_smallest_rate(decay: Any, warmup: int, steps: int) -> None:
+    """Exactly, however short the run; the warm-up is as steep as ever, and more steps later change nothing before them."""
+    cfg = kit.config(warmup_steps=warmup, steps=steps, decay=decay, min_lr_ratio=0.25)
+    factors = [lr_factor(cfg, i) for i in range(steps)]
+    rising = [(i + 1) / warmup for i in range(min(warmup, steps))]
+    if decay == "constant":
+        assert factors == rising + [1.0] * (steps - len(rising))
+        return
+    assert factors[-1] == 0.25
+    assert factors[: min(warmup, steps - 1)] == rising[: steps - 1]
+    after = factors[warmup:]
+    assert all(a > b for a, b in itertools.pairwise(after))
+    assert len(after) < 2 or after[0] == 1.0
+    longer = replace(cfg, steps=steps + 7)
+    assert lr_factor(longer, steps + 6) == 0.25
+    assert lr_factor(longer, steps - 1) >= factors[-1] or steps <= warmup
 
 
 def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,21 @@ def test_anchor_and_drift_follow_the_loss(recipe: Path, overrides: list[str], an
         (["loss.support=topk", "loss.student_k=64"], "raise teacher.k"),
         (["loss.student_k=4", "teacher.engine=vllm"], "log-probs of its own likeliest tokens only"),
         (["learner.optimizer_dtype=bf16", "learner.betas=[0.9,0.999]"], "would be rounded away"),
+        (["loss.support=sampled", "loss.temperature=2"], "loss.temperature: sampled support .* set it to 1"),
+        (["loss.support=mc", "loss.temperature=0.5"], "loss.temperature: mc support .* set it to 1"),
+        (["loss.support=topk", "loss.temperature=0.5"], "loss.temperature: top-k"),
+        (["loss.teacher_temperature=sampler"], "belongs to loss.support sampled and mc; full has loss.temperature"),
+        (
+            ["loss.teacher_temperature=sampler", "loss.support=sampled", "teacher.targets=sampled"],
+            "set teacher.targets: hidden",
+        ),
+        (
+            ["loss.teacher_temperature=sampler", "loss.support=sampled", "teacher.engine=vllm"],
+            "not the hidden states that loss.teacher",
+        ),
+        (["teacher.engine=http", "teacher.http.url=localhost:8000/v1"], "is no address; write it like http://"),
+        (["teacher.engine=http", "teacher.http.url=file:///etc/passwd"], "is no address"),
+        (["teacher.engine=http", "teacher.http.url='http://a b/v1'"], "is no address"),
     ],
 )
 def test_contradictions(recipe: Path, overrides: list[str], message: str) -> None:
@@ -142,6 +159,53 @@ def test_paths_beside_the_recipe_win(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert parsed.teachers[0].model == str(tmp_path / "here" / "teacher")
     path.write_text("student: {model: Qwen/Qwen2.5-0.5B}\nteacher: {model: a/b}\ntask: {name: arithmetic}\n")
     assert load_recipe(path).student.model == "Qwen/Qwen2.5-0.5B"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learner: {lr: .nan}", "learner.lr: nan is no number to compute with"),
+        ("learner: {lr: nan}", "learner.lr: .*finite number"),
+        ("seed: -1", "seed: .*greater than or equal to 0"),
+        ("seed: 9223372036854775808", "seed: whole numbers must be under"),
+        ("seed: 0x" + "f" * 6000, "seed: whole numbers must be under"),
+        ("seed: 2024-01-01", "seed: .*type date; put it in quotes"),
+        ("seed: 2024-13-45", "YAML cannot read"),
+        ("a: &a [*a]", "a.0: refers to what it lies in"),
+        ("{1: 2}", "the key 1 must be a text"),
+        ("learner: {1: 2}", "learner: the key 1 must be a text"),
+        ("a: !!set {b}", "a: .* type set"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ('student: {model: "\\ud800"}', "student.model: .* half a character"),
+        ("a: [" + "1," * 20_001 + "]", "more than 20,000 values"),
+        ("a: " + "x" * 300_000, "300,003 characters long"),
+        ("math: 3", "math: unknown key"),
+        ("task: {name: [1]}", "task.name: .* valid string"),
+        ("task: {name: {}}", "task.name: .* valid string"),
+        ("placement: {sampler: 1000000000}", "placement.sampler: .*less than or equal to 1024"),
+        ("placement: {threads: {learner: 100000000000000000000000000000}}", "placement.threads.learner: whole numbers"),
+        ("{" + ", ".join(f"k{i}: 1" for i in range(500)) + "}", "and 499 more problems"),
+        ("student: {model: " + "x" * 5000 + "}", "is required"),
+    ],
+)
+def test_what_a_recipe_cannot_mean(tmp_path: Path, text: str, message: str) -> None:
+    """One short line, which says where."""
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_recipe(path)
+    assert len(str(error.value)) < 1500
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_mutated_recipes_end_in_one_short_line(path: Path) -> None:
+    """250 mutations of each shipped recipe, with what `fopd run --dry-run` does, in a process of bounded memory."""
+    program = Path(__file__).with_name("recipe_fuzz.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(path), "250", "0"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def test_every_key_is_explained() -> None:

@@ -72,26 +72,64 @@ def shared_memory_left() -> set[str]:
     return {p.name for p in Path("/dev/shm").glob("torch_*")}
 
 
-def test_killed_and_resumed_is_bitwise_uninterrupted(fopd: Fopd, pair: Path) -> None:
-    """Depth 0, killed twice at random moments."""
-    whole = fopd.run(slow(pair, 0), "whole")
-    rng, before = random.Random(11), shared_memory_left()
-    process, run = start(fopd, slow(pair, 0))
-    wait_for(lambda: checkpoints(run), "a checkpoint")
-    time.sleep(rng.uniform(0, 0.5))
-    kill_tree(process)
-    process = fopd.start("resume", run)
-    reached = steps_done(run)
-    wait_for(lambda: steps_done(run) > reached + 1, "more steps")
-    time.sleep(rng.uniform(0, 0.3))
-    kill_tree(process)
-    fopd("resume", run)
+def same_run(run: Path, whole: Path) -> None:
+    """Nothing tells them apart but the clock."""
     assert metrics(run) == metrics(whole)
     assert lines(run / "ledger.jsonl") == lines(whole / "ledger.jsonl")
     assert check_accounts(run) == check_accounts(whole)
     same = ("steps", "score_last", "kl_last", "mean_freshness", "generated_tokens", "trained_tokens")
     assert {k: summary(run)[k] for k in same} == {k: summary(whole)[k] for k in same}
+
+
+EXACT: dict[str, dict[str, Any]] = {
+    "depth 0": {"schedule": {"depth": 0}},
+    # Groups of 3 in windows of 8: some are half done at any moment. Checkpoints fall between evaluations and refreshes.
+    "lag 2": {
+        "schedule": {"lag": 2}, "sampler": {"max_new_tokens": 10, "concurrency": 3}, "eval": {"every": 5},
+        "freshness": {"policy": "fixed_refresh", "refresh": {"every": 7}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_killed_and_resumed_is_bitwise_uninterrupted(fopd: Fopd, pair: Path, mode: str) -> None:
+    """Killed twice at random moments, and stopped once by Ctrl-C."""
+    recipe = {**slow(pair, 0), **{k: {**slow(pair, 0).get(k, {}), **v} for k, v in EXACT[mode].items()}}
+    if mode != "depth 0":
+        recipe["schedule"] = EXACT[mode]["schedule"]
+    whole = fopd.run(recipe, "whole")
+    rng, before = random.Random(11), shared_memory_left()
+    process, run = start(fopd, recipe)
+    wait_for(lambda: checkpoints(run), "a checkpoint")
+    time.sleep(rng.uniform(0, 0.5))
+    kill_tree(process)
+    process = fopd.start("resume", run)
+    reach(process, run, steps_done(run) + 2)
+    time.sleep(rng.uniform(0, 0.3))
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode in (0, 130)
+    process = fopd.start("resume", run)
+    wait_for(lambda: steps_done(run) > 8, "more steps")
+    kill_tree(process)
+    fopd("resume", run)
+    same_run(run, whole)
     assert shared_memory_left() <= before
+
+
+@SLOW
+@pytest.mark.parametrize("step", range(1, 9))
+def test_every_checkpoint_of_a_fixed_lag_goes_on_bitwise(fopd: Fopd, pair: Path, step: int) -> None:
+    """Whatever the sampler was at when it was written."""
+    recipe = small_recipe(
+        pair, sampler={"max_new_tokens": 10, "concurrency": 3}, learner={"steps": 9}, eval={"every": 4},
+        checkpoint={"every": 1, "keep": 100}, teacher={"batch_samples": 3, "delay_ms": 5},
+    )  # fmt: skip
+    recipe["schedule"] = {"lag": 3}
+    whole = fopd.run(recipe, "whole")
+    shutil.copytree(whole, fopd.folder / "again")
+    fopd("resume", fopd.folder / "again", "--step", str(step))
+    same_run(fopd.folder / "again", whole)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +160,14 @@ def test_accounts_survive_kills_at_random_moments(fopd: Fopd, pair: Path, depth:
     assert summary(run)["max_lag"] <= depth
 
 
-def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(fopd: Fopd, pair: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=SLOW)])
+def test_a_signal_to_all_writes_a_checkpoint_and_resume_goes_on(fopd: Fopd, pair: Path, number: signal.Signals) -> None:
+    """To the command and then to every process of its group, as `timeout` does; a terminal and SLURM do the latter alone."""
     process, run = start(fopd, slow(pair, 2, steps=60, checkpoint={"every": 0}))
     reach(process, run, 3)
     family = descendants(process.pid)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
@@ -160,7 +201,7 @@ def test_ctrl_c_twice_stops_at_once(fopd: Fopd, pair: Path) -> None:
 def test_ctrl_c_on_a_time_sliced_box(fopd: Fopd, pair: Path) -> None:
     process, run = start(fopd, slow(pair, 1, steps=60, placement={"mode": "timeslice"}, checkpoint={"every": 0}))
     reach(process, run, 2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert checkpoints(run)
@@ -279,7 +320,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(fopd: Fopd, 
 def test_a_checkpoint_of_another_recipe_is_refused(fopd: Fopd, pair: Path) -> None:
     run = fopd.run(small_recipe(pair))
     err = fopd("resume", run, "--set", "task.horizon=3", "--set", "learner.steps=9", code=2).err
-    assert "another recipe (task differ)" in err
+    assert "another recipe (task.horizon differ)" in err
     assert "fewer" in (e := fopd("resume", run, "--set", "learner.steps=2", code=2).err) or "less than" in e
     assert "no checkpoint of step 3" in fopd("resume", run, "--step", "3", code=2).err
     fopd("resume", run, "--set", "learner.steps=6")

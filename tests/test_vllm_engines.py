@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -356,6 +358,9 @@ def _split(model: str) -> tuple[list[Rollout], list[Rollout], list[int]]:
     early = [r for _ in range(5) for r in engine.step()]
     engine.load(7, through_shared_memory(model, 7, perturbed(model, 7)))
     children = [p.pid for p in psutil.Process().children(recursive=True) if "from_parent" not in " ".join(p.cmdline())]
+    for child in children:  # as systemd does: they go on with what they are at
+        os.kill(child, signal.SIGTERM)
+        os.kill(child, signal.SIGINT)
     return early + list(kit.drain(engine).values()), [], children
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -123,6 +124,26 @@ def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fo
     assert err.count("starting it again (1 of 2)") == 2
     fopd("resume", run, "--set", f"learner.steps={steps_done(run) + 2}")
     check_accounts(run)
+
+
+@SLOW
+def test_sigterm_to_all_processes_ends_with_a_checkpoint(fopd: Fopd, pair: Path) -> None:
+    """As systemd and SLURM send it, to what vLLM has started, too: the running step ends, nothing is called lost."""
+    recipe = vllm_recipe(
+        pair, teacher={"engine": "vllm", "k": 8}, learner={"steps": 400}, schedule={"depth": 2}, checkpoint={"every": 0},
+    )  # fmt: skip
+    run = fopd.folder / "run"
+    process = fopd.start("run", fopd.recipe(recipe), "--run-dir", run)
+    reach(process, run, 2)
+    family = descendants(process.pid)
+    for one in reversed(family):  # the conductor last: what it hears of the others comes before its own
+        one.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "the run is ending" not in err
+    wait_for(lambda: gone(family), "everything to end", 10.0)
+    assert len(list((run / "checkpoints").glob("step-??????"))) == 1
 
 
 def test_what_a_recipe_asks_in_vain_is_one_line(fopd: Fopd, pair: Path) -> None:

@@ -93,13 +93,14 @@ def sharded(compute_dtype: torch.dtype, offload: bool, world: int) -> bool:
 
 
 def lr_factor(config: LearnerConfig, step: int) -> float:
-    """Warm-up from 1/warmup to 1, then the decay to `min_lr_ratio` at the last step; a pure function of the step."""
-    if step < config.warmup_steps:
+    """Warm-up from 1/warmup to 1, then the decay, which is at `min_lr_ratio` in the last step, `steps - 1`, even if the warm-up
+    is not over by then. A pure function of the step."""
+    last = config.steps - 1
+    if step < config.warmup_steps and (step < last or config.decay == "constant"):
         return (step + 1) / config.warmup_steps
     if config.decay == "constant":
         return 1.0
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    progress = min(1.0, progress)
+    progress = 1.0 if step >= last else (step - config.warmup_steps) / (last - config.warmup_steps)
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
@@ -382,6 +383,8 @@ class FsdpLearner:
             self.student, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
             options=TRAINABLE,
         )  # fmt: skip
+        for group in self.optimizer.param_groups:  # the recipe may have changed since
+            group.update(betas=self.config.betas, weight_decay=self.config.weight_decay)
         self._rest_states()
         self.version = extra["version"]
         self.floor = drift.NoiseFloor(**extra["noise_floor"])

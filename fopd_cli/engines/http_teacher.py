@@ -2,16 +2,20 @@
 
 One request a sample: its token ids as the prompt, `prompt_logprobs: k`, one token generated because none is refused.
 Requests go out side by side, at most `concurrency` of them; what can pass (a refused connection, a time-out, status
-408, 429 and 5xx) is tried again with doubling pauses, what cannot (a wrong key, an unknown model, a k over the
-server's limit) is the user's to mend and says so.
+408, 429 and 5xx) is tried again with doubling pauses, what cannot (a wrong key, an unknown model, a redirect, a web page, a
+k over the server's limit) is the user's to mend and says so. A time-out is that of the whole request: a server that sends a
+byte now and then is as lost as one that sends none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
 import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -28,7 +32,10 @@ from fopd_cli.errors import UserError
 from fopd_cli.samples import Rollout, TeacherTargets
 
 FIRST_PAUSE_S = 0.5
-MODELS_TIMEOUT_S = 10.0
+CHECK_S = 10.0  # for all requests of the check at the start, with its own few retries
+CHECK_RETRIES = 2
+MODELS_S = 3.0  # for the question how long its context is, which it need not answer
+MOST_BYTES = 1 << 30  # of an answer
 MASS_TOLERANCE = 0.01
 TOO_LONG = re.compile(
     r"context length|max_model_len|too (?:long|many tokens)|maximum (?:input|model|sequence) length", re.I
@@ -62,6 +69,7 @@ class HttpTeacher:
 
     def __init__(self, server: HttpServer, vocab: int) -> None:
         self.server, self.vocab = server, vocab
+        self._until: float | None = None  # of the check: when it must be over
         self._pool = ThreadPoolExecutor(server.concurrency)
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
@@ -79,12 +87,16 @@ class HttpTeacher:
     def check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
         """Raises `UserError` unless the server answers, has our token ids and gives prompt log-probs for them.
 
-        `probe` is as long as the longest sample that there can be.
+        `probe` is as long as the longest sample that there can be. Takes `CHECK_S` seconds at most, whatever the server
+        does: nobody waits minutes to learn that it is down.
         """
+        self._until = time.monotonic() + CHECK_S
         try:
             self._check(tokenizer, probe, k)
         except Unreachable as error:
-            raise UserError(f"{error}; is the server up?") from None
+            raise UserError(f"{error}; is the server up, and is this its address?") from None
+        finally:
+            self._until = None
 
     def _check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
         for text in PROBES:
@@ -108,10 +120,9 @@ class HttpTeacher:
         headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
         request = urllib.request.Request(f"{server.url}/models", headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=min(server.timeout_s, MODELS_TIMEOUT_S)) as response:
-                models = json.load(response)["data"]
+            models = ask(request, min(server.timeout_s, MODELS_S))["data"]
             return next((int(m["max_model_len"]) for m in models if m["id"] == server.model), None)
-        except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        except (NoAnswer, _Refused, ValueError, KeyError, TypeError):
             return None
 
     def _score(self, rollout: Rollout, target: TeacherTargets) -> None:
@@ -166,38 +177,162 @@ class HttpTeacher:
                     "distribution at temperature 1 (vllm serve: --logprobs-mode raw_logprobs)"
                 )
 
-    def _choice(self, answer: dict[str, Any]) -> dict[str, Any]:
-        choices = answer.get("choices")
-        if not isinstance(choices, list) or not choices:
+    def _choice(self, answer: Any) -> dict[str, Any]:
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise UserError(f"teacher.http.url: {self.server.url} does not answer like an OpenAI-compatible server")
-        return dict(choices[0])
+        return choices[0]
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        server, pause = self.server, FIRST_PAUSE_S
+    def _post(self, body: dict[str, Any]) -> Any:
+        """The server's answer. Raises `UserError` for what cannot pass, `Unreachable` when it has failed too often."""
+        server, pause, tries, began = self.server, FIRST_PAUSE_S, 0, time.monotonic()
+        retries = server.retries if self._until is None else min(server.retries, CHECK_RETRIES)
         payload = {"model": server.model, "max_tokens": 1, "temperature": 1.0, **body}
         headers = {"Content-Type": "application/json"}
         if server.api_key:
             headers["Authorization"] = f"Bearer {server.api_key}"
         request = urllib.request.Request(f"{server.url}/completions", json.dumps(payload).encode(), headers)
-        for attempt in range(server.retries + 1):
+        while True:
+            tries += 1
             try:
-                with urllib.request.urlopen(request, timeout=server.timeout_s) as response:
-                    return dict(json.load(response))
-            except urllib.error.HTTPError as error:
-                said = _said(error)
-                if error.code not in TRANSIENT:
-                    kind = TooLong if TOO_LONG.search(said) else UserError
-                    raise kind(_refused(server, error.code, said, len(body["prompt"]))) from None
-                trouble = f"status {error.code}: {said}"
-            except (OSError, json.JSONDecodeError) as error:  # refused, timed out, cut off
-                trouble = str(getattr(error, "reason", None) or error) or type(error).__name__
-            if attempt < server.retries:
-                time.sleep(pause)
-                pause *= 2
-        raise Unreachable(f"teacher.http.url: {server.url} failed {server.retries + 1} times, last with {trouble}")
+                return ask(request, self._seconds())
+            except _Refused as refused:
+                if refused.code not in TRANSIENT:
+                    kind = TooLong if TOO_LONG.search(refused.said) else UserError
+                    raise kind(_refusal(server, refused, len(body["prompt"]))) from None
+                trouble = f"status {refused.code}: {refused.said}"
+            except NoAnswer as error:
+                trouble = str(error)
+            if tries > retries or (self._until is not None and time.monotonic() + pause >= self._until):
+                break
+            time.sleep(pause)
+            pause *= 2
+        how_often = "once" if tries == 1 else f"{tries} times"
+        seconds = time.monotonic() - began
+        raise Unreachable(f"teacher.http.url: {server.url} failed {how_often} in {seconds:.0f} s, last with: {trouble}")
+
+    def _seconds(self) -> float:
+        """What the next request may take."""
+        left = self.server.timeout_s if self._until is None else self._until - time.monotonic()
+        return min(self.server.timeout_s, max(0.1, left))
 
 
-def _refused(server: HttpServer, code: int, said: str, length: int) -> str:
+class NoAnswer(Exception):
+    """What happened instead of an answer; it may pass."""
+
+
+class _Refused(Exception):
+    """An answer that says no."""
+
+    def __init__(self, code: int, said: str, location: str | None) -> None:
+        super().__init__(said)
+        self.code, self.said, self.location = code, said, location
+
+
+def ask(request: urllib.request.Request, seconds: float) -> Any:
+    """The JSON that a server answers within so many seconds, all told."""
+    with _Watch(seconds) as watch:
+        try:
+            opener = urllib.request.build_opener(_NoRedirects(), _Http(watch), _Https(watch))
+            with opener.open(request, timeout=seconds) as response:
+                watch.answered = not watch.expired
+                raw = response.read(MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            said = b""
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                said = error.read(10_000)
+            raise _Refused(error.code, _message(said), error.headers.get("Location")) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: TLS that was cut off
+            if watch.expired or isinstance(getattr(error, "reason", error), TimeoutError):
+                raise NoAnswer(watch.verdict) from None
+            raise NoAnswer(
+                " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
+            ) from None
+    if watch.expired:
+        raise NoAnswer(watch.verdict)
+    if len(raw) > MOST_BYTES:
+        raise _Refused(200, f"an answer of more than {MOST_BYTES >> 20} MB", None)
+    try:
+        return json.loads(raw)
+    except ValueError:
+        if raw.lstrip()[:1] == b"<":
+            raise _Refused(200, "a web page", None) from None
+        raise NoAnswer(f"an answer that is no JSON: {raw[:80]!r}") from None
+
+
+class _Watch:
+    """Ends a request at its time, however busily the server sends: the time-outs of a socket are those of each byte."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.expired, self.answered = seconds, False, False
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Watch:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._timer.cancel()
+
+    def take(self, connected: socket.socket) -> None:
+        self._socket = connected
+        if self.expired:
+            self._expire()
+
+    def _expire(self) -> None:
+        self.expired = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    @property
+    def verdict(self) -> str:
+        if self.answered:
+            return f"an answer that was not complete after {self.seconds:.0f} s"
+        connected = "it accepts connections, but" if self._socket is not None else "there was"
+        return f"{connected} no answer within {self.seconds:.0f} s"
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_watched(http.client.HTTPConnection, self.watch), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_watched(http.client.HTTPSConnection, self.watch), req)
+
+
+def _watched(base: Any, watch: _Watch) -> Any:
+    """A kind of connection that hands its socket to the watch."""
+
+    class Watched(base):
+        def connect(self) -> None:
+            super().connect()
+            watch.take(self.sock)
+
+    return Watched
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would follow with a GET, without what we asked, and with the key to whoever is there."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _refusal(server: HttpServer, refused: _Refused, length: int) -> str:
+    code, said = refused.code, refused.said
     if code in (401, 403):
         return f"teacher.http.api_key_env: {server.url} refuses the API key ({code}: {said})"
     if code == 404:
@@ -207,16 +342,20 @@ def _refused(server: HttpServer, code: int, said: str, length: int) -> str:
             f"teacher.http.url: {server.url} refuses a sample of {length} tokens as too long ({code}: {said}); lower "
             "sampler.max_new_tokens, shorten the prompts, or serve the teacher with a longer context (vllm serve: --max-model-len)"
         )
+    if 300 <= code < 400:
+        return f"teacher.http.url: {server.url} redirects to {refused.location or 'nowhere'} ({code}); give the address where it really is"
+    if code == 200:
+        return f"teacher.http.url: {server.url} answers with {said}, not like an OpenAI-compatible server; does its address end in /v1?"
     hint = "; is teacher.k over the server's max_logprobs?" if "logprobs" in said else ""
     return f"teacher.http: {server.url} refuses the request ({code}: {said}){hint}"
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """The server's message, in one line."""
-    text = error.read().decode(errors="replace")
-    try:
+def _message(raw: bytes) -> str:
+    """What a server says in the body of an error, in one line."""
+    text = raw.decode(errors="replace")
+    with contextlib.suppress(ValueError, AttributeError):
         answer = json.loads(text)
-        text = str(answer.get("error", {}).get("message") or answer.get("message") or text)
-    except (ValueError, AttributeError):
-        pass
+        text = str((answer.get("error") or {}).get("message") or answer.get("message") or text)
+    if text.lstrip().startswith("<"):
+        return "a web page"
     return " ".join(text.split())[:300]

@@ -1,5 +1,5 @@
-"""Loaded by vLLM in every process that it starts (entry point `vllm.general_plugins`): ties its processes to ours, and
-makes our weight transfer known to it. In a vLLM that fopd did not start it only does the latter, which changes nothing.
+"""Loaded by vLLM in every process that it starts (entry point `vllm.general_plugins`): ties its processes to ours, lets
+them leave signals to the conductor, and makes our weight transfer known to it. In a vLLM that fopd did not start it only does the latter, which changes nothing.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 
 PR_SET_PDEATHSIG = 1
 
@@ -29,3 +30,6 @@ def _tie_to_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it died before we were tied to it
+    if threading.current_thread() is threading.main_thread():  # vLLM's own handlers would end it at Ctrl-C or SIGTERM
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)

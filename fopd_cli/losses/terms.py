@@ -30,6 +30,7 @@ class LossSpec:
     trust: float | None = None  # width of the token's trust region in nats; sampled and mc support
     drift: DriftKind = "sampled"
     sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
+    teacher_temperature: float = 1.0  # of sampled and mc support, where the teacher's logits are at hand
     chunk_bytes: int | None = None  # of one float32 [chunk, vocab] tensor; None: see `chunked.chunk_rows`
     compile: bool = False  # full support and drift of one token: formulas fused by torch.compile
 
@@ -85,7 +86,7 @@ def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tens
     nan = torch.full_like(entropy, torch.nan)
     clamped = drift.at_limit(acting_y.detach(), at.behaviour)
     if spec.support == "sampled":
-        teacher_y = _teacher_logprob(at, teacher_logits)
+        teacher_y = _teacher_logprob(spec, at, teacher_logits)
         clamped = torch.maximum(clamped, _limited(spec, spec.importance, acting_y, teacher_y, at.behaviour))
         loss = policy_gradient(
             acting_y, teacher_y, at.behaviour, spec.advantage, spec.importance, spec.max_ratio, spec.trust
@@ -118,7 +119,7 @@ def _monte_carlo(
     spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor, teacher_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The mean of the policy-gradient form over all draws of a position, each corrected by pi_t/pi_r; share of capped ones."""
-    teacher = torch.log_softmax(teacher_logits, -1)
+    teacher = torch.log_softmax(teacher_logits / spec.teacher_temperature, -1)
     ids, student, behaviour = at.tokens[:, None], acting_y[:, None], at.behaviour[:, None]
     if at.draw_ids is not None and at.draw_behaviour is not None:
         ids = torch.cat([ids, at.draw_ids], -1)
@@ -141,10 +142,10 @@ def _limited(spec: LossSpec, importance: bool, student: Tensor, teacher: Tensor,
     return limited.to(behaviour.dtype)
 
 
-def _teacher_logprob(at: Positions, teacher_logits: Tensor) -> Tensor:
+def _teacher_logprob(spec: LossSpec, at: Positions, teacher_logits: Tensor) -> Tensor:
     if at.teacher_logprobs is not None:
         return at.teacher_logprobs
-    return torch.log_softmax(teacher_logits, -1).gather(-1, at.tokens[:, None])[:, 0]
+    return torch.log_softmax(teacher_logits / spec.teacher_temperature, -1).gather(-1, at.tokens[:, None])[:, 0]
 
 
 def _drift(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ A recipe is YAML. Unknown keys are errors; `--set a.b=c` overrides one key; rela
 recipe first, then in the current directory. What runs is written to the run directory with every default filled in.
 """
 
+from fopd_cli.recipe import changes
 from fopd_cli.recipe.explain import explain
-from fopd_cli.recipe.files import dump_recipe, load_recipe
+from fopd_cli.recipe.files import dump_recipe, load_recipe, recorded_recipe
 from fopd_cli.recipe.schema import Labels, Lora, Placement, Prompts, Recipe, Sampler, Teacher, Vllm
 
 __all__ = [
@@ -17,7 +18,9 @@ __all__ = [
     "Sampler",
     "Teacher",
     "Vllm",
+    "changes",
     "dump_recipe",
     "explain",
     "load_recipe",
+    "recorded_recipe",
 ]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from fopd_cli.freshness.policies import POLICIES
 
+ADDRESS = re.compile(r"https?://[^\s/?#]+(/\S*)?", re.ASCII)
+
 if TYPE_CHECKING:
     from fopd_cli.recipe.schema import Recipe
 
@@ -41,8 +43,6 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield f"loss.kind: {support} support is the policy gradient of reverse_kl, {loss.kind} has none; set loss.kind: reverse_kl"
     if support == "mc" and recipe.sampler.engine != "transformers":
         yield f"loss.support: mc needs draws beside the response, which sampler.engine {recipe.sampler.engine} does not give; set sampler.engine: transformers or loss.support: sampled"
-    if support == "topk" and loss.temperature != 1:
-        yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
     yield from _of_supports(recipe)
     if recipe.student.lora is not None and recipe.student.lora.publish == "adapter" and recipe.sampler.engine != "vllm":
         yield f"student.lora.publish: sampler.engine {recipe.sampler.engine} takes merged weights only; set publish: merged or sampler.engine: vllm"
@@ -62,6 +62,17 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
 def _of_supports(recipe: Recipe) -> Iterator[str]:
     """Keys that only some supports know."""
     loss, support = recipe.loss, recipe.support
+    if support == "topk" and loss.temperature != 1:
+        yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
+    if support in ("sampled", "mc") and loss.temperature != 1:
+        yield (
+            f"loss.temperature: {support} support is about tokens drawn at sampler.temperature and has no temperature of its own; "
+            "set it to 1 (see sampler.temperature and loss.teacher_temperature)"
+        )
+    if loss.teacher_temperature == "sampler" and support not in ("sampled", "mc"):
+        yield f"loss.teacher_temperature: belongs to loss.support sampled and mc; {support} has loss.temperature; set it to one"
+    if loss.teacher_temperature == "sampler" and support == "sampled" and recipe.targets != "hidden":
+        yield f"loss.teacher_temperature: {recipe.targets} log-probs come at temperature 1; set teacher.targets: hidden, or teacher_temperature: one"
     if loss.max_ratio is not None and not (support == "mc" or (support == "sampled" and loss.importance)):
         yield f"loss.max_ratio: loss.support {support} has no importance ratio here; leave it out, or use mc, or sampled with importance: true"
     if loss.student_k and support != "topk":
@@ -93,15 +104,20 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
     for t in teachers:
         if not re.fullmatch(r"[A-Za-z0-9_.]+", t.name):
             yield f"teacher.name: {t.name!r} must be letters, digits, '_' or '.'; prompts and log files use it"
-        if t.engine != "transformers" and (t.targets == "hidden" or recipe.support in ("full", "mc")):
+        if t.engine != "transformers" and "hidden" in (t.targets, recipe.targets):
+            why = (
+                "loss.teacher_temperature sampler" if recipe.support == "sampled" else f"loss.support {recipe.support}"
+            )
             yield (
-                f"teacher.engine: {t.engine} gives log-probs, not the hidden states that loss.support {recipe.support} needs; "
+                f"teacher.engine: {t.engine} gives log-probs, not the hidden states that {why} needs; "
                 "set loss.support: topk (or auto), or teacher.engine: transformers"
             )
         if t.engine == "http" and t.template == "teacher":
             yield "teacher.template: the chat template of a remote teacher is not known here; set teacher.template: student"
         if t.engine == "http" and t.http.url is None:
             yield "teacher.http.url: engine http needs the server's address, for example http://localhost:8000/v1"
+        if t.http.url is not None and not (t.http.url.isascii() and ADDRESS.fullmatch(t.http.url)):
+            yield f"teacher.http.url: {t.http.url!r} is no address; write it like http://localhost:8000/v1"
     for key, values in (("targets", {t.targets for t in teachers}), ("k", {t.k for t in teachers})):
         if len(values) > 1 and (key == "targets" or recipe.targets == "topk"):
             yield f"teacher.{key}: {', '.join(map(str, sorted(values)))}: all teachers must have the same"

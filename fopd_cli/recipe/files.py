@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,21 +13,25 @@ from pydantic import BaseModel, ValidationError
 
 from fopd_cli.errors import UserError
 from fopd_cli.recipe.explain import fields_of, sections_of
-from fopd_cli.recipe.schema import BUILT_IN_TASKS, Recipe
+from fopd_cli.recipe.plain import NotPlain, NotYaml, parse, shown, shown_key
+from fopd_cli.recipe.schema import Recipe
+
+MOST_PROBLEMS = 4  # in one message
+LONG_KEY = 60  # characters: longer ones are nobody's slip of the finger
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, resolve paths, validate. Every problem is a `UserError` that names the key."""
+    """Read, override, resolve paths, validate. Whatever the file holds, a problem is a `UserError` that names the key."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such recipe") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory; give a recipe (for a run directory use `fopd resume`)") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except NotPlain as problem:
+        raise UserError(f"{path}: {problem}") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null byte
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(fields_of(Recipe))}")
     for override in overrides:
@@ -35,8 +40,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain_error(e, raw) for e in error.errors()]
-        raise UserError(f"{path}: " + "; ".join(dict.fromkeys(lines))) from None
+        raise UserError(f"{path}: {_explained(error, raw)}") from None
+
+
+def recorded_recipe(dumped: dict[str, Any], where: Path) -> Recipe:
+    """The recipe in a checkpoint, which is whole and resolved."""
+    try:
+        return Recipe.model_validate(dumped)
+    except ValidationError as error:
+        raise UserError(f"{where}: its recipe is of another version of fopd: {_explained(error, dumped)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -47,11 +59,13 @@ def dump_recipe(recipe: Recipe) -> str:
 def _set(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {override!r}: write key=value, for example --set learner.steps=100")
+        raise UserError(f"--set {shown(override)}: write key=value, for example --set learner.steps=100")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+        parsed = parse(value)
+    except NotYaml:
         parsed = value
+    except NotPlain as problem:
+        raise UserError(f"--set {shown(override)}: {problem}") from None
     node = raw
     *parents, last = key.split(".")
     for i, part in enumerate(parents):
@@ -62,7 +76,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
             _set_item(child, [*parents[i + 1 :], last], value, override)
             return
         if not isinstance(child, dict):
-            raise UserError(f"--set {override!r}: {'.'.join(parents[: i + 1])} is no section")
+            raise UserError(f"--set {shown(override)}: {'.'.join(parents[: i + 1])} is no section")
         node = child
     node[last] = parsed
 
@@ -70,10 +84,11 @@ def _set(raw: dict[str, Any], override: str) -> None:
 def _set_item(items: list[Any], path: list[str], value: str, override: str) -> None:
     """One of several teachers, by its number or name: teacher.0.k=8, teacher.maths.k=8."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    index = int(path[0]) if path[0].isdigit() else names.index(path[0]) if path[0] in names else len(items)
+    numbered = path[0].isdecimal() and len(path[0]) < 10
+    index = int(path[0]) if numbered else names.index(path[0]) if path[0] in names else len(items)
     if index >= len(items) or len(path) < 2 or not isinstance(items[index], dict):
         raise UserError(
-            f"--set {override!r}: there are {len(items)} of them; name one by number or name, as in teacher.0.k=8"
+            f"--set {shown(override)}: there are {len(items)} of them; name one by number or name, as in teacher.0.k=8"
         )
     _set(items[index], f"{'.'.join(path[1:])}={value}")
 
@@ -91,34 +106,52 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
 def _resolved(values: dict[str, Any], key: str, folder: Path) -> dict[str, str]:
     value = values.get(key)
     if isinstance(value, str) and not value.startswith("hf:"):
-        for base in (folder, Path.cwd()):
-            candidate = base / Path(value).expanduser()
-            if candidate.exists():
-                return {key: str(candidate.resolve())}
+        for base in (folder, Path()):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path at all, or of nobody's home
+                candidate = base / Path(value).expanduser()
+                if candidate.exists():
+                    return {key: str(candidate.resolve())}
     return {}
 
 
+def _explained(error: ValidationError, raw: dict[str, Any]) -> str:
+    """The first few problems, and how many more there are."""
+    found = error.errors(include_url=False, include_context=False)
+    lines = list(dict.fromkeys(_explain_error(e, raw) for e in found[:MOST_PROBLEMS]))
+    if len(found) > MOST_PROBLEMS:
+        lines.append(f"and {len(found) - MOST_PROBLEMS} more problems")
+    return "; ".join(lines)
+
+
 def _explain_error(error: Any, raw: dict[str, Any]) -> str:
-    numbered = isinstance(raw.get("teacher"), list)  # a single teacher is a list of one only to pydantic
-    tags = (*BUILT_IN_TASKS, "plugin")
-    loc = [str(part) for part in error["loc"] if part not in tags and (numbered or not isinstance(part, int))]
-    key = ".".join(loc)
+    parts, known = _place(error["loc"], numbered=isinstance(raw.get("teacher"), list))
     if error["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1], error["loc"])
-        near = difflib.get_close_matches(loc[-1], known, n=1)
+        unknown = str(error["loc"][-1])
+        near = difflib.get_close_matches(unknown, known, n=1) if len(unknown) < LONG_KEY else []
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
+        return f"{shown_key('.'.join([*parts, unknown]))}: unknown key; {hint}"
+    key = shown_key(".".join(parts))
     if error["type"] == "missing":
         return f"{key}: is required"
     if error["type"] == "value_error":
-        return str(error["msg"]).removeprefix("Value error, ")
+        said = str(error["msg"]).removeprefix("Value error, ")
+        return f"{key}: {said}" if key else said
     got = error.get("input")
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, but it is {got!r} ({type(got).__name__})"
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, but it is {shown(got)} ({type(got).__name__})"
 
 
-def _known_keys(parents: list[str], loc: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in parents:
-        if not part.isdigit():
-            model = sections_of(fields_of(model)[part].annotation, loc)[0]
-    return list(fields_of(model))
+def _place(loc: tuple[Any, ...], numbered: bool) -> tuple[list[str], list[str]]:
+    """(the key's parts, the keys that there are) at pydantic's `loc`, which also names the members of unions.
+
+    `numbered`: there are several teachers; a single one is a list of one only to pydantic.
+    """
+    parts: list[str] = []
+    model: type[BaseModel] | None = Recipe
+    for part in loc:
+        if model is not None and part in (fields := fields_of(model)):
+            parts.append(str(part))
+            inner = sections_of(fields[part].annotation, loc)
+            model = inner[0] if inner else None
+        elif isinstance(part, int) and (numbered or parts != ["teacher"]):
+            parts.append(str(part))
+    return parts, [] if model is None else list(fields_of(model))

@@ -6,6 +6,7 @@ import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,8 +20,26 @@ from pydantic import (
 from fopd_cli.freshness.policies import POLICIES, PolicyName
 from fopd_cli.recipe.contradictions import contradictions
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# Bounds that no run comes near, so that nothing that is computed from a recipe overflows.
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+NonNegative = Annotated[int, Field(ge=0, le=10**9)]
+HowMany = Annotated[int, Field(gt=0, le=10**7)]  # prompts
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Processes = Annotated[int, Field(gt=0, le=1024)]  # or devices, or threads
+Seconds = Annotated[float, Field(gt=0, le=1e8)]
+Gigabytes = Annotated[float, Field(gt=0, le=1e6)]
+Factor = Annotated[float, Field(ge=0, le=1e9)]
+PositiveFactor = Annotated[float, Field(gt=0, le=1e9)]
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
+
+
+def _greedy_or_warm(value: float) -> float:
+    if 0 < value < 0.01:
+        raise ValueError(f"{value} is neither 0 (greedy) nor at least 0.01")
+    return value
+
+
+EvalTemperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_or_warm)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 Labels = Literal["cached", "current"]
@@ -33,7 +52,9 @@ ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
 class Section(BaseModel):
     """Unknown keys are refused; the string under a field is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Lora(Section):
@@ -41,7 +62,7 @@ class Lora(Section):
 
     rank: Positive = 32
     """Of the adapters."""
-    alpha: Annotated[float, Field(gt=0)] = 64.0
+    alpha: PositiveFactor = 64.0
     """Adapters are scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Which linear layers get one: all but the output head, or the ends of their names, for example [q_proj, v_proj]."""
@@ -59,11 +80,11 @@ class Student(Section):
 class Vllm(Section):
     """What engine vllm needs to know; other engines do not look at it."""
 
-    tensor_parallel: Positive = 1
+    tensor_parallel: Processes = 1
     """Devices (on a CPU: processes) that one replica is split over; must divide the attention heads."""
     gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a device's memory for weights and KV cache, if kv_cache_gb does not say (CUDA)."""
-    kv_cache_gb: Annotated[float, Field(gt=0)] | None = None
+    kv_cache_gb: Gigabytes | None = None
     """KV cache of a replica. Default: on CUDA what gpu_memory leaves; on a CPU what all running requests can need, at most an eighth of the RAM."""
     eager: bool = False
     """No CUDA graphs and no compilation: starts faster, generates slower. Always so on a CPU."""
@@ -83,11 +104,11 @@ class Http(Section):
     """Base of an OpenAI-compatible server that returns prompt log-probs for token ids (vLLM does), for example http://localhost:8000/v1."""
     api_key_env: str | None = None
     """Environment variable that holds the API key; null: the server wants none."""
-    concurrency: Positive = 16
+    concurrency: Annotated[int, Field(gt=0, le=4096)] = 16
     """Requests under way at once."""
-    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    timeout_s: Seconds = 120.0
     """Of one request."""
-    retries: NonNegative = 5
+    retries: Annotated[int, Field(ge=0, le=20)] = 5
     """Further tries after a refused connection, a time-out, or status 408, 429 or 5xx, with doubling pauses."""
 
 
@@ -112,13 +133,13 @@ class Teacher(Section):
     """Tokens a forward pass."""
     packing: bool = True
     """As learner.packing, for engine transformers."""
-    buffer_gb: Annotated[float, Field(gt=0)] | None = None
+    buffer_gb: Gigabytes | None = None
     """Shared memory for targets (of all teachers; the largest value counts); a full buffer holds the teacher back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at least two batches' worst case."""
     context: str | None = None
     """What the teacher is told instead of the question, and the student is not: a template with {question} and any of the prompt's own columns, such as {answer} or {solution}. null: the question."""
     template: Literal["student", "teacher"] = "student"
     """Whose chat template (and tokenizer) frames the prompt when the teacher judges the response. teacher: its own, and plain text becomes a user's message; for tasks of one turn."""
-    delay_ms: Annotated[float, Field(ge=0)] = 0.0
+    delay_ms: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     """Sleep so long for every scored sample: a slow teacher, for studies."""
 
 
@@ -129,11 +150,11 @@ class ArithmeticTask(Section):
     """Dependent steps a question."""
     difficulty: Literal[1, 2, 3] = 2
     """1: sums; 2: and differences; 3: and products."""
-    train_prompts: Positive | None = None
+    train_prompts: HowMany | None = None
     """Distinct training questions. Default: 20,000, or what half of all possible questions allows."""
-    eval_prompts: Positive = 256
+    eval_prompts: HowMany = 256
     """Distinct held-out questions, none of which is trained on."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the questions, apart from the run's seed."""
 
 
@@ -183,7 +204,7 @@ class ChatTask(Questions):
     """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
     question: str = "messages"
     """Column of the question, a list of chat messages or a text; a.b for a nested one. An assistant's answer at the end is left out."""
-    eval_prompts: Positive = 256
+    eval_prompts: HowMany = 256
     """Held-out questions used."""
 
 
@@ -194,7 +215,7 @@ class MathTask(Graded):
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: str
     """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
-    eval_prompts: Positive = 256
+    eval_prompts: HowMany = 256
     """Held-out questions used."""
 
 
@@ -213,7 +234,7 @@ class ToolTask(Graded):
     """Of the student, an episode; all turns and observations together also stay within sampler.max_new_tokens."""
     observation_chars: Positive = 2000
     """Longer output loses its middle."""
-    wall_s: Annotated[float, Field(gt=0)] = 10.0
+    wall_s: Seconds = 10.0
     """A call is stopped after it."""
     memory_mb: Positive = 512
     """Of an episode's interpreter and all that it starts."""
@@ -223,11 +244,11 @@ class ToolTask(Graded):
     """Of the numbers in generated questions."""
     terms: Annotated[int, Field(ge=2, le=9)] = 3
     """Numbers a generated question."""
-    train_prompts: Positive = 20_000
+    train_prompts: HowMany = 20_000
     """Distinct generated training questions."""
-    eval_prompts: Positive = 256
+    eval_prompts: HowMany = 256
     """Held-out questions used."""
-    seed: int = 0
+    seed: Seed = 0
     """Of generated questions, apart from the run's seed."""
     drift: Share = 0.0
     """Probability with which a training question's tool changes its answers at a version: a world that moves on, for studies of supervision drift."""
@@ -250,19 +271,19 @@ class SweTask(Prompts):
     """Whether to apply the tokenizer's chat template."""
     sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap"
     """Where commands and tests run: behind bubblewrap here, or in the instance's container (not yet run by us). none runs what the model wrote with your rights, on your files and network."""
-    wall_s: Annotated[float, Field(gt=0)] = 60.0
+    wall_s: Seconds = 60.0
     """A command is stopped after it."""
-    test_wall_s: Annotated[float, Field(gt=0)] = 1800.0
+    test_wall_s: Seconds = 1800.0
     """The tests of an instance are stopped after it."""
     memory_mb: Positive = 2048
     """Of a command and all that it starts."""
     grader: Literal["tests", "swebench"] = "tests"
     """Who says whether a patch resolves: the instance's tests in the same sandbox, or the official harness (package swebench and Docker; not yet run by us)."""
-    train_prompts: Positive = 20_000
+    train_prompts: HowMany = 20_000
     """Generated training instances."""
-    eval_prompts: Positive = 256
+    eval_prompts: HowMany = 256
     """Held-out instances used."""
-    seed: int = 0
+    seed: Seed = 0
     """Of generated instances, apart from the run's seed."""
 
 
@@ -294,7 +315,7 @@ BUILT_IN_TASKS: dict[str, type[Section]] = {
 
 def _task_tag(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return str(name) if name in BUILT_IN_TASKS else "plugin"
+    return name if isinstance(name, str) and name in BUILT_IN_TASKS else "plugin"
 
 
 Task = Annotated[
@@ -312,8 +333,8 @@ class Sampler(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     """What generates."""
     vllm: SamplerVllm = SamplerVllm()
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of the behaviour policy; behaviour log-probs and drift are at this temperature."""
+    temperature: Temperature = 1.0
+    """T of the behaviour policy pi_T; behaviour log-probs and drift are at this temperature. What the loss compares is another matter: full and topk support pi_1 with p_1, sampled and mc support pi_T with the teacher at loss.teacher_temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; under 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor takes off."""
     max_new_tokens: Positive = 512
@@ -335,19 +356,19 @@ class Learner(Section):
     """Tokens a forward-backward pass on each rank; changes memory and speed, not the loss."""
     packing: bool = True
     """Samples lie end to end in one row, each with attention of its own; false pads them to a rectangle. An architecture that cannot be packed is refused."""
-    lr: Annotated[float, Field(gt=0)] = 1e-6
+    lr: PositiveFactor = 1e-6
     """Peak learning rate."""
     warmup_steps: NonNegative = 10
     """Linear warm-up."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up, down to min_lr_ratio at the last step."""
+    """After the warm-up, down to min_lr_ratio in the very last step, wherever the warm-up stands. A resume with more steps stretches what is left of it: the rate goes up again."""
     min_lr_ratio: Share = 0.1
     """Where the decay ends, relative to lr."""
     betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Factor = 0.0
     """AdamW."""
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    clip: Factor = 1.0
     """Gradient norm; 0: no clipping."""
     dtype: Dtype = "auto"
     """Compute; master weights are always fp32. auto: bf16 on CUDA, fp32 on a CPU."""
@@ -365,11 +386,13 @@ class Loss(Section):
     kind: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
     support: Literal["auto", "full", "topk", "sampled", "mc"] = "auto"
-    """full vocabulary (exact); the teacher's top-k and a tail class; the sampled token alone (policy gradient); or several draws a position (mc). auto: full if all teachers give hidden states, else topk."""
+    """full vocabulary (exact); the teacher's top-k and a tail class; the sampled token alone (policy gradient); or several draws a position (mc). auto: full if all teachers give hidden states, else topk. Where sampler.temperature T is not 1, full and topk settle where the student is the teacher, pi_1 = p_1; sampled and mc where pi_T = p_1, a student that at temperature 1 is p_1 to the power of T, see teacher_temperature."""
     beta: Share = 0.5
     """Of jsd, in TRL's convention: 0 is forward_kl, 1 is reverse_kl."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of both distributions in the divergence (full support)."""
+    temperature: Temperature = 1.0
+    """Of both distributions in the divergence of full support: how its gradient weighs the vocabulary, not where it settles. Other supports have none: 1."""
+    teacher_temperature: Literal["one", "sampler"] = "one"
+    """Of the teacher in sampled and mc support. one: its own distribution, so that what the student samples at sampler.temperature becomes that; sampler: at the student's temperature, so that the student becomes the teacher at every temperature. Needs hidden states (teacher.engine transformers)."""
     tail: bool = True
     """The tail class of topk support; without it the student can hide mass, so false is refused."""
     advantage: Literal["cached", "recomputed"] = "recomputed"
@@ -378,9 +401,9 @@ class Loss(Section):
     """Of sampled support: multiply by pi_now/pi_sampled. mc support always does."""
     student_k: NonNegative = 0
     """Of topk support: so many of the teacher's k classes are the student's own likeliest tokens, the others the teacher's. Needs teacher.engine transformers."""
-    max_ratio: Annotated[float, Field(gt=0)] | None = None
+    max_ratio: PositiveFactor | None = None
     """Of sampled (with importance) and mc support: cap on pi_now/pi_sampled; less variance, a bias. null: none."""
-    draws: Positive = 8
+    draws: Annotated[int, Field(gt=0, le=1024)] = 8
     """Of mc support: tokens drawn from the behaviour policy at every position, with replacement; the first is the response's own."""
     average: Literal["sample", "token"] = "sample"
     """Whether every sample counts alike (the paper's mean over i) or every token."""
@@ -424,13 +447,13 @@ class Replay(Section):
 class Freshness(Section):
     policy: PolicyName = "fopd"
     """Which row of the paper's tables to run; trust is ours: tokens that the student has already moved far enough are left out (docs/staleness.md)."""
-    alpha: Annotated[float, Field(ge=0)] = 1.0
+    alpha: Factor = 1.0
     """Weight of sqrt(D_roll) in the score. 0 to 3 made no difference in our sweep, 10 slows learning."""
-    beta: Annotated[float, Field(ge=0)] = 1.0
+    beta: Factor = 1.0
     """Weight of sqrt(D_sup) in the score. 10 instead of 1 made no difference in our sweep."""
-    xi: Annotated[float, Field(ge=0)] = 0.05
+    xi: Factor = 0.05
     """Gate: w = relu(f - xi). Must be under 1/(depth + 1). A tenth to four fifths of that made no difference in our sweep; 0 was worse."""
-    anchor: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    anchor: Factor | Literal["auto"] = "auto"
     """lambda: weight of the rollout anchor, relative to the loss. auto: for losses from sampled tokens (sampled, mc) 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which an anchor only slows (docs/staleness.md)."""
     drift: Literal["auto", "sampled", "quadratic", "topk", "exact"] = "auto"
     """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor), the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with sampler.top_p), else sampled, which is free."""
@@ -442,7 +465,7 @@ class Freshness(Section):
     """normalized: divide by the batch's mean weight, so that lag does not shrink the step; what remains is how samples differ. raw is the paper's: in our benchmark it cost exact losses 2% of the score, because AdamW remembers the larger gradients of the first, fresh batches."""
     step_scale: Literal["none", "freshness"] = "none"
     """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the loss). Saves runs that have no anchor, slows those that have one."""
-    trust: Annotated[float, Field(gt=0)] = 0.2
+    trust: PositiveFactor = 0.2
     """Of policy trust, 0.1 and 0.2 held at lag 8, 0.3 lagged behind, 1 collapsed: a token says nothing more once its log-prob has moved by so many nats in the direction of its signal since it was sampled."""
     refresh: Refresh = Refresh()
     replay: Replay = Replay()
@@ -455,7 +478,7 @@ class Eval(Section):
     """Responses to each held-out prompt (mean@k)."""
     training: bool = True
     """Whether training samples are graded, too. Nothing is learnt from it, and the swe task runs an instance's tests for each."""
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: EvalTemperature | None = None
     """Default: the sampler's; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Default: the sampler's."""
@@ -465,7 +488,9 @@ class Eval(Section):
 
 class Checkpoint(Section):
     every: NonNegative = 100
-    """Optimizer steps between checkpoints; 0: only at the end (and on Ctrl-C)."""
+    """Optimizer steps between checkpoints; 0: none for their number."""
+    minutes: Factor = 15.0
+    """And minutes since the last one, looked at after each step; 0: none for the time. There is one at the end and at Ctrl-C or SIGTERM in any case."""
     keep: Positive = 2
     """Newest checkpoints that are kept."""
 
@@ -473,30 +498,30 @@ class Checkpoint(Section):
 class Threads(Section):
     """Default: all cores for whoever takes its turn (depth 0, time-slicing); side by side on a CPU they are divided among those who compute at the moment; with a fixed lag, or beside CUDA devices, in equal shares."""
 
-    sampler: Positive | None = None
+    sampler: Processes | None = None
     """CPU threads of each sampler."""
-    teacher: Positive | None = None
+    teacher: Processes | None = None
     """CPU threads of each teacher rank."""
-    learner: Positive | None = None
+    learner: Processes | None = None
     """CPU threads of each learner rank."""
 
 
 class Placement(Section):
     mode: Literal["auto", "cpu", "timeslice", "partition"] = "auto"
     """partition: each role has devices of its own; timeslice: all roles take turns on all devices; cpu: no CUDA. auto: by the number of CUDA devices (0: cpu, 1 or 2: timeslice, more: partition)."""
-    sampler: Positive | None = None
+    sampler: Processes | None = None
     """Devices (on a CPU: processes) for samplers. Default: half the devices; on a CPU 1."""
-    teacher: Positive | None = None
+    teacher: Processes | None = None
     """Devices (on a CPU: ranks) for the teacher. Default: a quarter; on a CPU 1."""
-    learner: Positive | None = None
+    learner: Processes | None = None
     """Devices (on a CPU: ranks) for the learner. Default: what is left; on a CPU 1."""
     threads: Threads = Threads()
 
 
 class Runtime(Section):
-    timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    timeout_s: Seconds = 900.0
     """A worker that owes an answer and has not moved for so long is stopped and named."""
-    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    start_timeout_s: Seconds = 1800.0
     """The same while a worker loads its model."""
     restarts: NonNegative = 2
     """How often a sampler, a teacher, the grader or the environment that died or hung is started again, each. A learner is not: resume the run."""
@@ -510,7 +535,9 @@ class Recipe(Section):
     model_config = ConfigDict(serialize_by_alias=True)
 
     student: Student
-    teachers: Annotated[tuple[Teacher, ...], BeforeValidator(_as_list), Field(alias="teacher", min_length=1)]
+    teachers: Annotated[
+        tuple[Teacher, ...], BeforeValidator(_as_list), Field(alias="teacher", min_length=1, max_length=64)
+    ]
     task: Task
     sampler: Sampler = Sampler()
     learner: Learner = Learner()
@@ -521,7 +548,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     placement: Placement = Placement()
     runtime: Runtime = Runtime()
-    seed: int = 0
+    seed: Seed = 0
     """Of everything random: the order of prompts and every sampled token."""
 
     @property
@@ -574,7 +601,9 @@ class Recipe(Section):
         if chosen != "auto":
             return chosen
         support = self.support
-        return "hidden" if support == "full" or support == "mc" else support
+        if support == "full" or support == "mc" or self.loss.teacher_temperature == "sampler":
+            return "hidden"
+        return support
 
     @field_serializer("teachers", mode="wrap")
     def _one_teacher_is_no_list(self, value: Any, handler: Any) -> Any:

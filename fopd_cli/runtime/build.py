@@ -85,6 +85,7 @@ def learner_config(
     spec = LossSpec(
         kind=loss.kind, support=recipe.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
         importance=loss.importance, max_ratio=loss.max_ratio, trust=fresh.trust if policy.trust else None, drift=recipe.drift, sampling_temperature=recipe.sampler.temperature,
+        teacher_temperature=recipe.sampler.temperature if loss.teacher_temperature == "sampler" else 1.0,
         chunk_bytes=None if loss.chunk_mb is None else loss.chunk_mb << 20, compile=lrn.compile,
     )  # fmt: skip
     return LearnerConfig(

@@ -2,7 +2,8 @@
 
 checkpoints/step-000100/   learner/ (torch.distributed.checkpoint: any number of ranks reads it)
                            buffer.safetensors (rollouts in flight with their teacher targets)
-                           state.json (schedule, accounting, refresh, noise floor, evaluations, totals)
+                           published.bin (weights of the version before, where a fixed lag still samples with them)
+                           state.json (recipe, schedule, accounting, refresh, noise floor, evaluations, totals)
                            MANIFEST.json (size and SHA-256 of every other file)
 """
 
@@ -13,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,55 @@ from safetensors.numpy import load_file, save_file
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Rollout
 
-FORMAT = 1
+FORMAT = 2
+SUPERSEDED = ".superseded"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ARRAYS = ("token_ids", "loss_mask", "logprobs", "topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")
+
+
+class Rhythm:
+    """When the next checkpoint is due: every so many optimizer steps, and so many minutes after the last one.
+
+    A save that failed counts: a full disk is tried again later, not at once.
+    """
+
+    def __init__(self, every: int, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every, self.minutes, self.clock = every, minutes, clock
+        self._last = clock()
+
+    def due(self, step: int) -> bool:
+        """After this optimizer step; 0 switches either rhythm off."""
+        by_steps = self.every > 0 and step % self.every == 0
+        return by_steps or (self.minutes > 0 and self.clock() - self._last >= 60 * self.minutes)
+
+    def saved(self) -> None:
+        self._last = self.clock()
 
 
 class CheckpointStore:
     """The checkpoints of one run directory."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int = 1) -> None:
         self.folder, self.keep = folder, keep
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
+
+    def state(self, step: int) -> dict[str, Any]:
+        """All of a checkpoint but the learner's part, the buffer and the weights."""
+        return dict(json.loads((self.path(step) / "state.json").read_text()))
+
+    def open(self, step: int | None) -> None:
+        """For the process that trains: make room to write. A run that goes on from `step` leaves later ones behind.
+
+        They are put aside, not lost, until it has got as far itself: else the next plain resume would take them for its own.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
             shutil.rmtree(leftover)
+        for later in self.steps():
+            if step is not None and later > step:
+                aside = self.path(later).with_suffix(SUPERSEDED)
+                if aside.exists():
+                    shutil.rmtree(aside)
+                self.path(later).rename(aside)
 
     def begin(self, step: int) -> Path:
         """A fresh folder to write into."""
@@ -56,12 +94,14 @@ class CheckpointStore:
         for folder in {p.parent for p in files} | {temporary}:
             _sync(folder)
         final = temporary.with_suffix("")
-        if final.exists():
-            shutil.rmtree(final)
         temporary.rename(final)
         _sync(self.folder)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old))
+        newest = self.steps()[-1]
+        for aside in self.folder.glob(f"step-*{SUPERSEDED}"):
+            if int(aside.stem.removeprefix("step-")) <= newest:
+                shutil.rmtree(aside)
         return final
 
     def discard(self, temporary: Path) -> None:
@@ -69,7 +109,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first."""
-        return sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-??????"))
+        names = (p.name.removeprefix("step-") for p in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdigit())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"

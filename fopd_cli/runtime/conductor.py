@@ -10,6 +10,7 @@ handle each. What a handler consumes and unblocks is said at the handler.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -28,26 +29,26 @@ from fopd_cli.errors import Interrupted, UserError, WorkerError
 from fopd_cli.freshness.depth import Depth
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
-from fopd_cli.recipe import Recipe
+from fopd_cli.recipe import Recipe, dump_recipe
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime import records, roles
 from fopd_cli.runtime.arena import Arena
 from fopd_cli.runtime.build import Setup, resolve_dtype
-from fopd_cli.runtime.checkpoint import CheckpointStore, disk_error, load_buffer, save_buffer, write_synced
+from fopd_cli.runtime.checkpoint import CheckpointStore, Rhythm, disk_error, load_buffer, save_buffer, write_synced
 from fopd_cli.runtime.episodes import Episodes
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import Layout, WeightChannel
 from fopd_cli.runtime.replays import Replays
 from fopd_cli.runtime.restarts import REPLACEABLE, Restarts
-from fopd_cli.runtime.rundir import RunDir, fingerprint
+from fopd_cli.runtime.rundir import RunDir
 from fopd_cli.runtime.schedule import Schedule
 from fopd_cli.runtime.sizes import arena_bytes
 from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
-from fopd_cli.runtime.telemetry import Resume, Telemetry
+from fopd_cli.runtime.telemetry import JsonLines, Progress, Resume, Telemetry
 from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Replay, Role, Score, Train
 from fopd_cli.runtime.watch import Watch
-from fopd_cli.runtime.workers import Fleet, Worker, WorkerSpec
+from fopd_cli.runtime.workers import STARTERS, STOPPING, Fleet, Worker, WorkerSpec
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
 from fopd_cli.tasks.replay import cached
 
@@ -55,7 +56,10 @@ MAINS = {
     "learner": roles.learner_main, "teacher": roles.teacher_main, "sampler": roles.sampler_main, "grader": roles.grader_main,
     "environment": roles.environment_main,
 }  # fmt: skip
+PUBLISHED = "published.bin"
 ENVIRONMENT = WorkerSpec("environment", 0, 1, (), 1)
+# `timeout` sends its signal to the command and then to the whole group: what comes so soon after the first is the same.
+SAME_SIGNAL_S = 0.3
 
 
 @dataclass
@@ -132,31 +136,30 @@ class Conductor:
         self._eval_figures: list[dict[str, float]] = []
         self._eval_stats: list[SampleStats] = []
         self._interrupts = 0
+        self._interrupted_at = -math.inf
         self._resume: Resume | None = None
+        self._recipe_changes: dict[str, tuple[Any, Any]] = {}
+        self._rhythm = Rhythm(recipe.checkpoint.every, recipe.checkpoint.minutes)
         self._last_saved: int | None = None
         self._step_began = time.time()
         self._version_since = time.time()  # when the newest version was there, to be evaluated if that is due
 
     # ---- life ---------------------------------------------------------------------------------------------------
 
-    def restore(self, step: int) -> None:
-        """Take up a checkpoint's state; the learner reads its own part when it starts."""
+    def restore(
+        self, step: int, state: dict[str, Any], recipe_changes: dict[str, tuple[Any, Any]], anew: bool = False
+    ) -> None:
+        """Take up a checkpoint's state; the learner reads its own part when it starts. Nothing is written yet.
+
+        `recipe_changes` go down in the history. `anew`: what was in flight is sampled again.
+        """
         folder = self.store.path(step)
-        state = json.loads((folder / "state.json").read_text())
-        ours = fingerprint(self.recipe)
-        changed = [name for name, digest in state["fingerprint"].items() if ours.get(name) != digest]
-        if changed:
-            raise UserError(
-                f"{folder}: was written with another recipe ({', '.join(changed)} differ); resume it with its own, or start a new run"
-            )
-        if state["schedule"]["step"] > self.recipe.learner.steps:
-            raise UserError(f"learner.steps: {self.recipe.learner.steps} is less than the {step} steps that are done")
-        self.schedule.load_state_dict(state["schedule"])
+        self.schedule.load_state_dict(state["schedule"], anew)
         self.refresh.last = state["refresh_last"]
         self.schedule.ahead = self.depth.resume(**state["depth"])
         self.totals = Totals(**state["totals"])
-        self.grades = {int(k): v for k, v in state["grades"].items()}
-        rollouts, targets = load_buffer(folder / "buffer.safetensors", state["rollouts"])
+        self.grades = {} if anew else {int(k): v for k, v in state["grades"].items()}
+        rollouts, targets = load_buffer(folder / "buffer.safetensors", [] if anew else state["rollouts"])
         for rollout in rollouts:
             self.rollouts[rollout.key] = rollout
         for key, raw in targets.items():
@@ -166,18 +169,26 @@ class Conductor:
             self.arena.memory[offset : offset + len(raw)] = torch.from_numpy(raw)
             self.slots[key] = m.Slot(offset, self.rollouts[key].response_length, self.schedule.tickets[key].teacher)
         self.setup.restore = (folder / "learner", state["learner"])
+        if (version := self.schedule.resume_version()) < step:
+            self.setup.channel.load(version, folder / PUBLISHED, getattr(torch, state["student_dtype"]))
+        self._recipe_changes = recipe_changes
         self._resume = Resume(step, frozenset(self.schedule.evaluated))
         self._last_saved = step
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns the summary. Ctrl-C or SIGTERM: checkpoint and stop; a second one: stop now."""
+        """Train to the end; returns the summary. Ctrl-C, SIGTERM or a closed terminal: checkpoint and stop; again: stop now."""
         began = time.time() - self.totals.wall_seconds
         limits = self.recipe.runtime
-        self.telemetry = Telemetry(self.run_dir.path, self.recipe.learner.steps, self._resume)
-        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.progress = Progress(self.recipe.learner.steps, self._resume.step if self._resume else 0)
+        # With nohup a terminal that closes is none of our business.
+        ours = [s for s in STOPPING if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
+        previous = {s: signal.signal(s, self._on_signal) for s in ours}
         try:
             with Fleet(self.run_dir.logs, limits.timeout_s, limits.start_timeout_s) as self.fleet:
                 self._start_workers()
+                self.telemetry = self._records()
+                self._grade_the_rest()  # of a checkpoint's buffer
+                self.schedule.on_learner_ready()
                 while not self.schedule.done:
                     self._advance()
                     self.totals.wall_seconds = time.time() - began
@@ -186,12 +197,29 @@ class Conductor:
                 self._save_checkpoint(final=True)
             return self._finish(began)
         finally:
-            self.telemetry.close()
+            self.progress.close()
+            if hasattr(self, "telemetry"):
+                self.telemetry.close()
             for number, handler in previous.items():
                 # On the way out after a Ctrl-C another one must not turn a clean end into a torn one.
                 signal.signal(number, signal.SIG_IGN if self._interrupts else handler)
             for path in self.run_dir.path.glob(".rendezvous-*"):
                 path.unlink()
+
+    def _records(self) -> Telemetry:
+        """Everyone stands: from here on the directory says what this run does, not what the one before did."""
+        self.store.open(None if self._resume is None else self._resume.step)
+        if self._resume is not None:
+            text = dump_recipe(self.recipe)
+            if text != self.run_dir.recipe.read_text(encoding="utf-8"):
+                write_synced(self.run_dir.recipe, text)
+            if self._recipe_changes or self.run_dir.history.exists():
+                history = JsonLines(self.run_dir.history, self._resume)
+                if self._recipe_changes:
+                    history.write({"step": self._resume.step, "changed": self._recipe_changes})
+                history.close()
+        self._rhythm.saved()
+        return Telemetry(self.run_dir.path, self.progress, self._resume)
 
     def _advance(self, act: bool = True) -> None:
         """One turn of the loop."""
@@ -202,12 +230,16 @@ class Conductor:
             self._handle(worker, message)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._interrupts += 1
+        now = time.monotonic()
+        if now - self._interrupted_at < SAME_SIGNAL_S:
+            return
+        self._interrupts, self._interrupted_at = self._interrupts + 1, now
         if self._interrupts > 1:
             raise Interrupted("stopped at once; the last checkpoint stands")
-        self.telemetry.progress.say(
-            "stopping: the running optimizer step is finished and a checkpoint written (again: stop now)"
-        )
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+            self.progress.say(
+                "stopping: the running optimizer step is finished and a checkpoint written (again: stop now)"
+            )
 
     def _leave(self, began: float) -> None:
         """After Ctrl-C, or without samplers or a teacher: let the running step end, save, go."""
@@ -219,6 +251,7 @@ class Conductor:
             self._advance()
         self.totals.wall_seconds = time.time() - began
         self._save_checkpoint(final=True)
+        self.fleet.stop(STARTERS)  # who started programs ends them
         if self._failure:
             raise WorkerError(f"{self._failure}; go on with: fopd resume {self.run_dir.path}")
         raise Interrupted(
@@ -228,7 +261,7 @@ class Conductor:
 
     def _start_workers(self) -> None:
         """The learner first: it publishes the weights that all others start from. Sharing devices, one at a time."""
-        self.telemetry.progress.say(f"starting {self.plan.describe()}")
+        self.progress.say(f"starting {self.plan.describe()}")
         waiting: set[str] = set()
         for role in ("learner", "teacher", "sampler", "grader", "environment"):
             specs = self._specs(role)
@@ -241,8 +274,6 @@ class Conductor:
                     self.fleet.send(spec.name, m.SleepCommand())
                 self._await({spec.name for spec in specs}, m.Asleep)
         self._await(waiting, m.Ready)
-        self._grade_the_rest()  # of a checkpoint's buffer
-        self.schedule.on_learner_ready()
 
     def _specs(self, role: str) -> list[WorkerSpec]:
         everyone = (*self.plan.everyone, *([ENVIRONMENT] if self.stream.replayable else []))
@@ -254,9 +285,14 @@ class Conductor:
     def _await(self, names: set[str], kind: type) -> None:
         """Wait for one message of this kind from each of these workers; others are handled as ever.
 
-        A worker that dies in its first start ends the run. In a change of turns it is lost as at any other time.
+        A worker that dies in its first start ends the run. In a change of turns it is lost as at any other time, and
+        after Ctrl-C nobody waits for one that is starting.
         """
         while names:
+            if self._interrupts and not self._changing_turns:
+                raise Interrupted("stopped before the first step; nothing was trained since the last checkpoint")
+            if self._interrupts and kind is m.Ready:
+                return
             for worker, message in self.fleet.receive(timeout=0.5):
                 if isinstance(message, kind) and worker.name in names:
                     names.discard(worker.name)
@@ -265,8 +301,6 @@ class Conductor:
                 else:
                     self._handle(worker, message)
             names.intersection_update(self.fleet.workers)
-            if self._interrupts and not self._changing_turns and kind is m.Ready:
-                raise Interrupted("stopped before the first step; nothing was trained since the last checkpoint")
 
     # ---- actions ------------------------------------------------------------------------------------------------
 
@@ -398,6 +432,8 @@ class Conductor:
                 finished = message.rollouts if self.episodes is None else self._on_turns(message.rollouts)
                 self._on_sampled(worker.spec.rank, finished)
                 self._next_turns(worker.spec.rank)
+            case m.Observed() | m.Replayed() | m.Graded() if self._interrupts:
+                pass  # the programs behind it may have got the same signal; it is done again
             case m.Observed():
                 self._on_observed(message)
             case m.Loaded():
@@ -430,9 +466,8 @@ class Conductor:
         """Finished generations: to the grader now, to the teacher when the schedule says so."""
         kept = []
         for rollout in rollouts:
-            if self.episodes is None:
-                self.totals.generated_tokens += rollout.response_length
             if self.schedule.on_sampled(replica, rollout.key, rollout.oldest_version):
+                self.totals.generated_tokens += _generated(rollout)
                 self.rollouts[rollout.key] = rollout
                 kept.append(rollout)
         self._grade(kept)
@@ -442,7 +477,6 @@ class Conductor:
         assert self.episodes is not None
         finished = []
         for turn in turns:
-            self.totals.generated_tokens += turn.response_length
             if (episode := self.episodes.on_turn(turn)) is None:
                 continue
             if turn.finish == "length":
@@ -537,18 +571,17 @@ class Conductor:
             self.schedule.on_environment_lost()
             self.schedule.abandon()
             self._abort_all()
+        if self._interrupts:
+            self.progress.say(f"{reason}; the run is ending")
+            return
         again = self.restarts.again(spec)
         if not again:
-            self.telemetry.progress.say(
-                f"{reason}; started again {self.restarts.limit} times (runtime.restarts), it stays away"
-            )
+            self.progress.say(f"{reason}; started again {self.restarts.limit} times (runtime.restarts), it stays away")
             if self.restarts.nobody_left(spec.role):
                 self._failure = f"{reason}; there is no other {spec.role}"
             return
         self.totals.restarts += 1
-        self.telemetry.progress.say(
-            f"{reason}; starting it again ({self.restarts.count(spec)} of {self.restarts.limit})"
-        )
+        self.progress.say(f"{reason}; starting it again ({self.restarts.count(spec)} of {self.restarts.limit})")
         awake = None if self._changing_turns else self.schedule.lease
         if self.plan.exclusive and spec.role not in (awake, "grader", "environment"):
             self._asleep_lost += again
@@ -608,7 +641,7 @@ class Conductor:
             for key in sorted(self._eval)[:2]:
                 sample, grade, rollout = self._eval[key]
                 self._write_sample(version, sample, grade, rollout)
-            self.telemetry.progress.say(records.evaluation_line(record))
+            self.progress.say(records.evaluation_line(record))
             self._eval, self._eval_stats, self._eval_figures = {}, [], []
 
     def _on_trained(self, message: m.Trained) -> None:
@@ -637,19 +670,15 @@ class Conductor:
         self.telemetry.ledger.write(records.ledger(step, samples, outcomes))
         self.telemetry.scalars(records.scalars(record, timing), step)
         self.telemetry.histograms(records.histograms(stats), step)
-        self.telemetry.progress.step(step, records.bar(record, timing))
+        self.progress.step(step, records.bar(record, timing))
         for warning in self.watch.step(report.grad_norm, record["kl"]):
-            self.telemetry.progress.say(f"step {step}: {warning}")
+            self.progress.say(f"step {step}: {warning}")
         if step % max(1, self.recipe.learner.steps // 20) == 0:
             self._write_sample(step, samples[keys[0]], self.grades[keys[0]], rollouts[0])
         for key in keys:
             self._forget(key)
         self._maybe_refresh(stats)
-        if (
-            self.recipe.checkpoint.every
-            and step % self.recipe.checkpoint.every == 0
-            and step < self.recipe.learner.steps
-        ):
+        if step < self.recipe.learner.steps and self._rhythm.due(step):
             self._save_checkpoint(final=False)
 
     def _count(self, stats: SampleStats, skipped: bool) -> None:
@@ -670,18 +699,17 @@ class Conductor:
             return
         self.refresh.last = step
         scoring = {k for _, keys, _ in self._score_answers for k in keys}
-        names = {k: t.sample for k, t in self.schedule.tickets.items() if t.drawn}
         dropped = self.schedule.refresh()
         self._abort_all()
         for key in dropped:
             if key not in scoring:
                 self._forget(key)
-        ids = [str(names[k]) for k in dropped if k in names]
+        ids = [str(sample) for sample in dropped.values()]
         self.telemetry.metrics.write(
             {"kind": "refresh", "step": step, "reason": reason, "timing": {"dropped": len(ids)}}
         )
         self.telemetry.ledger.write({"step": step, "refreshed": ids})
-        self.telemetry.progress.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
+        self.progress.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
 
     def _abort_all(self) -> None:
         for spec in self.plan.samplers:
@@ -729,9 +757,8 @@ class Conductor:
                     f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume {self.run_dir.path} "
                     f"(goes on from {self._last_saved if self._last_saved is not None else 'the start'})"
                 ) from None
-            self.telemetry.progress.say(
-                f"step {step}: NO CHECKPOINT was written: {text}; training goes on, older ones stand"
-            )
+            self.progress.say(f"step {step}: NO CHECKPOINT was written: {text}; training goes on, older ones stand")
+        self._rhythm.saved()
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
         self._saved = []
@@ -757,14 +784,18 @@ class Conductor:
             nbytes = self.model.target_specs[slot.teacher].nbytes(slot.positions)
             targets[key] = memory[slot.offset : slot.offset + nbytes]
         rollouts = [self.rollouts[k] for k in sorted(known)]
+        if schedule["resume_version"] < schedule["step"]:
+            self.setup.channel.save(schedule["resume_version"], folder / PUBLISHED)
+        lost = [r for k, r in self.rollouts.items() if k not in known] + [r for _, _, r in self._eval.values()]
+        again = sum(map(_generated, lost))  # a half-done evaluation begins anew, too
         state = {
-            "fingerprint": fingerprint(self.recipe),
+            "recipe": self.recipe.model_dump(mode="json"),
             "schedule": schedule,
             "refresh_last": self.refresh.last,
             "depth": {"now": self.depth.now, "waited": self.depth.waited},
             "learner": learner,
             "student_dtype": str(self.setup.channel.dtype).removeprefix("torch."),
-            "totals": vars(self.totals),
+            "totals": {**vars(self.totals), "generated_tokens": self.totals.generated_tokens - again},
             "grades": {k: self.grades[k] for k in known if k in self.grades},
             "rollouts": save_buffer(folder / "buffer.safetensors", rollouts, targets),
         }
@@ -779,3 +810,8 @@ class Conductor:
         summary = records.summary(self.schedule, self.totals, busy)
         write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
         return summary
+
+
+def _generated(rollout: Rollout) -> int:
+    """Tokens that the student sampled; in an episode observations stand between them."""
+    return int(rollout.loss_mask.sum())

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,19 @@ class WeightChannel:
         found = self.stamps[version % 2].tolist()
         if found != [version, version]:
             raise RuntimeError(f"weights of version {version} were overwritten while they were read (stamps {found})")
+
+    def save(self, version: int, path: Path) -> None:
+        """One version's slot as it lies in memory."""
+        self.check(version)
+        start = (version % 2) * self.slot_bytes
+        with path.open("wb") as file:
+            file.write(self.memory[start : start + self.slot_bytes].numpy().data)
+
+    def load(self, version: int, path: Path, dtype: torch.dtype) -> None:
+        """Take up what `save` wrote of the same layout, in the dtype of then."""
+        saved = WeightChannel(self.layout, dtype, torch.empty(0), self.stamps)
+        memory = torch.from_file(str(path), shared=False, size=saved.slot_bytes, dtype=torch.uint8)
+        self.write(version, iter(SharedWeights(memory, 0, dtype, self.layout)))
 
     def _slot(self, version: int) -> SharedWeights:
         return SharedWeights(self.memory, (version % 2) * self.slot_bytes, self.dtype, self.layout)

@@ -1,24 +1,22 @@
 """The run directory: made once, locked while in use, never overwritten.
 
-runs/NAME/  recipe.yaml (resolved)  metrics.jsonl  ledger.jsonl  samples.jsonl  trace.json  tensorboard/
+runs/NAME/  recipe.yaml (resolved)  recipe-history.jsonl (what was changed at which step)  metrics.jsonl  ledger.jsonl  samples.jsonl  trace.json  tensorboard/
             checkpoints/step-000100/  student/ (Hugging Face format)  summary.json  logs/WORKER.log
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from fopd_cli import paths
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, dump_recipe, load_recipe
 from fopd_cli.runtime.checkpoint import write_synced
-
-# What a checkpoint depends on: with another value of these, its weights or its samples would mean something else.
-IDENTITY = ("student", "teacher", "task", "seed")
 
 
 class RunDir:
@@ -30,6 +28,7 @@ class RunDir:
         self.logs = path / "logs"
         self.student = path / "student"
         self.recipe = path / "recipe.yaml"
+        self.history = path / "recipe-history.jsonl"
         self.summary = path / "summary.json"
         self._lock: Any = None
 
@@ -37,7 +36,7 @@ class RunDir:
     def create(cls, path: Path, recipe: Recipe) -> RunDir:
         """Refuses a directory that holds anything."""
         run = cls(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if paths.exists(path) and (not path.is_dir() or any(path.iterdir())):
             hint = f"go on with it (fopd resume {path}) or " if run.recipe.is_file() else ""
             raise UserError(f"--run-dir: {path} exists and is not empty; {hint}give another --run-dir")
         try:
@@ -52,12 +51,21 @@ class RunDir:
     def open(cls, path: Path) -> RunDir:
         """An existing run."""
         run = cls(path)
-        if not run.recipe.is_file():
+        if not paths.is_file(run.recipe):
             raise UserError(f"{path}: is no run directory (it has no recipe.yaml)")
         return run
 
     def load_recipe(self, overrides: list[str]) -> Recipe:
         return load_recipe(self.recipe, overrides)
+
+    def changed(self) -> list[tuple[int, dict[str, list[Any]]]]:
+        """The history: (step, key -> [value before, value since]), oldest first."""
+        found = []
+        for line in self.history.read_text(encoding="utf-8").splitlines() if self.history.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
+                record = json.loads(line)
+                found.append((int(record["step"]), dict(record["changed"])))
+        return found
 
     def lock(self) -> None:
         """Hold the directory for this process; the kernel lets go when it dies, however it dies."""
@@ -73,13 +81,3 @@ class RunDir:
         file.write(f"{os.getpid()}\n")
         file.flush()
         self._lock = file
-
-
-def fingerprint(recipe: Recipe) -> dict[str, str]:
-    """A short hash of each identity section, by its name."""
-    dumped = recipe.model_dump(mode="json")
-    # What runs a teacher, and where, may change between two starts; what it is and what it hands over may not.
-    dumped["teacher"] = [[t.name, t.model, t.k, t.dtype, recipe.targets] for t in recipe.teachers]
-    return {
-        name: hashlib.sha256(json.dumps(dumped[name], sort_keys=True).encode()).hexdigest()[:16] for name in IDENTITY
-    }

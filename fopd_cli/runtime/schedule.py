@@ -22,6 +22,16 @@ sample is ever thrown away for its age, and a straggler can be overtaken only as
 consumed at step j. A sampler moves to v + 1 only when window v + k is sampled, and step t starts only when all
 samplers hold version t.
 
+**Windows.** At depth 0 and under a fixed lag two runs must compute the same bits. So samples are cut by number into the
+batches that consume them (`_windows`), and every sampler's and teacher's group lies within one: `concurrency` or
+`score_batch` samples in a row, whatever the order of arrival. Groups are scored in the order in which they are consumed,
+held-out ones first, because the learner holds still for them. A group whose targets find no room takes it from the
+last ones, which are scored again later, as whole groups.
+
+**Resuming.** `state_dict` keeps whole groups or nothing: a group that is half sampled is planned again, one that is half
+scored is scored again. Under a fixed lag what is left of the window in hand is still sampled by version `step - 1`
+(`resume_version`), whose weights the checkpoint holds for that.
+
 **Two weight slots.** Version t + 1 is written over version t - 1, so step t starts only when no sampler is still
 being told to load something older than t.
 
@@ -39,8 +49,8 @@ sleep on a time-sliced box, holds no weights and loads the newest before anythin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fopd_cli.runtime.tickets import (
@@ -58,6 +68,10 @@ from fopd_cli.runtime.tickets import (
     Train,
 )
 from fopd_cli.samples import SampleId
+
+
+def _cut(tickets: list[Ticket], size: int) -> list[list[Ticket]]:
+    return [tickets[i : i + size] for i in range(0, len(tickets), size)]
 
 
 @dataclass
@@ -124,6 +138,7 @@ class Schedule:
         if r.loading != version:
             raise RuntimeError(f"sampler {replica} loaded version {version}, expected {r.loading}")
         r.loaded, r.loading, r.blank = version, None, False
+        r.stale = r.stale and version < self.step
 
     def on_sampled(self, replica: int, key: int, oldest_version: int) -> bool:
         """Returns False for a sample that a refresh has dropped, or a pause abandoned, meanwhile."""
@@ -212,18 +227,21 @@ class Schedule:
     def on_teacher_back(self, index: int) -> None:
         self.teachers[index].up = True
 
-    def refresh(self) -> list[int]:
-        """Drop every training sample that is not being trained on; returns the keys. Their prompts are drawn again."""
-        dropped = [k for k, t in self.tickets.items() if not t.evaluation and t.state is not State.TRAINING]
+    def refresh(self) -> dict[int, SampleId]:
+        """Drop every training sample that is not being trained on; returns them by key. Their prompts are drawn again.
+
+        Where two runs must agree, all that could have been started by now counts as drawn: what was depends on the clock.
+        """
+        if self.config.deterministic:
+            while self.consumed + sum(map(len, self._windows())) < self._bound(self.step - 1):
+                self._count_drawn(self.tickets[self._add_next()])
+        dropped = {k: t.sample for k, t in self.tickets.items() if not t.evaluation and t.state is not State.TRAINING}
         for key in sorted(dropped):
-            ticket = self.tickets.pop(key)
-            sample = ticket.sample
-            if ticket.drawn:
-                self.counts["refreshed"] += 1
-                sample = SampleId(sample.split, sample.epoch, sample.prompt, sample.replica, sample.attempt + 1)
-            self.retries.append(sample)
+            del self.tickets[key]
+            self.counts["refreshed"] += 1
+            self.retries.append(replace(dropped[key], attempt=dropped[key].attempt + 1))
         for replica in self.replicas:
-            replica.running -= set(dropped)
+            replica.running -= dropped.keys()
             replica.stale = True
         self.refreshes += 1
         return dropped
@@ -377,10 +395,9 @@ class Schedule:
         """Keys of the next batch, in key order; None while it must wait."""
         size = self.config.batch
         if self.config.lag is not None:
-            waiting = (t for t in self.tickets.values() if not t.evaluation and t.state is not State.TRAINING)
-            window = sorted(t.key for t in waiting)[:size]
-            ready = len(window) == size and all(self._ready(self.tickets[k]) for k in window)
-            return window if ready else None
+            window = next(iter(self._windows()), [])
+            ready = len(window) == size and all(self._ready(t) for t in window)
+            return [t.key for t in window] if ready else None
         urgent = self._by_deadline()
         chosen = [t for t in urgent if self._ready(t)][:size]
         if len(chosen) < size:
@@ -402,6 +419,32 @@ class Schedule:
 
     def _ready(self, ticket: Ticket) -> bool:
         return ticket.state is State.SCORED and ticket.graded
+
+    # -- windows
+
+    def _windows(self, evaluation: bool = False) -> list[list[Ticket]]:
+        """Samples that the learner has not taken yet, in the order of their numbers, cut into the batches that it will take."""
+        waiting = (t for t in self.tickets.values() if t.evaluation == evaluation and t.state is not State.TRAINING)
+        return _cut(sorted(waiting, key=lambda t: t.key), self.config.batch)
+
+    def _score_groups(self, teacher: int, evaluation: bool) -> Iterator[list[Ticket]]:
+        """One call's samples each, in the order in which the learner takes them. Nobody can join them any more."""
+        size = self.config.score_batch[teacher]
+        for window in self._windows(evaluation):
+            whole = evaluation or len(window) == self.config.batch
+            for group in _cut([t for t in window if t.teacher == teacher], size):
+                if whole or len(group) == size:
+                    yield group
+
+    def _left_in_window(self) -> int:
+        """How many more samples may start before the first window that has any left is all sampled."""
+        windows = self._windows()
+        for window in windows:
+            planned = sum(t.state is State.PLANNED for t in window)
+            missing = self.config.batch - len(window)  # none but in the last one
+            if planned + missing:
+                return planned + missing
+        return self.config.batch
 
     # -- evaluation: held-out prompts are sampled, scored and measured at one version, while the learner holds still
 
@@ -449,17 +492,11 @@ class Schedule:
         if not self.config.deterministic:
             sampled.sort(key=lambda t: (not t.evaluation, t.version, t.key))
             return tuple(t.key for t in sampled[:size])
-        # Whole blocks of keys, whatever the order of arrival: the teacher then computes the same in every run.
-        exhausted = all(self._room(r) <= 0 for r in self.replicas)
-        for ticket in sorted(sampled, key=lambda t: t.key):
-            block = ticket.key // size
-            if (block + 1) * size > self.next_key and not exhausted and not ticket.evaluation:
-                continue
-            mates = [t for k in range(block * size, (block + 1) * size) if (t := self.tickets.get(k))]
-            mates = [t for t in mates if t.evaluation == ticket.evaluation and t.teacher == teacher]
-            group = [t for t in mates if t.state is not State.SCORED]
-            if all(t.state is State.SAMPLED for t in group):
-                return tuple(t.key for t in group)
+        for evaluation in (True, False):
+            for members in self._score_groups(teacher, evaluation):
+                group = [t for t in members if t.state is not State.SCORED]  # all, unless a teacher was lost
+                if group and all(t.state is State.SAMPLED for t in group):
+                    return tuple(t.key for t in group)
         return ()
 
     def _reserved(self, group: tuple[int, ...]) -> tuple[int, ...]:
@@ -467,21 +504,45 @@ class Schedule:
         up their targets (they are scored again later); else nothing, until the learner has freed some."""
         if not group or self.reserve(group):
             return group
-        by_deadline, held_out = self._by_deadline(), self._held_out()
-        first = {t.key for t in (*by_deadline[: self.config.batch], *held_out[: self.config.batch])}
+        first = {t.key for t in self._first()}
         urgent = tuple(k for k in group if k in first)
-        measured_next = any(self.tickets[k].evaluation for k in urgent)  # it holds the learner: all others can wait
-        waiting = [*held_out[self.config.batch :], *by_deadline] if measured_next else by_deadline
-        victims = [t for t in waiting if t.state is State.SCORED and (measured_next or t.key not in first)]
+        # An evaluation holds the learner: all training samples can wait.
+        measured_next = any(self.tickets[k].evaluation for k in urgent)
+        victims = self._victims(first, measured_next) if urgent else []
         while urgent:
             if self.reserve(urgent):
                 return urgent
             if not victims:
                 return ()
-            victim = victims.pop()
-            victim.state, victim.replayed = State.SAMPLED, False
-            self.release(victim.key)
+            for victim in victims.pop():
+                self.replayed_now -= victim.replayed
+                victim.state, victim.replayed = State.SAMPLED, False
+                self.release(victim.key)
         return ()
+
+    def _first(self) -> list[Ticket]:
+        """What the learner takes next, held out and not."""
+        if self.config.deterministic:
+            return [t for evaluation in (True, False) for window in self._windows(evaluation)[:1] for t in window]
+        return [*self._by_deadline()[: self.config.batch], *self._held_out()[: self.config.batch]]
+
+    def _victims(self, first: set[int], measured_next: bool) -> list[list[Ticket]]:
+        """Scored samples that give up their targets together, the least urgent last."""
+        kinds = (True, False) if measured_next else (False,)
+        groups: Iterable[list[Ticket]]
+        if self.config.deterministic:
+            still = (State.SCORING, State.REPLAYING, State.REPLAYED)
+            found = [g for kind in kinds for i in range(len(self.teachers)) for g in self._score_groups(i, kind)]
+            complete = [g for g in found if all(t.state not in still for t in g)]
+            groups = sorted(complete, key=lambda g: (not g[0].evaluation, g[0].key))
+        else:
+            groups = ([t] for t in (*(self._held_out() if measured_next else ()), *self._by_deadline()))
+
+        def spared(ticket: Ticket) -> bool:
+            return ticket.key in first and (ticket.evaluation or not measured_next)
+
+        scored = ([t for t in group if t.state is State.SCORED and not spared(t)] for group in groups)
+        return [group for group in scored if group]
 
     # -- sampler
 
@@ -490,7 +551,7 @@ class Schedule:
         for index, replica in enumerate(self.replicas):
             version = self._next_version(replica)
             if version is not None:
-                replica.loading, replica.stale = version, False
+                replica.loading = version
                 out.append(Load(index, version))
                 continue
             held_out, room = self._admissible(replica)
@@ -519,8 +580,11 @@ class Schedule:
     def _room(self, replica: _Replica) -> int:
         """How many samples may be admitted at the replica's version (the docstring's admission rule)."""
         outstanding = sum(not t.evaluation and t.state is not State.PLANNED for t in self.tickets.values())
-        bound = min((self.ahead + replica.loaded + 1), self.config.steps) * self.config.batch
-        return max(0, bound - self.consumed - outstanding)
+        return max(0, self._bound(replica.loaded) - self.consumed - outstanding)
+
+    def _bound(self, version: int) -> int:
+        """The number of the first sample that a sampler at this version may not start."""
+        return min(self.ahead + version + 1, self.config.steps) * self.config.batch
 
     def _admissible(self, replica: _Replica) -> tuple[list[int], int]:
         """(held-out samples, number of training samples) that the replica may be given now."""
@@ -535,22 +599,27 @@ class Schedule:
             held_out = [t.key for t in self.tickets.values() if t.evaluation and t.state is State.PLANNED][:free]
         if held_out and self.config.deterministic:
             return held_out, 0
-        return held_out, min(free - len(held_out), self._room(replica))
+        left = self._left_in_window() if self.config.deterministic else free
+        return held_out, min(free - len(held_out), left, self._room(replica))
 
     def _admit(self, index: int, replica: _Replica, key: int) -> int:
         ticket = self.tickets[key]
-        if not ticket.drawn and not ticket.evaluation:
-            self.counts["drawn"] += 1
-        ticket.drawn = True
+        if not ticket.evaluation:
+            self._count_drawn(ticket)
         ticket.state, ticket.version = State.SAMPLING, replica.loaded
         replica.running.add(key)
         return key
 
+    def _count_drawn(self, ticket: Ticket) -> None:
+        self.counts["drawn"] += not ticket.drawn
+        ticket.drawn = True
+
     def _draw(self) -> int:
         """Key of the next training sample: restarted ones first, then those a refresh dropped, then new prompts."""
         planned = [t.key for t in self.tickets.values() if t.state is State.PLANNED and not t.evaluation]
-        if planned:
-            return min(planned)
+        return min(planned) if planned else self._add_next()
+
+    def _add_next(self) -> int:
         if self.retries:
             return self._add(self.retries.pop(0))
         self.cursor += 1
@@ -567,40 +636,64 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, as JSON. Samples that were being sampled or scored go back one state.
 
-        Replays that ran ahead left the labels alone: whatever became of them, such samples are scored, and are replayed anew.
+        Replays that ran ahead left the labels alone: whatever became of them, such samples are scored, and are replayed
+        anew. Others may have new labels: they are scored for the first time again.
         """
-        back = {
-            State.SAMPLING: State.PLANNED, State.SCORING: State.SAMPLED,
-            State.REPLAYING: State.SCORED, State.REPLAYED: State.SCORED,
-        }  # fmt: skip
-        anew = self.config.replay_ahead
-
-        def state(ticket: Ticket) -> State:
-            labelled = anew and ticket.replayed and ticket.state is State.SCORING
-            return State.SCORED if labelled else back.get(ticket.state, ticket.state)
-
+        states = self._states_at_rest()
         return {
             "step": self.step,
             "consumed": self.consumed,
             "cursor": self.cursor,
             "next_key": self.next_key,
-            "replayed_now": 0 if anew else self.replayed_now,
             "refreshes": self.refreshes,
             "counts": dict(self.counts),
             "evaluated": sorted(self.evaluated),
             "retries": [list(vars(s).values()) for s in self.retries],
+            "resume_version": self.resume_version(),
             "tickets": [
                 {
-                    "key": t.key, "sample": list(vars(t.sample).values()), "state": state(t).value,
+                    "key": t.key, "sample": list(vars(t.sample).values()), "state": states[t.key].value,
                     "version": t.version, "graded": t.graded, "drawn": t.drawn,
-                    "replayed": not anew and t.replayed and t.state is State.SCORED,
                 }
                 for t in self.tickets.values() if not t.evaluation
             ],
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("step", "consumed", "cursor", "next_key", "replayed_now", "refreshes"):
+    def resume_version(self) -> int:
+        """The version that samplers load first when a run goes on from here: the newest, or under a fixed lag the one
+        before, while it still has samples to give to its window."""
+        before = self.step - 1
+        if self.config.lag is None or not any(r.loaded == before >= 0 and not r.stale for r in self.replicas):
+            return self.step
+        kept = sum(state is not State.PLANNED for state in self._states_at_rest().values())
+        return before if self._bound(before) > self.consumed + kept else self.step
+
+    def _states_at_rest(self) -> dict[int, State]:
+        """What each training sample goes back to when everyone stops; in groups, where two runs must agree."""
+        labelled = State.SCORED if self.config.replay_ahead else State.SAMPLED
+
+        def at_rest(ticket: Ticket) -> State:
+            if ticket.replayed or ticket.state is State.REPLAYED:
+                return labelled
+            back = {State.SAMPLING: State.PLANNED, State.SCORING: State.SAMPLED, State.REPLAYING: State.SCORED}
+            return back.get(ticket.state, ticket.state)
+
+        states = {t.key: at_rest(t) for t in self.tickets.values() if not t.evaluation}
+        if not self.config.deterministic:
+            return states
+        for window in self._windows():
+            for group in _cut(window, self.config.concurrency):
+                if any(states[t.key] is State.PLANNED for t in group):
+                    states.update({t.key: State.PLANNED for t in group})
+        for teacher in range(len(self.teachers)):
+            for group in self._score_groups(teacher, evaluation=False):
+                if any(states[t.key] is not State.SCORED for t in group):
+                    states.update({t.key: State.SAMPLED for t in group if states[t.key] is State.SCORED})
+        return states
+
+    def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
+        """`anew`: the recipe has changed so that what was in flight is to be sampled again."""
+        for name in ("step", "consumed", "cursor", "next_key", "refreshes"):
             setattr(self, name, state[name])
         self.counts = Counter(state["counts"])
         self.evaluated = set(state["evaluated"])
@@ -609,7 +702,14 @@ class Schedule:
         for t in state["tickets"]:
             sample = SampleId(*t["sample"])
             ticket = Ticket(t["key"], sample, State(t["state"]), t["version"], t["graded"], t["drawn"])
-            ticket.teacher, ticket.replayed = self.teacher_of(sample), t["replayed"]
+            ticket.teacher = self.teacher_of(sample)
+            if anew:
+                ticket.state = State.PLANNED
             if ticket.state is State.PLANNED:
                 ticket.graded = False
             self.tickets[ticket.key] = ticket
+        if self.config.lag is not None:
+            for replica in self.replicas:
+                replica.loaded = self.step if anew else state["resume_version"]
+        if anew:
+            self.consumed = self.step * self.config.batch  # admission counts in batches of today's size

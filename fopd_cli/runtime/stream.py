@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -135,15 +135,27 @@ def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
     ]
 
 
+@dataclass(frozen=True)
+class EvalVersions:
+    """Before the first step, after the last, and every so often (0: not) in between."""
+
+    steps: int
+    every: int
+
+    def __contains__(self, version: object) -> bool:
+        if not isinstance(version, int) or not 0 <= version <= self.steps:
+            return False
+        return version in (0, self.steps) or (self.every > 0 and version % self.every == 0)
+
+
 def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: bool) -> ScheduleConfig:
-    """The recipe as the schedule wants it; evaluations before the first step, after the last, and every so often."""
+    """The recipe as the schedule wants it."""
     replay = recipe.freshness.replay
     wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or replay.labels == "current"
-    steps, every = recipe.learner.steps, recipe.eval.every
-    between = range(every, steps, every) if every else range(0)
+    eval_versions = EvalVersions(recipe.learner.steps, recipe.eval.every)
     return ScheduleConfig(
-        steps=steps, batch=recipe.learner.batch_samples, depth=recipe.schedule.depth, lag=recipe.schedule.lag,
+        steps=recipe.learner.steps, batch=recipe.learner.batch_samples, depth=recipe.schedule.depth, lag=recipe.schedule.lag,
         inflight=recipe.schedule.inflight, replicas=replicas, concurrency=recipe.sampler.concurrency,
-        score_batch=tuple(t.batch_samples for t in recipe.teachers), exclusive=exclusive, eval_versions=frozenset({0, steps, *between}),
+        score_batch=tuple(t.batch_samples for t in recipe.teachers), exclusive=exclusive, eval_versions=eval_versions,
         replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable and wanted else 0, replay_lag=replay.min_lag, replay_ahead=replay.labels == "cached",
     )  # fmt: skip

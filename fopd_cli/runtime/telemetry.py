@@ -9,6 +9,7 @@ tensorboard/    scalars and histograms
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -98,7 +99,7 @@ class Trace:
 class Telemetry:
     """All of a run's output files and its progress bar."""
 
-    def __init__(self, run_dir: Path, steps: int, resume: Resume | None) -> None:
+    def __init__(self, run_dir: Path, progress: Progress, resume: Resume | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.metrics = JsonLines(run_dir / "metrics.jsonl", resume)
@@ -106,7 +107,7 @@ class Telemetry:
         self.samples = JsonLines(run_dir / "samples.jsonl", resume)
         self.trace = Trace(run_dir / "trace.json")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume is None else resume.step + 1)
-        self.progress = Progress(steps, resume.step if resume else 0)
+        self.progress = progress
         self._busy: dict[str, float] = defaultdict(float)
         self._busy_total: dict[str, float] = defaultdict(float)
         self._window = self._began = time.time()
@@ -143,13 +144,15 @@ class Telemetry:
                 self.board.add_histogram(name, finite, step)
 
     def close(self) -> None:
-        self.progress.close()
         for file in (self.metrics, self.ledger, self.samples, self.trace, self.board):
             file.close()
 
 
 class Progress:
-    """One tqdm bar on a terminal; plain lines, at most one every few seconds, elsewhere."""
+    """One tqdm bar on a terminal; plain lines, at most one every few seconds, elsewhere.
+
+    A terminal that was closed, or a pipe that nobody reads, is no reason for a run to end: it goes on in silence.
+    """
 
     EVERY_S = 5.0
 
@@ -162,21 +165,24 @@ class Progress:
 
     def step(self, step: int, figures: dict[str, str]) -> None:
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix(figures, refresh=False)
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
+                self._bar.set_postfix(figures, refresh=False)
         elif time.time() - self._last > self.EVERY_S or step == self.steps:
             self._last = time.time()
             self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in figures.items()))
 
     def say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
 
 
 def mean_and_error(grades: Iterable[Iterable[float]]) -> tuple[float, float]:

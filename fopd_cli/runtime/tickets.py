@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -55,7 +56,7 @@ class ScheduleConfig:
     concurrency: int  # running samples a replica
     score_batch: tuple[int, ...]  # samples a call, at most, of each teacher
     exclusive: bool  # time-sliced: one role at a time
-    eval_versions: frozenset[int]
+    eval_versions: Container[int]
     score_ahead: int = 2  # calls under way at once, of each teacher
     replays: int = 0  # samples whose contexts are replayed before an optimizer step, at most
     replay_lag: int = 1  # only samples so many versions old

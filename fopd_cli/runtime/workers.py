@@ -3,6 +3,9 @@
 Each worker has an inbox and an outbox of its own, each with one writer and one reader, so that a worker killed in the
 middle of a message can spoil only its own queue. The conductor waits on all outboxes and all process sentinels at once.
 
+Signals are the conductor's to handle: `timeout`, systemd and a terminal send them to every process, and a worker that
+obeyed would take the running step with it. Workers are born with them blocked, and leave them alone from then on.
+
 No worker outlives the command: the kernel kills it when its parent dies (PR_SET_PDEATHSIG), whatever killed the parent.
 No worker hangs unnoticed: it bumps its pulse as it works, and one that owes an answer and has had no pulse for
 `timeout_s` (`start_timeout_s` while it loads its model) has its stacks written to its log, is killed and named.
@@ -19,7 +22,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -35,6 +38,9 @@ from fopd_cli.runtime.messages import Failed, Lost, StopCommand
 
 PR_SET_PDEATHSIG = 1
 STOP_TIMEOUT_S = 10.0
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# They start programs of others, in which these signals must mean what they always mean.
+STARTERS = ("grader", "environment", "eval")
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class Fleet:
         process = self._context.Process(
             target=_main, args=(spec, target, args, inbox, outbox, pulse, share, str(log), os.getpid()), name=spec.name
         )
-        with _environment(spec):
+        with _environment(spec), _signals_blocked():
             process.start()
         # With our copy of the write end closed, a worker that dies inside a message ends it instead of stalling us.
         outbox._writer.close()
@@ -243,12 +249,13 @@ class Fleet:
                 )
         return lost
 
-    def stop(self) -> None:
-        """Ask everyone to leave and wait a moment."""
-        for worker in self.workers.values():
+    def stop(self, roles: Collection[str] | None = None) -> None:
+        """Ask everyone, or these roles, to leave and wait a moment."""
+        leaving = [w for w in self.workers.values() if roles is None or w.spec.role in roles]
+        for worker in leaving:
             worker.inbox.put(StopCommand())
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        for worker in self.workers.values():
+        for worker in leaving:
             worker.process.join(max(0.1, deadline - time.monotonic()))
 
     def kill(self) -> None:
@@ -257,6 +264,28 @@ class Fleet:
             worker.process.kill()
         for name in list(self.workers):
             self.remove(name)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process that is started meanwhile begins with them blocked: it imports for seconds before it can say what it
+    makes of them. To this process they come a moment later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_signals_alone(role: str) -> None:
+    """What is ignored stays ignored in all that this process executes; a handler is gone there."""
+    for number in STOPPING:
+        signal.signal(number, _nothing if role in STARTERS else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """A signal that is not ours."""
 
 
 @contextlib.contextmanager
@@ -291,7 +320,7 @@ def _main(
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)  # the parent died before we were tied to it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the conductor's to handle
+    _leave_signals_alone(spec.role)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
