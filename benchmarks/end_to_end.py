@@ -66,11 +66,11 @@ def of_a_loop(script: str, args: argparse.Namespace) -> Curve:
     return curve
 
 
-def of_fopd(depth: int, engine: str, args: argparse.Namespace) -> Curve:
+def of_fopd(depth: int, policy: str, engine: str, args: argparse.Namespace) -> Curve:
     """`fopd run`, read from what it leaves."""
     with tempfile.TemporaryDirectory() as folder:
         recipe, run = Path(folder) / "recipe.yaml", Path(folder) / "run"
-        recipe.write_text(json.dumps(fopd_recipe(depth, engine, args)))
+        recipe.write_text(json.dumps(fopd_recipe(depth, policy, engine, args)))
         command = [sys.executable, "-m", "fopd_cli", "run", str(recipe), "--run-dir", str(run)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -90,7 +90,7 @@ def of_fopd(depth: int, engine: str, args: argparse.Namespace) -> Curve:
     return curve
 
 
-def fopd_recipe(depth: int, engine: str, args: argparse.Namespace) -> dict[str, Any]:
+def fopd_recipe(depth: int, policy: str, engine: str, args: argparse.Namespace) -> dict[str, Any]:
     """Every key that the others share is theirs; what is left is fopd's default."""
     file, vllm = str(args.questions.resolve()), engine == "vllm"
     return {
@@ -105,7 +105,7 @@ def fopd_recipe(depth: int, engine: str, args: argparse.Namespace) -> dict[str, 
         },
         "loss": {"kind": "reverse_kl", "support": "full", "average": "token"},
         "schedule": {"depth": depth, "inflight": "keep" if vllm else "wait"},
-        "freshness": {"policy": "sync" if depth == 0 else "fopd"},
+        "freshness": {"policy": policy},
         "eval": {"every": args.every, "training": False},
         "checkpoint": {"every": 0},
         "placement": {"mode": "cpu"},
@@ -130,7 +130,9 @@ def contenders(args: argparse.Namespace) -> dict[str, Any]:
     }
     for engine in ("transformers", "vllm"):
         for depth in DEPTHS:
-            found[f"fopd, depth {depth}, {engine}"] = lambda d=depth, e=engine: of_fopd(d, e, args)
+            for policy in ("fopd", "async") if depth else ("sync",):
+                name = f"fopd, depth {depth}, {policy}, {engine}"
+                found[name] = lambda d=depth, p=policy, e=engine: of_fopd(d, p, e, args)
     chosen = {name: run for name, run in found.items() if not args.only or any(word in name for word in args.only)}
     if not chosen:
         sys.exit(f"--only: there is none of that name; there are {', '.join(found)}")
