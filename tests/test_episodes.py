@@ -118,7 +118,7 @@ def test_token_in_token_out_with_a_template_that_forgets(pair: Path) -> None:
     """The reasoning of earlier turns stays in the tokens, although the template would leave it out."""
     tokenizer = AutoTokenizer.from_pretrained(pair / "student")
     tokenizer.chat_template = FORGETFUL
-    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     thought = tokenizer("<think>hm</think>```python\n1\n```<|im_end|>", add_special_tokens=False)["input_ids"]
     seen = hf.encode_observation(tokenizer, "1", "user", chat=True)
     assert tokenizer.decode(seen) == "\n<|im_start|>user\n1<|im_end|>\n<|im_start|>assistant\n"
