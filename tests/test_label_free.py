@@ -138,8 +138,10 @@ def test_a_teacher_with_exchanged_ids_teaches_the_same(fopd: Fopd, support: str)
     plain = recipe(fopd.folder, loss={"support": support})
     moved = {**plain, "teacher": {**plain["teacher"], "model": str(other)}}
     first, second = fopd.run(plain, "plain"), fopd.run(moved, "moved")
+    # The tail class's mass is 1 less the others', so that the last bits of log-probs show in it.
+    tolerance = {"full": 1e-4, "topk": 1e-2}[support]
     for a, b in zip(metrics(first), metrics(second), strict=True):
-        assert b["kl"] == pytest.approx(a["kl"], rel=1e-4)
+        assert b["kl"] == pytest.approx(a["kl"], rel=tolerance)
 
 
 @SLOW
