@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = SLOW
 LONG_S = 1500.0
-# Every third word or so of English is one of these; the untrained student's text has next to none.
+# The teacher's hundred words hold some twenty of these; the untrained student's text one or two.
 COMMON = set(
     [
         "a",
@@ -68,10 +68,9 @@ def shipped(pair: Path, **changes: Any) -> dict[str, Any]:
     return recipe
 
 
-def english(text: str) -> float:
-    """Share of common words."""
-    words = re.findall(r"[a-z']+", text.lower())
-    return sum(w in COMMON for w in words) / max(1, len(text.split()))
+def english(text: str) -> int:
+    """How many different common words a text holds."""
+    return len(COMMON & set(re.findall(r"[a-z']+", text.lower())))
 
 
 def answers(model: Path) -> str:
@@ -104,7 +103,7 @@ def test_thirty_steps_teach_it_to_speak_again(fopd: Fopd, real_pair: Path) -> No
     assert report["prompts"] == 32
     fopd("export", run, fopd.folder / "out")
     before, after = answers(real_pair / "student"), answers(fopd.folder / "out")
-    assert english(after) > 0.25 > english(before), (before, after)
+    assert english(after) >= 7 > english(before), (before, after)
 
 
 @pytest.mark.parametrize(

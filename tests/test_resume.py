@@ -81,7 +81,7 @@ REFUSED = [
     (["learner.steps=2"], "learner.steps: 2 is less than the 4 steps that are done"),
     (["learner.lr=-1"], "learner.lr: input should be greater than 0"),
     (["learner.step=5"], "did you mean 'steps'"),
-    (["learner.steps=9", "sampler.max_new_tokens=5000"], "more than the model's context"),
+    (["learner.steps=9", "sampler.max_new_tokens=5000"], "more than the context of"),
     (["learner.steps=9", "placement.mode=partition"], "placement.mode"),
 ]
 

@@ -42,6 +42,13 @@ def test_an_asynchronous_run_and_all_that_it_leaves(fopd: Fopd, pair: Path) -> N
     assert not list(run.glob(".rendezvous*"))
 
 
+def test_sampling_runs_less_far_ahead_while_the_student_moves(fopd: Fopd, pair: Path) -> None:
+    recipe = small_recipe(pair, schedule={"depth": 3}, learner={"steps": 8}, freshness={"max_drift": 1e-9})
+    steps = [r for r in lines(fopd.run(recipe) / "metrics.jsonl") if r["kind"] == "step"]
+    assert {r["timing"]["ahead"] for r in steps} == {0, 1}
+    assert max(r["lag_max"] for r in steps) == 1
+
+
 def spans(run: Path) -> dict[str, list[tuple[float, float]]]:
     """(start, end) of each kind of work in the timeline, in microseconds; read as Perfetto reads it."""
     events = json.loads((run / "trace.json").read_text().rstrip().rstrip(",") + "]")
