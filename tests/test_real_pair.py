@@ -106,9 +106,7 @@ def test_thirty_steps_teach_it_to_speak_again(fopd: Fopd, real_pair: Path) -> No
     assert english(after) >= 7 > english(before), (before, after)
 
 
-@pytest.mark.parametrize(
-    ("engine", "dtype", "depth"), [("transformers", "fp32", 0), ("vllm", "bf16", 2), ("vllm", "fp32", 0)]
-)
+@pytest.mark.parametrize(("engine", "dtype", "depth"), [("transformers", "fp32", 0), ("vllm", "bf16", 2)])
 def test_every_engine_and_dtype_runs_it(fopd: Fopd, real_pair: Path, engine: str, dtype: str, depth: int) -> None:
     """A few steps: packing on, the noise floor small against the drift that training makes, KL falling."""
     if engine == "vllm":
