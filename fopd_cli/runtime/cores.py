@@ -50,7 +50,8 @@ class Cores:
 
     def due(self) -> int:
         """Threads for this worker: an equal share, and the cores left over one each to the first in the table."""
-        working = [int(row) for row in torch.nonzero(self._busy).flatten()]
+        # A copy first: others write while we read, and an operator of torch's may look twice and stumble.
+        working = [row for row, busy in enumerate(self._busy.tolist()) if busy]
         if self._row not in working:
             return self._total
         share, left = divmod(self._total, len(working))
