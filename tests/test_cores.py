@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from fopd_cli.runtime import cores
@@ -28,3 +30,22 @@ def test_everyone_keeps_one_thread() -> None:
     for worker in workers:
         worker.compute()
     assert [w.due() for w in workers] == [1, 1, 1, 1, 1]
+
+
+def test_others_may_write_while_it_is_read() -> None:
+    """As many threads as there are rows busy at some moment, whatever the others do meanwhile."""
+    busy = cores.table()
+    mine, done = Cores(busy, 0, total=8), threading.Event()
+    mine.compute()
+
+    def others() -> None:
+        while not done.is_set():
+            busy[1:] = torch.randint(0, 2, (len(busy) - 1,), dtype=torch.int32)
+
+    writer = threading.Thread(target=others)
+    writer.start()
+    try:
+        assert all(1 <= mine.due() <= 8 for _ in range(2000))
+    finally:
+        done.set()
+        writer.join()

@@ -103,7 +103,7 @@ def test_thirty_steps_teach_it_to_speak_again(fopd: Fopd, real_pair: Path) -> No
     assert report["prompts"] == 32
     fopd("export", run, fopd.folder / "out")
     before, after = answers(real_pair / "student"), answers(fopd.folder / "out")
-    assert english(after) >= 7 > english(before), (before, after)
+    assert english(after) >= 5 > english(before), (before, after)
 
 
 @pytest.mark.parametrize(("engine", "dtype", "depth"), [("transformers", "fp32", 0), ("vllm", "bf16", 2)])
