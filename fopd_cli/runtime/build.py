@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines import hf, lora
+from fopd_cli.engines import hf, lora, rope
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.engines.vllm_engine import AdapterOptions, VllmOptions
 from fopd_cli.errors import UserError
@@ -104,6 +104,7 @@ def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
     model = load_student(recipe, compute)
+    as_sampled(model, setup)
     learner = FsdpLearner(model, heads, config, device, spec.rank, spec.world)
     if setup.restore:
         learner.restore(*setup.restore)
@@ -113,8 +114,15 @@ def build_learner(spec: WorkerSpec, setup: Setup) -> Learner:
 def load_student(recipe: Recipe, frozen_dtype: torch.dtype) -> Any:
     """The student as it is trained: fp32 masters, and adapters over a frozen base if the recipe says so."""
     model = hf.load_model(recipe.student.model, "student.model", torch.float32)
+    hf.freeze_unused(model)
     add_adapters(model, recipe, frozen_dtype)
     return model
+
+
+def as_sampled(model: Any, setup: Setup) -> None:
+    """vLLM chooses the factors of a rotary embedding once for the whole run; where it samples, this model does, too."""
+    if setup.recipe.sampler.engine == "vllm":
+        rope.by_sequence(model, setup.context)
 
 
 def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
@@ -144,6 +152,7 @@ def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
 
     _join_group(spec, setup, always=False)
     model = hf.load_model(teacher.model, "teacher.model", dtype)
+    as_sampled(model, setup)
     return TransformersTeacher(
         model,
         _device(spec),
