@@ -36,6 +36,7 @@ def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = Fal
     model = _trained(recipe, store.path(step) / "learner", evaluated_in)
     try:
         if adapter and recipe.student.lora is not None:
+            lora.check_adapter_alone(model, "--adapter")
             out.mkdir(parents=True, exist_ok=True)
             lora.write_adapter(out, lora.adapters(model), recipe.student.lora.alpha, recipe.student.model)
         else:

@@ -128,7 +128,9 @@ def as_sampled(model: Any, setup: Setup) -> None:
 def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
     """Nothing without a `student.lora` section."""
     if (wanted := recipe.student.lora) is not None:
-        lora.add_adapters(model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype)
+        lora.add_adapters(model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype, wanted.router)
+        if wanted.publish == "adapter":
+            lora.check_adapter_alone(model, "student.lora.publish")
 
 
 def build_teacher(spec: WorkerSpec, setup: Setup) -> Teacher:
