@@ -21,6 +21,7 @@ from fopd_cli.errors import UserError
 ROUTER = re.compile(r"(^|\.)(gate|router)(\.|$)")
 OLD_NAMES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # an expert's layers before they were fused
 SHOWN = 12  # names in an error
+ROWS = 7
 
 
 @dataclass
@@ -65,12 +66,9 @@ def _layers(lm: Any) -> Iterator[str]:
     inside, head = {id(m) for m in backbone(lm).modules()}, lm.get_output_embeddings()
     mixers = [name for name, module in lm.named_modules() if "A_log" in module._parameters]
     for name, module in lm.named_modules():
-        if (
-            not isinstance(module, nn.Linear | Conv1D)
-            or module is head
-            or id(module) not in inside
-            or _is_router(lm, name)
-        ):
+        if not isinstance(module, nn.Linear | Conv1D) or module is head or id(module) not in inside:
+            continue
+        if _is_router(lm, name) or not _maps_plainly(module):
             continue
         if not any(name.startswith(f"{mixer}.") for mixer in mixers) or name.endswith("in_proj"):
             yield name
@@ -78,14 +76,17 @@ def _layers(lm: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def _maps_plainly(module: Any) -> bool:
-    """Whether a layer with a forward of its own still maps `(..., in)` to `(..., out)`; a grouped one does not."""
+    """Whether a layer with a forward of its own still computes `x W'` and a bias; a grouped one, say, does not."""
     if type(module).forward is nn.Linear.forward or not isinstance(module, nn.Linear):
         return True
+    own = {name: torch.randn(parameter.shape) for name, parameter in module.named_parameters()}
+    x = torch.randn(1, ROWS, module.in_features)
     try:
-        out = module(torch.zeros(1, 2, module.in_features, dtype=module.weight.dtype, device=module.weight.device))
+        out = torch.func.functional_call(module, own, (x,))
     except RuntimeError:
         return False
-    return isinstance(out, torch.Tensor) and out.shape == (1, 2, module.out_features)
+    expected = nn.functional.linear(x, own["weight"], own.get("bias"))
+    return isinstance(out, torch.Tensor) and out.shape == expected.shape and torch.allclose(out, expected, atol=1e-3)
 
 
 def _experts(lm: Any) -> Iterator[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -90,10 +91,12 @@ class VllmEngine:
         from fopd_cli.engines import vllm_plugin
 
         vllm_plugin.register()
-        try:
-            engine: Any = LLMEngine.from_engine_args(EngineArgs(**engine_args(options)))
-        except ValueError as error:  # pydantic's ValidationError is one too
-            raise UserError(f"{options.key}: vLLM refuses: {_message(error)}") from None
+        with logged_causes() as causes:
+            try:
+                engine: Any = LLMEngine.from_engine_args(EngineArgs(**engine_args(options)))
+            except ValueError as error:  # pydantic's ValidationError is one too
+                why = f" ({causes[-1]})" if causes else ""
+                raise UserError(f"{options.key}: vLLM refuses: {_message(error)}{why}") from None
         self._client: Any = engine.engine_core
         self._core: Any = self._client.engine_core
         self._engine = engine  # keeps the core alive
@@ -189,6 +192,25 @@ class VllmEngine:
 
     def _rpc(self, method: str, *args: Any) -> None:
         self._client.collective_rpc(method, args=args)
+
+
+@contextlib.contextmanager
+def logged_causes() -> Iterator[list[str]]:
+    """The last line of every error that vLLM logs while it looks at a model: what it raises then only points to its log."""
+    causes: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            error = record.exc_info[1] if record.exc_info else None
+            lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+            causes.extend(lines[-1:])
+
+    registry, handler = logging.getLogger("vllm.model_executor.models.registry"), Keep(logging.ERROR)
+    registry.addHandler(handler)
+    try:
+        yield causes
+    finally:
+        registry.removeHandler(handler)
 
 
 def _environment(options: VllmOptions) -> None:

@@ -18,18 +18,24 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from fopd_cli.engines.checkpoint_format import in_checkpoint_format
+
 
 @dataclass
 class WithAliases:
-    """Weights, and tied ones once more under their other names (picklable if `weights` is).
+    """Weights as the student's checkpoint names them, and tied ones once more under their other names (picklable if `weights` is).
 
     vLLM may keep a copy of its own for a tied head, and without its name the head would stay at the old weights.
     """
 
     weights: Iterable[tuple[str, Tensor]]
     aliases: dict[str, str]  # other name -> published name
+    model: str  # the student's directory or hub id
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return in_checkpoint_format(self.model, self._named())
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
         others = {name: other for other, name in self.aliases.items()}
         for name, tensor in self.weights:
             yield name, tensor
