@@ -26,6 +26,7 @@ from torch import Tensor
 from fopd_cli.errors import UserError
 
 TESTED_VERSION = "0.32.0"
+TELLING = ("Value error", "Assertion failed", "must")  # in the line of an error that says what is wrong
 
 
 @dataclass(frozen=True)
@@ -199,18 +200,18 @@ def logged_causes() -> Iterator[list[str]]:
     """The last line of every error that vLLM logs while it looks at a model: what it raises then only points to its log."""
     causes: list[str] = []
 
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            error = record.exc_info[1] if record.exc_info else None
-            lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
-            causes.extend(lines[-1:])
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+        causes.extend(lines[-1:])
+        return True
 
-    registry, handler = logging.getLogger("vllm.model_executor.models.registry"), Keep(logging.ERROR)
-    registry.addHandler(handler)
+    registry = logging.getLogger("vllm.model_executor.models.registry")
+    registry.addFilter(keep)  # no handler: vLLM takes those away when it configures its logging
     try:
         yield causes
     finally:
-        registry.removeHandler(handler)
+        registry.removeFilter(keep)
 
 
 def _environment(options: VllmOptions) -> None:
@@ -270,5 +271,5 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
 def _message(error: ValueError) -> str:
     """The telling line of vLLM's or pydantic's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = next((line for line in lines if "Value error" in line or "must" in line), lines[0] if lines else "?")
+    telling = next((line for line in lines if any(word in line for word in TELLING)), lines[0] if lines else "?")
     return telling.removeprefix("Value error, ").split(" [type=")[0][:400]

@@ -64,6 +64,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         self._expected = {name for name, _ in self.model.named_parameters()}
+        _repack_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -81,3 +82,16 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         pass
+
+
+def _repack_experts(model: Any) -> None:
+    """Have vLLM's CPU kernels for experts made anew from the new weights.
+
+    With one at hand vLLM takes an update for packed already and skips the packing (CUDA's kernels need none): log-probs are
+    then nats off, and nothing says so.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        weight = getattr(module, "w13_weight", None)
+        if weight is not None and not weight.is_cuda and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None

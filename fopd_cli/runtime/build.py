@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines import hf, lora, rope
+from fopd_cli.engines import hf, lora, rope, support
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.engines.vllm_engine import AdapterOptions, VllmOptions
 from fopd_cli.errors import UserError
@@ -204,10 +204,12 @@ def make_sampler(
 
         config, tokenizer = hf.load_config(model_path, "student.model"), hf.load_tokenizer(model_path, "student.model")
         rules = hf.token_rules(model_path, tokenizer, config, "student.model")
+        no_prefixes = device.type == "cpu" and support.keeps_state(config)  # vLLM's CPU build keeps no states of prefixes
         options = VllmOptions(
             max_tokens=context, max_requests=section.concurrency,
             max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
-            prefix_caching=section.vllm.prefix_caching, live_weights=adapter is None, seeded=True,
+            prefix_caching=section.vllm.prefix_caching and not no_prefixes,
+            live_weights=adapter is None, seeded=True,
             adapter=None if adapter is None else AdapterOptions(adapter.rank, adapter.alpha),
             **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device),
         )  # fmt: skip
