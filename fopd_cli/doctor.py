@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fopd_cli import paths
-from fopd_cli.engines import hf, lora, vllm_engine
+from fopd_cli.engines import hf, lora, rope, support, vllm_engine
 from fopd_cli.engines.templates import Frame, check_variables, encode_observation, end_of_turn, readable
 from fopd_cli.engines.vocabularies import Match, exchanged, inverse, listed, match
 from fopd_cli.errors import UserError
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fopd_cli.engines.http_teacher import HttpTeacher
 
 GB = 1e9
+PROMPTS_LOOKED_AT = 64
 SANITY_LIMIT_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -68,6 +69,11 @@ class LocalTeacher:
     config: Any
     tokenizer: Any
     match: Match  # its tokenizer and the student's
+
+    @cached_property
+    def width(self) -> int:
+        """Of its hidden states."""
+        return hf.hidden_width(self.config)
 
 
 @dataclass
@@ -101,7 +107,7 @@ class Inputs:
         for section, ranks in zip(self.recipe.teachers, self.plan.teachers, strict=True):
             width = section.k if kind == "topk" else 1
             if kind == "hidden":
-                width = hf.text_config(local[section.name].config).hidden_size
+                width = local[section.name].width
             dtype = resolve_dtype(section.dtype, bool(ranks[0].devices))
             specs.append(
                 TargetSpec(kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0)
@@ -149,11 +155,14 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
         check_model_name(t.model, keys[t.name])
     task = load_task(*task_arguments(recipe))
     config = hf.load_config(recipe.student.model, "student.model")
+    support.check_architecture(config, "student.model")
     tokenizer = hf.load_tokenizer(recipe.student.model, "student.model")
     configs = {t.name: hf.load_config(t.model, keys[t.name]) for t in local}
     vocab = min(hf.vocab_size(c) for c in (config, *configs.values()))
     teachers = []
     for t in local:
+        if t.engine == "transformers":
+            support.check_architecture(configs[t.name], keys[t.name])
         theirs = hf.load_tokenizer(t.model, keys[t.name])
         teachers.append(LocalTeacher(keys[t.name], t, configs[t.name], theirs, match(tokenizer, theirs, vocab)))
     frames = {t.section.name: _own_frame(t, recipe) for t in teachers if t.section.template == "teacher"}
@@ -212,6 +221,8 @@ def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     """All that can be found without loading weights; `disk` is where the run will write."""
     yield from (Finding("note", notice) for notice in inputs.stream.notices)
     yield from _vllm(inputs)
+    yield from _packing(inputs)
+    yield from _rope(inputs)
     yield from _compiler(inputs)
     yield from _ends_of_turns(inputs)
     for teacher in inputs.teachers:
@@ -244,12 +255,47 @@ def _vllm(inputs: Inputs) -> Iterator[Finding]:
         what, _, cure = problem.partition(": ")
         yield Finding("error", f"{wanted[0][0]}.engine: {what}", cure)
     for key, _, section, config in wanted:
-        heads = hf.text_config(config).num_attention_heads
+        refused = support.vllm_refusal(config)
+        if refused is None and key == "sampler":
+            refused = support.publishing_refusal(config)
+        if refused is not None:
+            yield Finding("error", f"{key}.engine: {config.model_type} {refused}", f"set {key}.engine: transformers")
+        heads = getattr(hf.text_config(config), "num_attention_heads", None) or 1  # a state-space model may have none
         if heads % section.tensor_parallel:
             yield Finding(
                 "error", f"{key}.vllm.tensor_parallel: {section.tensor_parallel} does not divide the model's {heads} attention heads",
                 f"set it to a divisor of {heads}",
             )  # fmt: skip
+
+
+def _packing(inputs: Inputs) -> Iterator[Finding]:
+    """Whether samples may lie in one row, as far as the architecture alone tells; the engines then try it."""
+    models = [("learner.packing", inputs.recipe.learner.packing, inputs.student_config)]
+    models += [
+        (f"{t.key.removesuffix('.model')}.packing", t.section.packing, t.config)
+        for t in inputs.teachers if t.section.engine == "transformers"
+    ]  # fmt: skip
+    for key, wanted, config in models:
+        if wanted and (refused := support.packing_refusal(config)) is not None:
+            yield Finding("error", f"{key}: {config.model_type} {refused}", f"set {key}: false")
+
+
+def _rope(inputs: Inputs) -> Iterator[Finding]:
+    """Samples that grow past a switch of the student's rotary embedding on the way."""
+    recipe = inputs.recipe
+    switch = rope.switch(inputs.student_config)
+    if switch is None or recipe.sampler.engine == "vllm":  # vLLM chooses once, and so does the learner then
+        return
+    stream = inputs.stream
+    shortest = min(len(stream.encoded("train", i)) for i in stream.kept["train"][:PROMPTS_LOOKED_AT])
+    longest = stream.longest("train", judged=False)
+    if shortest < switch < longest + recipe.sampler.max_new_tokens:
+        yield Finding(
+            "warning",
+            f"student.model: its rotary embedding has other factors past {switch} tokens, and responses can grow past them; what "
+            "they began with is sampled with one kind and trained with the other, which counts as drift",
+            f"keep prompt and response within {switch} tokens (sampler.max_new_tokens), or sample with vLLM, which keeps to one kind",
+        )  # fmt: skip
 
 
 def _compiler(inputs: Inputs) -> Iterator[Finding]:
@@ -529,7 +575,7 @@ def sanity(inputs: Inputs) -> Finding | None:
     rollouts: list[Rollout] = []
     while sampler.busy:
         rollouts += sampler.step()
-    width = hf.text_config(inputs.student_config).hidden_size
+    width = hf.hidden_width(inputs.student_config)
     targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts]
     vocab, longest = hf.text_config(inputs.student_config).vocab_size, max(len(r.token_ids) for r in rollouts)
     judge = TransformersTeacher(

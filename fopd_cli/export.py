@@ -36,6 +36,7 @@ def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = Fal
     model = _trained(recipe, store.path(step) / "learner", evaluated_in)
     try:
         if adapter and recipe.student.lora is not None:
+            lora.check_adapter_alone(model, "--adapter")
             out.mkdir(parents=True, exist_ok=True)
             lora.write_adapter(out, lora.adapters(model), recipe.student.lora.alpha, recipe.student.model)
         else:
@@ -50,7 +51,8 @@ def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = Fal
 def _trained(recipe: Recipe, folder: Path, frozen_dtype: torch.dtype) -> Any:
     """The student as it was trained, with the weights of a learner's checkpoint."""
     model = load_student(recipe, frozen_dtype)
-    learnt = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    learnt = {PREFIX + name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     if recipe.student.lora is not None:
         learnt = {name: tensor for name, tensor in learnt.items() if lora.is_adapter(name)}
     dcp.load({"model": learnt}, folder, alone=True)  # in place

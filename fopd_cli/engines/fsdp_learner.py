@@ -37,7 +37,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from fopd_cli.engines import dcp, lora
+from fopd_cli.engines import dcp, lora, rope
 from fopd_cli.engines.batching import balanced_shares, by_token_budget
 from fopd_cli.engines.hf import blocks
 from fopd_cli.engines.micro_batch import MicroBatch, placeholder
@@ -144,6 +144,7 @@ class FsdpLearner:
         self.version = 0
         self.floor = drift.NoiseFloor()
         self.teacher_heads = [head[: config.vocab].to(device) for head in teacher_heads]
+        self.shared = not rope.by_length(model.config)
         if config.packing:
             enable_packing(model, config.compile)
         # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
@@ -277,7 +278,7 @@ class FsdpLearner:
         """
         config = self.config
         chosen = [samples[i] for i in indices] or [placeholder(samples[0])]
-        batch, n = MicroBatch.of(chosen, config.packing, self.device), len(chosen)
+        batch, n = MicroBatch.of(chosen, config.packing, self.device, self.shared), len(chosen)
         sample, lag, lengths = batch.sample, batch.lag, batch.lengths
         # A cached label is of the context that the student has read, whether or not that one still exists.
         still_there = batch.sampled & batch.current

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fopd_cli.engines import rope
 from fopd_cli.engines.templates import encode_observation, encode_prompt
 from fopd_cli.engines.vocabularies import special_ids
 from fopd_cli.errors import UserError
@@ -52,30 +54,75 @@ def load_tokenizer(model: str, key: str) -> Any:
         raise UserError(f"{key}: cannot load a tokenizer from {model!r}: {_first_line(error)}") from None
 
 
-def load_model(model: str, key: str, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """The causal language model on the CPU, in `dtype`, in evaluation mode."""
+def load_model(model: str, key: str, dtype: torch.dtype) -> nn.Module:
+    """The causal language model on the CPU, in `dtype`, in evaluation mode; of a vision-language model all of it."""
+    config = load_config(model, key)
+    attention = own_attention(model_class(config), config)
     try:
-        loaded = _transformers().AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention)
+        loaded = _auto(config).from_pretrained(model, dtype=dtype, attn_implementation=attention)
     except Exception as error:  # safetensors, torch and transformers each raise their own
         raise UserError(f"{key}: cannot load model weights from {model!r}: {_first_line(error)}") from None
     check_head(loaded, key)
+    check_causal(loaded, key)
+    rope.by_sequence(loaded)
     return loaded.eval()
 
 
 def empty_model(config: Any) -> nn.Module:
     """The architecture on the meta device: shapes without memory."""
+    config = copy.deepcopy(config)  # a model writes its attention into it, and this one may be a living model's
     with torch.device("meta"):
-        return _transformers().AutoModelForCausalLM.from_config(config)
+        return _auto(config).from_config(config, attn_implementation=own_attention(model_class(config), config))
+
+
+def model_class(config: Any) -> Any:
+    """transformers' class for it; of a vision-language model one that holds its language model. None: it has none."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return None
+
+
+def _auto(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    found = _transformers()
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or model_class(config) is None
+    return found.AutoModelForCausalLM if known else found.AutoModelForImageTextToText
+
+
+def own_attention(architecture: Any, config: Any) -> str:
+    """transformers' attention for it when it is not packed: PyTorch's, or the architecture's own, "eager", where PyTorch's is
+    not offered or would leave out a soft cap without a word."""
+    offered = architecture is None or architecture._supports_sdpa
+    return "sdpa" if offered and getattr(text_config(config), "attn_logit_softcapping", None) is None else "eager"
 
 
 def backbone(model: Any) -> Any:
     """The part that gives post-norm hidden states."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if found is model or found is model.get_output_embeddings():  # Llama 4, ModernBERT
+        return model.base_model if model.base_model is not model else model.model
+    return found
+
+
+def freeze_unused(model: Any) -> None:
+    """Parameters that no text goes through, a vision tower's for example, do not learn."""
+    head = model.get_output_embeddings()
+    used = {id(p) for part in (backbone(model), head, model.get_input_embeddings()) for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in used:
+            parameter.requires_grad_(False)
 
 
 def blocks(model: Any) -> Any:
     """The transformer blocks: the units of sharding and of activation checkpointing."""
-    for name in ("layers", "h"):
+    for name in ("layers", "h", "blocks"):
         found = getattr(backbone(model), name, None)
         if isinstance(found, nn.ModuleList):
             return found
@@ -103,12 +150,21 @@ def check_head(model: Any, key: str) -> None:
         )
 
 
+@torch.no_grad()
+def check_causal(model: Any, key: str) -> None:
+    """What a token predicts must not depend on later ones: a masked language model or a bidirectional prefix has no policy."""
+    first, second = model(input_ids=torch.tensor([[0, 1, 2], [0, 1, 3]]), use_cache=False).logits[:, 0]
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
+        raise UserError(f"{key}: {type(model).__name__} looks ahead, and only causal language models can be distilled")
+
+
 def load_head(model: str, key: str, dtype: torch.dtype) -> Tensor:
     """Only the unembedding `(V, hidden)` of a model, read from its safetensors without loading the rest."""
     folder = _local_folder(model, key)
     index = folder / "model.safetensors.index.json"
     files = json.loads(index.read_text())["weight_map"] if index.is_file() else None
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+    tied = getattr(text_config(load_config(model, key)), "tie_word_embeddings", False)
+    for name in ("lm_head.weight", "model.embed_tokens.weight")[: 1 + tied]:  # untied, the head may have another name
         path = folder / (files.get(name, "") if files else "model.safetensors")
         if path.is_file():
             with safe_open(str(path), "pt") as tensors:
@@ -195,11 +251,20 @@ def vocab_size(config: Any) -> int:
     return int(text_config(config).vocab_size)
 
 
+def hidden_width(config: Any) -> int:
+    """Of post-norm hidden states, which is not always the configuration's `hidden_size` (opt-350m)."""
+    empty: Any = empty_model(config)
+    return int(empty.get_output_embeddings().weight.shape[1])
+
+
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     """Keys and values of one token in all layers."""
     text = text_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return 0  # no attention, no keys: a state-space model
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_key_value_heads", None) or heads
     return int(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
 
 

@@ -8,6 +8,7 @@ that sampled.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fopd_cli.engines.lora_targets import choose
 from fopd_cli.errors import UserError
 
 ADAPTER = "default"  # peft's name for the only one
@@ -28,21 +30,33 @@ def add_adapters(
     targets: Literal["all-linear"] | Sequence[str],
     seed: int,
     frozen_dtype: torch.dtype,
+    router: bool = False,
 ) -> None:
     """Freeze the base, keep it in `frozen_dtype`, and give it adapters in fp32; B starts at 0, so nothing changes yet.
 
-    The same seed gives the same A on every rank. Raises `UserError` for target names that the model does not have.
+    The same seed gives the same A on every rank. `router`: of a mixture of experts, those that choose them learn, too. Raises
+    `UserError` for target names that the model does not have.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("student.lora: needs peft: pip install 'fopd[lora]'") from None
+    wanted = choose(lm, targets, router)
     lm.requires_grad_(False).to(frozen_dtype)
-    wanted = targets if isinstance(targets, str) else list(targets)
-    with torch.random.fork_rng(devices=[]):
+    # Under a parent that has no configuration, peft takes these names as they are; else it would translate a mixture's names
+    # from those of older checkpoints, lose dense layers of the same name, and adapt routers unasked.
+    parent = nn.Module()
+    parent.lm = lm
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
+        warnings.simplefilter("ignore")  # that one of the two lists is empty
         try:
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted), lm, ADAPTER)
+            inject_adapter_in_model(
+                LoraConfig(
+                    r=rank, lora_alpha=alpha, target_modules=[f"lm.{n}" for n in wanted.layers],
+                    target_parameters=[f"lm.{n}" for n in wanted.parameters],
+                ), parent, ADAPTER,
+            )  # fmt: skip
         except ValueError as error:
             raise UserError(f"student.lora.targets: {str(error).splitlines()[0]}") from None
     for name, parameter in lm.named_parameters():
@@ -60,21 +74,35 @@ def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     A collective where the weights are sharded.
     """
-    layers = {_plain(name): module for name, module in lm.named_modules() if hasattr(module, "lora_A")}
+    layers = {_adapted(name, m): m for name, m in lm.named_modules() if hasattr(m, "lora_A")}
     seen: set[int] = set()
     for name, tensor in lm.state_dict(keep_vars=True).items():
         if id(tensor) in seen or is_adapter(name):
             continue
         seen.add(id(tensor))
-        full = whole(tensor)
-        owner, is_base, _ = _plain(name).partition(".base_layer.weight")
-        if is_base:
-            full = full.float() + _delta(layers[owner])
-        yield _plain(name).replace(".base_layer.", "."), full
+        full, own = whole(tensor), _plain(name).replace(".base_layer", "")
+        if own in layers:
+            full = full.float() + _delta(layers[own])
+        yield own, full
+
+
+def _adapted(name: str, layer: Any) -> str:
+    """The base's name of what an adapter adapts: a layer's weight, or one of the parameters of a module (fused experts)."""
+    return f"{_plain(name).replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
 
 
 def _plain(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def check_adapter_alone(lm: nn.Module, key: str) -> None:
+    """Raise `UserError` if the adapters cannot leave without their base: those of fused experts have no common format."""
+    for name, module in lm.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
+            raise UserError(
+                f"{key}: {_adapted(name, module)} is no layer of its own, and its adapter can only be merged; publish merged "
+                "weights, or name other student.lora.targets"
+            )
 
 
 def adapters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -98,8 +126,15 @@ def write_adapter(folder: Path, weights: Iterable[tuple[str, Tensor]], alpha: fl
 
 
 def _delta(layer: Any) -> Tensor:
-    product = whole(layer.lora_B[ADAPTER].weight).float() @ whole(layer.lora_A[ADAPTER].weight).float()
-    return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
+    a, b = whole(layer.lora_A[ADAPTER].weight).float(), whole(layer.lora_B[ADAPTER].weight).float()
+    experts = getattr(layer, "num_experts", 1)
+    if experts == 1:
+        product = b @ a
+        return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
+    # peft's layout: A of all experts below each other, B's columns by rank and then by expert.
+    a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
+    product = torch.einsum("ore,eri->eoi", b, a) * layer.scaling[ADAPTER]
+    return product if layer._did_swap_in_out_features else product.transpose(1, 2)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -51,12 +51,12 @@ class MicroBatch:
     lengths: Tensor  # float32 (n,): sampled positions
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], packed: bool, device: torch.device) -> MicroBatch:
-        """All on the device."""
+    def of(cls, samples: Sequence[Sample], packed: bool, device: torch.device, shared: bool = True) -> MicroBatch:
+        """All on the device; `packed` and `shared` as of `TokenBatch`."""
         rollouts = [s.rollout for s in samples]
         rows = [np.flatnonzero(r.loss_mask) if r.loss_mask.any() else np.zeros(1, dtype=np.int64) for r in rollouts]
         counts = np.array([len(own) for own in rows])
-        tokens = TokenBatch.of([r.token_ids for r in rollouts], packed, device)
+        tokens = TokenBatch.of([r.token_ids for r in rollouts], packed, device, shared)
         index = [p[r.prompt_length - 1 + own] for p, r, own in zip(tokens.places, rollouts, rows, strict=True)]
         found = {name: _of_rollouts(rollouts, rows, *source) for name, source in OF_ROLLOUT.items()}
         found |= {name: _of_targets([s.targets for s in samples], rows, *source) for name, source in OF_TARGETS.items()}

@@ -7,7 +7,8 @@ answers are held against what rounding does to this model here, which is measure
     leak      does a sequence move when only its *neighbours* change? Rounding does not care who they are; a state that
               runs on from one sequence into the next moves its first positions by their own size
     distance  is a sequence in a packed row what it is alone, under the model's own attention? A window or a rope that
-              packing loses moves its last positions far, hence a probe longer than each of them
+              packing loses moves its last positions far, hence a probe longer than each of them; and a short one
+              beside a neighbour longer than all of them, whose length must not become its own
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fopd_cli.engines.hf import text_config
+from fopd_cli.engines import rope
+from fopd_cli.engines.hf import own_attention, text_config
 from fopd_cli.engines.token_batch import TokenBatch
 from fopd_cli.errors import UserError
 
@@ -28,8 +30,15 @@ TOLERANCE = {torch.float32: 1e-3}  # of a hidden state's norm; an error is of it
 NARROW_TOLERANCE = 3e-2  # the same for bfloat16 and float16
 TIMES_ROUNDING = 10  # or so many times what rounding does, if that is more
 LOOK_AT = 4  # positions at the end where the error would be
-NEIGHBOURS, SHORT = (7, 5), 12  # tokens
+NEIGHBOUR, SHORT = 7, 12  # tokens
 PAST = 8  # tokens of a probe past a window
+WINDOWS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "window_size",
+    "attention_window",
+    "local_attention",
+)  # their names
 
 
 @torch.no_grad()
@@ -41,12 +50,16 @@ def check_packing(
     `hidden` runs `lm`, whose packing is enabled, as it will be run, `(tokens, width)`; a collective if it is sharded.
     `longest` is how many tokens a sample can have: windows that none reaches are not probed. `key` names the recipe's switch.
     """
-    name = type(lm).__name__
-    for tokens in _lengths(lm.config, longest):
+    name, lengths = type(lm).__name__, _lengths(lm.config, longest)
+    for tokens in lengths:
+        beside = lengths[-1] if tokens == SHORT != lengths[-1] else NEIGHBOUR
         try:
-            leak, distance, rounding = _probe(hidden, lm, vocab, tokens, device)
-        except (TypeError, ValueError) as error:  # an argument that this architecture does not take
-            raise UserError(f"{key}: {name} cannot be packed ({error}); set {key}: false") from None
+            leak, distance, rounding = _probe(hidden, lm, vocab, tokens, beside, device)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
+            # An argument that this architecture does not take, or a mask that it wants to look into.
+            raise UserError(f"{key}: {name} cannot be packed ({_first_line(error)}); set {key}: false") from None
         tolerance = max(TOLERANCE.get(lm.dtype, NARROW_TOLERANCE), TIMES_ROUNDING * rounding)
         if max(leak, distance) > tolerance:
             what = "a sample changes with its neighbours" if leak > tolerance else "a sample is not what it is alone"
@@ -57,11 +70,11 @@ def check_packing(
 
 
 def _probe(
-    hidden: Callable[[TokenBatch], Tensor], lm: Any, vocab: int, tokens: int, device: torch.device
+    hidden: Callable[[TokenBatch], Tensor], lm: Any, vocab: int, tokens: int, beside: int, device: torch.device
 ) -> tuple[float, float, float]:
-    """(leak, distance, rounding) of a sequence of so many tokens, relative to its hidden states."""
+    """(leak, distance, rounding) of a sequence of so many tokens after one of `beside`, relative to its hidden states."""
     rng = np.random.Generator(np.random.PCG64(tokens))
-    left, own, right = (rng.integers(0, vocab, size=n) for n in (NEIGHBOURS[0], tokens, NEIGHBOURS[1]))
+    left, own, right = (rng.integers(0, vocab, size=n) for n in (beside, tokens, NEIGHBOUR))
 
     def in_row(before: np.ndarray, after: np.ndarray) -> Tensor:
         row = TokenBatch.of([before, own, after], True, device)
@@ -87,7 +100,7 @@ def _relative(found: Tensor, expected: Tensor, at: slice) -> float:
 def _own_attention(lm: Any) -> Iterator[None]:
     """The model as it is when it is not packed."""
     packed = lm.config._attn_implementation
-    lm.set_attn_implementation("sdpa")
+    lm.set_attn_implementation(own_attention(type(lm), lm.config))
     try:
         yield
     finally:
@@ -97,7 +110,9 @@ def _own_attention(lm: Any) -> Iterator[None]:
 def _lengths(config: Any, longest: int) -> Sequence[int]:
     """Of the probes: a short one, and one past every window, chunk or rope switch that a sample can reach."""
     text = text_config(config)
-    rope = getattr(text, "rope_parameters", None) or {}
-    ends = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    ends.append(rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None)
+    ends = [getattr(text, name, None) for name in WINDOWS] + [rope.switch(config)]
     return (SHORT, *sorted({end + PAST for end in ends if isinstance(end, int) and SHORT < end + PAST <= longest}))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -2,7 +2,12 @@
 
 Requests are decoded in batches of up to `batch_size` rows with a KV cache. A row that finishes leaves at once and the
 batch shrinks around those that go on; waiting requests join when it is empty. New weights can be loaded between
-any two tokens: the cache is recomputed with them, so that every token's log-prob is that of one whole version.
+any two tokens: the cache is recomputed with them, so that every token's log-prob is that of one whole version. So it is
+where a row grows past a switch of its rotary embedding: its older keys were made with other factors.
+
+Rows of several lengths are padded on the left. Where a model does not bear that (`support.py`: a state from token to token, say,
+which padding would be part of), its rows are decoded in batches of one length. What has no cache that we know runs over all
+tokens each time.
 
 Each row draws from its own generator (one uniform a token, inverse transform), so a rollout depends on its seed,
 prompt and weights, not on its neighbours (up to the kernels' rounding for a batch of another shape).
@@ -10,6 +15,7 @@ prompt and weights, not on its neighbours (up to the kernels' rounding for a bat
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fopd_cli.engines import cpu_attention
+from fopd_cli.engines import cpu_attention, rope
 from fopd_cli.engines.hf import TokenRules
 from fopd_cli.engines.rows import Row
+from fopd_cli.engines.support import bears_no_padding
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
 
@@ -48,6 +55,11 @@ class TransformersSampler:
             cpu_attention.enable(model)
         self.model, self.rules, self.device, self.batch_size = model.to(device).eval(), rules, device, batch_size
         self.version = 0
+        # Some architectures know no positions, or no cache.
+        self._takes = set(inspect.signature(model.forward).parameters)
+        self._one_length = bears_no_padding(model.config)
+        self._by_length = rope.by_length(model.config)
+        self._factors: list[tuple[int, ...]] = []  # of each row's rotary embedding, when the cache was written
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
         self._ids = torch.empty(0)  # (rows, prompt + generated), left-padded
@@ -94,7 +106,7 @@ class TransformersSampler:
         return finished
 
     def _start(self) -> None:
-        requests = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
+        requests = self._next_batch()
         self._rows = [_Row.of(r) for r in requests]
         width = max(len(r.token_ids) for r in requests)
         ids = np.full((len(requests), width), self.rules.pad, dtype=np.int64)
@@ -106,19 +118,37 @@ class TransformersSampler:
         self._mask = torch.from_numpy(mask).to(self.device)
         self._cache = None
 
+    def _next_batch(self) -> list[Request]:
+        """The requests that have waited longest; of one length, if they must be."""
+        wanted = len(self._waiting[0].token_ids) if self._one_length else None
+        batch: list[Request] = []
+        left: deque[Request] = deque()
+        for request in self._waiting:
+            fits = len(batch) < self.batch_size and (wanted is None or len(request.token_ids) == wanted)
+            (batch if fits else left).append(request)
+        self._waiting = left
+        return batch
+
     def _forward(self) -> Tensor:
         """Logits `(rows, V)` of the next token, in float32."""
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
-        fresh = self._cache is None
-        out = self.model(
-            input_ids=self._ids if fresh else self._ids[:, -1:],
-            attention_mask=self._mask,
-            position_ids=positions if fresh else positions[:, -1:],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache = out.past_key_values
+        if self._by_length:
+            lengths = [len(row.request.token_ids) + len(row.ids) for row in self._rows]
+            factors = [rope.factors_of(self.model.config, length) for length in lengths]
+            if factors != self._factors:
+                self._cache = None
+            self._factors = factors
+        fresh, cached = self._cache is None, "past_key_values" in self._takes
+        inputs = {
+            "input_ids": self._ids if fresh else self._ids[:, -1:],
+            "attention_mask": self._mask,
+            "position_ids": positions if fresh else positions[:, -1:],
+            "past_key_values": self._cache,
+            "use_cache": cached,
+            "logits_to_keep": 1,
+        }
+        out = self.model(**{name: value for name, value in inputs.items() if name in self._takes})
+        self._cache = getattr(out, "past_key_values", None)
         return out.logits[:, -1].float()
 
     def _choose(self, logits: Tensor) -> np.ndarray:
@@ -179,10 +209,23 @@ class TransformersSampler:
             return
         index = torch.tensor(keep, device=self.device)
         self._ids, self._mask = self._ids[index], self._mask[index]
-        self._cache.batch_select_indices(index)
+        self._factors = [self._factors[i] for i in keep if self._by_length]
+        if self._cache is not None:
+            self._cache = _kept_rows(self._cache, index)
 
     def _done(self, row: _Row) -> bool:
         return row.ids[-1] in self.rules.eos or len(row.ids) == row.request.params.max_new_tokens
+
+
+def _kept_rows(cache: Any, index: Tensor) -> Any:
+    """The cache without all other rows; None if it is of a kind of the architecture's own, which may hold more than we know."""
+    if {type(part).__module__ for part in (cache, *cache.layers)} != {"transformers.cache_utils"}:
+        return None
+    if any(hasattr(layer, "conv_states") for layer in cache.layers):
+        cache.reorder_cache(index)  # the only one that recurrent states know; it takes fewer rows just as well
+    else:
+        cache.batch_select_indices(index)
+    return cache
 
 
 def behaviour_logprobs(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from fopd_cli.engines import rope
 from fopd_cli.engines.batching import by_token_budget
 from fopd_cli.engines.hf import blocks
 from fopd_cli.engines.packing import check_packing
@@ -53,6 +54,7 @@ class TransformersTeacher:
         self.device, self.world, self.micro_tokens, self.packing = device, world, micro_tokens, packing
         self.vocab = vocab  # logits past it are padding and are cut off
         self.student_k = student_k  # of top-k targets: so many ids are the student's own likeliest
+        self.shared = not rope.by_length(model.config)
         if packing:
             enable_packing(model)
         self.model = _HiddenAndHead(model.eval().requires_grad_(False))
@@ -99,7 +101,7 @@ class TransformersTeacher:
 
     def _score_batch(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         contexts = [r.judged for r in rollouts]
-        batch = TokenBatch.of([c.token_ids for c in contexts], self.packing, self.device)
+        batch = TokenBatch.of([c.token_ids for c in contexts], self.packing, self.device, self.shared)
         hidden, head = self.model(batch)
         for places, context, rollout, target in zip(batch.places, contexts, rollouts, targets, strict=True):
             # A position that the context does not have gets some row; nobody reads it.

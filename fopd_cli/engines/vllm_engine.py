@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor
 from fopd_cli.errors import UserError
 
 TESTED_VERSION = "0.32.0"
+TELLING = ("Value error", "Assertion failed", "must")  # in the line of an error that says what is wrong
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ class VllmEngine:
         from fopd_cli.engines import vllm_plugin
 
         vllm_plugin.register()
-        try:
-            engine: Any = LLMEngine.from_engine_args(EngineArgs(**engine_args(options)))
-        except ValueError as error:  # pydantic's ValidationError is one too
-            raise UserError(f"{options.key}: vLLM refuses: {_message(error)}") from None
+        with logged_causes() as causes:
+            try:
+                engine: Any = LLMEngine.from_engine_args(EngineArgs(**engine_args(options)))
+            except ValueError as error:  # pydantic's ValidationError is one too
+                why = f" ({causes[-1]})" if causes else ""
+                raise UserError(f"{options.key}: vLLM refuses: {_message(error)}{why}") from None
         self._client: Any = engine.engine_core
         self._core: Any = self._client.engine_core
         self._engine = engine  # keeps the core alive
@@ -191,6 +195,25 @@ class VllmEngine:
         self._client.collective_rpc(method, args=args)
 
 
+@contextlib.contextmanager
+def logged_causes() -> Iterator[list[str]]:
+    """The last line of every error that vLLM logs while it looks at a model: what it raises then only points to its log."""
+    causes: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+        causes.extend(lines[-1:])
+        return True
+
+    registry = logging.getLogger("vllm.model_executor.models.registry")
+    registry.addFilter(keep)  # no handler: vLLM takes those away when it configures its logging
+    try:
+        yield causes
+    finally:
+        registry.removeFilter(keep)
+
+
 def _environment(options: VllmOptions) -> None:
     """What vLLM reads at import. It runs in a worker of ours, so this reaches nobody else."""
     os.environ.update(
@@ -248,5 +271,5 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
 def _message(error: ValueError) -> str:
     """The telling line of vLLM's or pydantic's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = next((line for line in lines if "Value error" in line or "must" in line), lines[0] if lines else "?")
+    telling = next((line for line in lines if any(word in line for word in TELLING)), lines[0] if lines else "?")
     return telling.removeprefix("Value error, ").split(" [type=")[0][:400]

@@ -64,7 +64,7 @@ class VllmSampler:
         else:
             from fopd_cli.engines.vllm_weights import WithAliases  # imports vllm
 
-            late = self.engine.load(WithAliases(weights, self.aliases))
+            late = self.engine.load(WithAliases(weights, self.aliases, self.engine.options.model))
         self._late += self._take(late)
         self.version = version
 

@@ -18,18 +18,24 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from fopd_cli.engines.checkpoint_format import in_checkpoint_format
+
 
 @dataclass
 class WithAliases:
-    """Weights, and tied ones once more under their other names (picklable if `weights` is).
+    """Weights as the student's checkpoint names them, and tied ones once more under their other names (picklable if `weights` is).
 
     vLLM may keep a copy of its own for a tied head, and without its name the head would stay at the old weights.
     """
 
     weights: Iterable[tuple[str, Tensor]]
     aliases: dict[str, str]  # other name -> published name
+    model: str  # the student's directory or hub id
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return in_checkpoint_format(self.model, self._named())
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
         others = {name: other for other, name in self.aliases.items()}
         for name, tensor in self.weights:
             yield name, tensor
@@ -58,6 +64,7 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         self._expected = {name for name, _ in self.model.named_parameters()}
+        _repack_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -75,3 +82,16 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         pass
+
+
+def _repack_experts(model: Any) -> None:
+    """Have vLLM's CPU kernels for experts made anew from the new weights.
+
+    With one at hand vLLM takes an update for packed already and skips the packing (CUDA's kernels need none): log-probs are
+    then nats off, and nothing says so.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        weight = getattr(module, "w13_weight", None)
+        if weight is not None and not weight.is_cuda and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None

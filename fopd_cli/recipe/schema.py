@@ -65,7 +65,9 @@ class Lora(Section):
     alpha: PositiveFactor = 64.0
     """Adapters are scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which linear layers get one: all but the output head, or the ends of their names, for example [q_proj, v_proj]."""
+    """Which linear layers get one: all but the output head (experts, too), or the ends of their names, for example [q_proj, v_proj]."""
+    router: bool = False
+    """Of a mixture of experts: whether the routers, which choose the experts of a token, get an adapter, too."""
     publish: Literal["merged", "adapter"] = "merged"
     """What samplers are sent after each step: merged weights, or the adapter alone (sampler.engine vllm: a hundredth of the bytes, but each token costs more)."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines import hf, lora
+from fopd_cli.engines import hf, lora, rope, support
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.engines.renumbered_teacher import RenumberedTeacher, renumbered_head
 from fopd_cli.engines.templates import Frame
@@ -113,6 +113,7 @@ def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
         heads = [h if t is None else renumbered_head(h, t) for h, t in zip(heads, setup.tables, strict=True)]
     model = load_student(recipe, compute)
+    as_sampled(model, setup, setup.context)
     if not spec.devices:
         hf.between_blocks(model, breathe)
     learner = FsdpLearner(model, heads, config, device, spec.rank, spec.world)
@@ -124,14 +125,26 @@ def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
 def load_student(recipe: Recipe, frozen_dtype: torch.dtype) -> Any:
     """The student as it is trained: fp32 masters, and adapters over a frozen base if the recipe says so."""
     model = hf.load_model(recipe.student.model, "student.model", torch.float32)
+    hf.freeze_unused(model)
     add_adapters(model, recipe, frozen_dtype)
     return model
+
+
+def as_sampled(model: Any, setup: Setup, longest: int) -> None:
+    """vLLM chooses the factors of a rotary embedding once for the whole run; where it samples, this model does, too.
+
+    `longest` is how many tokens a sequence can have.
+    """
+    if setup.recipe.sampler.engine == "vllm":
+        rope.by_sequence(model, longest)
 
 
 def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
     """Nothing without a `student.lora` section."""
     if (wanted := recipe.student.lora) is not None:
-        lora.add_adapters(model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype)
+        lora.add_adapters(model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype, wanted.router)
+        if wanted.publish == "adapter":
+            lora.check_adapter_alone(model, "student.lora.publish")
 
 
 def build_teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Teacher:
@@ -162,6 +175,7 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
 
     _join_group(spec, setup, always=False)
     model = hf.load_model(teacher.model, "teacher.model", dtype)
+    as_sampled(model, setup, setup.judged)
     if not spec.devices:
         hf.between_blocks(model, breathe)
     return TransformersTeacher(
@@ -213,10 +227,12 @@ def make_sampler(
 
         config, tokenizer = hf.load_config(model_path, "student.model"), hf.load_tokenizer(model_path, "student.model")
         rules = hf.token_rules(model_path, tokenizer, config, "student.model")
+        # vLLM's CPU build keeps no states of prefixes.
+        prefixes = section.vllm.prefix_caching and not (device.type == "cpu" and support.keeps_state(config))
         options = VllmOptions(
             max_tokens=context, max_requests=section.concurrency,
             max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
-            prefix_caching=section.vllm.prefix_caching, live_weights=adapter is None, seeded=True,
+            prefix_caching=prefixes, live_weights=adapter is None, seeded=True,
             adapter=None if adapter is None else AdapterOptions(adapter.rank, adapter.alpha),
             **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device),
         )  # fmt: skip
