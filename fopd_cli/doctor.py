@@ -21,9 +21,16 @@ import torch
 from fopd_cli.engines import hf, lora, vllm_engine
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher, Vllm
-from fopd_cli.runtime.build import add_adapters, http_server, published_adapter, resolve_dtype, task_arguments
+from fopd_cli.runtime.build import (
+    add_adapters,
+    http_server,
+    published_adapter,
+    resolve_dtype,
+    sampler_dtype,
+    task_arguments,
+)
 from fopd_cli.runtime.placement import Plan
-from fopd_cli.runtime.publish import Layout
+from fopd_cli.runtime.publish import Layout, layout_bytes
 from fopd_cli.runtime.sizes import arena_bytes, available_memory, free_shared_memory
 from fopd_cli.runtime.stream import PromptStream
 from fopd_cli.samples import TargetSpec
@@ -96,7 +103,8 @@ class Inputs:
         """Of a LoRA student. Raises `UserError` if they do not fit the model."""
         model = hf.empty_model(self.student_config)
         add_adapters(model, self.recipe, torch.float32)
-        return [(name, tuple(tensor.shape)) for name, tensor in lora.adapters(model)]
+        dtype = sampler_dtype(self.recipe, self.plan)
+        return [(name, tuple(tensor.shape), dtype) for name, tensor in lora.adapters(model)]
 
     @property
     def trainable(self) -> int:
@@ -137,7 +145,8 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     for split in ("train", "eval"):
         if not stream.prompts[split]:
             raise UserError(f"task: there is no {split} prompt; give it at least one")
-    return Inputs(recipe, plan, config, tokenizer, teachers, stream, hf.weight_layout(config))
+    layout = hf.weight_layout(config, sampler_dtype(recipe, plan))
+    return Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
 
 
 def check_model_name(model: str, key: str) -> None:
@@ -159,10 +168,55 @@ def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
         yield from _ends(inputs, teacher)
         yield from _templates(inputs, teacher)
         yield from _sameness(inputs, teacher)
+    yield from _models(inputs)
+    yield from _vocabulary(inputs)
     yield from _servers(inputs)
     yield from _lengths(inputs)
     yield from _disk(inputs, disk)
     yield from _memory(inputs)
+
+
+def _models(inputs: Inputs) -> Iterator[Finding]:
+    """Whether each model's files are all of it and nothing else, and its logits something that the losses know."""
+    models = [("student.model", inputs.recipe.student.model, inputs.student_config, True)]
+    models += [(t.key, t.section.model, t.config, t.section.engine == "transformers") for t in inputs.teachers]
+    for key, model, config, ours in models:
+        if ours:  # vLLM applies what it finds by itself, and gives log-probs
+            try:
+                hf.head_rule(config, key)
+            except UserError as error:
+                yield Finding("error", str(error), "choose another model")
+        report = hf.load_report(model, config, key)
+        if report is not None:
+            where = f"{key}: {model!r}"
+            yield from (Finding("error", *found) for found in report.errors(where))
+            yield from (Finding("warning", *found) for found in report.warnings(where))
+
+
+def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
+    """Ids that not all models have are never sampled; whoever uses them otherwise must know."""
+    vocab = inputs.vocab
+    ends = hf.token_rules(inputs.recipe.student.model, inputs.tokenizer, inputs.student_config, "student.model").eos
+    if min(ends) >= vocab:
+        yield Finding(
+            "error", f"the student ends a response with token {sorted(ends)}, but the models share only the ids below {vocab}: "
+            "none would ever end", "choose a teacher that has the token",
+        )  # fmt: skip
+    for split in ("train", "eval"):
+        for index in range(len(inputs.stream.prompts[split])):
+            largest = inputs.stream.largest_id(split, index)
+            if largest >= vocab:
+                yield Finding(
+                    "error", f"task: {split} prompt {index} holds token {largest}, but the models share only the ids below {vocab}",
+                    "leave the token out of the prompt or its chat template, or choose a pair that has it",
+                )  # fmt: skip
+                break
+    own = [i for i in inputs.tokenizer.get_vocab().values() if i >= vocab]
+    if own:
+        yield Finding(
+            "warning", f"the student's tokenizer knows {len(own)} tokens (ids from {min(own)} on) past the {vocab} ids that the models "
+            "share; they are never sampled", "make sure that the output of tools never holds them",
+        )  # fmt: skip
 
 
 def _vllm(inputs: Inputs) -> Iterator[Finding]:
@@ -298,9 +352,8 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
 
 def _memory(inputs: Inputs) -> Iterator[Finding]:
     recipe, plan = inputs.recipe, inputs.plan
-    sampler_dtype = resolve_dtype(recipe.sampler.dtype, bool(plan.samplers[0].devices))
-    sampler_bytes = sampler_dtype.itemsize * inputs.parameters
-    shared = arena_bytes(recipe, inputs.target_specs) + 2 * sampler_dtype.itemsize * _count(inputs.published)
+    sampler_bytes = layout_bytes(inputs.layout)
+    shared = arena_bytes(recipe, inputs.target_specs) + 2 * layout_bytes(inputs.published)
     if shared > free_shared_memory():
         yield Finding(
             "error", f"shared memory: {shared / GB:.2f} GB are needed, /dev/shm has {free_shared_memory() / GB:.2f} GB free",
@@ -309,8 +362,8 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
     ranks = {t.name: r for t, r in zip(recipe.teachers, plan.teachers, strict=True)}
     teachers = []
     for t in inputs.teachers:
-        size = resolve_dtype(t.section.dtype, bool(ranks[t.section.name][0].devices)).itemsize
-        teachers.append((t, ranks[t.section.name], size * _count(hf.weight_layout(t.config))))
+        dtype = resolve_dtype(t.section.dtype, bool(ranks[t.section.name][0].devices))
+        teachers.append((t, ranks[t.section.name], layout_bytes(hf.weight_layout(t.config, dtype))))
     learner = inputs.learner_bytes
     if not plan.learners[0].devices:
         needed = learner + sum(size * len(r) for _, r, size in teachers) + sampler_bytes * len(plan.samplers)
@@ -381,7 +434,7 @@ def sanity(inputs: Inputs) -> Finding | None:
         rollouts += sampler.step()
     width = hf.text_config(inputs.student_config).hidden_size
     targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts]
-    vocab, longest = hf.text_config(inputs.student_config).vocab_size, max(len(r.token_ids) for r in rollouts)
+    vocab, longest = hf.vocab_size(inputs.student_config), max(len(r.token_ids) for r in rollouts)
     judge = TransformersTeacher(
         hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, longest, recipe.learner.packing
     )
@@ -403,4 +456,4 @@ def sanity(inputs: Inputs) -> Finding | None:
 
 def _count(layout: Layout) -> int:
     """Numbers in it."""
-    return sum(int(np.prod(shape)) for _, shape in layout)
+    return sum(int(np.prod(shape)) for _, shape, _ in layout)

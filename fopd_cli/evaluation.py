@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -219,7 +220,8 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
     tokenizer = hf.load_tokenizer(job.model, "MODEL")
     stream = PromptStream(task, tokenizer, recipe.seed, recipe.sampler.samples_per_prompt)
     dtype = resolve_dtype(recipe.sampler.dtype, device.type == "cuda")
-    sampler = make_sampler(recipe, job.model, dtype, device, context_tokens(recipe, stream))
+    vocab = _vocab(job.model, recipe)
+    sampler = make_sampler(recipe, job.model, dtype, device, context_tokens(recipe, stream), vocab)
     ids = evaluation_ids(recipe, stream)
     params = sampling_params(recipe, evaluation=True)
     with contextlib.ExitStack() as stack:
@@ -236,6 +238,19 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
                 sample = ids[rollout.key]
                 row = _row(stream.prompt(sample), sample, rollout, tokenizer)
                 yield row if job.mode == "generate" else {**row, **_grade(task, stream.prompt(sample), row["answer"])}
+
+
+def _vocab(model: str, recipe: Recipe) -> int:
+    """Ids that the model may sample: as in the run those that it shares with its teachers, where these are at hand."""
+    found = [hf.vocab_size(hf.load_config(model, "MODEL"))]
+    for teacher in recipe.teachers:
+        if teacher.engine != "http":
+            try:
+                found.append(hf.vocab_size(hf.load_config(teacher.model, "teacher.model")))
+            except UserError as error:
+                say = f"warning: {error}; the model may sample ids that this teacher does not have"
+                print(say, file=sys.stderr, flush=True)
+    return min(found)
 
 
 def _grade(task: Any, prompt: Prompt, answer: str) -> Row:

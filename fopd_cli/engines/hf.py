@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
+from fopd_cli.engines.checkpoint_files import CheckpointFiles, LoadReport, unconvertible
+from fopd_cli.engines.heads import HeadRule, find_rule
 from fopd_cli.errors import UserError
+from fopd_cli.losses.head import Head
 from fopd_cli.samples import Prompt
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,19 +52,64 @@ def load_tokenizer(model: str, key: str) -> Any:
 
 
 def load_model(model: str, key: str, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
-    """The causal language model on the CPU, in `dtype`, in evaluation mode."""
+    """The causal language model on the CPU, in `dtype` (but for what its architecture keeps in fp32), in evaluation mode.
+
+    Raises `UserError` if its files are not the whole of it.
+    """
+    auto = _transformers().AutoModelForCausalLM
     try:
-        loaded = _transformers().AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention)
+        loaded, info = auto.from_pretrained(
+            model, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # safetensors, torch and transformers each raise their own
+        if names := unconvertible(error):
+            LoadReport(missing=[f"parts of {name}" for name in names]).refuse(f"{key}: {model!r}")
         raise UserError(f"{key}: cannot load model weights from {model!r}: {_first_line(error)}") from None
-    check_head(loaded, key)
+    untied = {other: first for other, first in _ties(loaded).items() if other not in loaded.all_tied_weights_keys}
+    LoadReport.of(info, untied).refuse(f"{key}: {model!r}")
     return loaded.eval()
 
 
-def empty_model(config: Any) -> nn.Module:
-    """The architecture on the meta device: shapes without memory."""
+def load_report(model: str, config: Any, key: str) -> LoadReport | None:
+    """How the model's files fit its configuration, without reading the weights; None where the files are not here yet."""
+    folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
+    try:
+        files = None if folder is None else CheckpointFiles.of(folder)
+        if files is None:
+            return None
+        kind: Any = type(empty_model(config))
+        empty, info = kind.from_pretrained(
+            None, config=copy.deepcopy(config), state_dict=files.empty(), device_map={"": "meta"},
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except Exception as error:
+        if names := unconvertible(error):
+            return LoadReport(missing=[f"parts of {name}" for name in names])
+        raise UserError(f"{key}: cannot read the weights of {model!r}: {_first_line(error)}") from None
+    return LoadReport.of(info, {o: f for o, f in _ties(empty).items() if files.differ((o, f))})
+
+
+def _ties(model: Any) -> dict[str, str]:
+    """Other name -> first name of the weights that the configuration says are one."""
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def _cached_folder(model: str) -> Path | None:
+    """Where a model of the hub lies if it was downloaded before."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"], local_files_only=True))
+    except Exception:
+        return None
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """The architecture on the meta device: shapes without memory. Without a dtype it is the configuration's."""
+    own = {} if dtype is None else {"dtype": dtype}
     with torch.device("meta"):
-        return _transformers().AutoModelForCausalLM.from_config(config)
+        # Copied: transformers notes the dtype in what it is given.
+        return _transformers().AutoModelForCausalLM.from_config(copy.deepcopy(config), **own)
 
 
 def backbone(model: Any) -> Any:
@@ -77,35 +126,45 @@ def blocks(model: Any) -> Any:
     raise UserError(f"{type(model).__name__}: fopd does not know where this architecture keeps its transformer blocks")
 
 
-@torch.no_grad()
-def check_head(model: Any, key: str) -> None:
-    """Logits must be `hidden @ head.T`: a bias, a scale or a soft cap after the head would be lost by our losses."""
-    ids = torch.tensor([[0, 1, 2]])
-    hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    ours = hidden @ model.get_output_embeddings().weight.T
-    theirs = model(input_ids=ids, use_cache=False).logits
-    if not torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.abs().max()) + 1e-6):
-        raise UserError(
-            f"{key}: this architecture ({type(model).__name__}) changes its logits after the output head, "
-            "which fopd does not support yet"
-        )
+def head_rule(config: Any, key: str) -> HeadRule:
+    """What the architecture does to its logits. Raises `UserError`, which `key` begins, if fopd does not know it."""
+    model = empty_model(config, torch.float32)
+    return find_rule(model, backbone(model), key)
 
 
-def load_head(model: str, key: str, dtype: torch.dtype) -> Tensor:
-    """Only the unembedding `(V, hidden)` of a model, read from its safetensors without loading the rest."""
-    folder = _local_folder(model, key)
-    index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_text())["weight_map"] if index.is_file() else None
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        path = folder / (files.get(name, "") if files else "model.safetensors")
-        if path.is_file():
-            with safe_open(str(path), "pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    return tensors.get_tensor(name).to(dtype)
-    return load_model(model, key, dtype).get_output_embeddings().weight.detach().clone()  # type: ignore[operator]
+def load_head(model: str, key: str, dtype: torch.dtype) -> Head:
+    """Only the head `(V, hidden)` of a model, read from its files without loading the rest where these have it by its own name."""
+    config = load_config(model, key)
+    rule, empty = head_rule(config, key), empty_model(config)
+    output: Any = empty.get_output_embeddings()  # type: ignore[operator]
+    names: dict[int, list[str]] = {id(tensor): [] for tensor in (output.weight, output.bias)}  # a tied weight has two
+    for name, tensor in empty.state_dict(keep_vars=True).items():
+        names.get(id(tensor), []).append(name)
+    weight, bias = names[id(output.weight)], names[id(output.bias)]
+    files = CheckpointFiles.of(local_folder(model, key))
+    found = [name for name in weight if files is not None and name in files.where]
+    if files is None or not found or not all(name in files.where for name in bias):
+        lm: Any = load_model(model, key, dtype)
+        head = rule.head(lm)
+        return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+    if files.differ(found):
+        LoadReport(untied=[" and ".join(found)]).refuse(f"{key}: {model!r}")
+    read = Head(files.tensor(found[0]), files.tensor(bias[0]) if bias else None, rule.scale, rule.cap).to(dtype)
+    if read.weight.shape != output.weight.shape:
+        wrong = f"{found[0]} {list(read.weight.shape)} instead of {list(output.weight.shape)}"
+        LoadReport(mismatched=[wrong]).refuse(f"{key}: {model!r}")
+    return read
 
 
-def _local_folder(model: str, key: str) -> Path:
+def model_file(model: str, name: str) -> Path | None:
+    """One file of a model directory or of a hub model that was downloaded; None if it has none of this name."""
+    folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
+    path = None if folder is None else folder / name
+    return path if path is not None and path.is_file() else None
+
+
+def local_folder(model: str, key: str) -> Path:
+    """Where a model's files are; those of a hub model are downloaded."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -189,19 +248,57 @@ def decode(tokenizer: Any, ids: np.ndarray) -> str:
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
 
-def weight_layout(config: Any) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every distinct parameter and persistent buffer, in the order in which weights are published.
+def weight_layout(config: Any, dtype: torch.dtype) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(name, shape, dtype) of every distinct parameter and persistent buffer of a model that is loaded in `dtype`, in the order in
+    which weights are published.
 
     Tied weights stand once, under their first name: the sampler's model ties them again by itself.
     """
-    model = empty_model(config)
+    model = empty_model(config, dtype)
+    kept = _kept(model, dtype)
     seen: set[int] = set()
     layout = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            layout.append((name, tuple(tensor.shape)))
+            layout.append((name, tuple(tensor.shape), kept(name) or tensor.dtype))
     return layout
+
+
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """To what the model is where it is loaded in `dtype`, in place: what its architecture keeps in fp32 is in fp32."""
+    dtypes = {name: own for name, _, own in weight_layout(model.config, dtype)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in dtypes:  # a tied weight has one name there, and is one tensor here
+            tensor.data = tensor.data.to(dtypes[name])
+
+
+def modules_in_fp32(model: Any, dtype: torch.dtype) -> list[nn.Module]:
+    """The outermost modules all of whose parameters the architecture keeps in fp32 where it is loaded in `dtype`."""
+    kept = _kept(model, dtype)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(outer + ".") for outer in found)
+        names = [f"{name}.{own}" for own, _ in module.named_parameters()]
+        if names and not inner and all(kept(own) == torch.float32 for own in names):
+            found[name] = module
+    return list(found.values())
+
+
+def _kept(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """The dtype that transformers' loader gives a tensor of this name whatever it is asked for; None: it has none of its own."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)  # of `_keep_in_fp32_modules` and its kin, of all submodels
+    if not plan:
+        return lambda _: None
+    pattern, groups, _ = build_glob_alternation(list(plan))
+
+    def own(name: str) -> torch.dtype | None:
+        found = pattern.search(name)
+        return None if found is None else plan[groups[found.lastgroup]]
+
+    return own
 
 
 def text_config(config: Any) -> Any:
@@ -210,8 +307,9 @@ def text_config(config: Any) -> Any:
 
 
 def vocab_size(config: Any) -> int:
-    """Rows of the unembedding, padding included."""
-    return int(text_config(config).vocab_size)
+    """Ids that have a logit: rows of the unembedding, its padding included where the model does not cut it off."""
+    text = text_config(config)
+    return int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size)
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:

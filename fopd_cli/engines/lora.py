@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fopd_cli.engines import hf
 from fopd_cli.errors import UserError
 
 ADAPTER = "default"  # peft's name for the only one
@@ -37,7 +38,8 @@ def add_adapters(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UserError("student.lora: needs peft: pip install 'fopd[lora]'") from None
-    lm.requires_grad_(False).to(frozen_dtype)
+    lm.requires_grad_(False)
+    hf.cast(lm, frozen_dtype)
     wanted = targets if isinstance(targets, str) else list(targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -45,6 +47,8 @@ def add_adapters(
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted), lm, ADAPTER)
         except ValueError as error:
             raise UserError(f"student.lora.targets: {str(error).splitlines()[0]}") from None
+    if hasattr(lm.get_output_embeddings(), "lora_A"):  # the losses take the head as one matrix
+        raise UserError("student.lora.targets: the output head cannot have an adapter; leave its name out")
     for name, parameter in lm.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()

@@ -40,9 +40,15 @@ class _Row(Row):
 
 
 class TransformersSampler:
-    """Implements `protocols.Sampler`. `model` is a causal LM on `device`; its weights are replaced by `load`."""
+    """Implements `protocols.Sampler`. `model` is a causal LM on `device`; its weights are replaced by `load`.
 
-    def __init__(self, model: Any, rules: TokenRules, device: torch.device, batch_size: int) -> None:
+    Ids from `vocab` on, which the teacher does not have, are never sampled: log-probs are of what is left. None: all are.
+    """
+
+    def __init__(
+        self, model: Any, rules: TokenRules, device: torch.device, batch_size: int, vocab: int | None = None
+    ) -> None:
+        self.vocab = vocab
         self.model, self.rules, self.device, self.batch_size = model.to(device).eval(), rules, device, batch_size
         self.version = 0
         self._waiting: deque[Request] = deque()
@@ -104,7 +110,7 @@ class TransformersSampler:
         self._cache = None
 
     def _forward(self) -> Tensor:
-        """Logits `(rows, V)` of the next token, in float32."""
+        """Logits `(rows, V)` of the next token over the ids that the pair shares, in float32."""
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         fresh = self._cache is None
         out = self.model(
@@ -116,7 +122,7 @@ class TransformersSampler:
             logits_to_keep=1,
         )
         self._cache = out.past_key_values
-        return out.logits[:, -1].float()
+        return out.logits[:, -1, : self.vocab].float()
 
     def _choose(self, logits: Tensor) -> np.ndarray:
         """Sample one token a row and note its log-prob; returns the ids `(rows,)`."""

@@ -30,7 +30,7 @@ from fopd_cli.recipe import Recipe
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime import records, roles
 from fopd_cli.runtime.arena import Arena
-from fopd_cli.runtime.build import Setup, resolve_dtype
+from fopd_cli.runtime.build import Setup, sampler_dtype
 from fopd_cli.runtime.checkpoint import CheckpointStore, disk_error, load_buffer, save_buffer, write_synced
 from fopd_cli.runtime.episodes import Episodes
 from fopd_cli.runtime.params import sampling_params
@@ -94,10 +94,9 @@ class Conductor:
             schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable), stream.train_id, evaluation_ids(recipe, stream),
             self._reserve, self._release, stream.teacher,
         )  # fmt: skip
-        cuda = bool(plan.samplers[0].devices)
         self.setup = Setup(
             recipe, model.vocab, model.target_specs, context_tokens(recipe, stream), self.arena.memory,
-            WeightChannel.create(model.layout, resolve_dtype(recipe.sampler.dtype, cuda)),
+            WeightChannel.create(model.layout),
             run_dir.path / f".rendezvous-{uuid.uuid4().hex[:8]}",
         )  # fmt: skip
         self.totals = Totals()
@@ -744,7 +743,7 @@ class Conductor:
             "schedule": schedule,
             "refresh_last": self.refresh.last,
             "learner": learner,
-            "student_dtype": str(self.setup.channel.dtype).removeprefix("torch."),
+            "student_dtype": str(sampler_dtype(self.recipe, self.plan)).removeprefix("torch."),
             "totals": vars(self.totals),
             "grades": {k: self.grades[k] for k in known if k in self.grades},
             "rollouts": save_buffer(folder / "buffer.safetensors", rollouts, targets),

@@ -21,28 +21,33 @@ from torch import Tensor
 
 from fopd_cli.runtime.arena import aligned, shared_bytes, view
 
-Layout = list[tuple[str, tuple[int, ...]]]
+Layout = list[tuple[str, tuple[int, ...], torch.dtype]]  # name, shape and dtype of each tensor
 
 
 class SharedWeights:
     """One version's weights where they lie: iterate for `(name, view)`. Pickles as a path into this process."""
 
-    def __init__(self, memory: Tensor, offset: int, dtype: torch.dtype, layout: Layout) -> None:
-        self.memory, self.offset, self.dtype, self.layout = memory, offset, dtype, layout
+    def __init__(self, memory: Tensor, offset: int, layout: Layout) -> None:
+        self.memory, self.offset, self.layout = memory, offset, layout
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         offset = self.offset
-        for name, shape in self.layout:
-            yield name, view(self.memory, offset, self.dtype, shape)
-            offset += aligned(self.dtype.itemsize * int(np.prod(shape)))
+        for name, shape, dtype in self.layout:
+            yield name, view(self.memory, offset, dtype, shape)
+            offset += aligned(dtype.itemsize * int(np.prod(shape)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         fd, size = self.memory.untyped_storage()._share_fd_cpu_()
-        return _open, (f"/proc/{os.getpid()}/fd/{fd}", size, self.offset, self.dtype, self.layout)
+        return _open, (f"/proc/{os.getpid()}/fd/{fd}", size, self.offset, self.layout)
 
 
-def _open(path: str, size: int, offset: int, dtype: torch.dtype, layout: Layout) -> SharedWeights:
-    return SharedWeights(torch.from_file(path, shared=True, size=size, dtype=torch.uint8), offset, dtype, layout)
+def _open(path: str, size: int, offset: int, layout: Layout) -> SharedWeights:
+    return SharedWeights(torch.from_file(path, shared=True, size=size, dtype=torch.uint8), offset, layout)
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Of one version."""
+    return sum(aligned(dtype.itemsize * int(np.prod(shape))) for _, shape, dtype in layout)
 
 
 @dataclass
@@ -51,20 +56,19 @@ class WeightChannel:
     stamped before and after the copy proves it, and a mismatch raises."""
 
     layout: Layout
-    dtype: torch.dtype
     memory: Tensor
     stamps: Tensor  # int64 (2 slots, 2): version when writing began, version when it was complete
 
     @classmethod
-    def create(cls, layout: Layout, dtype: torch.dtype) -> WeightChannel:
-        channel = cls(layout, dtype, torch.empty(0), torch.full((2, 2), -1, dtype=torch.int64).share_memory_())
+    def create(cls, layout: Layout) -> WeightChannel:
+        channel = cls(layout, torch.empty(0), torch.full((2, 2), -1, dtype=torch.int64).share_memory_())
         channel.memory = shared_bytes(2 * channel.slot_bytes)
         return channel
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one version."""
-        return sum(aligned(self.dtype.itemsize * int(np.prod(shape))) for _, shape in self.layout)
+        return layout_bytes(self.layout)
 
     def page_lock(self) -> None:
         """For a process with a CUDA device: copies between it and the slots then go at the bus's speed, without a detour through a
@@ -78,7 +82,7 @@ class WeightChannel:
             )
 
     def write(self, version: int, weights: Iterator[tuple[str, Tensor]], keep: bool = True) -> int:
-        """Copy all weights into the version's slot, cast to the channel's dtype; returns bytes written.
+        """Copy all weights into the version's slot, each cast to its dtype in the layout; returns bytes written.
 
         Ranks that only take part in gathering the weights pass `keep=False`.
         """
@@ -108,4 +112,4 @@ class WeightChannel:
             raise RuntimeError(f"weights of version {version} were overwritten while they were read (stamps {found})")
 
     def _slot(self, version: int) -> SharedWeights:
-        return SharedWeights(self.memory, (version % 2) * self.slot_bytes, self.dtype, self.layout)
+        return SharedWeights(self.memory, (version % 2) * self.slot_bytes, self.layout)

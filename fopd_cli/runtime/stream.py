@@ -81,6 +81,11 @@ class PromptStream:
             self._ids[key] = hf.encode_prompt(self.tokenizer, self.prompts[split][index])
         return self._ids[key]
 
+    def largest_id(self, split: str, index: int) -> int:
+        """The largest token id of a prompt, as the student or its teacher sees it."""
+        seen = [self.encoded(split, index), self._as_told(split, index)]
+        return max((int(ids.max()) for ids in seen if ids is not None and len(ids)), default=-1)
+
     def longest(self, split: str) -> tuple[int, int]:
         """(tokens, index) of the longest prompt of a split, as the student or its teacher sees it."""
 
