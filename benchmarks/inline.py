@@ -103,13 +103,13 @@ class Inline:
         self.teacher = TransformersTeacher(
             judge, CPU, 1, teacher.micro_tokens, inputs.vocab, longest, student_k=recipe.loss.student_k
         )
-        heads = [self.teacher.head().clone()] if recipe.targets == "hidden" else []
+        heads = [self.teacher.head()] if recipe.targets == "hidden" else []
         student = hf.load_model(recipe.student.model, "student.model", torch.float32)
         of_learner = learner_config(recipe, torch.float32, inputs.vocab, longest)
         self.learner = FsdpLearner(student, heads, of_learner, CPU, 0, 1)
         if sgd:
             self.learner.optimizer = torch.optim.SGD(self.learner.student.parameters(), lr=recipe.learner.lr)  # type: ignore[assignment]
-        self.sampler = make_sampler(recipe, recipe.student.model, torch.float32, CPU, longest)
+        self.sampler = make_sampler(recipe, recipe.student.model, torch.float32, CPU, longest, inputs.vocab)
         r = recipe.freshness.refresh
         policy = POLICIES[recipe.freshness.policy]
         self.depth = Depth(recipe.max_lag, recipe.max_drift)

@@ -138,7 +138,7 @@ def against_trl(args: argparse.Namespace, folder: str) -> None:
     tokens = sum(len(s.rollout.token_ids) for s in samples)
     ours = learner(args.hidden, args.vocab, "fopd")
     judge = TransformersTeacher(model(args.hidden, args.vocab), DEVICE, 1, 4096, args.vocab, 4096)
-    ours.teacher_heads = [judge.model.lm.get_output_embeddings().weight.detach()]
+    ours.teacher_heads = [judge.head()]
 
     def models() -> tuple[Any, Any, str]:
         return model(args.hidden, args.vocab), model(args.hidden, args.vocab), folder

@@ -169,7 +169,7 @@ def scoring(name: str, folder: Path, rounds: int) -> list[str]:
     room = shared_bytes(spec.nbytes(200))
     targets = [targets_at(room, 0, spec, r.response_length) for r in rollouts]
     tokens = sum(len(r.token_ids) for r in rollouts)
-    fast = VllmTeacher(options(folder, live_weights=False, seeded=False, max_batched_tokens=2048), vocab, 0)
+    fast = VllmTeacher(options(folder, live_weights=False, seeded=False, max_batched_tokens=2048))
     plain = TransformersTeacher(hf.load_model(str(folder), "m", DTYPE), CPU, 1, 16384, vocab, 4096)
 
     def score(teacher: Any) -> float:
@@ -183,9 +183,9 @@ def scoring(name: str, folder: Path, rounds: int) -> list[str]:
 
 def publication(folder: Path, sampler: VllmSampler, rounds: int) -> list[str]:
     config = hf.load_config(str(folder), "m")
-    channel = WeightChannel.create(hf.weight_layout(config), DTYPE)
+    channel = WeightChannel.create(hf.weight_layout(config, DTYPE))
     weights = hf.load_model(str(folder), "m", torch.float32).state_dict()  # fp32 masters, as a learner has
-    published = [(n, weights[n]) for n, _ in channel.layout]
+    published = [(n, weights[n]) for n, _, _ in channel.layout]
     source = torch.zeros(channel.slot_bytes, dtype=torch.uint8)
     target = torch.zeros_like(source)
     version = 0

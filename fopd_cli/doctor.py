@@ -29,12 +29,13 @@ from fopd_cli.runtime.build import (
     http_server,
     published_adapter,
     resolve_dtype,
+    sampler_dtype,
     student_frame,
     task_arguments,
 )
 from fopd_cli.runtime.lengths import keep_what_fits, rooms, tells
 from fopd_cli.runtime.placement import Plan
-from fopd_cli.runtime.publish import Layout
+from fopd_cli.runtime.publish import Layout, layout_bytes
 from fopd_cli.runtime.sizes import arena_bytes, available_memory, free_shared_memory
 from fopd_cli.runtime.stream import SPLITS, PromptStream, context_tokens
 from fopd_cli.samples import Prompt, TargetSpec
@@ -123,7 +124,8 @@ class Inputs:
         """Of a LoRA student. Raises `UserError` if they do not fit the model."""
         model = hf.empty_model(self.student_config)
         add_adapters(model, self.recipe, torch.float32)
-        return [(name, tuple(tensor.shape)) for name, tensor in lora.adapters(model)]
+        dtype = sampler_dtype(self.recipe, self.plan)
+        return [(name, tuple(tensor.shape), dtype) for name, tensor in lora.adapters(model)]
 
     @property
     def trainable(self) -> int:
@@ -184,7 +186,8 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
         )
     found = {t.section.name: (t.key, t.config) for t in teachers}
     stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, found, _served(recipe)))
-    return Inputs(recipe, plan, config, tokenizer, teachers, stream, hf.weight_layout(config))
+    layout = hf.weight_layout(config, sampler_dtype(recipe, plan))
+    return Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
 
 
 def _own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:
@@ -231,6 +234,8 @@ def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
         yield from _templates(inputs, teacher)
         yield from _sameness(inputs, teacher)
     yield from _conversation(inputs)
+    yield from _models(inputs)
+    yield from _vocabulary(inputs)
     yield from _servers(inputs)
     yield from _temperatures(inputs.recipe)
     yield from _disk(inputs, disk)
@@ -242,6 +247,51 @@ def of_pairs(inputs: Inputs) -> Iterator[Finding]:
     for teacher in inputs.teachers:
         yield from _tokenizers(inputs, teacher)
     yield from _servers(inputs)
+
+
+def _models(inputs: Inputs) -> Iterator[Finding]:
+    """Whether each model's files are all of it and nothing else."""
+    models = [("student.model", inputs.recipe.student.model, inputs.student_config)]
+    models += [(t.key, t.section.model, t.config) for t in inputs.teachers]
+    for key, model, config in models:
+        if support.quantized(config) is not None:  # a teacher on vLLM, whose files are its own affair
+            continue
+        try:
+            report = hf.load_report(model, config, key)
+        except UserError as error:
+            yield Finding("error", str(error), "get the whole checkpoint")
+            continue
+        if report is not None:
+            where = f"{key}: {model!r}"
+            yield from (Finding("error", *found) for found in report.errors(where))
+            yield from (Finding("warning", *found) for found in report.warnings(where))
+
+
+def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
+    """Ids that not all models have are never sampled; whoever uses them otherwise must know."""
+    vocab = inputs.vocab
+    ends = _student_ends(inputs)
+    if min(ends) >= vocab:
+        yield Finding(
+            "error", f"the student ends a response with token {sorted(ends)}, but the models share only the ids below {vocab}: "
+            "none would ever end", "choose a teacher that has the token",
+        )  # fmt: skip
+    stream = inputs.stream
+    for split in SPLITS:
+        for index in stream.kept[split]:
+            largest = stream.largest_id(split, index)
+            if largest >= vocab:
+                yield Finding(
+                    "error", f"task: {stream.prompts[split][index].where} holds token {largest}, but the models share only the ids below {vocab}",
+                    "leave the token out of the prompt or its chat template, or choose a pair that has it",
+                )  # fmt: skip
+                break
+    own = [i for i in inputs.tokenizer.get_vocab().values() if i >= vocab]
+    if own:
+        yield Finding(
+            "warning", f"the student's tokenizer knows {len(own)} tokens (ids from {min(own)} on) past the {vocab} ids that the models "
+            "share; they are never sampled", "make sure that the output of tools never holds them",
+        )  # fmt: skip
 
 
 def _vllm(inputs: Inputs) -> Iterator[Finding]:
@@ -497,9 +547,8 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
 
 def _memory(inputs: Inputs) -> Iterator[Finding]:
     recipe, plan = inputs.recipe, inputs.plan
-    sampler_dtype = resolve_dtype(recipe.sampler.dtype, bool(plan.samplers[0].devices))
-    sampler_bytes = sampler_dtype.itemsize * inputs.parameters
-    shared = arena_bytes(recipe, inputs.target_specs) + 2 * sampler_dtype.itemsize * _count(inputs.published)
+    sampler_bytes = layout_bytes(inputs.layout)
+    shared = arena_bytes(recipe, inputs.target_specs) + 2 * layout_bytes(inputs.published)
     if shared > free_shared_memory():
         yield Finding(
             "error", f"shared memory: {shared / GB:.2f} GB are needed, /dev/shm has {free_shared_memory() / GB:.2f} GB free",
@@ -508,8 +557,8 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
     ranks = {t.name: r for t, r in zip(recipe.teachers, plan.teachers, strict=True)}
     teachers = []
     for t in inputs.teachers:
-        size = resolve_dtype(t.section.dtype, bool(ranks[t.section.name][0].devices)).itemsize
-        teachers.append((t, ranks[t.section.name], size * _count(hf.weight_layout(t.config))))
+        dtype = resolve_dtype(t.section.dtype, bool(ranks[t.section.name][0].devices))
+        teachers.append((t, ranks[t.section.name], layout_bytes(hf.weight_layout(t.config, dtype))))
     learner = inputs.learner_bytes
     if not plan.learners[0].devices:
         needed = learner + sum(size * len(r) for _, r, size in teachers) + sampler_bytes * len(plan.samplers)
@@ -577,7 +626,7 @@ def sanity(inputs: Inputs) -> Finding | None:
         rollouts += sampler.step()
     width = hf.hidden_width(inputs.student_config)
     targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts]
-    vocab, longest = hf.text_config(inputs.student_config).vocab_size, max(len(r.token_ids) for r in rollouts)
+    vocab, longest = hf.vocab_size(inputs.student_config), max(len(r.token_ids) for r in rollouts)
     judge = TransformersTeacher(
         hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, longest, recipe.learner.packing
     )
@@ -599,4 +648,4 @@ def sanity(inputs: Inputs) -> Finding | None:
 
 def _count(layout: Layout) -> int:
     """Numbers in it."""
-    return sum(int(np.prod(shape)) for _, shape in layout)
+    return sum(int(np.prod(shape)) for _, shape, _ in layout)

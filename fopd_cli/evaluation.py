@@ -274,7 +274,8 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
     stream = _stream(job.model, recipe, task)
     tokenizer = stream.frame.tokenizer
     dtype = resolve_dtype(recipe.sampler.dtype, device.type == "cuda")
-    sampler = make_sampler(recipe, job.model, dtype, device, context_tokens(recipe, stream, judged=False))
+    vocab = _vocab(job.model, recipe)
+    sampler = make_sampler(recipe, job.model, dtype, device, context_tokens(recipe, stream, judged=False), vocab)
     ids = evaluation_ids(recipe, stream)
     params = sampling_params(recipe, evaluation=True)
     with contextlib.ExitStack() as stack:
@@ -295,6 +296,19 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
                 if job.mode == "generate" or not row["gradable"]:  # it may be for the teacher to judge
                     row["token_ids"] = rollout.response_ids.tolist()
                 yield row
+
+
+def _vocab(model: str, recipe: Recipe) -> int:
+    """Ids that the model may sample: as in the run those that it shares with its teachers, where these are at hand."""
+    found = [hf.vocab_size(hf.load_config(model, "MODEL"))]
+    for teacher in recipe.teachers:
+        if teacher.engine != "http":
+            try:
+                found.append(hf.vocab_size(hf.load_config(teacher.model, "teacher.model")))
+            except UserError as error:
+                say = f"warning: {error}; the model may sample ids that this teacher does not have"
+                print(say, file=sys.stderr, flush=True)
+    return min(found)
 
 
 def _grade(task: Any, prompt: Prompt, answer: str) -> Row:

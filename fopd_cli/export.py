@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from fopd_cli.engines import dcp, hf, lora
+from fopd_cli.engines import dcp, hf, lora, model_files
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.build import load_student
@@ -35,15 +36,17 @@ def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = Fal
     evaluated_in = getattr(torch, store.state(step)["student_dtype"])
     model = _trained(recipe, store.path(step) / "learner", evaluated_in)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         if adapter and recipe.student.lora is not None:
             lora.check_adapter_alone(model, "--adapter")
-            out.mkdir(parents=True, exist_ok=True)
             lora.write_adapter(out, lora.adapters(model), recipe.student.lora.alpha, recipe.student.model)
         else:
-            _merged(recipe, model).to(evaluated_in).save_pretrained(out)
-        hf.load_tokenizer(recipe.student.model, "student.model").save_pretrained(out)
+            whole = _merged(recipe, model)
+            hf.cast(whole, evaluated_in)
+            model_files.write_model(whole, recipe.student.model, out)
+        model_files.write_tokenizer(recipe.student.model, out)
         (out / "fopd.json").write_text(json.dumps({"run": str(run.path), "step": step}) + "\n")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the student to {out}: {error}") from None
     return step
 

@@ -76,7 +76,7 @@ def judging_main(spec: WorkerSpec, mailbox: Mailbox, recipe: Recipe, rows: list[
     stream, specs = inputs.stream, inputs.target_specs
     setup = Setup(
         recipe, inputs.vocab, specs, inputs.tables, context_tokens(recipe, stream, judged=False),
-        context_tokens(recipe, stream, judged=True), torch.empty(0), WeightChannel.create([], torch.float32), folder / "rendezvous",
+        context_tokens(recipe, stream, judged=True), torch.empty(0), WeightChannel.create([]), folder / "rendezvous",
     )  # fmt: skip
     engines: list[Any] = []
     for index in range(len(recipe.teachers)):

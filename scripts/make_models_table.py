@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/models.md: what every architecture of tests/architectures.py is, found by running it (about ten minutes).
+"""Write docs/models.md: what every architecture of tests/architectures.py is, found by running it (three minutes on an idle core).
 
 python scripts/make_models_table.py [ARCHITECTURE ...]      the named rows anew, by default all of them
 """
@@ -42,6 +42,9 @@ own length, as transformers does for one sequence alone. A response that grows p
 before and the long ones after it, and trained with the long ones: that difference counts as drift, and doctor warns of it. vLLM chooses
 longrope's factors once, by the longest sample of the run; where it samples, learner and transformers teachers do the same. vLLM's dynamic
 NTK is another formula; doctor refuses it.
+
+What stands behind the output head (soft caps, scales, biases, under whatever name) is applied on both sides, as the
+architecture's own code does it. The tiny models have caps and scales that are felt.
 
 Soft caps in attention (Gemma 2) run with the architecture's own attention, because PyTorch's leaves them out; so does what has sinks.
 

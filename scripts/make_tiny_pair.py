@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make a tiny teacher and a tinier student with one byte-level tokenizer, in Hugging Face format.
 
-    scripts/make_tiny_pair.py OUT [--task arithmetic|swe|tool] [--arch qwen3|llama] [--untrained] [--teacher-loss X] [--student-loss X]
+    scripts/make_tiny_pair.py OUT [--task arithmetic|swe|tool] [--arch ARCHITECTURE] [--untrained] [--teacher-loss X] [--student-loss X]
 
 The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few steps, enough to
 know the format and to be wrong most of the time. `recipes/tiny/` was made by this script with its defaults (about 40
@@ -22,14 +22,30 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fopd_cli.tasks.arithmetic import Arithmetic, worked
 from fopd_cli.tasks.swe.generated import instances
 from fopd_cli.tasks.swe.generated import scripted as scripted_fix
 from fopd_cli.tasks.tool import Calculations, scripted
 
-CONFIGS = {"qwen3": Qwen3Config, "llama": LlamaConfig}
+# What each architecture has of its own, small enough for samples to pass it; the sizes that all share are in `make_model`.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3": {"tie_word_embeddings": True},
+    "llama": {},
+    "gemma3_text": {  # windows; a soft cap on logits
+        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 32,
+        "final_logit_softcapping": 10.0, "tie_word_embeddings": True,
+    },
+    "qwen3_5_text": {  # gated delta networks, which keep a state, between layers of attention
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    },
+    "granite": {  # multipliers, one of them of the logits
+        "logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+}  # fmt: skip
 MAX_STEPS = 3000
 END = "<eos>"
 SPECIALS = ["<pad>", "<eos>", "<user>", "<assistant>"]
@@ -58,21 +74,22 @@ def make_tokenizer() -> Any:
 def make_model(arch: str, vocabulary: int, hidden: int, layers: int, seed: int) -> Any:
     """Head dimension 32, the smallest that every engine we support can run."""
     torch.manual_seed(seed)
-    config = CONFIGS[arch](
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=max(1, hidden // 64),
-        head_dim=32,
-        tie_word_embeddings=arch == "qwen3",  # one of each
-        initializer_range=0.08,  # at the usual 0.02 a model this narrow needs ten times the steps
-        max_position_embeddings=1024,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": max(1, hidden // 64),
+        "head_dim": 32,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.08,  # at the usual 0.02 a model this narrow needs ten times the steps
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    config = AutoConfig.for_model(arch, **{**sizes, **ARCHITECTURES[arch]})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -189,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--task", choices=["arithmetic", "swe", "tool"], default="arithmetic")
-    parser.add_argument("--arch", choices=sorted(CONFIGS), default="qwen3")
+    parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="qwen3")
     parser.add_argument("--untrained", action="store_true", help="random weights: enough where only shapes matter")
     parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats a token at which to stop")
     parser.add_argument("--teacher-steps", type=int, help="let the learning rate fall to 0 over so many")

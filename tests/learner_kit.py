@@ -106,14 +106,16 @@ def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[fl
     Written from the paper's formulas: reverse KL, sampled drift, equation 11, raw weights.
     """
     student = hf.load_model(str(pair / "student"), "m", torch.float32).train()
-    teacher_head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
+    teacher = hf.load_model(str(pair / "teacher"), "m", torch.float32)
     total = torch.zeros(())
     all_tokens = sum(int(s.rollout.loss_mask.sum()) for s in samples)
     for sample in samples:
         r = sample.rollout
         ids = torch.from_numpy(r.token_ids).long()[None]
         logits = student(ids).logits[0, r.prompt_length - 1 : -1]
-        pi, p = torch.log_softmax(logits, -1), torch.log_softmax(sample.targets.hidden @ teacher_head.T, -1)
+        with torch.no_grad():
+            judged = teacher(ids).logits[0, r.prompt_length - 1 : -1]
+        pi, p = torch.log_softmax(logits, -1), torch.log_softmax(judged, -1)
         kept = torch.from_numpy(np.flatnonzero(r.loss_mask))
         pi, p = pi[kept], p[kept]
         loss = (pi.exp() * (pi - p)).sum(-1).mean()

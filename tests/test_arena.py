@@ -57,15 +57,15 @@ def test_targets_are_views_with_the_promised_shapes(kind: str) -> None:
         assert (getattr(again, name) == 3).all()
 
 
-LAYOUT = [("a", (3, 5)), ("b", (7,))]
+LAYOUT = [("a", (3, 5), torch.bfloat16), ("b", (7,), torch.float32)]
 
 
 def weights(value: float) -> list[tuple[str, torch.Tensor]]:
-    return [(name, torch.full(shape, value)) for name, shape in LAYOUT]
+    return [(name, torch.full(shape, value)) for name, shape, _ in LAYOUT]
 
 
 def test_channel_keeps_two_versions() -> None:
-    channel = WeightChannel.create(LAYOUT, torch.bfloat16)
+    channel = WeightChannel.create(LAYOUT)
     channel.write(0, iter(weights(0.0)))
     channel.write(1, iter(weights(1.0)))
     for version in (0, 1):
@@ -76,7 +76,7 @@ def test_channel_keeps_two_versions() -> None:
 
 
 def test_a_half_written_version_is_never_read() -> None:
-    channel = WeightChannel.create(LAYOUT, torch.float32)
+    channel = WeightChannel.create(LAYOUT)
     with pytest.raises(RuntimeError, match="lacks the weights"):
         channel.write(0, iter(weights(0.0)[:1]))
     with pytest.raises(RuntimeError, match="overwritten"):
@@ -88,7 +88,7 @@ def _child(channel: WeightChannel, version: int) -> None:
 
 
 def test_another_process_writes_what_this_one_reads() -> None:
-    channel = WeightChannel.create(LAYOUT, torch.float32)
+    channel = WeightChannel.create(LAYOUT)
     process = mp.get_context("spawn").Process(target=_child, args=(channel, 5))
     process.start()
     process.join()

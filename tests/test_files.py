@@ -106,6 +106,11 @@ def test_a_directory_is_all_its_files_by_name(tmp_path: Path) -> None:
         ("a.parquet", "no parquet", "cannot read '.*a.parquet'"),
         ("a.arrow", "no arrow", "cannot read '.*a.arrow'"),
         ("a.csv", "", "has no rows"),
+        ("a.jsonl", '{"question": ' + "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", '{"question": "x", "answer": 1' + "0" * 5000 + "}", "line 1 of '.*a.jsonl' is not JSON"),
+        ("a.jsonl", '{"question": "x", "answer": {"value": 1}}', r"several values, .* for example task.answer: answer.value"),
+        ("a.jsonl", '{"question": "x", "answer": ["1", "2"]}', r"for example task.answer: answer.0"),
+        ("a.jsonl", '{"question ": "x", "answer": 1}', r"did you mean task.question: 'question '\?"),
         ("a.jsonl", '{"question": "x", "answr": 1}', r"row 1 .* no column 'answer'; .*; did you mean task.answer: answr\?"),
     ],
 )  # fmt: skip
@@ -114,6 +119,36 @@ def test_what_is_wrong_with_a_file_names_it(tmp_path: Path, name: str, content: 
     with pytest.raises(UserError, match=message) as error:
         Math(str(tmp_path / name), str(tmp_path / name)).prompts("eval")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_other_encodings_than_utf8_are_refused(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes('{"question": "é", "answer": 1}\n'.encode(encoding))
+    with pytest.raises(UserError, match=r"is not text in UTF-8 \(byte \d+\); save it as UTF-8"):
+        read_rows(str(tmp_path / name), "task.train")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfquestion,answer\r\n\"a, b\",1\r\n", b"question , answer\na; b,1\n".replace(b"a; b", b'"a, b"'),
+        b"question;answer\na, b;1\n", b"question,answer\r\"a, b\",1\r",
+    ],
+)  # fmt: skip
+def test_csv_as_spreadsheets_write_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    assert read_rows(str(tmp_path / "a.csv"), "k")[0].values == {"question": "a, b", "answer": "1"}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_columns_of_bytes_are_text_where_they_can_be(tmp_path: Path, name: str) -> None:
+    """Never a prompt of `b'...'`."""
+    path = write(tmp_path / name, [{"question": "é".encode(), "answer": b"1", "image": b"\xff\xd8"}])
+    values = read_rows(str(path), "k")[0].values
+    assert values == {"question": "é", "answer": "1", "image": b"\xff\xd8"}
+    with pytest.raises(ValueError, match="holds bytes"):
+        asked(values["image"])
 
 
 def test_json_files_that_are_really_jsonl_or_hold_their_rows_under_a_key(tmp_path: Path) -> None:
@@ -178,6 +213,8 @@ U, A, S = ({"role": role, "content": role} for role in ("user", "assistant", "sy
         ([U, A, U, A], [U, A, U], "assistant"),
         (json.dumps([U, A]), [U], "assistant"),
         ("[{ is no JSON", "[{ is no JSON", None),
+        (str([U, A]), [U], "assistant"),
+        ([{"role": "User", "content": "user"}, {"role": " GPT", "content": "assistant"}], [U], "assistant"),
         ({"role": ["user", "assistant"], "content": ["user", "assistant"]}, [U], "assistant"),
         ([{"from": "human", "value": "user"}, {"from": "gpt", "value": "assistant"}], [U], "assistant"),
         ([{**U, "tool_calls": None, "name": None}], [U], None),
@@ -200,6 +237,9 @@ def test_what_is_asked(value: Any, content: Any, said: str | None) -> None:
         (math.nan, "is null"),
         ("", "is empty"),
         (" \n", "is empty"),
+        ("a\ud800", "holds half of a character"),
+        ([{"role": "user", "content": "\udfff"}], "holds half of a character"),
+        ("[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]", "looks like messages"),
         ([], "is empty"),
         ([A], "only the assistant's words"),
         ([S], "holds no message of the user"),

@@ -103,7 +103,7 @@ def test_what_saves_time_or_memory_changes_no_loss(pair: Path, tmp_path: Path, c
 
 
 def test_weight_slots_are_page_locked(capfd: pytest.CaptureFixture[str]) -> None:
-    channel = WeightChannel.create([("w", (1 << 20,))], torch.float32)
+    channel = WeightChannel.create([("w", (1 << 20,), torch.float32)])
     channel.page_lock()
     assert capfd.readouterr().err == ""
     channel.write(3, iter([("w", torch.arange(1 << 20, device="cuda", dtype=torch.float32))]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from fopd_cli.losses.chunked import chunked_objective
 from fopd_cli.losses.divergence import divergence, policy_gradient
+from fopd_cli.losses.head import Head
 from fopd_cli.losses.objective import shares, weighting
 from fopd_cli.losses.terms import LossSpec, Positions, TokenTerms
 
@@ -421,6 +422,70 @@ def test_shares_are_by_sample_or_token() -> None:
     lengths = torch.tensor([1.0, 3.0])
     assert shares(lengths, "sample", samples=4, tokens=99).tolist() == [0.25, 0.25]
     assert shares(lengths, "token", samples=99, tokens=8).tolist() == [0.125, 0.375]
+
+
+# ---- heads that do more than multiply ---------------------------------------------------------------------------------
+
+
+def altered(cap: float | None, teacher_cap: float | None) -> tuple[Head, Head, torch.Tensor, Positions]:
+    """A student's and a teacher's head with bias, scale and cap, hidden states, and positions for every support."""
+    hidden, at, weight, teacher_weight = positions()
+    generator = torch.Generator().manual_seed(7)
+    student = Head(weight, torch.randn(19, generator=generator).requires_grad_(), 1.7, cap)
+    teacher = Head(teacher_weight, torch.randn(19, generator=generator), 0.6, teacher_cap)
+    everything = torch.log_softmax(torch.randn(23, 19, generator=generator), -1)
+    return student, teacher, hidden, replace(with_draws(at, everything, 3), teacher_logprobs=at.teacher_logprobs)
+
+
+def plain_logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    u = head.scale * (hidden @ head.weight.T + head.bias)
+    return u if head.cap is None else head.cap * torch.tanh(u / head.cap)
+
+
+SUPPORTS = [
+    *((kind, "full", drift) for kind in ("reverse_kl", "forward_kl", "jsd") for drift in ("sampled", "quadratic", "topk")),
+    ("reverse_kl", "topk", "sampled"), ("jsd", "topk", "topk"), ("reverse_kl", "sampled", "sampled"), ("reverse_kl", "mc", "quadratic"),
+]  # fmt: skip
+
+
+def check_altered(kind: str, support: str, drift: str, caps: tuple[float | None, float | None], **how: Any) -> None:
+    """As if the logits were the hidden states and the head the identity, with autograd through the rest: the plain path, which
+    float64 references check above, and the chain rule."""
+    student, teacher, hidden, at = altered(*caps)
+    spec = LossSpec(
+        kind, support, beta=0.3, drift=drift, temperature=0.7, sampling_temperature=1.3, chunk_bytes=4 * 19 * 7, **how
+    )
+    sample = torch.repeat_interleave(torch.arange(5), torch.tensor(LENGTHS))
+    mask = torch.ones(23, dtype=torch.bool)
+    coefficients = weighting(sample, mask, mask, SHARES, ANCHOR, halving)
+    value, terms = chunked_objective(spec, hidden, at, student, teacher, coefficients)
+    learnt = [hidden, student.weight, student.bias]
+    found = torch.autograd.grad(value, learnt)
+    judged = replace(at, teacher_hidden=plain_logits(teacher, at.teacher_hidden))
+    plain = replace(spec, compile=False)
+    one = torch.eye(19)
+    expected, same = chunked_objective(plain, plain_logits(student, hidden), judged, one, one, coefficients)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    for f in fields(TokenTerms):
+        torch.testing.assert_close(
+            getattr(terms, f.name), getattr(same, f.name), rtol=1e-3, atol=1e-4, equal_nan=True, msg=f.name
+        )
+    for ours, theirs in zip(found, torch.autograd.grad(expected, learnt), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("caps", [(2.5, 3.0), (None, 3.0), (None, None), (40.0, 3.0)])
+@pytest.mark.parametrize(("kind", "support", "drift"), SUPPORTS)
+def test_biases_scales_and_caps(kind: str, support: str, drift: str, caps: tuple[float | None, float | None]) -> None:
+    """The last caps are too wide for their temperature to be recovered from probabilities."""
+    check_altered(kind, support, drift, caps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("caps", [(2.5, 3.0), (None, None)])
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+def test_biases_scales_and_caps_compiled(kind: str, caps: tuple[float | None, float | None]) -> None:
+    check_altered(kind, "full", "sampled", caps, compile=True)
 
 
 # ---- several draws ----------------------------------------------------------------------------------------------------

@@ -116,7 +116,9 @@ def test_packed_is_each_alone(name: str) -> None:
             probe(lm)
         lm.zero_grad()
         found = hidden(lm, sequences, packed)
-        torch.stack([h.pow(3).mean() for h in found]).sum().backward()  # (squares are what the last norm keeps constant)
+        torch.stack(
+            [h.pow(3).mean() for h in found]
+        ).sum().backward()  # (squares are what the last norm keeps constant)
         gradients.append([p.grad.clone() for p in lm.parameters() if p.grad is not None])
         if packed:
             for one, other, ours in zip(alone, padded, found, strict=True):

@@ -45,7 +45,9 @@ def test_an_encoder_decoder_ends_in_one_line(fopd: Fopd, pair: Path) -> None:
 def test_a_state_and_packing_end_in_one_line(fopd: Fopd, pair: Path) -> None:
     config = architectures.ARCHITECTURES["lfm2"]()
     config.vocab_size = 260
-    said = preflight(fopd, pair, folder_of(config, pair, fopd.folder / "lfm2"))
+    model = folder_of(config, pair, fopd.folder / "lfm2")
+    architectures.make(config, hf._auto(config)).save_pretrained(model)
+    said = preflight(fopd, pair, model)
     assert "learner.packing: lfm2 keeps a state from token to token" in said
     assert "set learner.packing: false" in said
 
@@ -73,6 +75,12 @@ def test_what_transformers_does_not_know_as_a_language_model_is_named() -> None:
 
     with pytest.raises(UserError, match=r"^teacher\.model: vit is no causal language model that transformers knows"):
         support.check_architecture(ViTConfig(), "teacher.model")
+
+
+def test_quantized_weights_are_refused_and_the_method_is_named() -> None:
+    config = architectures.ARCHITECTURES["llama"]()
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    assert "is quantized (gptq)" in (support.refusal(config) or "")
 
 
 def test_the_width_of_hidden_states_is_the_heads() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import tiny_models
 import torch
 import vllm_kit as kit
 from conftest import wait_for
@@ -66,6 +67,12 @@ def model_logprobs(model: Any, rollout: Rollout, temperature: float = 1.0) -> np
 
 def of_sampled(logprobs: np.ndarray, rollout: Rollout) -> np.ndarray:
     return np.take_along_axis(logprobs, rollout.response_ids[:, None].astype(int), -1)[:, 0]
+
+
+def renormalised(logprobs: np.ndarray, vocab: int) -> np.ndarray:
+    """Over the ids below `vocab` alone."""
+    kept = logprobs[:, :vocab]
+    return kept - np.logaddexp.reduce(kept, -1, keepdims=True)
 
 
 def generate(student: str, wanted: list[Request]) -> dict[int, Rollout]:
@@ -256,7 +263,7 @@ def fresh(student: str, weights: dict[str, torch.Tensor]) -> Any:
 
 def through_shared_memory(student: str, version: int, weights: dict[str, torch.Tensor]) -> Any:
     """Exactly what a run does: written into a slot by the learner, read from it by the sampler."""
-    channel = WeightChannel.create(hf.weight_layout(hf.load_config(student, "m")), torch.float32)
+    channel = WeightChannel.create(hf.weight_layout(hf.load_config(student, "m"), torch.float32))
     channel.write(version, iter(kit.published(weights, student)))
     return channel.read(version)
 
@@ -381,6 +388,61 @@ def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(tmp_path
     wait_for(lambda: not any(psutil.pid_exists(p) for p in children), "vLLM's processes to die with their parent", 5.0)
 
 
+# ---- ids that the pair does not share, and logits that change after the head -------------------------------------------
+
+
+def _generated_by(options: dict[str, Any], model: str, updates: int) -> list[Rollout]:
+    """By an engine of its own, once it was given the same weights again so many times."""
+    from fopd_cli.engines.vllm_sampler import VllmSampler
+
+    config, tokenizer = hf.load_config(model, "m"), hf.load_tokenizer(model, "m")
+    rules = hf.token_rules(model, tokenizer, config, "m")
+    engine = VllmSampler(kit.options(model, **options), rules, hf.tied_names(config))
+    for version in range(updates):
+        kit.original(engine, model, version)
+    params = (
+        SamplingParams(max_new_tokens=16, keep_topk=4),
+        SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=16),
+    )
+    engine.submit([Request(i, np.array([5, 6, 7 + i], np.int32), i, params[i % 2]) for i in range(12)])
+    return list(kit.drain(engine).values())
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_ids_past_the_shared_ones_are_never_sampled(tmp_path: Path, student: str, updates: int) -> None:
+    """Log-probs are those of what is left, after live updates as well."""
+    host, vocab = new_host(tmp_path), 130
+    try:
+        rollouts = host(_generated_by, {"vocab": vocab}, student, updates)
+    finally:
+        host.close()
+    model = hf.load_model(student, "m", torch.float32)
+    assert all(r.response_ids.max() < vocab for r in rollouts)
+    assert any(model_logprobs(model, r).argmax(-1).max() >= vocab for r in rollouts)  # it would draw others
+    for rollout in rollouts:
+        if rollout.topk_ids is None:
+            continue
+        full = renormalised(model_logprobs(model, rollout), vocab)
+        np.testing.assert_allclose(rollout.logprobs, of_sampled(full, rollout), atol=2e-5)
+        np.testing.assert_allclose(rollout.topk_logprobs, -np.sort(-full, -1)[:, :4], atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gemma2", "granite", "phi"])
+def test_vllm_alters_logits_as_the_learner_does(tmp_path: Path, pair: Path, architecture: str) -> None:
+    model = tiny_models.tiny_model(architecture, head_dim=16)
+    path = str(tiny_models.save(model, tmp_path / "m", pair / "student"))
+    host = new_host(tmp_path)
+    try:
+        rollouts = host(_generated_by, {}, path, 1)
+    finally:
+        host.close()
+    for rollout in rollouts:
+        if rollout.topk_ids is not None:
+            full = model_logprobs(model, rollout)
+            np.testing.assert_allclose(rollout.logprobs, of_sampled(full, rollout), atol=1e-4)
+
+
 # ---- teacher ----------------------------------------------------------------------------------------------------------
 
 
@@ -390,9 +452,10 @@ def _score(teacher: str, kind: Any, k: int, rollouts: list[Rollout], vocab: int)
     engine = _TEACHERS.get(teacher)
     if engine is None:
         # Fewer batched tokens than a sample has: its log-probs then come in pieces.
-        opts = kit.options(teacher, prefix_caching=False, live_weights=False, seeded=False, max_batched_tokens=64)
-        engine = _TEACHERS[teacher] = VllmTeacher(opts, vocab=260, padding=0)
-    engine.vocab, engine.padding = vocab, 260 - vocab
+        opts = kit.options(
+            teacher, prefix_caching=False, live_weights=False, seeded=False, max_batched_tokens=64, vocab=vocab
+        )
+        engine = _TEACHERS[teacher] = VllmTeacher(opts)
     spec = TargetSpec(kind, k, torch.float32)
     targets = [
         TeacherTargets(kind, **{n: torch.zeros(shape, dtype=d) for n, d, shape in spec.fields(r.response_length)})
@@ -410,13 +473,15 @@ def test_teacher_targets_are_the_models(host: kit.Host, student: str, kind: str)
     rollouts = list(host(generate, student, requests(9, SamplingParams(max_new_tokens=20), longest=90)).values())
     path = str(Path(student).parent / "teacher")
     model = hf.load_model(path, "m", torch.float32)
-    vocab = 250 if kind == "topk" else 260  # the ids above are padding of the teacher's, say
+    vocab = 250  # the ids above are padding of the teacher's, say, and none of the student's
+    rollouts = [r for r in rollouts if r.response_ids.max() < vocab]
+    assert rollouts
     for rollout, target in zip(rollouts, host(_score, path, kind, 6, rollouts, vocab), strict=True):
-        full = model_logprobs(model, rollout)
+        full = renormalised(model_logprobs(model, rollout), vocab)
         assert target.logprobs is not None
         np.testing.assert_allclose(target.logprobs.numpy(), of_sampled(full, rollout), atol=2e-5)
         if target.topk_logprobs is not None and target.topk_ids is not None:
-            np.testing.assert_allclose(target.topk_logprobs.numpy(), -np.sort(-full[:, :vocab], -1)[:, :6], atol=2e-5)
+            np.testing.assert_allclose(target.topk_logprobs.numpy(), -np.sort(-full, -1)[:, :6], atol=2e-5)
             found = np.take_along_axis(full, target.topk_ids.long().numpy(), -1)
             np.testing.assert_allclose(target.topk_logprobs.numpy(), found, atol=2e-5)
 

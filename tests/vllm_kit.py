@@ -99,7 +99,7 @@ def original(engine: Any, model: str, version: int = 0) -> Any:
 
 def published(weights: dict[str, torch.Tensor], model: str) -> list[tuple[str, torch.Tensor]]:
     """What the learner publishes: every distinct weight once, under its first name."""
-    names = [name for name, _ in hf.weight_layout(hf.load_config(model, "m"))]
+    names = [name for name, _, _ in hf.weight_layout(hf.load_config(model, "m"), torch.float32)]
     return [(name, weights[name]) for name in names]
 
 

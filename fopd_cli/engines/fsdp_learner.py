@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,13 +39,15 @@ from torch.distributed.fsdp import (
 
 from fopd_cli.engines import dcp, lora, rope
 from fopd_cli.engines.batching import balanced_shares, by_token_budget
-from fopd_cli.engines.hf import blocks
+from fopd_cli.engines.heads import HeadRule
+from fopd_cli.engines.hf import blocks, head_rule, modules_in_fp32
 from fopd_cli.engines.micro_batch import MicroBatch, placeholder
 from fopd_cli.engines.packing import check_packing
 from fopd_cli.engines.token_batch import TokenBatch, enable_packing
 from fopd_cli.freshness import drift, score
 from fopd_cli.freshness.policies import Policy
 from fopd_cli.losses.chunked import Weighting, chunked_objective
+from fopd_cli.losses.head import Head
 from fopd_cli.losses.objective import shares, weighting
 from fopd_cli.losses.terms import LossSpec, TokenTerms
 from fopd_cli.samples import Sample, SampleStats, StepReport
@@ -108,16 +110,15 @@ def lr_factor(config: LearnerConfig, step: int) -> float:
 class _Student(nn.Module):
     """The model and its loss as one forward, so that a sharded head is whole while the loss needs it."""
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, rule: HeadRule) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.rule = lm, rule
 
     def forward(
-        self, batch: MicroBatch, spec: LossSpec, vocab: int, teacher_head: Tensor | None, weighting: Weighting
+        self, batch: MicroBatch, spec: LossSpec, vocab: int, teacher_head: Head | None, weighting: Weighting
     ) -> tuple[Tensor, ...]:
         hidden = batch.tokens.hidden(self.lm).index_select(0, batch.index)
-        head = self.lm.get_output_embeddings().weight
-        head = head if head.shape[0] == vocab else head[:vocab]
+        head = self.rule.head(self.lm).first(vocab)
         value, terms = chunked_objective(spec, hidden, batch.at, head, teacher_head, weighting)
         # A tuple: FSDP hooks on tensors that it can see.
         return (value, *(getattr(terms, f.name) for f in fields(TokenTerms)))
@@ -128,13 +129,13 @@ class _Student(nn.Module):
 
 
 class FsdpLearner:
-    """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_heads` `(V, teacher width)` stand in the
-    order of the teachers, none where the targets are log-probs."""
+    """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_heads` stand in the order of the teachers, none
+    where the targets are log-probs."""
 
     def __init__(
         self,
         model: Any,
-        teacher_heads: Sequence[Tensor],
+        teacher_heads: Sequence[Head | Tensor],
         config: LearnerConfig,
         device: torch.device,
         rank: int,
@@ -143,12 +144,12 @@ class FsdpLearner:
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.version = 0
         self.floor = drift.NoiseFloor()
-        self.teacher_heads = [head[: config.vocab].to(device) for head in teacher_heads]
+        self.teacher_heads = [Head.of(head).first(config.vocab).to(device) for head in teacher_heads]
         self.shared = not rope.by_length(model.config)
         if config.packing:
             enable_packing(model, config.compile)
         # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
-        self.student = _Student(model.eval())
+        self.student = _Student(model.eval(), head_rule(model.config, "student.model"))
         self._shard()
         if config.packing:
             self._check_packing()
@@ -179,6 +180,11 @@ class FsdpLearner:
         }
         if config.offload:
             policy["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        narrow = policy["mp_policy"]
+        for module in modules_in_fp32(
+            lm, config.compute_dtype
+        ):  # samplers keep them so, and a router's choice hangs on it
+            fully_shard(module, **{**policy, "mp_policy": replace(narrow, param_dtype=None)})
         for block in blocks(lm):
             fully_shard(block, **policy)
         fully_shard(self.student, reshard_after_forward=False, **policy)

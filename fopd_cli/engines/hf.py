@@ -6,19 +6,21 @@ import copy
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from fopd_cli.engines import rope
+from fopd_cli.engines.checkpoint_files import CheckpointFiles, LoadReport, unconvertible
+from fopd_cli.engines.heads import HeadRule, UnknownHead, find_rule
 from fopd_cli.engines.templates import encode_observation, encode_prompt
 from fopd_cli.engines.vocabularies import special_ids
 from fopd_cli.errors import UserError
+from fopd_cli.losses.head import Head
 from fopd_cli.tasks.calls import MARKS
 
 __all__ = ["encode_observation", "encode_prompt"]  # of the same kind: what is asked of tokenizers
@@ -38,41 +40,95 @@ def _transformers() -> Any:
 
 def load_config(model: str, key: str) -> Any:
     """The model's configuration; `key` names the recipe key in the error."""
+    if (Path(model) / "adapter_config.json").is_file():  # transformers would load another model for it
+        raise UserError(f"{key}: {model!r} is a LoRA adapter; merge it into its base model and give that")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"{key}: {model!r} holds no config.json; give a Hugging Face model directory or a hub id")
     try:
-        return _transformers().AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+        # A checkpoint's own code is never run; unless told so, transformers would ask at the terminal, and wait.
+        return _transformers().AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # what is wrong with a configuration is told in many ways
         raise UserError(f"{key}: cannot load a model configuration from {model!r}: {_first_line(error)}") from None
 
 
 def load_tokenizer(model: str, key: str) -> Any:
     """The model's tokenizer."""
     try:
-        return _transformers().AutoTokenizer.from_pretrained(model)
+        return _transformers().AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{key}: cannot load a tokenizer from {model!r}: {_first_line(error)}") from None
 
 
 def load_model(model: str, key: str, dtype: torch.dtype) -> nn.Module:
-    """The causal language model on the CPU, in `dtype`, in evaluation mode; of a vision-language model all of it."""
+    """The causal language model on the CPU, in `dtype` (but for what its architecture keeps in fp32), in evaluation mode; of a
+    vision-language model all of it.
+
+    Raises `UserError` if its files are not the whole of it.
+    """
     config = load_config(model, key)
     attention = own_attention(model_class(config), config)
     try:
-        loaded = _auto(config).from_pretrained(model, dtype=dtype, attn_implementation=attention)
+        loaded, info = _auto(config).from_pretrained(
+            model, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # safetensors, torch and transformers each raise their own
+        if names := unconvertible(error):
+            LoadReport(missing=[f"parts of {name}" for name in names]).refuse(f"{key}: {model!r}")
         raise UserError(f"{key}: cannot load model weights from {model!r}: {_first_line(error)}") from None
-    check_head(loaded, key)
+    untied = {other: first for other, first in _ties(loaded).items() if other not in loaded.all_tied_weights_keys}
+    LoadReport.of(info, untied).refuse(f"{key}: {model!r}")
     check_causal(loaded, key)
     rope.by_sequence(loaded)
     return loaded.eval()
 
 
-def empty_model(config: Any) -> nn.Module:
-    """The architecture on the meta device: shapes without memory."""
-    config = copy.deepcopy(config)  # a model writes its attention into it, and this one may be a living model's
+def load_report(model: str, config: Any, key: str) -> LoadReport | None:
+    """How the model's files fit its configuration, without reading the weights; None where the files are not here yet."""
+    folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
+    try:
+        files = None if folder is None else CheckpointFiles.of(folder)
+        if files is None:
+            if Path(model).is_dir():
+                raise ValueError("there is neither a model.safetensors nor a pytorch_model.bin, nor an index of either")
+            return None
+        kind: Any = type(empty_model(config))
+        empty, info = kind.from_pretrained(
+            None, config=copy.deepcopy(config), state_dict=files.empty(), device_map={"": "meta"},
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except Exception as error:
+        if names := unconvertible(error):
+            return LoadReport(missing=[f"parts of {name}" for name in names])
+        raise UserError(f"{key}: cannot read the weights of {model!r}: {_first_line(error)}") from None
+    return LoadReport.of(info, {o: f for o, f in _ties(empty).items() if files.differ((o, f))})
+
+
+def _ties(model: Any) -> dict[str, str]:
+    """Other name -> first name of the weights that the configuration says are one."""
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def _cached_folder(model: str) -> Path | None:
+    """Where a model of the hub lies if it was downloaded before."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"], local_files_only=True))
+    except Exception:
+        return None
+
+
+def empty_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """The architecture on the meta device: shapes without memory. Without a dtype it is the configuration's."""
+    config = copy.deepcopy(
+        config
+    )  # a model writes its attention and dtype into it, and this one may be a living model's
+    own = {
+        "attn_implementation": own_attention(model_class(config), config),
+        **({} if dtype is None else {"dtype": dtype}),
+    }
     with torch.device("meta"):
-        return _auto(config).from_config(config, attn_implementation=own_attention(model_class(config), config))
+        return _auto(config).from_config(config, **own)
 
 
 def model_class(config: Any) -> Any:
@@ -137,20 +193,6 @@ def between_blocks(model: Any, call: Callable[[], None]) -> None:
 
 
 @torch.no_grad()
-def check_head(model: Any, key: str) -> None:
-    """Logits must be `hidden @ head.T`: a bias, a scale or a soft cap after the head would be lost by our losses."""
-    ids = torch.tensor([[0, 1, 2]])
-    hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
-    ours = hidden @ model.get_output_embeddings().weight.T
-    theirs = model(input_ids=ids, use_cache=False).logits
-    if not torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=2e-2 * float(theirs.abs().max()) + 1e-6):
-        raise UserError(
-            f"{key}: this architecture ({type(model).__name__}) changes its logits after the output head, "
-            "which fopd does not support yet"
-        )
-
-
-@torch.no_grad()
 def check_causal(model: Any, key: str) -> None:
     """What a token predicts must not depend on later ones: a masked language model or a bidirectional prefix has no policy."""
     first, second = model(input_ids=torch.tensor([[0, 1, 2], [0, 1, 3]]), use_cache=False).logits[:, 0]
@@ -158,22 +200,48 @@ def check_causal(model: Any, key: str) -> None:
         raise UserError(f"{key}: {type(model).__name__} looks ahead, and only causal language models can be distilled")
 
 
-def load_head(model: str, key: str, dtype: torch.dtype) -> Tensor:
-    """Only the unembedding `(V, hidden)` of a model, read from its safetensors without loading the rest."""
-    folder = _local_folder(model, key)
-    index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_text())["weight_map"] if index.is_file() else None
-    tied = getattr(text_config(load_config(model, key)), "tie_word_embeddings", False)
-    for name in ("lm_head.weight", "model.embed_tokens.weight")[: 1 + tied]:  # untied, the head may have another name
-        path = folder / (files.get(name, "") if files else "model.safetensors")
-        if path.is_file():
-            with safe_open(str(path), "pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    return tensors.get_tensor(name).to(dtype)
-    return load_model(model, key, dtype).get_output_embeddings().weight.detach().clone()  # type: ignore[operator]
+def head_rule(config: Any, key: str) -> HeadRule:
+    """What the architecture does to its logits. Raises `UserError`, which `key` begins, if fopd does not know it."""
+    model = empty_model(config, torch.float32)
+    try:
+        return find_rule(model, backbone(model))
+    except UnknownHead as error:
+        raise UserError(f"{key}: {type(model).__name__} {error}") from None
 
 
-def _local_folder(model: str, key: str) -> Path:
+def load_head(model: str, key: str, dtype: torch.dtype) -> Head:
+    """Only the head `(V, hidden)` of a model, read from its files without loading the rest where these have it by its own name."""
+    config = load_config(model, key)
+    rule, empty = head_rule(config, key), empty_model(config)
+    output: Any = empty.get_output_embeddings()  # type: ignore[operator]
+    names: dict[int, list[str]] = {id(tensor): [] for tensor in (output.weight, output.bias)}  # a tied weight has two
+    for name, tensor in empty.state_dict(keep_vars=True).items():
+        names.get(id(tensor), []).append(name)
+    weight, bias = names[id(output.weight)], names[id(output.bias)]
+    files = CheckpointFiles.of(local_folder(model, key))
+    found = [name for name in weight if files is not None and name in files.where]
+    if files is None or not found or not all(name in files.where for name in bias):
+        lm: Any = load_model(model, key, dtype)
+        head = rule.head(lm)
+        return replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+    if files.differ(found):
+        LoadReport(untied=[" and ".join(found)]).refuse(f"{key}: {model!r}")
+    read = Head(files.tensor(found[0]), files.tensor(bias[0]) if bias else None, rule.scale, rule.cap).to(dtype)
+    if read.weight.shape != output.weight.shape:
+        wrong = f"{found[0]} {list(read.weight.shape)} instead of {list(output.weight.shape)}"
+        LoadReport(mismatched=[wrong]).refuse(f"{key}: {model!r}")
+    return read
+
+
+def model_file(model: str, name: str) -> Path | None:
+    """One file of a model directory or of a hub model that was downloaded; None if it has none of this name."""
+    folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
+    path = None if folder is None else folder / name
+    return path if path is not None and path.is_file() else None
+
+
+def local_folder(model: str, key: str) -> Path:
+    """Where a model's files are; those of a hub model are downloaded."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -226,19 +294,57 @@ def decode_turn(tokenizer: Any, ids: np.ndarray) -> str:
     return str(tokenizer.decode([i for i in ids.tolist() if i not in left_out], skip_special_tokens=False))
 
 
-def weight_layout(config: Any) -> list[tuple[str, tuple[int, ...]]]:
-    """(name, shape) of every distinct parameter and persistent buffer, in the order in which weights are published.
+def weight_layout(config: Any, dtype: torch.dtype) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """(name, shape, dtype) of every distinct parameter and persistent buffer of a model that is loaded in `dtype`, in the order in
+    which weights are published.
 
     Tied weights stand once, under their first name: the sampler's model ties them again by itself.
     """
-    model = empty_model(config)
+    model = empty_model(config, dtype)
+    kept = _kept(model, dtype)
     seen: set[int] = set()
     layout = []
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            layout.append((name, tuple(tensor.shape)))
+            layout.append((name, tuple(tensor.shape), kept(name) or tensor.dtype))
     return layout
+
+
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """To what the model is where it is loaded in `dtype`, in place: what its architecture keeps in fp32 is in fp32."""
+    dtypes = {name: own for name, _, own in weight_layout(model.config, dtype)}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in dtypes:  # a tied weight has one name there, and is one tensor here
+            tensor.data = tensor.data.to(dtypes[name])
+
+
+def modules_in_fp32(model: Any, dtype: torch.dtype) -> list[nn.Module]:
+    """The outermost modules all of whose parameters the architecture keeps in fp32 where it is loaded in `dtype`."""
+    kept = _kept(model, dtype)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(outer + ".") for outer in found)
+        names = [f"{name}.{own}" for own, _ in module.named_parameters()]
+        if names and not inner and all(kept(own) == torch.float32 for own in names):
+            found[name] = module
+    return list(found.values())
+
+
+def _kept(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """The dtype that transformers' loader gives a tensor of this name whatever it is asked for; None: it has none of its own."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)  # of `_keep_in_fp32_modules` and its kin, of all submodels
+    if not plan:
+        return lambda _: None
+    pattern, groups, _ = build_glob_alternation(list(plan))
+
+    def own(name: str) -> torch.dtype | None:
+        found = pattern.search(name)
+        return None if found is None else plan[groups[found.lastgroup]]
+
+    return own
 
 
 def text_config(config: Any) -> Any:
@@ -247,8 +353,9 @@ def text_config(config: Any) -> Any:
 
 
 def vocab_size(config: Any) -> int:
-    """Rows of the unembedding, padding included."""
-    return int(text_config(config).vocab_size)
+    """Ids that have a logit: rows of the unembedding, its padding included where the model does not cut it off."""
+    text = text_config(config)
+    return int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size)
 
 
 def hidden_width(config: Any) -> int:

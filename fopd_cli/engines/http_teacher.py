@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fopd_cli.engines.topk import first_k
+from fopd_cli.engines.topk import first_k, log_shared
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Rollout, TeacherTargets
 
@@ -146,7 +146,9 @@ class HttpTeacher:
             ids = torch.tensor([[int(token) for token, _ in row] for row in likely])
             logprobs = torch.tensor([[found["logprob"] for _, found in row] for row in likely])
             values, top = first_k(ids, logprobs, self.vocab, wanted)
-            target.topk_logprobs.copy_(values)
+            shared = log_shared(ids, logprobs, self.vocab)
+            target.logprobs.sub_(shared)
+            target.topk_logprobs.copy_(values - shared[:, None])
             target.topk_ids.copy_(top)
 
     def _prompt_logprobs(self, ids: np.ndarray, k: int) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fopd_cli.engines import hf
 from fopd_cli.engines.lora_targets import choose
 from fopd_cli.errors import UserError
 
@@ -42,7 +43,8 @@ def add_adapters(
     except ImportError:
         raise UserError("student.lora: needs peft: pip install 'fopd[lora]'") from None
     wanted = choose(lm, targets, router)
-    lm.requires_grad_(False).to(frozen_dtype)
+    lm.requires_grad_(False)
+    hf.cast(lm, frozen_dtype)
     # Under a parent that has no configuration, peft takes these names as they are; else it would translate a mixture's names
     # from those of older checkpoints, lose dense layers of the same name, and adapt routers unasked.
     parent = nn.Module()
@@ -59,6 +61,8 @@ def add_adapters(
             )  # fmt: skip
         except ValueError as error:
             raise UserError(f"student.lora.targets: {str(error).splitlines()[0]}") from None
+    if hasattr(lm.get_output_embeddings(), "lora_A"):  # the losses take the head as one matrix
+        raise UserError("student.lora.targets: the output head cannot have an adapter; leave its name out")
     for name, parameter in lm.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()

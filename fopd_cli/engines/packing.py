@@ -32,13 +32,7 @@ TIMES_ROUNDING = 10  # or so many times what rounding does, if that is more
 LOOK_AT = 4  # positions at the end where the error would be
 NEIGHBOUR, SHORT = 7, 12  # tokens
 PAST = 8  # tokens of a probe past a window
-WINDOWS = (
-    "sliding_window",
-    "attention_chunk_size",
-    "window_size",
-    "attention_window",
-    "local_attention",
-)  # their names
+WINDOWS = ("window", "chunk", "local")  # in the names that configurations give them
 
 
 @torch.no_grad()
@@ -110,8 +104,10 @@ def _own_attention(lm: Any) -> Iterator[None]:
 def _lengths(config: Any, longest: int) -> Sequence[int]:
     """Of the probes: a short one, and one past every window, chunk or rope switch that a sample can reach."""
     text = text_config(config)
-    ends = [getattr(text, name, None) for name in WINDOWS] + [rope.switch(config)]
-    return (SHORT, *sorted({end + PAST for end in ends if isinstance(end, int) and SHORT < end + PAST <= longest}))
+    ends = [value for name, value in vars(text).items() if any(word in name for word in WINDOWS)] + [
+        rope.switch(config)
+    ]
+    return (SHORT, *sorted({end + PAST for end in ends if type(end) is int and SHORT < end + PAST <= longest}))
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fopd_cli.losses.head import Head
 from fopd_cli.samples import Request, Rollout, Sample, SampleStats, StepReport, TeacherTargets
 
 
@@ -47,8 +48,8 @@ class Teacher(Protocol):
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         """Fill the targets (views into shared memory) of each rollout, on its `judged` context."""
 
-    def head(self) -> Tensor | None:
-        """The unembedding `(V, hidden)` that turns its hidden states into logits; None where they are not given."""
+    def head(self) -> Head | None:
+        """What turns its hidden states into logits; None where they are not given."""
 
     def sleep(self) -> None: ...
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.freshness import drift
+from fopd_cli.losses.head import Head
 from fopd_cli.samples import Rollout, TeacherTargets
 
 CHUNK_BYTES = 64 << 20  # of one float32 [positions, vocab] or [positions, k, k] tensor
@@ -28,10 +29,10 @@ def blank(targets: TeacherTargets) -> TeacherTargets:
     return replace(targets, **own)
 
 
-def note_drift(rollout: Rollout, targets: TeacherTargets, today: TeacherTargets, head: Tensor | None) -> None:
+def note_drift(rollout: Rollout, targets: TeacherTargets, today: TeacherTargets, head: Head | None) -> None:
     """Beside the labels that stand, their KL(p(.|now) || p(.|labelled)) at every aligned, loss-bearing position.
 
-    From hidden states and the teacher's `head` `(V, hidden)` it is exact; from log-probs it is over the classes that both know.
+    From hidden states and the teacher's `head` it is exact; from log-probs it is over the classes that both know.
     """
     assert targets.drift is not None
     assert targets.aligned is not None
@@ -39,7 +40,7 @@ def note_drift(rollout: Rollout, targets: TeacherTargets, today: TeacherTargets,
     targets.aligned.copy_(aligned)
     targets.drift.zero_()
     rows = torch.nonzero(aligned & torch.from_numpy(rollout.loss_mask)).flatten()
-    width = max(1, 4 * (head.shape[0] if head is not None else _classes(targets) ** 2))
+    width = max(1, 4 * (head.vocab if head is not None else _classes(targets) ** 2))
     for part in rows.split(max(1, CHUNK_BYTES // width)):
         targets.drift[part] = _drift(targets, today, part, head).float().cpu()
 
@@ -56,10 +57,11 @@ def _classes(targets: TeacherTargets) -> int:
     return 1 if targets.topk_ids is None else targets.topk_ids.shape[-1]
 
 
-def _drift(old: TeacherTargets, new: TeacherTargets, rows: Tensor, head: Tensor | None) -> Tensor:
+def _drift(old: TeacherTargets, new: TeacherTargets, rows: Tensor, head: Head | None) -> Tensor:
     if old.hidden is not None and new.hidden is not None:
         assert head is not None
-        now, then = (torch.log_softmax((t[rows].to(head) @ head.T).float(), -1) for t in (new.hidden, old.hidden))
+        both = (head.logits(t[rows].to(head.weight.device)) for t in (new.hidden, old.hidden))
+        now, then = (torch.log_softmax(logits, -1) for logits in both)
         return drift.exact(now, then)
     if old.topk_logprobs is not None and new.topk_logprobs is not None:
         assert old.topk_ids is not None

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fopd_cli.engines.protocols import Teacher
 from fopd_cli.engines.vocabularies import exchanged, inverse
+from fopd_cli.losses.head import Head
 from fopd_cli.samples import Rollout, TeacherTargets
 
 
@@ -27,7 +27,7 @@ class RenumberedTeacher:
             if target.topk_ids is not None:
                 target.topk_ids.copy_(self.back[target.topk_ids.long()])
 
-    def head(self) -> Tensor | None:
+    def head(self) -> Head | None:
         found = self.teacher.head()
         return None if found is None else renumbered_head(found, self.table)
 
@@ -47,6 +47,7 @@ class RenumberedTeacher:
         return replace(rollout, context=replace(context, token_ids=exchanged(context.token_ids, self.table)), **changes)
 
 
-def renumbered_head(head: Tensor, table: np.ndarray) -> Tensor:
-    """The rows `(vocab, hidden)` of a teacher's head in the order of the student's ids."""
-    return head[torch.from_numpy(table).long().to(head.device)]
+def renumbered_head(head: Head, table: np.ndarray) -> Head:
+    """A teacher's head whose rows, `vocab` of them, are in the order of the student's ids."""
+    rows = torch.from_numpy(table).long().to(head.weight.device)
+    return replace(head, weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fopd_cli.engines import hf, rope
+from fopd_cli.engines.heads import UnknownHead, find_rule
 from fopd_cli.errors import UserError
 
 # Layers that look back at positions, or at none. Any other kind (state space, linear attention, short convolution) carries
@@ -37,6 +40,8 @@ def refusal(config: Any) -> str | None:
         architecture = hf.model_class(config)
     except (ImportError, AttributeError) as error:
         return f"cannot be loaded by transformers here ({_first_line(error)})"
+    if (method := quantized(config)) is not None:
+        return f"is quantized ({method}), and only whole weights are distilled here; take the checkpoint in bf16"
     if getattr(config, "is_encoder_decoder", False):
         return "is an encoder-decoder, and only decoders are distilled"
     if config.model_type in LOOK_AHEAD:
@@ -44,7 +49,7 @@ def refusal(config: Any) -> str | None:
     if architecture is None:
         return "is no causal language model that transformers knows"
     try:
-        model: Any = hf.empty_model(config)
+        model: Any = hf.empty_model(config, torch.float32)
         hf.blocks(model)
         head = model.get_output_embeddings()
     except UserError as error:
@@ -53,7 +58,20 @@ def refusal(config: Any) -> str | None:
         return f"cannot be built by transformers here ({_first_line(error)})"
     if head is None or getattr(head, "weight", None) is None or head.weight.dim() != 2:
         return "has no output head that turns hidden states into logits"
+    try:
+        find_rule(model, hf.backbone(model))
+    except UnknownHead as error:
+        return str(error)
     return None
+
+
+def quantized(config: Any) -> str | None:
+    """How its weights are quantized; None: they are not."""
+    found = getattr(config, "quantization_config", None) or getattr(hf.text_config(config), "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
 
 
 def packing_refusal(config: Any) -> str | None:

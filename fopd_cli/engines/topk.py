@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,10 @@ def first_k(ids: Tensor, logprobs: Tensor, vocab: int, k: int) -> tuple[Tensor, 
             f"the teacher's top tokens are padding (ids from {vocab} on); it does not fit this tokenizer"
         )
     return logprobs.gather(-1, order), top
+
+
+def log_shared(ids: Tensor, logprobs: Tensor, vocab: int) -> Tensor:
+    """Log of the probability below `vocab`, `(n,)`, as far as candidates `(n, k)` tell: what log-probs are taken off by to be those
+    of the shared vocabulary."""
+    padding = torch.where(ids >= vocab, logprobs.exp(), 0.0).sum(-1)
+    return torch.log1p(-padding.clamp(max=1 - torch.finfo(logprobs.dtype).eps))

@@ -48,11 +48,17 @@ class _Row(Row):
 
 
 class TransformersSampler:
-    """Implements `protocols.Sampler`. `model` is a causal LM on `device`; its weights are replaced by `load`."""
+    """Implements `protocols.Sampler`. `model` is a causal LM on `device`; its weights are replaced by `load`.
 
-    def __init__(self, model: Any, rules: TokenRules, device: torch.device, batch_size: int) -> None:
+    Ids from `vocab` on, which the teacher does not have, are never sampled: log-probs are of what is left. None: all are.
+    """
+
+    def __init__(
+        self, model: Any, rules: TokenRules, device: torch.device, batch_size: int, vocab: int | None = None
+    ) -> None:
         if device.type == "cpu":
             cpu_attention.enable(model)
+        self.vocab = vocab
         self.model, self.rules, self.device, self.batch_size = model.to(device).eval(), rules, device, batch_size
         self.version = 0
         # Some architectures know no positions, or no cache.
@@ -130,7 +136,7 @@ class TransformersSampler:
         return batch
 
     def _forward(self) -> Tensor:
-        """Logits `(rows, V)` of the next token, in float32."""
+        """Logits `(rows, V)` of the next token over the ids that the pair shares, in float32."""
         positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         if self._by_length:
             lengths = [len(row.request.token_ids) + len(row.ids) for row in self._rows]
@@ -149,7 +155,7 @@ class TransformersSampler:
         }
         out = self.model(**{name: value for name, value in inputs.items() if name in self._takes})
         self._cache = getattr(out, "past_key_values", None)
-        return out.logits[:, -1].float()
+        return out.logits[:, -1, : self.vocab].float()
 
     def _choose(self, logits: Tensor) -> np.ndarray:
         """Sample one token a row and note its log-prob; returns the ids `(rows,)`."""

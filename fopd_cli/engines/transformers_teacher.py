@@ -7,6 +7,7 @@ that has fewer joins in with a dummy row, because the weights are gathered by ev
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,26 +19,28 @@ from torch.distributed.tensor import DTensor
 
 from fopd_cli.engines import rope
 from fopd_cli.engines.batching import by_token_budget
-from fopd_cli.engines.hf import blocks
+from fopd_cli.engines.heads import HeadRule
+from fopd_cli.engines.hf import blocks, head_rule
 from fopd_cli.engines.packing import check_packing
 from fopd_cli.engines.token_batch import TokenBatch, enable_packing
+from fopd_cli.losses.head import Head
 from fopd_cli.samples import Rollout, TeacherTargets
 
 HEAD_CHUNK_BYTES = 256 << 20  # of one float32 [positions, vocab] tensor
 
 
 class _HiddenAndHead(nn.Module):
-    """Tokens -> post-norm hidden states `(rows x width, hidden)` and the unembedding `(V, hidden)`.
+    """Tokens -> post-norm hidden states `(rows x width, hidden)` and the head.
 
     A module, so that `fully_shard` gathers the head together with the rest of the root.
     """
 
-    def __init__(self, lm: Any) -> None:
+    def __init__(self, lm: Any, rule: HeadRule) -> None:
         super().__init__()
-        self.lm = lm
+        self.lm, self.rule = lm, rule
 
-    def forward(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        return batch.hidden(self.lm), self.lm.get_output_embeddings().weight
+    def forward(self, batch: TokenBatch) -> tuple[Tensor, Head]:
+        return batch.hidden(self.lm), self.rule.head(self.lm)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """The first of the two alone; where the model is sharded, a forward of its own."""
@@ -57,7 +60,8 @@ class TransformersTeacher:
         self.shared = not rope.by_length(model.config)
         if packing:
             enable_packing(model)
-        self.model = _HiddenAndHead(model.eval().requires_grad_(False))
+        rule = head_rule(model.config, "teacher.model")
+        self.model = _HiddenAndHead(model.eval().requires_grad_(False), rule)
         if world > 1:
             mesh = dist.init_device_mesh(device.type, (world,))
             for block in blocks(model):
@@ -80,9 +84,10 @@ class TransformersTeacher:
             self.model(TokenBatch.of([np.zeros(2, dtype=np.int32)], self.packing, self.device))
 
     @torch.no_grad()
-    def head(self) -> Tensor:
-        weight = self.model.lm.get_output_embeddings().weight
-        return (weight.full_tensor() if isinstance(weight, DTensor) else weight)[: self.vocab]
+    def head(self) -> Head:
+        head = self.model.rule.head(self.model.lm)
+        bias = None if head.bias is None else _whole(head.bias)
+        return replace(head, weight=_whole(head.weight), bias=bias).first(self.vocab)
 
     def sleep(self) -> None:
         self.model.to("cpu")
@@ -109,16 +114,16 @@ class TransformersTeacher:
             if target.hidden is not None:
                 target.hidden.copy_(rows)
             else:
-                self._score_head(rows, head[: self.vocab], rollout, target)
+                self._score_head(rows, head.first(self.vocab), rollout, target)
 
-    def _score_head(self, hidden: Tensor, head: Tensor, rollout: Rollout, target: TeacherTargets) -> None:
+    def _score_head(self, hidden: Tensor, head: Head, rollout: Rollout, target: TeacherTargets) -> None:
         assert target.logprobs is not None
-        chunk = max(1, HEAD_CHUNK_BYTES // (4 * head.shape[0]))
+        chunk = max(1, HEAD_CHUNK_BYTES // (4 * head.vocab))
         tokens = torch.from_numpy(rollout.response_ids).to(self.device, torch.int64)
         own = _likeliest(rollout, self.student_k).to(self.device)
         for i in range(0, len(tokens), chunk):
             at = slice(i, i + chunk)
-            logprobs = torch.log_softmax((hidden[at] @ head.T).float(), -1)
+            logprobs = torch.log_softmax(head.logits(hidden[at]), -1)
             target.logprobs[at] = logprobs.gather(-1, tokens[at, None])[:, 0]
             if target.topk_logprobs is not None:
                 assert target.topk_ids is not None
@@ -128,6 +133,10 @@ class TransformersTeacher:
                 ids = torch.cat([own[at], rest], -1)
                 target.topk_logprobs[at] = logprobs.gather(-1, ids)
                 target.topk_ids[at] = ids.int()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _likeliest(rollout: Rollout, k: int) -> Tensor:

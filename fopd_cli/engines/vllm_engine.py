@@ -57,6 +57,7 @@ class VllmOptions:
     live_weights: bool = False  # whether `load` will be called
     seeded: bool = False  # whether requests have seeds of their own
     adapter: AdapterOptions | None = None
+    vocab: int | None = None  # ids from here on have no probability; None: the pair shares all
 
 
 def installed_version() -> str | None:
@@ -103,6 +104,8 @@ class VllmEngine:
         self._engine = engine  # keeps the core alive
         self._running: set[str] = set()
         self._adapter: Any = None  # vLLM's name of the one that requests are to use
+        if options.vocab is not None:
+            self._rpc("share_vocabulary", options.vocab)
 
     @property
     def busy(self) -> bool:
@@ -261,6 +264,8 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
         sizes = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's buffers come in these
         fitting = next((size for size in sizes if size >= options.adapter.rank), options.adapter.rank)
         args |= {"enable_lora": True, "max_lora_rank": fitting, "max_loras": 1, "max_cpu_loras": 1}
+    if options.vocab is not None:
+        args["worker_extension_cls"] = "fopd_cli.engines.vllm_vocabulary.SharedVocabulary"
     if options.live_weights:
         args["weight_transfer_config"] = {"backend": "fopd"}
     if options.cuda:

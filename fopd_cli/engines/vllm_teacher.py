@@ -12,20 +12,19 @@ from typing import Any
 
 import torch
 
-from fopd_cli.engines.topk import first_k
 from fopd_cli.engines.vllm_engine import VllmEngine, VllmOptions
 from fopd_cli.samples import Rollout, TeacherTargets
 
 
 class VllmTeacher:
-    """Implements `protocols.Teacher`. Ids from `vocab` on are padding that the student does not have."""
+    """Implements `protocols.Teacher`. Where its vocabulary is larger than the student's, `options.vocab` says so."""
 
-    def __init__(self, options: VllmOptions, vocab: int, padding: int) -> None:
-        self.engine, self.vocab, self.padding = VllmEngine(options), vocab, padding
+    def __init__(self, options: VllmOptions) -> None:
+        self.engine = VllmEngine(options)
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         for i, (rollout, target) in enumerate(zip(rollouts, targets, strict=True)):
-            k = 0 if target.topk_logprobs is None else target.topk_logprobs.shape[-1] + self.padding
+            k = 0 if target.topk_logprobs is None else target.topk_logprobs.shape[-1]
             self.engine.add(
                 i, rollout.judged.token_ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True
             )
@@ -50,9 +49,6 @@ class VllmTeacher:
         assert target.logprobs is not None
         target.logprobs.copy_(found.logprobs[rows, 0])
         if target.topk_logprobs is not None and target.topk_ids is not None:
-            ids, logprobs = found.logprob_token_ids[rows, 1:], found.logprobs[rows, 1:]
-            values, top = first_k(
-                torch.as_tensor(ids), torch.as_tensor(logprobs), self.vocab, target.topk_ids.shape[-1]
-            )
-            target.topk_logprobs.copy_(values)
-            target.topk_ids.copy_(top)
+            likeliest = slice(1, 1 + target.topk_ids.shape[-1])
+            target.topk_logprobs.copy_(torch.as_tensor(found.logprobs)[rows, likeliest])
+            target.topk_ids.copy_(torch.as_tensor(found.logprob_token_ids)[rows, likeliest])

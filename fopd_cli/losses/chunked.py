@@ -14,13 +14,14 @@ of the same logits: no second forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fopd_cli.freshness.drift import ONE_TOKEN
+from fopd_cli.losses.head import Head
 from fopd_cli.losses.kernels import AnyChunk, Chunk, CompiledChunk, FullChunk
 from fopd_cli.losses.terms import LossSpec, Positions, TokenTerms
 
@@ -41,18 +42,20 @@ class Weighting:
 
 
 def chunked_objective(
-    spec: LossSpec, hidden: Tensor, at: Positions, head: Tensor, teacher_head: Tensor | None, weighting: Weighting
-) -> tuple[Tensor, TokenTerms]:
+    spec: LossSpec, hidden: Tensor, at: Positions, head: Head | Tensor, teacher_head: Head | Tensor | None,
+    weighting: Weighting,
+) -> tuple[Tensor, TokenTerms]:  # fmt: skip
     """L (a scalar with gradients for `hidden` and `head`) and the terms of all positions.
 
-    `hidden` `(N, student width)` predicts `at.tokens`; `head` `(V, student width)` and `teacher_head` `(V', teacher width)` are the
-    unembeddings. Vocabularies that differ only in padding are cut to the smaller one, which renormalises both.
+    `hidden` `(N, student width)` predicts `at.tokens`; `head` and `teacher_head` are of V and V' rows, bare weights
+    `(V, student width)`, `(V', teacher width)` where logits are the product alone. Vocabularies that differ only in padding are
+    cut to the smaller one, which renormalises both.
     """
-    vocab = head.shape[0] if teacher_head is None else min(head.shape[0], teacher_head.shape[0])
-    head = _cut(head, vocab)
-    teacher_head = None if teacher_head is None else _cut(teacher_head, vocab)
-    learns = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and head.requires_grad)
-    value, *terms = _Objective.apply(hidden, head, spec, at, teacher_head, weighting, learns)
+    head, teacher = Head.of(head), None if teacher_head is None else Head.of(teacher_head)
+    vocab = head.vocab if teacher is None else min(head.vocab, teacher.vocab)
+    head, teacher = head.first(vocab), None if teacher is None else teacher.first(vocab)
+    learns = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and head.weight.requires_grad)
+    value, *terms = _Objective.apply(hidden, head.weight, head.bias, spec, at, head, teacher, weighting, learns)
     return value, TokenTerms(*terms)
 
 
@@ -64,23 +67,21 @@ def chunk_rows(spec: LossSpec, head: Tensor) -> int:
     return max(1, wanted // (4 * head.shape[0]))
 
 
-def _cut(head: Tensor, vocab: int) -> Tensor:
-    return head if head.shape[0] == vocab else head[:vocab]  # even a full slice costs a copy of its gradient
-
-
 class _Objective(torch.autograd.Function):
     """The gradients are made in `forward`, while the logits are there; `backward` scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, spec: LossSpec, at: Positions, teacher_head: Tensor | None,
-        weighting: Weighting, learns: tuple[bool, bool],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: LossSpec, at: Positions, head: Head,
+        teacher: Head | None, weighting: Weighting, learns: tuple[bool, bool],
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        pass_ = _Pass(spec, hidden, at, head, teacher_head, weighting, *learns)
+        pass_ = _Pass(spec, hidden, at, replace(head, weight=weight, bias=bias), teacher, weighting, *learns)
         for group in _groups(weighting.sample, pass_.chunk):
             pass_.visit(group)
-        narrow = None if pass_.head_gradient is None else pass_.head_gradient.to(head.dtype)
-        ctx.save_for_backward(pass_.hidden_gradient, narrow)
+        found = pass_.head_gradient
+        narrow = None if found is None else found.weight.to(weight.dtype)
+        narrow_bias = None if found is None or found.bias is None or bias is None else found.bias.to(bias.dtype)
+        ctx.save_for_backward(pass_.hidden_gradient, narrow, narrow_bias)
         terms = tuple(torch.cat(column) for column in zip(*pass_.terms, strict=True))
         ctx.mark_non_differentiable(*terms)
         return (pass_.value, *terms)
@@ -90,7 +91,7 @@ class _Objective(torch.autograd.Function):
         gradients = ctx.saved_tensors
         if float(upstream[0]) != 1:
             gradients = tuple(None if g is None else g * upstream[0] for g in gradients)
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _groups(sample: Tensor, chunk: int) -> Iterator[list[tuple[int, int]]]:
@@ -109,29 +110,60 @@ def _groups(sample: Tensor, chunk: int) -> Iterator[list[tuple[int, int]]]:
         yield [(start, reached)]
 
 
+@dataclass
+class _HeadGradient:
+    """In float32, whatever the head's own dtype."""
+
+    weight: Tensor  # (V, width)
+    bias: Tensor | None  # (V,)
+
+    @classmethod
+    def zeros(cls, head: Head) -> _HeadGradient:
+        bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=torch.float32)
+        return cls(torch.zeros_like(head.weight, dtype=torch.float32), bias)
+
+    def add(self, logits: Tensor, hidden: Tensor) -> None:
+        """The gradient of some positions' logits `(n, V)`, in the dtype of their hidden states `(n, width)`."""
+        if self.weight.dtype == hidden.dtype:
+            self.weight.addmm_(logits.T, hidden)
+        else:
+            self.weight += logits.T @ hidden
+        if self.bias is not None:
+            self.bias += logits.sum(0, dtype=torch.float32)
+
+    def add_weighed(self, other: _HeadGradient, weight: Tensor) -> None:
+        self.weight += other.weight.mul_(weight)
+        if self.bias is not None and other.bias is not None:
+            self.bias += other.bias.mul_(weight)
+
+
 class _Pass:
     """One visit of all positions."""
 
     def __init__(
-        self, spec: LossSpec, hidden: Tensor, at: Positions, head: Tensor, teacher_head: Tensor | None, weighting: Weighting,
+        self, spec: LossSpec, hidden: Tensor, at: Positions, head: Head, teacher: Head | None, weighting: Weighting,
         hidden_learns: bool, head_learns: bool,
     ) -> None:  # fmt: skip
-        self.spec, self.hidden, self.at, self.head, self.teacher_head = spec, hidden, at, head, teacher_head
+        self.spec, self.hidden, self.at, self.head, self.teacher = spec, hidden, at, head, teacher
+        self.caps = (head.cap, None if teacher is None else teacher.cap)
         self.weighting, self.learning = weighting, hidden_learns or head_learns
-        self.chunk = chunk_rows(spec, head)
+        self.chunk = chunk_rows(spec, head.weight)
         self.terms: list[tuple[Tensor, ...]] = []
         self.value = torch.zeros((), device=hidden.device)
         self.kind: type[Chunk] = AnyChunk
         if spec.support == "full" and spec.drift in ONE_TOKEN:
-            self.kind = CompiledChunk if spec.compile else FullChunk
+            if spec.compile:
+                self.kind = CompiledChunk
+            elif FullChunk.bears(spec, head.cap):
+                self.kind = FullChunk
         # One set of buffers for all chunks: on a CPU, fresh ones of this size would be mapped and zeroed by the kernel.
-        shape = (min(self.chunk, len(at.tokens)), head.shape[0])
-        dtype = head.dtype if self.kind is CompiledChunk else torch.float32
+        shape = (min(self.chunk, len(at.tokens)), head.vocab)
+        dtype = head.weight.dtype if self.kind is CompiledChunk else torch.float32
         count = 3 if self.kind is FullChunk else 2
         self._buffers = [torch.empty(shape, dtype=dtype, device=hidden.device) for _ in range(count)]
         self.hidden_gradient = torch.empty_like(hidden) if hidden_learns else None
         # A frozen head (LoRA) costs neither the buffer nor the product.
-        self.head_gradient = torch.zeros_like(head, dtype=torch.float32) if head_learns else None
+        self.head_gradient = _HeadGradient.zeros(head) if head_learns else None
 
     def visit(self, pieces: list[tuple[int, int]]) -> None:
         """Whole samples: weigh, then take gradients. Pieces of one sample: gradients of weight 1, then weigh."""
@@ -145,7 +177,7 @@ class _Pass:
             for start, stop in pieces:
                 self._accumulate(self._evaluate(start, stop), start, stop, None, self.head_gradient)
             return
-        own = None if self.head_gradient is None else torch.zeros_like(self.head_gradient)
+        own = None if self.head_gradient is None else _HeadGradient.zeros(self.head)
         before, self.value, drifts = self.value, torch.zeros_like(self.value), []
         for start, stop in pieces:
             chunk = self._evaluate(start, stop)
@@ -156,7 +188,7 @@ class _Pass:
         if self.hidden_gradient is not None:
             self.hidden_gradient[first:last] *= weight
         if own is not None and self.head_gradient is not None:
-            self.head_gradient += own.mul_(weight)
+            self.head_gradient.add_weighed(own, weight)
 
     def _weights(self, drifts: Tensor, start: int, stop: int) -> Tensor:
         """w_i of each position `(stop - start,)`."""
@@ -173,14 +205,16 @@ class _Pass:
     def _evaluate(self, start: int, stop: int) -> Chunk:
         at, hidden = self.at.rows(start, stop), self.hidden[start:stop]
         student, teacher, *spare = (b[: stop - start] for b in self._buffers)
-        _matmul(hidden, self.head, student)
-        if self.teacher_head is not None and at.teacher_hidden is not None:
-            _matmul(at.teacher_hidden.to(self.teacher_head.dtype), self.teacher_head, teacher)
-        chunk = self.kind(self.spec, at, student, teacher, spare[0] if spare else None, self.learning)
+        self.head.uncapped(hidden, student)
+        if self.teacher is not None and at.teacher_hidden is not None:
+            self.teacher.uncapped(at.teacher_hidden.to(self.teacher.weight.dtype), teacher)
+        chunk = self.kind(self.spec, at, student, teacher, spare[0] if spare else None, self.caps, self.learning)
         self.terms.append(chunk.terms)
         return chunk
 
-    def _accumulate(self, chunk: Chunk, start: int, stop: int, weights: Tensor | None, head: Tensor | None) -> None:
+    def _accumulate(
+        self, chunk: Chunk, start: int, stop: int, weights: Tensor | None, head: _HeadGradient | None
+    ) -> None:
         w = self.weighting
         a, b = w.loss[start:stop], w.drift[start:stop]
         if weights is not None:
@@ -189,20 +223,10 @@ class _Pass:
         self.value = self.value + (a * loss).sum() + torch.where(b != 0, b * drifts, 0.0).sum()
         if not self.learning:
             return
-        hidden, narrow = self.hidden[start:stop], chunk.gradient(a, b).to(self.head.dtype)
+        if self.head.scale != 1:  # gradients are linear in the coefficients: the head's scale costs no visit of its own
+            a, b = a * self.head.scale, b * self.head.scale
+        hidden, narrow = self.hidden[start:stop], chunk.gradient(a, b).to(self.head.weight.dtype)
         if self.hidden_gradient is not None:
-            self.hidden_gradient[start:stop] = narrow @ self.head
-        if head is None:
-            return
-        if head.dtype == hidden.dtype:
-            head.addmm_(narrow.T, hidden)
-        else:
-            head += narrow.T @ hidden
-
-
-def _matmul(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """Logits, in the dtype of `out`."""
-    if hidden.dtype == head.dtype == out.dtype:
-        torch.mm(hidden, head.T, out=out)
-    else:
-        out.copy_(hidden @ head.T)
+            self.hidden_gradient[start:stop] = narrow @ self.head.weight
+        if head is not None:
+            head.add(narrow, hidden)

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from fopd_cli.freshness import drift
 from fopd_cli.losses.divergence import LossKind, one_name
+from fopd_cli.losses.head import soft_cap, soft_cap_
 from fopd_cli.losses.terms import LossSpec, Positions, terms_of
+
+Caps = tuple[float | None, float | None]  # soft caps of the student's and the teacher's logits
 
 
 class Chunk(Protocol):
@@ -20,13 +23,17 @@ class Chunk(Protocol):
     terms: tuple[Tensor, ...]  # in the order of `TokenTerms`
 
     def __init__(
-        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
-    ) -> None:
-        """Logits `(n, V)` that it may overwrite, and for some a third buffer like them."""
+        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, caps: Caps,
+        learning: bool,
+    ) -> None:  # fmt: skip
+        """Logits `(n, V)` before their soft caps, which it may overwrite, and for some a third buffer like them."""
 
     def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
-        """d/dlogits of `sum(loss * l + drift * D)`, `(n, V)`, in a buffer that the next chunk reuses."""
+        """d/dlogits of `sum(loss * l + drift * D)`, `(n, V)`, through the cap, in a buffer that the next chunk reuses."""
         ...
+
+
+SMALLEST_LOG = 80.0  # e^-80 is still a normal float32
 
 
 class FullChunk:
@@ -38,13 +45,18 @@ class FullChunk:
         KL(p||pi) = -sum(p gap)       d/dz = pi - p
         JSD       = sum(beta p w + (1 - beta) pi (gap + w)),   w = log p/m = -log(beta + (1 - beta) e^gap)
                                       d/dz = pi (g - sum(pi g)),   g = (1 - beta)(gap + w)
-    and dz / dlogits = 1 / T. The drift knows log pi(y) alone: `drift.slope`.
+    and dz / dlogits = 1 / T. The drift knows log pi(y) alone: `drift.slope`. Under a soft cap logits = cap tanh(x / cap), and
+    dlogits / dx = 1 - (logits / cap)^2, with logits = T (log u + max): no buffer has to keep them.
     """
 
     def __init__(
-        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
-    ) -> None:
+        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, caps: Caps,
+        learning: bool,
+    ) -> None:  # fmt: skip
         assert spare is not None
+        soft_cap_(student, caps[0])
+        soft_cap_(teacher, caps[1])
+        self.cap = caps[0]
         self.spec, self.kind, self.y = spec, one_name(spec.kind, spec.beta), at.tokens[:, None]
         t, ts = spec.temperature, spec.sampling_temperature
         y_logit = student.gather(-1, self.y)
@@ -88,8 +100,10 @@ class FullChunk:
             z = self.u.log().add_(self.top).mul_(spec.temperature / spec.sampling_temperature)
             acting = z.sub_(self.acting_lse).exp_().mul_(-e)
         on_pi = -e if acting is None else torch.zeros_like(e)
-        # Every kind is pi * (factor * x + constant), the forward KL less a p.
+        # Every kind is pi * (factor * x + constant), the forward KL less a p. Of `u` and `gap` one holds the result, the other is free.
+        free = self.u
         if self.kind == "forward_kl":
+            free = self.gap if self.cap is None else self.gap.copy_(self.u)
             out = self.u.mul_((a + on_pi) / self.total).addcmul_(self.v, -a / self.teacher_total)
         else:
             if self.kind == "reverse_kl":
@@ -99,7 +113,16 @@ class FullChunk:
             out = self.gap.mul_(factor / self.total).add_(constant / self.total).mul_(self.u)
         if acting is not None:
             out.add_(acting)
-        return out.scatter_add_(-1, self.y, e)
+        out.scatter_add_(-1, self.y, e)
+        if self.cap is None:
+            return out
+        by_cap = free.log_().add_(self.top).mul_(spec.temperature / self.cap)
+        return out.mul_(by_cap.square_().neg_().add_(1))
+
+    @staticmethod
+    def bears(spec: LossSpec, cap: float | None) -> bool:
+        """Whether `u` can hold the student's capped logits: the smallest must not round to 0."""
+        return cap is None or 2 * cap <= SMALLEST_LOG * spec.temperature
 
 
 def _lse_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,9 +142,10 @@ class CompiledChunk:
     their product, a few times for the terms and once for the gradient, which takes the student's place."""
 
     def __init__(
-        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
-    ) -> None:
-        self.how = (one_name(spec.kind, spec.beta), spec.beta, spec.temperature, spec.sampling_temperature)
+        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, caps: Caps,
+        learning: bool,
+    ) -> None:  # fmt: skip
+        self.how = (one_name(spec.kind, spec.beta), spec.beta, spec.temperature, spec.sampling_temperature, caps)
         assert spec.drift == "sampled" or spec.drift == "quadratic"
         self.logits, self.tokens = (student, teacher), at.tokens
         terms, self.row = _compiled(_formula_terms)(*self.logits, at.tokens, at.behaviour, spec.drift, *self.how)
@@ -147,16 +171,19 @@ def _formula_terms(
     beta: float,
     t: float,
     ts: float,
+    caps: Caps,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The terms, and what the gradient needs of each row: log-sum-exps, the mean of its bracket, the drift's slope."""
-    z, z_teacher = student.float() / t, teacher.float() / t
+    logits = soft_cap(student.float(), caps[0])
+    z, z_teacher = logits / t, soft_cap(teacher.float(), caps[1]) / t
     lse, teacher_lse = z.logsumexp(-1, keepdim=True), z_teacher.logsumexp(-1, keepdim=True)
     log_pi, log_p = z - lse, z_teacher - teacher_lse
     pi, p, gap = log_pi.exp(), log_p.exp(), log_pi - log_p
     reverse, forward = (pi * gap).sum(-1, keepdim=True), -(p * gap).sum(-1, keepdim=True)
     entropy = -(pi * log_pi).sum(-1)
-    acting_lse = lse if ts == t else (student.float() / ts).logsumexp(-1, keepdim=True)
-    acting_y = (student.gather(-1, tokens[:, None]).float() / ts - acting_lse)[:, 0]
+    acting_lse = lse if ts == t else (logits / ts).logsumexp(-1, keepdim=True)
+    y_logit = soft_cap(student.gather(-1, tokens[:, None]).float(), caps[0])
+    acting_y = (y_logit / ts - acting_lse)[:, 0]
     loss, mean = forward if kind == "forward_kl" else reverse, reverse
     if kind == "jsd":
         to_mixture, teachers = _to_mixture(gap, beta)
@@ -171,10 +198,11 @@ def _formula_terms(
 
 def _formula_gradient(
     student: Tensor, teacher: Tensor, tokens: Tensor, loss: Tensor, drifts: Tensor, row: tuple[Tensor, ...],
-    kind: LossKind, beta: float, t: float, ts: float,
+    kind: LossKind, beta: float, t: float, ts: float, caps: Caps,
 ) -> Tensor:  # fmt: skip
     lse, teacher_lse, acting_lse, mean, slope = row
-    log_pi, log_p = student.float() / t - lse, teacher.float() / t - teacher_lse
+    logits = soft_cap(student.float(), caps[0])
+    log_pi, log_p = logits / t - lse, soft_cap(teacher.float(), caps[1]) / t - teacher_lse
     a, e = (loss / t)[:, None], (torch.where(drifts != 0, drifts * slope, 0.0) / ts)[:, None]
     if kind == "forward_kl":
         out = a * (log_pi.exp() - log_p.exp())
@@ -184,7 +212,9 @@ def _formula_gradient(
             bracket = (1 - beta) * _to_mixture(bracket, beta)[0]
         out = a * log_pi.exp() * (bracket - mean)
     taken = torch.arange(student.shape[-1], device=student.device)[None] == tokens[:, None]
-    out = out + e * (taken.float() - (student.float() / ts - acting_lse).exp())
+    out = out + e * (taken.float() - (logits / ts - acting_lse).exp())
+    if caps[0] is not None:
+        out = out * (1 - (logits / caps[0]).square())
     return student.copy_(out)
 
 
@@ -199,11 +229,13 @@ class AnyChunk:
     """Every support and estimator, by autograd on the chunk's logits."""
 
     def __init__(
-        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, learning: bool
-    ) -> None:
+        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, caps: Caps,
+        learning: bool,
+    ) -> None:  # fmt: skip
         with torch.set_grad_enabled(learning):
+            soft_cap_(teacher, caps[1])
             self.logits = student.detach().requires_grad_(learning)
-            self.live = terms_of(spec, at, self.logits, teacher)
+            self.live = terms_of(spec, at, soft_cap(self.logits, caps[0]), teacher)
         self.terms: tuple[Tensor, ...] = tuple(term.detach() for term in self.live)
 
     def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:

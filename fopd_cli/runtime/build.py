@@ -23,6 +23,7 @@ from fopd_cli.losses.terms import LossSpec
 from fopd_cli.recipe import Lora, Prompts, Recipe, Vllm
 from fopd_cli.recipe import Teacher as TeacherSection
 from fopd_cli.runtime.params import sampling_params
+from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.publish import WeightChannel
 from fopd_cli.runtime.sizes import total_memory
 from fopd_cli.runtime.workers import WorkerSpec
@@ -54,6 +55,11 @@ class Setup:
 
 def resolve_dtype(name: str, cuda: bool) -> torch.dtype:
     return hf.DTYPES[("bf16" if cuda else "fp32") if name == "auto" else name]
+
+
+def sampler_dtype(recipe: Recipe, plan: Plan) -> torch.dtype:
+    """In which the student samples and is evaluated."""
+    return resolve_dtype(recipe.sampler.dtype, bool(plan.samplers[0].devices))
 
 
 def _device(spec: WorkerSpec) -> torch.device:
@@ -163,14 +169,13 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
     if teacher.engine == "vllm":
         from fopd_cli.engines.vllm_teacher import VllmTeacher
 
-        padding = max(0, hf.vocab_size(hf.load_config(teacher.model, "teacher.model")) - setup.vocab)
         options = VllmOptions(
             max_tokens=setup.judged + 1,  # the token that vLLM insists on generating
-            max_requests=teacher.batch_samples, max_logprobs=teacher.k + padding,
-            **_vllm_options("teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec)),
+            max_requests=teacher.batch_samples, max_logprobs=teacher.k,
+            **_vllm_options("teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec), setup.vocab),
         )  # fmt: skip
         capped = replace(options, max_batched_tokens=options.max_batched_tokens or TEACHER_BATCHED_TOKENS)
-        return VllmTeacher(with_cpu_cache(capped, teacher.model), setup.vocab, padding)
+        return VllmTeacher(with_cpu_cache(capped, teacher.model))
     from fopd_cli.engines.transformers_teacher import TransformersTeacher
 
     _join_group(spec, setup, always=False)
@@ -205,7 +210,8 @@ def http_server(teacher: TeacherSection) -> HttpServer:
 def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
     dtype = resolve_dtype(setup.recipe.sampler.dtype, bool(spec.devices))
     adapter = published_adapter(setup.recipe)
-    return make_sampler(setup.recipe, setup.recipe.student.model, dtype, _device(spec), setup.context, adapter)
+    model = setup.recipe.student.model
+    return make_sampler(setup.recipe, model, dtype, _device(spec), setup.context, setup.vocab, adapter)
 
 
 def published_adapter(recipe: Recipe) -> Lora | None:
@@ -215,9 +221,10 @@ def published_adapter(recipe: Recipe) -> Lora | None:
 
 
 def make_sampler(
-    recipe: Recipe, model_path: str, dtype: torch.dtype, device: torch.device, context: int, adapter: Lora | None = None
-) -> Sampler:
-    """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does.
+    recipe: Recipe, model_path: str, dtype: torch.dtype, device: torch.device, context: int, vocab: int,
+    adapter: Lora | None = None,
+) -> Sampler:  # fmt: skip
+    """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does. It samples ids below `vocab`.
 
     With `adapter`, what `load` is given are such adapters for these weights, not weights.
     """
@@ -234,24 +241,29 @@ def make_sampler(
             max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
             prefix_caching=prefixes, live_weights=adapter is None, seeded=True,
             adapter=None if adapter is None else AdapterOptions(adapter.rank, adapter.alpha),
-            **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device),
+            **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device, vocab),
         )  # fmt: skip
         return VllmSampler(with_cpu_cache(options, model_path), rules, hf.tied_names(config))
-    return transformers_sampler(model_path, dtype, device, section.concurrency)
+    return transformers_sampler(model_path, dtype, device, section.concurrency, vocab)
 
 
-def transformers_sampler(model_path: str, dtype: torch.dtype, device: torch.device, concurrency: int) -> Sampler:
+def transformers_sampler(
+    model_path: str, dtype: torch.dtype, device: torch.device, concurrency: int, vocab: int | None = None
+) -> Sampler:
     """The reference engine, which runs anywhere."""
     from fopd_cli.engines.transformers_sampler import TransformersSampler
 
     config, tokenizer = hf.load_config(model_path, "student.model"), hf.load_tokenizer(model_path, "student.model")
     rules = hf.token_rules(model_path, tokenizer, config, "student.model")
-    return TransformersSampler(hf.load_model(model_path, "student.model", dtype), rules, device, concurrency)
+    return TransformersSampler(hf.load_model(model_path, "student.model", dtype), rules, device, concurrency, vocab)
 
 
-def _vllm_options(key: str, model: str, section: Vllm, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _vllm_options(
+    key: str, model: str, section: Vllm, dtype: torch.dtype, device: torch.device, vocab: int
+) -> dict[str, Any]:
     """What the sampler's and the teacher's vLLM have in common."""
     return {
+        "vocab": vocab if vocab < hf.vocab_size(hf.load_config(model, key)) else None,
         "key": key, "model": model, "dtype": dtype, "cuda": device.type == "cuda", "eager": section.eager,
         "tensor_parallel": section.tensor_parallel, "gpu_memory": section.gpu_memory,
         "kv_cache_bytes": None if section.kv_cache_gb is None else int(section.kv_cache_gb * 1e9),

@@ -33,7 +33,7 @@ from fopd_cli.recipe import Recipe, dump_recipe
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime import records, roles
 from fopd_cli.runtime.arena import Arena
-from fopd_cli.runtime.build import Setup, resolve_dtype
+from fopd_cli.runtime.build import Setup, sampler_dtype
 from fopd_cli.runtime.checkpoint import CheckpointStore, Rhythm, disk_error, load_buffer, save_buffer, write_synced
 from fopd_cli.runtime.episodes import Episodes
 from fopd_cli.runtime.params import sampling_params
@@ -105,11 +105,10 @@ class Conductor:
             self._reserve, self._release, stream.teacher,
         )  # fmt: skip
         self.schedule.ahead = self.depth.now
-        cuda = bool(plan.samplers[0].devices)
         self.setup = Setup(
             recipe, model.vocab, model.target_specs, model.tables, context_tokens(recipe, stream, judged=False),
             context_tokens(recipe, stream, judged=True), self.arena.memory,
-            WeightChannel.create(model.layout, resolve_dtype(recipe.sampler.dtype, cuda)),
+            WeightChannel.create(model.layout),
             run_dir.path / f".rendezvous-{uuid.uuid4().hex[:8]}",
         )  # fmt: skip
         self.totals = Totals()
@@ -170,7 +169,8 @@ class Conductor:
             self.slots[key] = m.Slot(offset, self.rollouts[key].response_length, self.schedule.tickets[key].teacher)
         self.setup.restore = (folder / "learner", state["learner"])
         if (version := self.schedule.resume_version()) < step:
-            self.setup.channel.load(version, folder / PUBLISHED, getattr(torch, state["student_dtype"]))
+            dtypes = [getattr(torch, name) for name in state["published_dtypes"]]
+            self.setup.channel.load(version, folder / PUBLISHED, dtypes)
         self._recipe_changes = recipe_changes
         self._resume = Resume(step, frozenset(self.schedule.evaluated))
         self._last_saved = step
@@ -794,7 +794,8 @@ class Conductor:
             "refresh_last": self.refresh.last,
             "depth": {"now": self.depth.now, "waited": self.depth.waited},
             "learner": learner,
-            "student_dtype": str(self.setup.channel.dtype).removeprefix("torch."),
+            "student_dtype": str(sampler_dtype(self.recipe, self.plan)).removeprefix("torch."),
+            "published_dtypes": [str(dtype).removeprefix("torch.") for _, _, dtype in self.model.layout],
             "totals": {**vars(self.totals), "generated_tokens": self.totals.generated_tokens - again},
             "grades": {k: self.grades[k] for k in known if k in self.grades},
             "rollouts": save_buffer(folder / "buffer.safetensors", rollouts, targets),

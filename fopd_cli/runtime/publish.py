@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,33 @@ from torch import Tensor
 
 from fopd_cli.runtime.arena import aligned, shared_bytes, view
 
-Layout = list[tuple[str, tuple[int, ...]]]
+Layout = list[tuple[str, tuple[int, ...], torch.dtype]]  # name, shape and dtype of each tensor
 
 
 class SharedWeights:
     """One version's weights where they lie: iterate for `(name, view)`. Pickles as a path into this process."""
 
-    def __init__(self, memory: Tensor, offset: int, dtype: torch.dtype, layout: Layout) -> None:
-        self.memory, self.offset, self.dtype, self.layout = memory, offset, dtype, layout
+    def __init__(self, memory: Tensor, offset: int, layout: Layout) -> None:
+        self.memory, self.offset, self.layout = memory, offset, layout
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         offset = self.offset
-        for name, shape in self.layout:
-            yield name, view(self.memory, offset, self.dtype, shape)
-            offset += aligned(self.dtype.itemsize * int(np.prod(shape)))
+        for name, shape, dtype in self.layout:
+            yield name, view(self.memory, offset, dtype, shape)
+            offset += aligned(dtype.itemsize * int(np.prod(shape)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         fd, size = self.memory.untyped_storage()._share_fd_cpu_()
-        return _open, (f"/proc/{os.getpid()}/fd/{fd}", size, self.offset, self.dtype, self.layout)
+        return _open, (f"/proc/{os.getpid()}/fd/{fd}", size, self.offset, self.layout)
 
 
-def _open(path: str, size: int, offset: int, dtype: torch.dtype, layout: Layout) -> SharedWeights:
-    return SharedWeights(torch.from_file(path, shared=True, size=size, dtype=torch.uint8), offset, dtype, layout)
+def _open(path: str, size: int, offset: int, layout: Layout) -> SharedWeights:
+    return SharedWeights(torch.from_file(path, shared=True, size=size, dtype=torch.uint8), offset, layout)
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Of one version."""
+    return sum(aligned(dtype.itemsize * int(np.prod(shape))) for _, shape, dtype in layout)
 
 
 @dataclass
@@ -52,20 +57,19 @@ class WeightChannel:
     stamped before and after the copy proves it, and a mismatch raises."""
 
     layout: Layout
-    dtype: torch.dtype
     memory: Tensor
     stamps: Tensor  # int64 (2 slots, 2): version when writing began, version when it was complete
 
     @classmethod
-    def create(cls, layout: Layout, dtype: torch.dtype) -> WeightChannel:
-        channel = cls(layout, dtype, torch.empty(0), torch.full((2, 2), -1, dtype=torch.int64).share_memory_())
+    def create(cls, layout: Layout) -> WeightChannel:
+        channel = cls(layout, torch.empty(0), torch.full((2, 2), -1, dtype=torch.int64).share_memory_())
         channel.memory = shared_bytes(2 * channel.slot_bytes)
         return channel
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one version."""
-        return sum(aligned(self.dtype.itemsize * int(np.prod(shape))) for _, shape in self.layout)
+        return layout_bytes(self.layout)
 
     def page_lock(self) -> None:
         """For a process with a CUDA device: copies between it and the slots then go at the bus's speed, without a detour through a
@@ -79,7 +83,7 @@ class WeightChannel:
             )
 
     def write(self, version: int, weights: Iterator[tuple[str, Tensor]], keep: bool = True) -> int:
-        """Copy all weights into the version's slot, cast to the channel's dtype; returns bytes written.
+        """Copy all weights into the version's slot, each cast to its dtype in the layout; returns bytes written.
 
         Ranks that only take part in gathering the weights pass `keep=False`.
         """
@@ -115,11 +119,11 @@ class WeightChannel:
         with path.open("wb") as file:
             file.write(self.memory[start : start + self.slot_bytes].numpy().data)
 
-    def load(self, version: int, path: Path, dtype: torch.dtype) -> None:
-        """Take up what `save` wrote of the same layout, in the dtype of then."""
-        saved = WeightChannel(self.layout, dtype, torch.empty(0), self.stamps)
-        memory = torch.from_file(str(path), shared=False, size=saved.slot_bytes, dtype=torch.uint8)
-        self.write(version, iter(SharedWeights(memory, 0, dtype, self.layout)))
+    def load(self, version: int, path: Path, dtypes: Sequence[torch.dtype]) -> None:
+        """Take up what `save` wrote of the same tensors, in their dtypes of then."""
+        saved = [(name, shape, dtype) for (name, shape, _), dtype in zip(self.layout, dtypes, strict=True)]
+        memory = torch.from_file(str(path), shared=False, size=layout_bytes(saved), dtype=torch.uint8)
+        self.write(version, iter(SharedWeights(memory, 0, saved)))
 
     def _slot(self, version: int) -> SharedWeights:
-        return SharedWeights(self.memory, (version % 2) * self.slot_bytes, self.dtype, self.layout)
+        return SharedWeights(self.memory, (version % 2) * self.slot_bytes, self.layout)

@@ -112,6 +112,11 @@ class PromptStream:
             self._ids[key] = self.frame.prompt(self.prompts[split][index])
         return self._ids[key]
 
+    def largest_id(self, split: str, index: int) -> int:
+        """The largest token id of a prompt, as the student or its teacher sees it."""
+        seen = [self.encoded(split, index), self.as_told(split, index)]
+        return max((int(ids.max()) for ids in seen if ids is not None and len(ids)), default=-1)
+
     def tokens(self, split: str, index: int, judged: bool) -> int:
         """Of a prompt as the student sees it, or as its teacher does."""
         seen = self.as_told(split, index) if judged else None

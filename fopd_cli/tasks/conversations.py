@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from typing import Any, NamedTuple
 
 SHARE_GPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_response": "tool", "observation": "tool"}  # fmt: skip
@@ -18,21 +20,40 @@ class Asked(NamedTuple):
 def asked(value: Any) -> Asked:
     """What a row's question column holds. Raises `ValueError`, whose text says what is wrong with it."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):  # messages in a csv file's cell
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return Asked(value)
+        value = _messages_in(value)
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         value = [dict(zip(value, message, strict=False)) for message in zip(*value.values(), strict=False)]
     if isinstance(value, dict):
         value = [value]
     if isinstance(value, list):
         return _conversation(value)
+    if isinstance(value, bytes):
+        raise ValueError("holds bytes, and no text in UTF-8")
     if value is None or value != value:  # nan is how pandas writes null
         raise ValueError("is null")
     if not str(value).strip():
         raise ValueError("is empty")
-    return Asked(str(value))
+    return Asked(_encodable(str(value)))
+
+
+def _messages_in(text: str) -> Any:
+    """What JSON, or a list that Python printed (so pandas writes csv files), says; a text that is neither as it is."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    if re.search(r"""['"]role['"]\s*:""", text) and re.search(r"""['"]content['"]\s*:""", text):
+        raise ValueError("looks like messages, but is neither JSON nor a list in Python's notation")
+    return text
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half of a character ({text[error.start]!r})") from None
+    return text
 
 
 def _conversation(value: list[Any]) -> Asked:
@@ -50,11 +71,12 @@ def _conversation(value: list[Any]) -> Asked:
 def _message(number: int, message: Any) -> dict[str, Any]:
     """In the form that chat templates know. What is null was put in by a table that has a column for it."""
     if isinstance(message, dict) and "from" in message and "role" not in message:
-        role = str(message["from"])
-        message = {"role": SHARE_GPT.get(role, role), "content": message.get("value")}
+        message = {"role": str(message["from"]), "content": message.get("value")}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"has no role in message {number}; a message is {{role: user, content: ...}}")
     found = {name: value for name, value in message.items() if value is not None}
+    role = found["role"].strip().lower()  # templates know these names, and mostly say nothing of others
+    found["role"] = SHARE_GPT.get(role, role)
     content = found.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
@@ -66,4 +88,4 @@ def _message(number: int, message: Any) -> dict[str, Any]:
         raise ValueError(f"has no text in message {number} (role {found['role']})")
     if not content.strip() and found["role"] == "user":
         raise ValueError(f"has an empty text in message {number} (role user)")
-    return {**found, "content": content}
+    return {**found, "content": _encodable(content)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import json
@@ -54,9 +55,14 @@ def column(row: Row, name: str, source_key: str, key: str) -> Any:
         else:
             columns = sorted(map(str, row.values))
             near = difflib.get_close_matches(name, columns, n=1)
-            hint = f"did you mean {key}: {near[0]}?" if near else f"set {key} to the right one"
+            hint = f"did you mean {key}: {_visible(near[0])}?" if near else f"set {key} to the right one"
             raise UserError(f"{source_key}: {row.place} has no column {name!r}; it has {columns}; {hint}")
     return value
+
+
+def _visible(name: str) -> str:
+    """Quoted where spaces at its ends would not be seen."""
+    return name if name == name.strip() else repr(name)
 
 
 def _parsed(text: str) -> Any:
@@ -91,6 +97,12 @@ def _of_file(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from reader(path, key)
     except ImportError:
         raise UserError(f"{key}: {str(path)!r} needs the pyarrow package: {NEEDS_DATA}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{key}: {str(path)!r} is not text in UTF-8 (byte {error.start}); save it as UTF-8, or unpack it if it is compressed"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{key}: cannot read {str(path)!r}: its values are nested too deeply") from None
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's own are of these
         raise UserError(f"{key}: cannot read {str(path)!r}: {_first_line(error)}") from None
 
@@ -104,8 +116,9 @@ def _lines(text: str, path: Path, key: str) -> Iterator[tuple[int, dict[str, Any
         if line.strip():
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{key}: line {number} of {str(path)!r} is not JSON ({error.msg})") from None
+            except ValueError as error:
+                why = error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
+                raise UserError(f"{key}: line {number} of {str(path)!r} is not JSON ({why})") from None
             if not isinstance(value, dict):
                 raise UserError(f"{key}: line {number} of {str(path)!r} is no JSON object")
             yield number, value
@@ -133,11 +146,17 @@ def _json(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """With a header. An empty cell is null, as a csv file has no other way to say so."""
+    """With a header. An empty cell is null, as a csv file has no other way to say so.
+
+    Where the header has no comma but semicolons, these part the cells: so spreadsheets write csv in half of the world.
+    """
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        header = next(rows, [])
+        first = file.readline()
+        file.seek(0)
+        comma = ";" if "," not in first and ";" in first else ","
+        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else comma)
+        header = [name.strip() for name in next(rows, [])]
         if len(set(header)) < len(header):
             raise UserError(f"{key}: the header of {str(path)!r} has {max(header, key=header.count)!r} twice")
         for number, cells in enumerate(filter(None, rows), 1):
@@ -152,7 +171,7 @@ def _csv(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _parquet(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow.parquet
 
-    yield from enumerate(pyarrow.parquet.read_table(path, partitioning=None).to_pylist(), 1)
+    yield from enumerate(_texts(pyarrow.parquet.read_table(path, partitioning=None)).to_pylist(), 1)
 
 
 def _arrow(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -163,7 +182,18 @@ def _arrow(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
             table = pa.ipc.open_stream(file).read_all()
         except pa.ArrowInvalid:  # the other one of Arrow's two formats
             table = pa.ipc.open_file(file).read_all()
-    yield from enumerate(table.to_pylist(), 1)
+    yield from enumerate(_texts(table).to_pylist(), 1)
+
+
+def _texts(table: Any) -> Any:
+    """Columns of bytes as the texts that they are, where they are: some writers leave out that they mean text."""
+    import pyarrow as pa
+
+    for number, field in enumerate(table.schema):
+        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            with contextlib.suppress(pa.ArrowInvalid):  # of an image, say
+                table = table.set_column(number, field.name, table.column(number).cast(pa.large_string()))
+    return table
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, dict[str, Any]]]]] = {

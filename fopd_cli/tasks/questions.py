@@ -89,6 +89,11 @@ class Questions:
                     "row out, or set task.answer: null (task.name: chat)"
                 )
             counts["no answer"] += 1
+        if isinstance(found["answer"], dict | list):
+            raise UserError(
+                f"{source_key}: {row.place}: column {self.answers[split]!r} holds several values, and an answer is one; name it, for "
+                f"example task.answer: {self.answers[split]}.{next(iter(found['answer']), 0) if isinstance(found['answer'], dict) else 0}"
+            )
         payload = {"answer": found["answer"], "solution": said if self.solution is None else found["solution"]}
         teacher = None if found["teacher"] is None else str(found["teacher"])
         messages = self._messages(question) if isinstance(question, str) else question
