@@ -11,8 +11,8 @@ import pytest
 from conftest import SLOW
 
 NAMES = list(architectures.ARCHITECTURES)
-# A window in the mask alone; a rope that depends on the length; a state; sinks; no decoder.
-QUICK = ("qwen2_moe", "phi3 longrope", "lfm2", "gpt_oss", "t5")
+# A window in the mask alone; a rope that depends on the length; a state; sinks; soft caps; a choice of keys; no decoder.
+QUICK = ("qwen2_moe", "phi3 longrope", "lfm2", "gpt_oss", "gemma2", "deepseek_v32", "t5")
 GROUPS = 12
 
 

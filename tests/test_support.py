@@ -14,7 +14,7 @@ import torch
 from conftest import Fopd, small_recipe
 from safetensors.torch import load_file
 
-from fopd_cli.engines import hf, lora, support, vllm_engine
+from fopd_cli.engines import cpu_attention, hf, lora, support, vllm_engine
 from fopd_cli.engines.checkpoint_format import in_checkpoint_format
 from fopd_cli.errors import UserError
 
@@ -75,6 +75,17 @@ def test_what_transformers_does_not_know_as_a_language_model_is_named() -> None:
 
     with pytest.raises(UserError, match=r"^teacher\.model: vit is no causal language model that transformers knows"):
         support.check_architecture(ViTConfig(), "teacher.model")
+
+
+@pytest.mark.parametrize(("name", "asks"), [("deepseek_v32", True), ("hy_v4", True), ("llama", False), ("gpt2", False)])
+def test_what_asks_for_its_attention_by_name_is_given_none_of_ours(name: str, asks: bool) -> None:
+    """Sparse attention leaves out its choice of keys where the name is not PyTorch's, and says nothing."""
+    config = architectures.ARCHITECTURES[name]()
+    model = hf.empty_model(config)
+    assert hf.asks_which_attention(model) == asks
+    cpu_attention.enable(model)
+    assert (model.config._attn_implementation == "sdpa") == asks
+    assert (support.packing_refusal(config) is not None) == asks
 
 
 def test_quantized_weights_are_refused_and_the_method_is_named() -> None:

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fopd_cli.engines.hf import asks_which_attention
+
 NAME = "fopd_cpu"
 SHORT = 256  # keys: past it the kernel is as fast in bfloat16 as in float32
 
 
 def enable(lm: Any) -> None:
-    """Let a model whose attention is PyTorch's use it; other models, and models on a GPU, stay as they are."""
+    """Let a model whose attention is PyTorch's use it; other models, and models on a GPU, stay as they are, and so do those that
+    ask for their attention by name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if lm.config._attn_implementation == "sdpa":
+    if lm.config._attn_implementation == "sdpa" and not asks_which_attention(lm):
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         lm.set_attn_implementation(NAME)

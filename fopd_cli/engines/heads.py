@@ -77,10 +77,13 @@ def _run_either(lm: Any, backbone: nn.Module, output: nn.Linear) -> tuple[Tensor
     """`_run`; where what stands around the backbone wants real inputs (images' places), without that, too."""
     try:
         return _run(lm, backbone, output)
-    except Exception:
+    except Exception as error:
         if lm.base_model in (lm, backbone):
             raise
-        return _run(lm, lm.base_model, output)
+        try:
+            return _run(lm, lm.base_model, output)
+        except Exception:
+            raise error from None
 
 
 def _run(lm: Any, backbone: nn.Module, output: nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:

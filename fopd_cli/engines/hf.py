@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +160,19 @@ def own_attention(architecture: Any, config: Any) -> str:
     not offered or would leave out a soft cap without a word."""
     offered = architecture is None or architecture._supports_sdpa
     return "sdpa" if offered and getattr(text_config(config), "attn_logit_softcapping", None) is None else "eager"
+
+
+def asks_which_attention(model: Any) -> bool:
+    """Whether its code computes something else for names of attention that it does not know (sparse attention does: it leaves
+    out its choice of keys), so that it must not be given one of ours."""
+    return any(_compares(name) for name in {type(module).__module__ for module in model.modules()})
+
+
+@functools.cache
+def _compares(module: str) -> bool:
+    path = getattr(sys.modules[module], "__file__", None)
+    pattern = r"""_attn_implementation (==|!=|in|not in) [^\n]*["']sdpa["']"""
+    return path is not None and re.search(pattern, Path(path).read_text()) is not None
 
 
 def backbone(model: Any) -> Any:

@@ -85,6 +85,8 @@ def packing_refusal(config: Any) -> str | None:
     if not architecture._supports_attention_backend or config.model_type in OWN_MASKS:
         return "computes its attention by itself, and knows no rows of several samples"
     own = [kind for kind in layer_types(config) if any(word in kind for word in WHOLE_ROW)]
+    if not own and hf.asks_which_attention(hf.empty_model(config)):
+        return "computes another attention where it is not PyTorch's by name, and so cannot be given ours"
     if own:
         return f"has layers ({own[0]}) that choose what to attend to over the whole row"
     return None
