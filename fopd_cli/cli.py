@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fopd_cli import __version__, paths
-from fopd_cli.errors import EXIT_INTERRUPTED, EXIT_USER, EXIT_WORKER, Interrupted, UserError, WorkerError
+from fopd_cli.errors import EXIT_INTERRUPTED, EXIT_USER, EXIT_WORKER, Interrupted, Signalled, UserError, WorkerError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -253,9 +254,9 @@ def _report(summary: dict[str, Any], path: Path) -> None:
 
 def main() -> NoReturn:
     """Entry point: known errors become one line and an exit code. Every command ends at SIGTERM as it does at Ctrl-C."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _signalled)
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -273,6 +274,20 @@ def main() -> NoReturn:
             sys.exit(EXIT_USER)
         raise
     sys.exit(code if isinstance(code, int) else 0)  # click hands a command's typer.Exit back as its code
+
+
+def _signalled(number: int, frame: object) -> NoReturn:
+    if _importing():  # torch's C++ code aborts where an exception comes out of what it calls
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
+        os._exit(EXIT_INTERRUPTED)
+    raise Signalled
+
+
+def _importing() -> bool:
+    """Whether a module is being imported, as torch is for seconds."""
+    specs = [getattr(module, "__dict__", {}).get("__spec__") for module in list(sys.modules.values())]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
 
 
 def _fail(message: str, code: int) -> NoReturn:
