@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,10 @@ class Fleet:
         self.workers: dict[str, Worker] = {}
         self._computing, self._rows = cores.table(), dict[str, int]()  # who computes, and the row of each worker
         self._context = mp.get_context("spawn")
+        with (
+            _signals_blocked()
+        ):  # Python's tracker of semaphores knows of SIGINT and SIGTERM; a terminal that closes killed it
+            resource_tracker.ensure_running()
 
     def __enter__(self) -> Fleet:
         return self
