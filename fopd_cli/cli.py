@@ -14,6 +14,7 @@ import typer
 
 from fopd_cli import __version__, paths
 from fopd_cli.errors import EXIT_INTERRUPTED, EXIT_USER, EXIT_WORKER, Interrupted, Signalled, UserError, WorkerError
+from fopd_cli.runtime import warm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,6 +77,7 @@ def run(
         except UserError as error:
             typer.echo(f"# here: {error}")
         return
+    warm.begin()
     from fopd_cli import launch
 
     _report(launch.run(parsed, path), path)
@@ -94,6 +96,7 @@ def resume(
     `--set learner.steps=...` makes it longer. What is set stands in recipe.yaml from then on, and recipe-history.jsonl says
     since which step. Student, teacher, task and seed must stay what they were.
     """
+    warm.begin()
     from fopd_cli import launch
 
     _report(launch.resume(run_dir, step, set_ or []), run_dir)
@@ -159,6 +162,7 @@ def evaluate(
         raise UserError(
             f"{folder}: has no student yet; make one with: fopd export {folder} OUT, then fopd eval OUT --task {source}"
         )
+    warm.begin()
     from fopd_cli import doctor
     from fopd_cli.evaluation import evaluate as score
 

@@ -17,7 +17,8 @@ from conftest import ROOT, RUN_TIMEOUT_S, SLOW, Fopd, descendants, lines, metric
 from test_recovery import checkpoints, gone, start
 
 from fopd_cli.runtime.messages import Ready, StopCommand
-from fopd_cli.runtime.workers import STOPPING, Fleet, Mailbox, WorkerSpec
+from fopd_cli.runtime.warm import STOPPING
+from fopd_cli.runtime.workers import Fleet, Mailbox, WorkerSpec
 
 
 def end(process: subprocess.Popen[str], family: list[psutil.Process]) -> str:
