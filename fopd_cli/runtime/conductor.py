@@ -660,7 +660,8 @@ class Conductor:
         timing = {
             "seconds": time.time() - self._step_began, "busy": self.telemetry.busy_shares(),
             "buffer_samples": len(self.rollouts) - len(keys), "buffer_bytes": self.arena.used_bytes,
-            "in_flight": self.schedule.in_flight, "ahead": ahead, "publish_seconds": report.publish_seconds,
+            "in_flight": self.schedule.in_flight, "ahead": ahead, "memory_bytes": self.fleet.memory(),
+            "publish_seconds": report.publish_seconds,
             "publish_bytes": report.publish_bytes,
             "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
             **self.replays.cost(), **records.tool_seconds(rollouts), "wall_seconds": self.totals.wall_seconds, **self._load,
@@ -672,7 +673,7 @@ class Conductor:
         self.telemetry.histograms(records.histograms(stats), step)
         self.progress.step(step, records.bar(record, timing))
         for warning in self.watch.step(report.grad_norm, record["kl"]):
-            self.progress.say(f"step {step}: {warning}")
+            self.telemetry.warn(step, warning)
         if step % max(1, self.recipe.learner.steps // 20) == 0:
             self._write_sample(step, samples[keys[0]], self.grades[keys[0]], rollouts[0])
         for key in keys:
@@ -757,7 +758,7 @@ class Conductor:
                     f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume {self.run_dir.path} "
                     f"(goes on from {self._last_saved if self._last_saved is not None else 'the start'})"
                 ) from None
-            self.progress.say(f"step {step}: NO CHECKPOINT was written: {text}; training goes on, older ones stand")
+            self.telemetry.warn(step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand")
         self._rhythm.saved()
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The run directory: made once, locked while in use, never overwritten.
 
-runs/NAME/  recipe.yaml (resolved)  recipe-history.jsonl (what was changed at which step)  metrics.jsonl  ledger.jsonl  samples.jsonl  trace.json  tensorboard/
+runs/NAME/  recipe.yaml (resolved)  recipe-history.jsonl (what was changed at which step)  metrics.jsonl  ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/
             checkpoints/step-000100/  student/ (Hugging Face format)  summary.json  logs/WORKER.log
 """
 
