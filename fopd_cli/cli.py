@@ -234,6 +234,36 @@ def export(
     typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", help="Default: RUN/report.html, or report.html here for several."),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it on this machine instead, made anew while the runs go on.")
+    ] = False,
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Of --watch; 0: any that is free.")] = 8642,
+) -> None:
+    """One HTML file about a run, or about several side by side: curves, timeline, answers over training, advice.
+
+    It needs no network and no other file. Answers of the teacher stand beside the student's if they were recorded:
+    fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl
+    """
+    from fopd_cli.report.page import write
+    from fopd_cli.report.watch import watch as serve
+
+    if watch:
+        if out is not None:
+            raise UserError("--watch, -o: choose one of them")
+        serve(runs, port, typer.echo)
+        return
+    target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    size = write(runs, target)
+    typer.echo(f"{target}: {size / 1e6:.2f} MB")
+
+
 def _report(summary: dict[str, Any], path: Path) -> None:
     """What was learnt and where it lies."""
     typer.echo(json.dumps(summary, indent=1))
