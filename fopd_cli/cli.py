@@ -98,6 +98,46 @@ def resume(
     _report(launch.resume(run_dir, step, set_ or []), run_dir)
 
 
+@app.command()
+def fork(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run; it is only read, and may be going on.")],
+    step: StepOption = None,
+    set_: SetOption = None,
+    new: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Of the fork; default: RUN_DIR-fork-N. Must be new."),
+    ] = None,
+) -> None:
+    """Go on from a checkpoint in a new directory, with other settings: the first run up to step N, from there on a run of its own.
+
+    As with resume, student, teacher, task and seed stay what they were.
+    """
+    from fopd_cli import launch
+
+    target = launch.fork_name(run_dir, step) if new is None else new
+    _report(launch.fork(run_dir, target, step, set_ or []), target)
+
+
+@app.command("runs")
+def runs_command(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where they lie.")] = Path("runs"),
+) -> None:
+    """A table of the runs here: how far each is, its newest score and KL, and whether it is going on."""
+    from fopd_cli.report.tables import of_runs
+
+    typer.echo(of_runs(folder))
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="RUN")], second: Annotated[Path, typer.Argument(metavar="RUN")]
+) -> None:
+    """In what two runs differ: the keys of their recipes, and what came of it."""
+    from fopd_cli.report.tables import of_differences
+
+    typer.echo(of_differences(first, second))
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[
