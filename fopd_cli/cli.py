@@ -167,6 +167,10 @@ def evaluate(
     jobs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Processes; default: one a CUDA device, one on a CPU.")
     ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of a run: the student of this checkpoint; it stays in RUN_DIR/exports."),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
@@ -194,17 +198,59 @@ def evaluate(
     if samples:
         overrides.append(f"eval.samples={samples}")
     recipe = load_recipe(source, overrides)
-    if is_run and not paths.is_file(folder / "student" / "config.json"):
-        raise UserError(
-            f"{folder}: has no student yet; make one with: fopd export {folder} OUT, then fopd eval OUT --task {source}"
-        )
+    if step is not None and not is_run:
+        raise UserError("--step: names a checkpoint of a run; MODEL is none")
     from fopd_cli import doctor
     from fopd_cli.evaluation import evaluate as score
+    from fopd_cli.export import student_of
+    from fopd_cli.runtime.rundir import RunDir
 
-    path = str(folder / "student") if is_run else recipe.student.model
+    path = str(student_of(RunDir.open(folder), step)) if is_run else recipe.student.model
     doctor.check_model_name(path, "MODEL")
     mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
     typer.echo(json.dumps(score(path, recipe, out, mode, jobs or max(1, cuda_devices())), indent=1))
+
+
+@app.command()
+def chat(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run, finished or not.")],
+    step: StepOption = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which one, where there are several; default: the first.")
+    ] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option("--raw/--chat", help="Without or through the chat template; default: as the run's own prompts."),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: the sampler's.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0, help="Default: the sampler's; 0 is greedy.")
+    ] = None,
+) -> None:
+    """Talk to a run's student and its teacher side by side; the student's tokens show how far the teacher is from each.
+
+    In a terminal by colour: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond; elsewhere (or with NO_COLOR) by
+    numbers. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
+    """
+    from fopd_cli import chat as talk
+    from fopd_cli.export import student_of
+    from fopd_cli.runtime.rundir import RunDir
+
+    run = RunDir.open(run_dir)
+    recipe = run.load_recipe([])
+    names = [t.name for t in recipe.teachers]
+    if teacher is not None and teacher not in names:
+        raise UserError(f"--teacher: there is no {teacher!r}; there are {', '.join(names)}")
+    section = recipe.teachers[names.index(teacher) if teacher else 0]
+    both = talk.Chat(
+        recipe, str(student_of(run, step)), section, None if raw is None else not raw, max_new_tokens, temperature
+    )
+    if both.teacher is None:
+        typer.echo(
+            f"{section.name} runs on a server (engine http), which is not asked here; the student talks alone", err=True
+        )
+    for text in talk.converse(both, talk.typed(), talk.has_colours()):
+        typer.echo(text)
 
 
 @app.command("doctor")

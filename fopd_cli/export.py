@@ -47,6 +47,21 @@ def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = Fal
     return step
 
 
+def student_of(run: RunDir, step: int | None) -> Path:
+    """A directory with the run's student: `student/` of a run that has ended, else of a checkpoint (`exports/`, made once)."""
+    if step is None and (run.student / "config.json").is_file():
+        return run.student
+    store = CheckpointStore(run.checkpoints)
+    if step is None:
+        step, _ = store.newest_sound()
+    elif step not in store.steps():
+        raise UserError(f"--step: there is no checkpoint of step {step}; there are {store.steps()}")
+    out = run.path / "exports" / f"step-{step:06d}"
+    if not (out / "fopd.json").is_file():  # written last
+        export_student(run, out, step)
+    return out
+
+
 def _trained(recipe: Recipe, folder: Path, frozen_dtype: torch.dtype) -> Any:
     """The student as it was trained, with the weights of a learner's checkpoint."""
     model = load_student(recipe, frozen_dtype)

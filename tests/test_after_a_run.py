@@ -10,10 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import SLOW, Fopd, check_accounts, lines, metrics, small_recipe, summary
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fopd_cli import launch
+from fopd_cli.errors import UserError
+from fopd_cli.export import student_of
 from fopd_cli.report.reading import read
+from fopd_cli.runtime.rundir import RunDir
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -83,17 +89,50 @@ def test_what_a_fork_sets_holds_from_its_step_on(here: Fopd) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("step", "overrides", "message"),
     [
-        (["--step", "3"], "there is no checkpoint of step 3; there are [2, 4]"),
-        (["--set", "seed=3"], "seed differ"),
-        (["--step", "2", "--set", "learner.nonsense=3"], "unknown key"),
-        (["--step", "2", "--set", "learner.steps=1"], "is less than the 2 steps that are done"),
+        (3, [], "there is no checkpoint of step 3; there are [2, 4]"),
+        (None, ["seed=3"], "seed differ"),
+        (2, ["learner.nonsense=3"], "unknown key"),
+        (2, ["learner.steps=1"], "is less than the 2 steps that are done"),
     ],
 )
-def test_a_fork_that_is_refused_leaves_nothing(here: Fopd, arguments: list[str], message: str) -> None:
-    assert message in here("fork", "first", "--run-dir", "refused", *arguments, code=2).err
-    assert not (here.folder / "refused").exists()
+def test_a_fork_that_is_refused_leaves_nothing(folder: Path, step: int, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        launch.fork(folder / "first", folder / "refused", step, overrides)
+    assert not (folder / "refused").exists()
+
+
+def test_chat_shows_how_far_the_teacher_is_from_each_token(here: Fopd, pair: Path) -> None:
+    """Against both models in plain transformers."""
+    process = here.start("chat", "first", "--temperature", "0", "--max-new-tokens", "6")
+    out, err = process.communicate("1+2=\n\n/new\n3*4-1=\n/quit\nnever heard\n", timeout=240)
+    assert process.returncode == 0, err
+    head, said, name, answer = out.splitlines()[:4]
+    assert (name, out.count("student, "), "never" in out) == ("teacher:", 2, False)
+    tokenizer = AutoTokenizer.from_pretrained(here.folder / "first" / "student")
+    models = [AutoModelForCausalLM.from_pretrained(p) for p in (here.folder / "first" / "student", pair / "teacher")]
+    asked = tokenizer("1+2=", return_tensors="pt")
+    ids, theirs = (m.generate(**asked, max_new_tokens=6, do_sample=False) for m in models)
+    length = asked["input_ids"].shape[1]
+    with torch.no_grad():
+        p, q = (m(ids).logits[0, length - 1 : -1].double().softmax(-1) for m in models)
+    kl = (p * (p / q).log()).sum(-1)
+    told = re.fullmatch(r"student, (\d+\.\d+) nats a token from the teacher:", head)
+    assert told is not None
+    assert float(told[1]) == pytest.approx(float(kl.mean()), abs=1e-3)
+    shown = re.findall(r"\[(\d+\.\d\d)\]", said)  # bytes that make no character stand together
+    assert sum(map(float, shown)) == pytest.approx(float(kl.sum()), abs=0.04)
+    assert answer.strip() == tokenizer.decode(theirs[0, length:], skip_special_tokens=True).strip()
+
+
+def test_a_student_at_a_checkpoint_is_evaluated_by_its_step(here: Fopd) -> None:
+    found = json.loads(here("eval", "first", "--step", "2").out)
+    (record,) = [r for r in metrics(here.folder / "first") if r["kind"] == "eval" and r["step"] == 2]
+    assert found["score"] == record["score"]
+    assert json.loads((here.folder / "first" / "exports" / "step-000002" / "fopd.json").read_text())["step"] == 2
+    with pytest.raises(UserError, match=re.escape("there is no checkpoint of step 3; there are [2, 4]")):
+        student_of(RunDir.open(here.folder / "first"), 3)
 
 
 @SLOW
