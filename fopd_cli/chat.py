@@ -187,7 +187,7 @@ def _speaker(
 def _has_template(recipe: Recipe, tokenizer: Any) -> bool:
     """Whether the run's own prompts went through the chat template, as far as the recipe tells."""
     chat = getattr(recipe.task, "chat", recipe.task.name != "arithmetic")
-    return bool(chat) and bool(getattr(tokenizer, "chat_template", None))
+    return chat is not False and bool(getattr(tokenizer, "chat_template", None))
 
 
 def pieces(tokenizer: Any, ids: np.ndarray, kls: np.ndarray) -> Iterator[tuple[str, float]]:

@@ -34,6 +34,8 @@ StepOption = Annotated[
     int | None, typer.Option(metavar="N", help="The checkpoint of this step; default: the newest sound one.")
 ]
 
+EXPORTED = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of torch's dtypes
+
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
@@ -288,17 +290,37 @@ def doctor_command(
 
 @app.command("recipe")
 def recipe_command(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="Of --explain: learner, or a key such as learner.lr.")
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Every key, its type, its default and its meaning.")
     ] = False,
+    template: Annotated[bool, typer.Option("--template", help="A recipe to begin with, to be filled in.")] = False,
 ) -> None:
-    """About recipes: `fopd recipe --explain` lists every key."""
-    if not explain:
-        raise UserError("say what: fopd recipe --explain")
+    """About recipes: `fopd recipe --explain learner` lists the keys of a section, without one all; --template is one to fill in."""
+    if explain == template:
+        raise UserError("say what: fopd recipe --explain [SECTION], or fopd recipe --template")
     from fopd_cli.recipe import explain as keys
+    from fopd_cli.recipe.meant import meant
+    from fopd_cli.recipe.template import TEMPLATE
 
-    for key, kind, default, meaning in keys():
+    if template:
+        typer.echo(TEMPLATE, nl=False)
+        return
+    shown = [found for found in keys() if section is None or _within(found[0], section)]
+    if not shown:
+        near = meant(str(section), [])
+        hint = f"did you mean {near!r}?" if near else "fopd recipe --explain lists all"
+        raise UserError(f"--explain: there is no section or key {section!r}; {hint}")
+    for key, kind, default, meaning in shown:
         typer.echo(f"{key}\n    {kind}; {'required' if default == 'required' else f'default {default}'}\n    {meaning}")
+
+
+def _within(key: str, section: str) -> bool:
+    """`task[math].train` lies in task, in task[math], and is task.train."""
+    plain = "".join(part.partition("]")[2] if i else part for i, part in enumerate(key.split("[")))
+    return any(k == section or k.startswith((f"{section}.", f"{section}[")) for k in (key, plain))
 
 
 @app.command()
@@ -309,14 +331,27 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Only the adapter of a LoRA student, in peft's format.")
     ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", help="Of the weights: bf16, fp16, fp32; auto: as the run sampled and evaluated them."
+        ),
+    ] = "auto",
 ) -> None:
     """Write a checkpoint's student as a Hugging Face model directory, tokenizer included."""
+    if dtype not in EXPORTED:
+        raise UserError(f"--dtype: {dtype!r} is none of {', '.join(EXPORTED)}")
+    if adapter and dtype != "auto":
+        raise UserError("--adapter, --dtype: an adapter is kept as it was trained; choose one of them")
     if paths.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; give a new directory")
+    import torch
+
     from fopd_cli.export import export_student
     from fopd_cli.runtime.rundir import RunDir
 
-    done = export_student(RunDir.open(run_dir), out, step, adapter)
+    chosen = EXPORTED[dtype]
+    done = export_student(RunDir.open(run_dir), out, step, adapter, None if chosen is None else getattr(torch, chosen))
     typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
 
 

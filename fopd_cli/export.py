@@ -18,10 +18,13 @@ from fopd_cli.runtime.rundir import RunDir
 PREFIX = "lm."  # the learner keeps the model under this name
 
 
-def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = False) -> int:
+def export_student(
+    run: RunDir, out: Path, step: int | None, adapter: bool = False, dtype: torch.dtype | None = None
+) -> int:
     """Write the student of a checkpoint (default: the newest sound one) to `out`; returns its step.
 
-    Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those of this model.
+    Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those of this model, or in
+    `dtype`.
     `adapter`: only what a LoRA student learnt, in peft's format.
     """
     recipe = run.load_recipe([])
@@ -39,7 +42,7 @@ def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = Fal
             out.mkdir(parents=True, exist_ok=True)
             lora.write_adapter(out, lora.adapters(model), recipe.student.lora.alpha, recipe.student.model)
         else:
-            _merged(recipe, model).to(evaluated_in).save_pretrained(out)
+            _merged(recipe, model).to(dtype or evaluated_in).save_pretrained(out)
         hf.load_tokenizer(recipe.student.model, "student.model").save_pretrained(out)
         (out / "fopd.json").write_text(json.dumps({"run": str(run.path), "step": step}) + "\n")
     except OSError as error:

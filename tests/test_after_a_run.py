@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import SLOW, Fopd, check_accounts, lines, metrics, small_recipe, summary
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fopd_cli import launch
@@ -133,6 +134,17 @@ def test_a_student_at_a_checkpoint_is_evaluated_by_its_step(here: Fopd) -> None:
     assert json.loads((here.folder / "first" / "exports" / "step-000002" / "fopd.json").read_text())["step"] == 2
     with pytest.raises(UserError, match=re.escape("there is no checkpoint of step 3; there are [2, 4]")):
         student_of(RunDir.open(here.folder / "first"), 3)
+
+
+def test_weights_are_exported_in_the_dtype_that_is_asked_for(here: Fopd, tmp_path: Path) -> None:
+    first = here.folder / "first"
+    for name, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16)):
+        here("export", "first", tmp_path / name, "--dtype", name)
+        found = load_file(tmp_path / name / "model.safetensors")
+        trained = load_file(first / "student" / "model.safetensors")
+        assert {t.dtype for t in found.values()} == {dtype}
+        assert all(torch.equal(found[key], tensor.to(dtype)) for key, tensor in trained.items())
+    assert "none of auto, bf16" in here("export", "first", tmp_path / "x", "--dtype", "int3", code=2).err
 
 
 @SLOW

@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
+from fopd_cli.errors import UserError
+from fopd_cli.runtime import workers
 from fopd_cli.runtime.messages import Lost, Ready, StopCommand
 from fopd_cli.runtime.workers import Fleet, Mailbox, Worker, WorkerSpec
 
@@ -40,3 +44,38 @@ def test_a_lost_worker_is_reported_after_its_last_words_and_sent_nothing_more(tm
         assert "SIGKILL" in second.reason
         fleet.send("sampler-0", "are you there?")
         assert fleet.receive(timeout=0.2) == []
+
+
+def refusing(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    raise UserError(f"{spec.role}.packing: this architecture cannot be packed")
+
+
+def test_all_that_keeps_workers_from_starting_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "REFUSAL_WAIT_S", 120.0)  # a busy machine starts them far apart
+    with Fleet(tmp_path, 60, 60) as fleet:
+        fleet.start(WorkerSpec("learner", 0, 1, (), 1), refusing)
+        fleet.start(WorkerSpec("teacher", 0, 1, (), 1), refusing, replaceable=True)
+        fleet.start(SPEC, echo, replaceable=True)
+        with pytest.raises(UserError) as caught:
+            heard(fleet, 9)
+    said = str(caught.value).split(" | ")
+    assert sorted(said) == [f"{role}.packing: this architecture cannot be packed" for role in ("learner", "teacher")]
+    log = (tmp_path / "learner-0.log").read_text()
+    assert "learner-0 starts: pid" in log
+    assert "learner-0 gives up: learner.packing" in log
+
+
+def mistaken(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    mailbox.send(Ready())
+    mailbox.receive(block=True)
+    raise UserError("task.name: mine:Mine: grade() raised KeyError")
+
+
+def test_a_mistake_of_the_users_is_told_apart_from_a_worker_that_broke(tmp_path: Path) -> None:
+    with Fleet(tmp_path, 60, 60) as fleet:
+        fleet.start(SPEC, mistaken, replaceable=True)
+        heard(fleet, 1)
+        fleet.send("sampler-0", "go")
+        ((_, lost),) = heard(fleet, 1)
+    assert lost == Lost("task.name: mine:Mine: grade() raised KeyError", mistake=True)
+    assert "ready after" in (tmp_path / "sampler-0.log").read_text()

@@ -87,7 +87,7 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
 def _of_prompts(recipe: Recipe) -> Iterator[str]:
     """Keys of the chat template that no chat template would read."""
     own_template = any(t.template == "teacher" for t in recipe.teachers)
-    if getattr(recipe.task, "chat", True):
+    if getattr(recipe.task, "chat", True) is not False:
         return
     if getattr(recipe.task, "system", None):
         yield "task.system: plain text (task.chat: false) has no system message; put it into task.template"

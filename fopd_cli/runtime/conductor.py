@@ -128,6 +128,7 @@ class Conductor:
         self._asleep_lost: list[WorkerSpec] = []  # died in their sleep; started again when their role wakes
         self._changing_turns = False
         self._failure: str | None = None  # why the run has to end
+        self._mistake = False  # because of what the user has to mend
         self._answers_due = 0  # of the learner's or a lease's current command
         self._first_answer: Any = None
         self._saved: list[m.Saved] = []
@@ -253,6 +254,8 @@ class Conductor:
         self._save_checkpoint(final=True)
         self.fleet.stop(STARTERS)  # who started programs ends them
         if self._failure:
+            if self._mistake:
+                raise UserError(f"{self._failure}; mend that, then: fopd resume {self.run_dir.path}")
             raise WorkerError(f"{self._failure}; go on with: fopd resume {self.run_dir.path}")
         raise Interrupted(
             f"stopped after {self.schedule.step} of {self.recipe.learner.steps} steps; "
@@ -452,7 +455,7 @@ class Conductor:
             case m.Scored():
                 self._on_scored(worker.spec.index, message.keys)
             case m.Lost():
-                self._on_lost(worker.spec, message.reason)
+                self._on_lost(worker.spec, message)
             case m.Ready():
                 self._on_back(worker.spec)
             case m.Trained() | m.Measured():
@@ -550,11 +553,13 @@ class Conductor:
             for key in self.schedule.on_scored(teacher, keys):
                 self._forget(key)
 
-    def _on_lost(self, spec: WorkerSpec, reason: str) -> None:
+    def _on_lost(self, spec: WorkerSpec, lost: m.Lost) -> None:
         """Someone other than the learner is gone: what it had under way is done again, and it is started anew.
 
-        After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a checkpoint.
+        After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a checkpoint. So it does
+        at once where the user has something to mend.
         """
+        reason = lost.reason
         if self.restarts.known(spec):
             return
         for rank in self.restarts.ranks(spec):
@@ -573,6 +578,9 @@ class Conductor:
             self._abort_all()
         if self._interrupts:
             self.progress.say(f"{reason}; the run is ending")
+            return
+        if lost.mistake:
+            self._failure, self._mistake = reason, True
             return
         again = self.restarts.again(spec)
         if not again:
