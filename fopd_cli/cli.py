@@ -396,6 +396,10 @@ def _report(summary: dict[str, Any], path: Path) -> None:
         score = ""  # where nothing is graded there is none
         if summary["score_first"] is not None and summary["score_last"] is not None:
             score = f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, "
+        if summary["student_chosen_by"] != "last":
+            typer.echo(
+                f"student/ is that of step {summary['student_step']}, the best by its {summary['student_chosen_by']}"
+            )
         typer.echo(
             f"{score}KL to the teacher {summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in {summary['steps']} steps and "
             f"{summary['wall_seconds']:.0f} s"

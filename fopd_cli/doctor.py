@@ -490,7 +490,12 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     if inputs.recipe.schedule.lag:  # and the weights of the version before, as samplers have them
         cuda = bool(inputs.plan.samplers[0].devices)
         state += resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
-    needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters)
+    kept = 0
+    if inputs.recipe.eval.keep_best is not None:  # the best now, and of each checkpoint
+        cuda = bool(inputs.plan.samplers[0].devices)
+        size = resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
+        kept = size * (inputs.recipe.checkpoint.keep + 2)
+    needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters + kept)
     free = shutil.disk_usage(folder).free
     if free < needed:
         yield Finding(

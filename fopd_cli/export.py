@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from fopd_cli.engines import dcp, hf, lora
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
-from fopd_cli.runtime.build import load_student
+from fopd_cli.runtime.build import load_student, published_adapter
 from fopd_cli.runtime.checkpoint import CheckpointStore, verify
 from fopd_cli.runtime.rundir import RunDir
 
@@ -48,6 +49,26 @@ def export_student(
     except OSError as error:
         raise UserError(f"cannot write the student to {out}: {error}") from None
     return step
+
+
+def export_kept(run: RunDir, out: Path, step: int, weights: Path) -> None:
+    """The same from weights of a step that were kept as they were published (`runtime/best.py`)."""
+    recipe, tensors = run.load_recipe([]), load_file(weights)
+    dtype = next(iter(tensors.values())).dtype
+    if published_adapter(recipe) is None:
+        model: Any = hf.load_model(recipe.student.model, "student.model", dtype)
+        model.load_state_dict(tensors, strict=False)  # tied weights stand there once
+    else:
+        model = load_student(recipe, dtype)
+        for name, tensor in lora.adapters(model):
+            tensor.copy_(tensors[name])
+        model = _merged(recipe, model).to(dtype)
+    try:
+        model.save_pretrained(out)
+        hf.load_tokenizer(recipe.student.model, "student.model").save_pretrained(out)
+        (out / "fopd.json").write_text(json.dumps({"run": str(run.path), "step": step}) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the student to {out}: {error}") from None
 
 
 def student_of(run: RunDir, step: int | None) -> Path:

@@ -121,7 +121,9 @@ def _resolve_plugin(task: dict[str, Any], folder: Path) -> None:
     else:
         task.update(_resolved(task, "path", folder))
     options = task.get("options")
-    for key in list(options) if isinstance(options, dict) else ():
+    if not isinstance(options, dict):
+        return
+    for key in list(options):
         found = _resolved(options, key, folder)
         named = key.lower().endswith(PATHS)
         if found and (named or Path(found[key]).is_file()):

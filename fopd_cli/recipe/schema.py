@@ -489,6 +489,11 @@ class Eval(Section):
     max_new_tokens: Positive | None = None
     """Default: the sampler's."""
 
+    keep_best: Literal["score", "kl"] | None = None
+    """Keep the student of the best evaluation, by its score or by its KL to the teacher: student/ is that one at the end, and summary.json says of which step. null: the last one."""
+    patience: NonNegative = 0
+    """With keep_best: end the run early after so many evaluations in a row that are no better than the best; 0: never."""
+
 
 class Checkpoint(Section):
     every: NonNegative = 100

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import signal
 import time
 import uuid
@@ -33,6 +34,7 @@ from fopd_cli.recipe import Recipe, dump_recipe
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime import records, roles
 from fopd_cli.runtime.arena import Arena
+from fopd_cli.runtime.best import Best
 from fopd_cli.runtime.build import Setup, resolve_dtype
 from fopd_cli.runtime.checkpoint import CheckpointStore, Rhythm, disk_error, load_buffer, save_buffer, write_synced
 from fopd_cli.runtime.episodes import Episodes
@@ -99,6 +101,9 @@ class Conductor:
         r = recipe.freshness.refresh
         self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
         self.watch = Watch(recipe.learner.clip)
+        keep = recipe.eval.keep_best
+        self.best = None if keep is None else Best(keep, recipe.eval.patience, run_dir.best)
+        self._stopped_early: str | None = None
         self.depth = Depth(recipe.max_lag, recipe.max_drift)
         self.schedule = Schedule(
             schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable), stream.train_id, evaluation_ids(recipe, stream),
@@ -190,11 +195,13 @@ class Conductor:
                 self.telemetry = self._records()
                 self._grade_the_rest()  # of a checkpoint's buffer
                 self.schedule.on_learner_ready()
-                while not self.schedule.done:
+                while not self.schedule.done and self._stopped_early is None:
                     self._advance()
                     self.totals.wall_seconds = time.time() - began
                     if self._interrupts or self._failure:
                         self._leave(began)
+                if self._stopped_early is not None:
+                    self._come_to_rest(began)
                 self._save_checkpoint(final=True)
             return self._finish(began)
         finally:
@@ -242,8 +249,8 @@ class Conductor:
                 "stopping: the running optimizer step is finished and a checkpoint written (again: stop now)"
             )
 
-    def _leave(self, began: float) -> None:
-        """After Ctrl-C, or without samplers or a teacher: let the running step end, save, go."""
+    def _come_to_rest(self, began: float) -> None:
+        """Let the running step end; what is in flight goes into the checkpoint."""
         self.schedule.paused = True
         if self.plan.exclusive:
             self.schedule.abandon()
@@ -251,6 +258,10 @@ class Conductor:
         while self.schedule.learner_busy or (self.plan.exclusive and self.schedule.lease != "learner"):
             self._advance()
         self.totals.wall_seconds = time.time() - began
+
+    def _leave(self, began: float) -> None:
+        """After Ctrl-C, or without samplers or a teacher: save and go."""
+        self._come_to_rest(began)
         self._save_checkpoint(final=True)
         self.fleet.stop(STARTERS)  # who started programs ends them
         if self._failure:
@@ -651,6 +662,21 @@ class Conductor:
                 self._write_sample(version, sample, grade, rollout)
             self.progress.say(records.evaluation_line(record))
             self._eval, self._eval_stats, self._eval_figures = {}, [], []
+            self._look_at_best(version)
+
+    def _look_at_best(self, version: int) -> None:
+        """After an evaluation, while the learner still holds still and its weights lie where they were published."""
+        evaluations = self.totals.evaluations
+        if self.best is None:
+            return
+        if self.best.of(evaluations) == version:
+            try:
+                self.best.keep(version, self.setup.channel)
+            except OSError as error:
+                self.telemetry.warn(version, f"the best student so far was NOT kept: {error}; training goes on")
+        if version < self.recipe.learner.steps and (why := self.best.out_of_patience(evaluations)):
+            self._stopped_early = why
+            self.telemetry.warn(version, why)
 
     def _on_trained(self, message: m.Trained) -> None:
         """An optimizer step and its publication are done: count its samples, write the step down, refresh if stale."""
@@ -758,6 +784,9 @@ class Conductor:
             self._save_state(temporary, extra)
             self.store.commit(temporary)
             self._last_saved = step
+            if self.best is not None:
+                known = (self.store.state(s)["totals"]["evaluations"] for s in self.store.steps())
+                self.best.tidy([self.totals.evaluations, *known])
         except OSError as error:
             self.store.discard(temporary)
             text = disk_error(error) or str(error)
@@ -811,12 +840,23 @@ class Conductor:
         write_synced(folder / "state.json", json.dumps(state))
 
     def _finish(self, began: float) -> dict[str, Any]:
-        from fopd_cli.export import export_student
+        from fopd_cli.export import export_kept, export_student
 
-        export_student(self.run_dir, self.run_dir.student, None)
+        best = None if self.best is None else self.best.of_kept(self.totals.evaluations)
+        if self.run_dir.student.exists():  # of an end before this one
+            shutil.rmtree(self.run_dir.student)
+        if self.best is None or best is None:
+            step = export_student(self.run_dir, self.run_dir.student, None)
+        else:
+            step = best
+            export_kept(self.run_dir, self.run_dir.student, best, self.best.file(best))
         self.totals.wall_seconds = time.time() - began
         busy = self.telemetry.busy_shares_total()
-        summary = records.summary(self.schedule, self.totals, busy)
+        chosen = {
+            "student_step": step, "student_chosen_by": "last" if self.best is None or best is None else self.best.metric,
+            "stopped_early": self._stopped_early,
+        }  # fmt: skip
+        summary = {**records.summary(self.schedule, self.totals, busy), **chosen}
         write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
         return summary
 

@@ -1,7 +1,7 @@
 """The run directory: made once, locked while in use, never overwritten.
 
 runs/NAME/  recipe.yaml (resolved)  recipe-history.jsonl (what was changed at which step)  metrics.jsonl  ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/
-            checkpoints/step-000100/  student/ (Hugging Face format)  summary.json  logs/WORKER.log
+            checkpoints/step-000100/  best/ (weights of eval.keep_best)  student/ (Hugging Face format)  summary.json  logs/WORKER.log
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.student = path / "student"
+        self.best = path / "best"
         self.recipe = path / "recipe.yaml"
         self.history = path / "recipe-history.jsonl"
         self.summary = path / "summary.json"
@@ -76,13 +77,17 @@ class RunDir:
         run = RunDir(new)
         run._make()
         try:
-            name = f"step-{step:06d}"
-            shutil.copytree(self.checkpoints / name, run.checkpoints / name, copy_function=_linked)
-            if damage := verify(run.checkpoints / name):  # the run that goes on has just removed it
+            at = run.checkpoints / f"step-{step:06d}"
+            shutil.copytree(self.checkpoints / at.name, at, copy_function=_linked)
+            if damage := verify(at):  # the run that goes on has just removed it
                 raise UserError(f"--step: {damage}; take another checkpoint")
-            for file in (self.recipe.name, self.history.name, *RECORDS):
-                if (self.path / file).exists():
-                    _copy_until(self.path / file, new / file, step)
+            for name in (self.recipe.name, self.history.name, *RECORDS):
+                if (self.path / name).exists():
+                    _copy_until(self.path / name, new / name, step)
+            for file in self.best.glob("step-*.safetensors"):
+                if int(file.stem.removeprefix("step-")) <= step:
+                    run.best.mkdir(exist_ok=True)
+                    _linked(str(file), str(run.best / file.name))
             if (self.path / "tensorboard").is_dir():
                 shutil.copytree(self.path / "tensorboard", new / "tensorboard")
             origin = {"run": str(self.path.resolve()), "step": step}

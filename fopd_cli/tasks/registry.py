@@ -50,4 +50,4 @@ def load_task(name: str, options: dict[str, Any], folder: str | None = None) -> 
         if not callable(getattr(task, method, None)):
             raise UserError(f"task.name: {name!r} has no method {method}(); see fopd_cli/tasks/base.py")
     guarded: Any = Guarded(task, name)
-    return guarded  # type: ignore[no-any-return]
+    return guarded
