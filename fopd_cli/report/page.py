@@ -108,7 +108,7 @@ def _results(runs: Sequence[Run]) -> str:
                 str(max(lags)) if lags else "–", duration(run.seconds),
             ]
         )  # fmt: skip
-    head = ["run", "state", "steps", "score", "KL to the teacher", "freshness", "largest lag", "time"]
+    head = ["run", "state", "steps", "score", "KL", "freshness", "largest lag", "time"]
     inside = _table(head, rows, "stack")
     taught = [(run.name, texts.teacher_score(run)) for run in runs]
     said = [f"{_e(name)}: the teacher's own score is {score:.3f}." for name, score in taught if score is not None]
