@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fopd_cli import launch
 from fopd_cli.errors import UserError
 from fopd_cli.export import student_of
+from fopd_cli.recipe import load_recipe
 from fopd_cli.report.reading import read
 from fopd_cli.runtime.rundir import RunDir
 
@@ -134,6 +135,11 @@ def test_a_student_at_a_checkpoint_is_evaluated_by_its_step(here: Fopd) -> None:
     assert json.loads((here.folder / "first" / "exports" / "step-000002" / "fopd.json").read_text())["step"] == 2
     with pytest.raises(UserError, match=re.escape("there is no checkpoint of step 3; there are [2, 4]")):
         student_of(RunDir.open(here.folder / "first"), 3)
+
+
+def test_a_run_may_be_named_where_a_model_is(here: Fopd, pair: Path) -> None:
+    path = here.recipe(small_recipe(pair, student={"model": "first"}), "second.yaml")
+    assert load_recipe(path).student.model == str(here.folder.resolve() / "first" / "student")
 
 
 def test_weights_are_exported_in_the_dtype_that_is_asked_for(here: Fopd, tmp_path: Path) -> None:
