@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fopd_cli import __version__, paths
-from fopd_cli.errors import EXIT_INTERRUPTED, EXIT_USER, EXIT_WORKER, Interrupted, UserError, WorkerError
+from fopd_cli.errors import EXIT_INTERRUPTED, EXIT_USER, EXIT_WORKER, Interrupted, Signalled, UserError, WorkerError
+from fopd_cli.runtime import warm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -77,6 +79,7 @@ def run(
         except UserError as error:
             typer.echo(f"# here: {error}")
         return
+    warm.begin()
     from fopd_cli import launch
 
     _report(launch.run(parsed, path), path)
@@ -95,6 +98,7 @@ def resume(
     `--set learner.steps=...` makes it longer. What is set stands in recipe.yaml from then on, and recipe-history.jsonl says
     since which step. Student, teacher, task and seed must stay what they were.
     """
+    warm.begin()
     from fopd_cli import launch
 
     _report(launch.resume(run_dir, step, set_ or []), run_dir)
@@ -114,6 +118,7 @@ def fork(
 
     As with resume, student, teacher, task and seed stay what they were.
     """
+    warm.begin()
     from fopd_cli import launch
 
     target = launch.fork_name(run_dir, step) if new is None else new
@@ -202,6 +207,7 @@ def evaluate(
     recipe = load_recipe(source, overrides)
     if step is not None and not is_run:
         raise UserError("--step: names a checkpoint of a run; MODEL is none")
+    warm.begin()
     from fopd_cli import doctor
     from fopd_cli.evaluation import evaluate as score
     from fopd_cli.export import student_of
@@ -408,9 +414,9 @@ def _report(summary: dict[str, Any], path: Path) -> None:
 
 def main() -> NoReturn:
     """Entry point: known errors become one line and an exit code. Every command ends at SIGTERM as it does at Ctrl-C."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, _signalled)
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -428,6 +434,20 @@ def main() -> NoReturn:
             sys.exit(EXIT_USER)
         raise
     sys.exit(code if isinstance(code, int) else 0)  # click hands a command's typer.Exit back as its code
+
+
+def _signalled(number: int, frame: object) -> NoReturn:
+    if _importing():  # torch's C++ code aborts where an exception comes out of what it calls
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
+        os._exit(EXIT_INTERRUPTED)
+    raise Signalled
+
+
+def _importing() -> bool:
+    """Whether a module is being imported, as torch is for seconds."""
+    specs = [getattr(module, "__dict__", {}).get("__spec__") for module in list(sys.modules.values())]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
 
 
 def _fail(message: str, code: int) -> NoReturn:

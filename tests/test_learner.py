@@ -305,6 +305,18 @@ def test_state_saved_by_any_number_of_ranks_goes_on_with_one(
         np.testing.assert_allclose(tensor.numpy(), expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_saving_before_the_first_step_is_no_step(pair: Path, samples: list[Sample], tmp_path: Path) -> None:
+    """AdamW corrects its first moments by the count of steps: one too many changes every weight."""
+    whole, saved, resumed = (kit.make_learner(pair, kit.config()) for _ in range(3))
+    resumed.restore(tmp_path / "saved", saved.save(tmp_path / "saved"))
+    for learner in (whole, saved, resumed):
+        learner.train(0, samples)
+    expected = {name: tensor.clone() for name, tensor in whole.publish()}
+    for learner in (saved, resumed):
+        for name, tensor in learner.publish():
+            assert torch.equal(tensor, expected[name]), name
+
+
 def test_a_restored_learner_goes_by_the_recipe_of_today(pair: Path, samples: list[Sample], tmp_path: Path) -> None:
     """A checkpoint holds what AdamW has gathered, not how it is to be used."""
     before = kit.make_learner(pair, kit.config())

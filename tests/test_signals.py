@@ -17,7 +17,8 @@ from conftest import ROOT, RUN_TIMEOUT_S, SLOW, Fopd, descendants, lines, metric
 from test_recovery import checkpoints, gone, start
 
 from fopd_cli.runtime.messages import Ready, StopCommand
-from fopd_cli.runtime.workers import STOPPING, Fleet, Mailbox, WorkerSpec
+from fopd_cli.runtime.warm import STOPPING
+from fopd_cli.runtime.workers import Fleet, Mailbox, WorkerSpec
 
 
 def end(process: subprocess.Popen[str], family: list[psutil.Process]) -> str:
@@ -51,6 +52,20 @@ def test_before_there_is_anything_to_save(fopd: Fopd, pair: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("place", ["code in a string", "an import that lets nothing out"])
+def test_wherever_python_is(tmp_path: Path, place: str) -> None:
+    """Python kills itself after a KeyboardInterrupt in the former; torch's C++ aborts, or goes on, after one in the latter."""
+    kill = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)"
+    (tmp_path / "swallows.py").write_text(f"try:\n    {kill}\nexcept BaseException:\n    pass\n")
+    does = {"code in a string": f"exec({kill!r})", "an import that lets nothing out": "__import__('swallows')"}[place]
+    (tmp_path / "command.py").write_text(f"import fopd_cli.cli as cli\ncli.app = lambda **_: {does}\ncli.main()")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "command"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_during_an_evaluation(fopd: Fopd, pair: Path) -> None:

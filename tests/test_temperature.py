@@ -59,7 +59,7 @@ def test_where_a_support_settles(spec: LossSpec, settles: Tensor) -> None:
 
 
 def test_it_is_said_before_a_run(fopd: Fopd) -> None:
-    recipe = small_recipe(TINY, loss={"support": "sampled"}, sampler={"temperature": 0.7, "max_new_tokens": 10})
+    recipe = small_recipe(TINY, loss={"support": "sampled"}, sampler={"temperature": 0.3, "max_new_tokens": 10})
     out = fopd("doctor", fopd.recipe(recipe), "--no-sanity", code=2).out
     assert "compares the student at 0.7 with the teacher at 1" in out
     assert "teacher to the power of 0.7" in out
@@ -73,7 +73,7 @@ def test_a_teacher_at_the_students_temperature(fopd: Fopd) -> None:
     """In a run: a teacher that is the student says nothing, and without it it would."""
     student = str(TINY / "student")
     recipe = small_recipe(
-        TINY, teacher={"model": student, "batch_samples": 4}, sampler={"temperature": 0.7, "max_new_tokens": 10},
+        TINY, teacher={"model": student, "batch_samples": 4}, sampler={"temperature": 0.3, "max_new_tokens": 10},
         loss={"support": "sampled", "teacher_temperature": "sampler"}, freshness={"policy": "async"}, learner={"steps": 1, "lr": 1e-9},
     )  # fmt: skip
     kl = {}

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
+from conftest import wait_for
 
 from fopd_cli.errors import UserError
-from fopd_cli.runtime import workers
+from fopd_cli.runtime import warm, workers
 from fopd_cli.runtime.messages import Lost, Ready, StopCommand
 from fopd_cli.runtime.workers import Fleet, Mailbox, Worker, WorkerSpec
 
@@ -79,3 +86,27 @@ def test_a_mistake_of_the_users_is_told_apart_from_a_worker_that_broke(tmp_path:
         ((_, lost),) = heard(fleet, 1)
     assert lost == Lost("task.name: mine:Mine: grade() raised KeyError", mistake=True)
     assert "ready after" in (tmp_path / "sampler-0.log").read_text()
+
+
+def describe(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    mailbox.send((os.environ["OMP_NUM_THREADS"], torch.get_num_threads(), "transformers.modeling_utils" in sys.modules))
+    mailbox.receive(block=True)
+
+
+def test_forked_workers_have_their_own_environment_and_die_with_their_server(tmp_path: Path) -> None:
+    warm.begin()
+    try:
+        with Fleet(tmp_path, 60, 60) as fleet:
+            for index, threads in enumerate((1, 2)):
+                fleet.start(WorkerSpec("sampler", index, 2, (), threads), describe, replaceable=True)
+            assert sorted(message for _, message in heard(fleet, 2)) == [("1", 1, True), ("2", 2, True)]
+            forked = [psutil.Process(worker.process.pid) for worker in fleet.workers.values()]
+            (server,) = {worker.ppid() for worker in forked}
+            assert server == forkserver._forkserver._forkserver_pid != os.getpid()  # type: ignore[attr-defined]
+            os.kill(server, signal.SIGKILL)
+            wait_for(lambda: not any(worker.is_running() for worker in forked), "the workers to follow", 10)
+            assert {type(message) for _, message in heard(fleet, 2)} == {Lost}
+            fleet.start(SPEC, echo)  # another server
+            assert isinstance(heard(fleet, 1)[0][1], Ready)
+    finally:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -371,9 +371,13 @@ class FsdpLearner:
         yield from (lora.adapters if self.config.adapter_only else lora.merged)(self.student.lm)
 
     def save(self, folder: Path) -> dict[str, Any]:
+        begun = bool(self.optimizer.state)
         model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)
         dcp.save({"model": model, "optimizer": optimizer}, folder, alone=self.world == 1)
-        return {"version": self.version, "noise_floor": {"value": self.floor.value, "samples": self.floor.samples}}
+        if not begun:
+            self._unmake_states()
+        floor = {"value": self.floor.value, "samples": self.floor.samples}
+        return {"version": self.version, "optimizer_begun": begun, "noise_floor": floor}
 
     def restore(self, folder: Path, extra: dict[str, Any]) -> None:
         model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)
@@ -385,9 +389,16 @@ class FsdpLearner:
         )  # fmt: skip
         for group in self.optimizer.param_groups:  # the recipe may have changed since
             group.update(betas=self.config.betas, weight_decay=self.config.weight_decay)
-        self._rest_states()
+        if extra.get("optimizer_begun", True):
+            self._rest_states()
+        else:
+            self._unmake_states()
         self.version = extra["version"]
         self.floor = drift.NoiseFloor(**extra["noise_floor"])
+
+    def _unmake_states(self) -> None:
+        """Before its first step AdamW has none. torch makes them, to save or to load, by a step that counts as one."""
+        self.optimizer.state.clear()
 
     def sleep(self) -> None:
         self._move("cpu")

@@ -49,8 +49,9 @@ from fopd_cli.runtime.sizes import arena_bytes
 from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
 from fopd_cli.runtime.telemetry import JsonLines, Progress, Resume, Telemetry
 from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Replay, Role, Score, Train
+from fopd_cli.runtime.warm import STOPPING
 from fopd_cli.runtime.watch import Watch
-from fopd_cli.runtime.workers import STARTERS, STOPPING, Fleet, Worker, WorkerSpec
+from fopd_cli.runtime.workers import STARTERS, Fleet, Worker, WorkerSpec
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
 from fopd_cli.tasks.replay import cached
 

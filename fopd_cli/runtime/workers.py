@@ -6,7 +6,8 @@ middle of a message can spoil only its own queue. The conductor waits on all out
 Signals are the conductor's to handle: `timeout`, systemd and a terminal send them to every process, and a worker that
 obeyed would take the running step with it. Workers are born with them blocked, and leave them alone from then on.
 
-No worker outlives the command: the kernel kills it when its parent dies (PR_SET_PDEATHSIG), whatever killed the parent.
+No worker outlives the command: the kernel kills it when its parent dies (PR_SET_PDEATHSIG), whatever killed the parent;
+where workers are forked from a server (`warm.py`), that is tied to the command in the same way.
 No worker hangs unnoticed: it bumps its pulse as it works, and one that owes an answer and has had no pulse for
 `timeout_s` (`start_timeout_s` while it loads its model) has its stacks written to its log, is killed and named.
 """
@@ -32,14 +33,13 @@ import torch
 import torch.multiprocessing as mp
 
 from fopd_cli.errors import UserError, WorkerError
-from fopd_cli.runtime import cores
+from fopd_cli.runtime import cores, warm
 from fopd_cli.runtime.cores import Cores
 from fopd_cli.runtime.messages import Failed, Lost, StopCommand
+from fopd_cli.runtime.warm import PR_SET_PDEATHSIG, STOPPING
 
-PR_SET_PDEATHSIG = 1
 STOP_TIMEOUT_S = 10.0
 REFUSAL_WAIT_S = 15.0  # for what else is wrong, once a worker has refused to start
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # They start programs of others, in which these signals must mean what they always mean.
 STARTERS = ("grader", "environment", "eval")
 
@@ -141,7 +141,8 @@ class Fleet:
         self._refusals: list[str] = []  # what workers said that could not start, in the user's words
         self._refused_at = 0.0
         self._computing, self._rows = cores.table(), dict[str, int]()  # who computes, and the row of each worker
-        self._context = mp.get_context("spawn")
+        self._context: Any = warm.context()
+        warm.track()
 
     def __enter__(self) -> Fleet:
         return self
@@ -160,10 +161,15 @@ class Fleet:
         row = self._rows.setdefault(spec.name, len(self._rows))
         share = Cores(self._computing, row, cores.here()) if spec.threads is None else None
         process = self._context.Process(
-            target=_main, args=(spec, target, args, inbox, outbox, pulse, share, str(log), os.getpid()), name=spec.name
+            target=_main, args=(spec, target, args, inbox, outbox, pulse, share, str(log)), name=spec.name
         )
-        with _environment(spec), _signals_blocked():
-            process.start()
+        with _set(_environment(spec)), warm.signals_blocked():
+            try:
+                process.start()
+            except (EOFError, OSError) as error:  # the server that forks it is gone, or there is no memory for another
+                raise WorkerError(
+                    f"{spec.name}: no process could be started ({type(error).__name__}: {error})"
+                ) from error
         # With our copy of the write end closed, a worker that dies inside a message ends it instead of stalling us.
         outbox._writer.close()
         worker = Worker(spec, process, inbox, outbox, pulse, log, replaceable, owed=1)  # it owes Ready
@@ -303,17 +309,6 @@ def _own_memory(pid: int) -> int:
     return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(("RssAnon:", "RssFile:")))
 
 
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """A process that is started meanwhile begins with them blocked: it imports for seconds before it can say what it
-    makes of them. To this process they come a moment later."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _leave_signals_alone(role: str) -> None:
     """What is ignored stays ignored in all that this process executes; a handler is gone there."""
     for number in STOPPING:
@@ -331,9 +326,8 @@ def _log(line: str) -> None:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def _environment(spec: WorkerSpec) -> Any:
-    """What must be set before the child imports torch; a spawned child inherits it."""
+def _environment(spec: WorkerSpec) -> dict[str, str]:
+    """What a worker's libraries are to find when they first look."""
     threads = str(spec.threads or cores.here())
     ours = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if spec.devices:
@@ -342,8 +336,14 @@ def _environment(spec: WorkerSpec) -> Any:
         ours["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{spec.role == 'learner'}"
     else:
         ours["CUDA_VISIBLE_DEVICES"] = ""
-    saved = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
+    return ours
+
+
+@contextlib.contextmanager
+def _set(environment: dict[str, str]) -> Iterator[None]:
+    """For a while: a spawned process inherits it, before it imports torch."""
+    saved = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         yield
     finally:
@@ -356,13 +356,15 @@ def _environment(spec: WorkerSpec) -> Any:
 
 def _main(
     spec: WorkerSpec, target: Callable[..., None], args: tuple[Any, ...], inbox: Any, outbox: Any, pulse: torch.Tensor,
-    share: Cores | None, log: str, parent: int,
+    share: Cores | None, log: str,
 ) -> None:  # fmt: skip
     """A worker's life: tie it to its parent, send its output to its log, run, and report how it ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)  # the parent died before we were tied to it
+        conductor = mp.parent_process()
+        if conductor is None or not conductor.is_alive():
+            os._exit(1)  # it died before we were tied to it
+    os.environ.update(_environment(spec))  # a forked process has its server's
     _leave_signals_alone(spec.role)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)

@@ -95,7 +95,7 @@ class Jail:
     async def _watch(self) -> Reason:
         """Returns when all processes together hold more memory than they may, or the workspace more files."""
         surveyed = time.monotonic()
-        while resident(self.process.pid) <= self.limits.memory_mb << 20:
+        while not holds_more(self.process.pid, self.limits.memory_mb << 20):
             if self.workspace is not None and time.monotonic() - surveyed > SURVEY_S:
                 if await asyncio.to_thread(occupied, self.workspace) > self.limits.workspace_mb << 20:
                     return "disk"
@@ -104,14 +104,38 @@ class Jail:
         return "memory"
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory held by a process and all its descendants."""
-    total = 0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+def holds_more(pid: int, limit: int) -> bool:
+    """Whether a process and all its descendants together hold more bytes of memory than that.
+
+    Pages that a fork shares with its parent are told apart only where the cheap sum, which counts them in each, is over.
+    """
+    family = processes(pid)
+    return sum(map(resident, family)) > limit and sum(map(proportional, family)) > limit
+
+
+def processes(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    found = [pid]
+    with contextlib.suppress(OSError, ValueError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            total += resident(int(child))
-    return total
+            found += processes(int(child))
+    return found
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process can see; 0 once it has ended."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    return 0
+
+
+def proportional(pid: int) -> int:
+    """Bytes of memory that are a process's own, with its part of what it shares; what it can see where the kernel won't say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    return resident(pid)
 
 
 def occupied(folder: Path) -> int:

@@ -1,0 +1,18 @@
+"""What engines have imported by the time that they have loaded a model; see `runtime/warm.py`. Importing this does it."""
+
+from importlib import import_module
+
+for _name in (
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "transformers.generation.utils",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.tokenization_utils_tokenizers",
+    "transformers.integrations.accelerate",
+    "fopd_cli.engines.fsdp_learner",
+    "fopd_cli.engines.transformers_sampler",
+    "fopd_cli.engines.transformers_teacher",
+):
+    import_module(_name)
