@@ -36,6 +36,8 @@ StepOption = Annotated[
     int | None, typer.Option(metavar="N", help="The checkpoint of this step; default: the newest sound one.")
 ]
 
+EXPORTED = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # names of torch's dtypes
+
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
@@ -102,6 +104,47 @@ def resume(
     _report(launch.resume(run_dir, step, set_ or []), run_dir)
 
 
+@app.command()
+def fork(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run; it is only read, and may be going on.")],
+    step: StepOption = None,
+    set_: SetOption = None,
+    new: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Of the fork; default: RUN_DIR-fork-N. Must be new."),
+    ] = None,
+) -> None:
+    """Go on from a checkpoint in a new directory, with other settings: the first run up to step N, from there on a run of its own.
+
+    As with resume, student, teacher, task and seed stay what they were.
+    """
+    warm.begin()
+    from fopd_cli import launch
+
+    target = launch.fork_name(run_dir, step) if new is None else new
+    _report(launch.fork(run_dir, target, step, set_ or []), target)
+
+
+@app.command("runs")
+def runs_command(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where they lie.")] = Path("runs"),
+) -> None:
+    """A table of the runs here: how far each is, its newest score and KL, and whether it is going on."""
+    from fopd_cli.report.tables import of_runs
+
+    typer.echo(of_runs(folder))
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="RUN")], second: Annotated[Path, typer.Argument(metavar="RUN")]
+) -> None:
+    """In what two runs differ: the keys of their recipes, and what came of it."""
+    from fopd_cli.report.tables import of_differences
+
+    typer.echo(of_differences(first, second))
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[
@@ -131,6 +174,10 @@ def evaluate(
     jobs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Processes; default: one a CUDA device, one on a CPU.")
     ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of a run: the student of this checkpoint; it stays in RUN_DIR/exports."),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
@@ -158,18 +205,60 @@ def evaluate(
     if samples:
         overrides.append(f"eval.samples={samples}")
     recipe = load_recipe(source, overrides)
-    if is_run and not paths.is_file(folder / "student" / "config.json"):
-        raise UserError(
-            f"{folder}: has no student yet; make one with: fopd export {folder} OUT, then fopd eval OUT --task {source}"
-        )
+    if step is not None and not is_run:
+        raise UserError("--step: names a checkpoint of a run; MODEL is none")
     warm.begin()
     from fopd_cli import doctor
     from fopd_cli.evaluation import evaluate as score
+    from fopd_cli.export import student_of
+    from fopd_cli.runtime.rundir import RunDir
 
-    path = str(folder / "student") if is_run else recipe.student.model
+    path = str(student_of(RunDir.open(folder), step)) if is_run else recipe.student.model
     doctor.check_model_name(path, "MODEL")
     mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
     typer.echo(json.dumps(score(path, recipe, out, mode, jobs or max(1, cuda_devices())), indent=1))
+
+
+@app.command()
+def chat(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run, finished or not.")],
+    step: StepOption = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Which one, where there are several; default: the first.")
+    ] = None,
+    raw: Annotated[
+        bool | None,
+        typer.Option("--raw/--chat", help="Without or through the chat template; default: as the run's own prompts."),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: the sampler's.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0, help="Default: the sampler's; 0 is greedy.")
+    ] = None,
+) -> None:
+    """Talk to a run's student and its teacher side by side; the student's tokens show how far the teacher is from each.
+
+    In a terminal by colour: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond; elsewhere (or with NO_COLOR) by
+    numbers. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
+    """
+    from fopd_cli import chat as talk
+    from fopd_cli.export import student_of
+    from fopd_cli.runtime.rundir import RunDir
+
+    run = RunDir.open(run_dir)
+    recipe = run.load_recipe([])
+    names = [t.name for t in recipe.teachers]
+    if teacher is not None and teacher not in names:
+        raise UserError(f"--teacher: there is no {teacher!r}; there are {', '.join(names)}")
+    section = recipe.teachers[names.index(teacher) if teacher else 0]
+    both = talk.Chat(
+        recipe, str(student_of(run, step)), section, None if raw is None else not raw, max_new_tokens, temperature
+    )
+    if both.teacher is None:
+        typer.echo(
+            f"{section.name} runs on a server (engine http), which is not asked here; the student talks alone", err=True
+        )
+    for text in talk.converse(both, talk.typed(), talk.has_colours()):
+        typer.echo(text)
 
 
 @app.command("doctor")
@@ -207,17 +296,37 @@ def doctor_command(
 
 @app.command("recipe")
 def recipe_command(
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION]", help="Of --explain: learner, or a key such as learner.lr.")
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Every key, its type, its default and its meaning.")
     ] = False,
+    template: Annotated[bool, typer.Option("--template", help="A recipe to begin with, to be filled in.")] = False,
 ) -> None:
-    """About recipes: `fopd recipe --explain` lists every key."""
-    if not explain:
-        raise UserError("say what: fopd recipe --explain")
+    """About recipes: `fopd recipe --explain learner` lists the keys of a section, without one all; --template is one to fill in."""
+    if explain == template:
+        raise UserError("say what: fopd recipe --explain [SECTION], or fopd recipe --template")
     from fopd_cli.recipe import explain as keys
+    from fopd_cli.recipe.meant import meant
+    from fopd_cli.recipe.template import TEMPLATE
 
-    for key, kind, default, meaning in keys():
+    if template:
+        typer.echo(TEMPLATE, nl=False)
+        return
+    shown = [found for found in keys() if section is None or _within(found[0], section)]
+    if not shown:
+        near = meant(str(section), [])
+        hint = f"did you mean {near!r}?" if near else "fopd recipe --explain lists all"
+        raise UserError(f"--explain: there is no section or key {section!r}; {hint}")
+    for key, kind, default, meaning in shown:
         typer.echo(f"{key}\n    {kind}; {'required' if default == 'required' else f'default {default}'}\n    {meaning}")
+
+
+def _within(key: str, section: str) -> bool:
+    """`task[math].train` lies in task, in task[math], and is task.train."""
+    plain = "".join(part.partition("]")[2] if i else part for i, part in enumerate(key.split("[")))
+    return any(k == section or k.startswith((f"{section}.", f"{section}[")) for k in (key, plain))
 
 
 @app.command()
@@ -228,15 +337,58 @@ def export(
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Only the adapter of a LoRA student, in peft's format.")
     ] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", help="Of the weights: bf16, fp16, fp32; auto: as the run sampled and evaluated them."
+        ),
+    ] = "auto",
 ) -> None:
     """Write a checkpoint's student as a Hugging Face model directory, tokenizer included."""
+    if dtype not in EXPORTED:
+        raise UserError(f"--dtype: {dtype!r} is none of {', '.join(EXPORTED)}")
+    if adapter and dtype != "auto":
+        raise UserError("--adapter, --dtype: an adapter is kept as it was trained; choose one of them")
     if paths.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; give a new directory")
+    import torch
+
     from fopd_cli.export import export_student
     from fopd_cli.runtime.rundir import RunDir
 
-    done = export_student(RunDir.open(run_dir), out, step, adapter)
+    chosen = EXPORTED[dtype]
+    done = export_student(RunDir.open(run_dir), out, step, adapter, None if chosen is None else getattr(torch, chosen))
     typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", help="Default: RUN/report.html, or report.html here for several."),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it on this machine instead, made anew while the runs go on.")
+    ] = False,
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Of --watch; 0: any that is free.")] = 8642,
+) -> None:
+    """One HTML file about a run, or about several side by side: curves, timeline, answers over training, advice.
+
+    It needs no network and no other file. Answers of the teacher stand beside the student's if they were recorded:
+    fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl
+    """
+    from fopd_cli.report.page import write
+    from fopd_cli.report.watch import watch as serve
+
+    if watch:
+        if out is not None:
+            raise UserError("--watch, -o: choose one of them")
+        serve(runs, port, typer.echo)
+        return
+    target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    size = write(runs, target)
+    typer.echo(f"{target}: {size / 1e6:.2f} MB")
 
 
 def _report(summary: dict[str, Any], path: Path) -> None:
@@ -250,6 +402,10 @@ def _report(summary: dict[str, Any], path: Path) -> None:
         score = ""  # where nothing is graded there is none
         if summary["score_first"] is not None and summary["score_last"] is not None:
             score = f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, "
+        if summary["student_chosen_by"] != "last":
+            typer.echo(
+                f"student/ is that of step {summary['student_step']}, the best by its {summary['student_chosen_by']}"
+            )
         typer.echo(
             f"{score}KL to the teacher {summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in {summary['steps']} steps and "
             f"{summary['wall_seconds']:.0f} s"

@@ -23,7 +23,7 @@ from fopd_cli.engines import hf, lora, rope, support, vllm_engine
 from fopd_cli.engines.templates import Frame, check_variables, encode_observation, end_of_turn, readable
 from fopd_cli.engines.vocabularies import Match, exchanged, inverse, listed, match
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import Recipe, Teacher, Vllm
+from fopd_cli.recipe import PluginTask, Recipe, Teacher, Vllm
 from fopd_cli.runtime.build import (
     add_adapters,
     http_server,
@@ -216,12 +216,16 @@ def check_model_name(model: str, key: str) -> None:
         return
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
         raise UserError(
-            f"{key}: there is no directory {model!r}; give a Hugging Face model directory or a hub id (owner/name)"
+            f"{key}: there is no directory {model!r}{paths.similar(model)}; give a Hugging Face model directory or a hub id (owner/name)"
         )
 
 
 def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
-    """All that can be found without loading weights; `disk` is where the run will write."""
+    """All that can be found without loading weights, each thing once; `disk` is where the run will write."""
+    yield from dict.fromkeys(_findings(inputs, disk))
+
+
+def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from (Finding("note", notice) for notice in inputs.stream.notices)
     yield from _vllm(inputs)
     yield from _packing(inputs)
@@ -233,6 +237,9 @@ def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
         yield from _ends(inputs, teacher)
         yield from _templates(inputs, teacher)
         yield from _sameness(inputs, teacher)
+        yield from _sizes(inputs, teacher)
+    yield from _plain_text(inputs)
+    yield from _amounts(inputs)
     yield from _conversation(inputs)
     yield from _models(inputs)
     yield from _vocabulary(inputs)
@@ -528,6 +535,49 @@ def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
         yield Finding("warning", "student and teacher are the same model: every loss is 0", "name a larger teacher")
 
 
+def _sizes(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
+    theirs = _count(hf.weight_layout(teacher.config))
+    if inputs.parameters > theirs:
+        yield Finding(
+            "warning",
+            f"the student has {inputs.parameters / 1e6:,.1f} million parameters, {teacher.section.name} only {theirs / 1e6:,.1f}",
+            "make sure that student.model and teacher.model are not exchanged",
+        )
+
+
+def _plain_text(inputs: Inputs) -> Iterator[Finding]:
+    """A task of the user's own hands over plain text, and the student was taught conversations."""
+    task = inputs.recipe.task
+    if not isinstance(task, PluginTask) or task.chat is False or not getattr(inputs.tokenizer, "chat_template", None):
+        return
+    if any(p.messages is None for p in inputs.stream.prompts["train"]):
+        yield Finding(
+            "warning",
+            f"task.name: {task.name} gives prompts as plain text, so the student's chat template is not applied to them",
+            "give Prompt(messages=[{'role': 'user', 'content': ...}]) instead of Prompt(text=...), or say that it is meant: task.chat: false",
+        )
+
+
+def _amounts(inputs: Inputs) -> Iterator[Finding]:
+    """Numbers that do not go together."""
+    recipe = inputs.recipe
+    learner, there = recipe.learner, len(inputs.stream.kept["train"]) * recipe.sampler.samples_per_prompt
+    if learner.batch_samples > there:
+        yield Finding(
+            "warning",
+            f"learner.batch_samples: a batch of {learner.batch_samples} is larger than the data ({there} samples of all training prompts), "
+            "so each batch holds the same prompts several times",
+            "lower it, or give more data",
+        )
+    if learner.warmup_steps >= learner.steps:
+        yield Finding(
+            "warning",
+            f"learner.warmup_steps: {learner.warmup_steps} of {learner.steps} steps are warm-up, so learner.lr is "
+            + ("reached in the last one only" if learner.warmup_steps == learner.steps else "never reached"),
+            "lower it, or raise learner.steps",
+        )
+
+
 def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     while not paths.exists(folder):
         folder = folder.parent
@@ -536,7 +586,12 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     if inputs.recipe.schedule.lag:  # and the weights of the version before, as samplers have them
         cuda = bool(inputs.plan.samplers[0].devices)
         state += resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
-    needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters)
+    kept = 0
+    if inputs.recipe.eval.keep_best is not None:  # the best now, and of each checkpoint
+        cuda = bool(inputs.plan.samplers[0].devices)
+        size = resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
+        kept = size * (inputs.recipe.checkpoint.keep + 2)
+    needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters + kept)
     free = shutil.disk_usage(folder).free
     if free < needed:
         yield Finding(

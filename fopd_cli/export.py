@@ -8,21 +8,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from fopd_cli.engines import dcp, hf, lora, model_files
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
-from fopd_cli.runtime.build import load_student
+from fopd_cli.runtime.build import load_student, published_adapter
 from fopd_cli.runtime.checkpoint import CheckpointStore, verify
 from fopd_cli.runtime.rundir import RunDir
 
 PREFIX = "lm."  # the learner keeps the model under this name
 
 
-def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = False) -> int:
+def export_student(
+    run: RunDir, out: Path, step: int | None, adapter: bool = False, dtype: torch.dtype | None = None
+) -> int:
     """Write the student of a checkpoint (default: the newest sound one) to `out`; returns its step.
 
-    Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those of this model.
+    Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those of this model, or in
+    `dtype`.
     `adapter`: only what a LoRA student learnt, in peft's format.
     """
     recipe = run.load_recipe([])
@@ -42,13 +46,49 @@ def export_student(run: RunDir, out: Path, step: int | None, adapter: bool = Fal
             lora.write_adapter(out, lora.adapters(model), recipe.student.lora.alpha, recipe.student.model)
         else:
             whole = _merged(recipe, model)
-            hf.cast(whole, evaluated_in)
+            hf.cast(whole, dtype or evaluated_in)
             model_files.write_model(whole, recipe.student.model, out)
         model_files.write_tokenizer(recipe.student.model, out)
         (out / "fopd.json").write_text(json.dumps({"run": str(run.path), "step": step}) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the student to {out}: {error}") from None
     return step
+
+
+def export_kept(run: RunDir, out: Path, step: int, weights: Path, dtype: torch.dtype) -> None:
+    """The same from weights of a step that were kept as they were published, in `dtype` (`runtime/best.py`)."""
+    recipe, tensors = run.load_recipe([]), load_file(weights)
+    if published_adapter(recipe) is None:
+        model: Any = hf.load_model(recipe.student.model, "student.model", dtype)
+        model.load_state_dict(tensors, strict=False)  # tied weights stand there once
+    else:
+        model = load_student(recipe, dtype)
+        for name, tensor in lora.adapters(model):
+            tensor.copy_(tensors[name])
+        model = _merged(recipe, model)
+        hf.cast(model, dtype)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        model_files.write_model(model, recipe.student.model, out)
+        model_files.write_tokenizer(recipe.student.model, out)
+        (out / "fopd.json").write_text(json.dumps({"run": str(run.path), "step": step}) + "\n")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the student to {out}: {error}") from None
+
+
+def student_of(run: RunDir, step: int | None) -> Path:
+    """A directory with the run's student: `student/` of a run that has ended, else of a checkpoint (`exports/`, made once)."""
+    if step is None and (run.student / "config.json").is_file():
+        return run.student
+    store = CheckpointStore(run.checkpoints)
+    if step is None:
+        step, _ = store.newest_sound()
+    elif step not in store.steps():
+        raise UserError(f"--step: there is no checkpoint of step {step}; there are {store.steps()}")
+    out = run.path / "exports" / f"step-{step:06d}"
+    if not (out / "fopd.json").is_file():  # written last
+        export_student(run, out, step)
+    return out
 
 
 def _trained(recipe: Recipe, folder: Path, frozen_dtype: torch.dtype) -> Any:

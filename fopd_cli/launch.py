@@ -1,15 +1,16 @@
-"""From a recipe or a run directory to a running conductor: `fopd run`, `fopd resume` and `--dry-run`."""
+"""From a recipe or a run directory to a running conductor: `fopd run`, `fopd resume`, `fopd fork` and `--dry-run`."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from fopd_cli import doctor
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import Recipe, changes, recorded_recipe
-from fopd_cli.runtime.checkpoint import CheckpointStore, verify
+from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
+from fopd_cli.runtime.checkpoint import CheckpointStore, verify, write_synced
 from fopd_cli.runtime.conductor import Conductor, Model
 from fopd_cli.runtime.placement import cuda_devices, place
 from fopd_cli.runtime.rundir import RunDir
@@ -29,7 +30,36 @@ def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]
     With `step`, changes of the recipe that were made later are undone, like all else that came later. A resume that is
     refused leaves everything as it was.
     """
+    return _resuming(RunDir.open(path), step, overrides).run()
+
+
+def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
+    """A second run that is the first one up to a checkpoint; `overrides` hold from there on. The first one is only read, and may
+    be going on. A fork that is refused leaves nothing behind.
+    """
     run_dir = RunDir.open(path)
+    step = _sound(CheckpointStore(run_dir.checkpoints), step)
+    forked = run_dir.fork(new, step)
+    try:
+        conductor = _resuming(forked, step, overrides)
+    except BaseException:
+        shutil.rmtree(new)
+        raise
+    # Should a worker fail at its start, a plain resume of the fork still knows what was asked for.
+    write_synced(forked.recipe, dump_recipe(conductor.recipe))
+    return conductor.run()
+
+
+def fork_name(path: Path, step: int | None) -> Path:
+    """Where a fork goes if nobody says."""
+    run_dir = RunDir.open(path)
+    at = _sound(CheckpointStore(run_dir.checkpoints), step)
+    return path.resolve().with_name(f"{path.resolve().name}-fork-{at}")
+
+
+def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> Conductor:
+    """Checked and restored, and nothing written yet."""
+    path = run_dir.path
     run_dir.lock()
     store = CheckpointStore(run_dir.checkpoints)
     undone = [] if step is None else _undone(run_dir, step)
@@ -55,7 +85,7 @@ def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]
     if again := changes.invalidated(before, recipe):
         say(f"{', '.join(again)}: samples in flight were made with another value; they are sampled again")
     conductor.restore(step, state, changes.changes(in_force, changes.flat(recipe)), anew=bool(again))
-    return conductor.run()
+    return conductor
 
 
 def _sound(store: CheckpointStore, step: int | None) -> int:

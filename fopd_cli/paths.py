@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,16 @@ def is_file(path: Path | str) -> bool:
 
 def exists(path: Path | str) -> bool:
     return _try(path, Path.exists)
+
+
+def similar(path: Path | str) -> str:
+    """A hint for a path that is not there: one beside it that is spelt like it; empty if there is none."""
+    path = Path(path)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        beside = {p.name: p for p in path.expanduser().parent.iterdir()}
+        if near := difflib.get_close_matches(path.name, beside, n=1):
+            return f"; did you mean {str(path.parent / near[0])!r}?"
+    return ""
 
 
 def _try(path: Path | str, test: Callable[[Path], bool]) -> bool:

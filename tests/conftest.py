@@ -100,6 +100,7 @@ class Fopd:
             cwd=self.folder,
             env=self.environment,
             text=True,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,

@@ -151,6 +151,8 @@ def test_explain_lists_every_key(fopd: Fopd) -> None:
         assert key in out
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "eval", "doctor", "recipe", "export"])
+@pytest.mark.parametrize(
+    "command", ["run", "resume", "fork", "runs", "diff", "report", "chat", "eval", "doctor", "recipe", "export"]
+)
 def test_every_command_has_help(fopd: Fopd, command: str) -> None:
     assert len(fopd(command, "--help").out) > 300

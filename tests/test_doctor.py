@@ -31,6 +31,7 @@ def questions(folder: Path, *texts: str, name: str = "q.jsonl", **columns: Any) 
 def load(folder: Path, **changes: Any) -> doctor.Inputs:
     recipe = small_recipe(TINY, **{k: v for k, v in changes.items() if k != "task"})
     recipe["task"] = changes.get("task", recipe["task"])
+    recipe["learner"]["batch_samples"] = 1  # some of these files hold a single question
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     parsed = load_recipe(path)

@@ -18,11 +18,11 @@ ALLOWED = {
     "tensors": set(),
     "samples": set(),
     "errors": set(),
-    "recipe": {"errors", "freshness.policies"},
+    "recipe": {"errors", "paths", "freshness.policies"},
     "freshness": {"tensors", "samples"},
     "losses": {"freshness", "tensors", "samples"},
     "sandbox": {"errors"},
-    "tasks": {"samples", "errors", "sandbox"},
+    "tasks": {"samples", "errors", "paths", "sandbox"},
     "engines": {"losses", "freshness", "tasks", "samples", "errors"},
 }
 ONLY_IN_ENGINES = {"transformers", "vllm", "huggingface_hub", "peft"}

@@ -36,6 +36,8 @@ def test_an_asynchronous_run_and_all_that_it_leaves(fopd: Fopd, pair: Path) -> N
     assert [r["step"] for r in steps] == list(range(1, 9))
     assert all(r["coverage_roll"] == 1 and r["drift_sup"] == 0 for r in steps)
     assert {"sampler", "teacher", "learner"} <= set(steps[-1]["timing"]["busy"])
+    assert set(steps[-1]["timing"]["memory_bytes"]) == {"sampler-0", "teacher-0", "learner-0", "grader-0"}
+    assert all(10**7 < size < 10**10 for size in steps[-1]["timing"]["memory_bytes"].values())
     assert lines(run / "samples.jsonl")[0].keys() >= {"prompt", "response", "score", "versions"}
     assert any((run / "tensorboard").glob("events.*"))
     assert {p.stem for p in (run / "logs").glob("*.log")} == {"sampler-0", "teacher-0", "learner-0", "grader-0"}
@@ -50,8 +52,8 @@ def test_sampling_runs_less_far_ahead_while_the_student_moves(fopd: Fopd, pair: 
 
 
 def spans(run: Path) -> dict[str, list[tuple[float, float]]]:
-    """(start, end) of each kind of work in the timeline, in microseconds; read as Perfetto reads it."""
-    events = json.loads((run / "trace.json").read_text().rstrip().rstrip(",") + "]")
+    """(start, end) of each kind of work in the timeline, in microseconds."""
+    events = json.loads((run / "trace.json").read_text())
     tracks = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
     assert {"sampler-0", "teacher-0", "learner-0"} <= set(tracks.values())
     out: dict[str, list[tuple[float, float]]] = {}

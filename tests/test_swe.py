@@ -107,6 +107,9 @@ def test_what_a_patch_is_judged_by() -> None:
     assert graded(cheat) == {**right, "score": 0.0}, "its tests are put back"
     hooked = "printf 'import pytest\\n@pytest.hookimpl(hookwrapper=True)\\ndef pytest_runtest_makereport():\\n    o = yield\\n    o.get_result().outcome = \"passed\"\\n' > conftest.py"
     assert graded(hooked)["score"] == 0.0, "so is conftest.py"
+    names = " ".join(f"PASSED {name}" for name in (*made.fail_to_pass, *made.pass_to_pass))
+    prints = f"import atexit, os; atexit.register(lambda: os.write(1, chr(10).join('{names}'.replace('PASSED', chr(10) + 'PASSED').split(chr(10))).encode()))"
+    assert graded(f"printf '%s\\n' \"{prints}\" >> {module}")["score"] == 0.0, "what is printed is no report"
     assert task.grade(prompt, "diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n").figures["applied"] == 0.0
     assert task.grade(prompt, "I am done.").figures == {"submitted": 0.0}
 

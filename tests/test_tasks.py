@@ -129,8 +129,8 @@ def test_math_names_what_is_wrong_with_a_file(tmp_path: Path, content: str | Non
 
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
-        "class Echo:\n    def __init__(self, n): self.n = n\n"
-        "    def prompts(self, split): return list(range(self.n))\n    def grade(self, prompt, response): return 1.0\n"
+        "from fopd_cli.samples import Prompt\nclass Echo:\n    def __init__(self, n): self.n = n\n"
+        "    def prompts(self, split): return [Prompt(i, text='x') for i in range(self.n)]\n    def grade(self, prompt, response): return 1.0\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     assert len(load_task("mine:Echo", {"n": 3}).prompts("train")) == 3

@@ -10,10 +10,12 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from conftest import wait_for
 
-from fopd_cli.runtime import warm
+from fopd_cli.errors import UserError
+from fopd_cli.runtime import warm, workers
 from fopd_cli.runtime.messages import Lost, Ready, StopCommand
 from fopd_cli.runtime.workers import Fleet, Mailbox, Worker, WorkerSpec
 
@@ -51,6 +53,41 @@ def test_a_lost_worker_is_reported_after_its_last_words_and_sent_nothing_more(tm
         assert fleet.receive(timeout=0.2) == []
 
 
+def refusing(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    raise UserError(f"{spec.role}.packing: this architecture cannot be packed")
+
+
+def test_all_that_keeps_workers_from_starting_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "REFUSAL_WAIT_S", 120.0)  # a busy machine starts them far apart
+    with Fleet(tmp_path, 60, 60) as fleet:
+        fleet.start(WorkerSpec("learner", 0, 1, (), 1), refusing)
+        fleet.start(WorkerSpec("teacher", 0, 1, (), 1), refusing, replaceable=True)
+        fleet.start(SPEC, echo, replaceable=True)
+        with pytest.raises(UserError) as caught:
+            heard(fleet, 9)
+    said = str(caught.value).split(" | ")
+    assert sorted(said) == [f"{role}.packing: this architecture cannot be packed" for role in ("learner", "teacher")]
+    log = (tmp_path / "learner-0.log").read_text()
+    assert "learner-0 starts: pid" in log
+    assert "learner-0 gives up: learner.packing" in log
+
+
+def mistaken(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    mailbox.send(Ready())
+    mailbox.receive(block=True)
+    raise UserError("task.name: mine:Mine: grade() raised KeyError")
+
+
+def test_a_mistake_of_the_users_is_told_apart_from_a_worker_that_broke(tmp_path: Path) -> None:
+    with Fleet(tmp_path, 60, 60) as fleet:
+        fleet.start(SPEC, mistaken, replaceable=True)
+        heard(fleet, 1)
+        fleet.send("sampler-0", "go")
+        ((_, lost),) = heard(fleet, 1)
+    assert lost == Lost("task.name: mine:Mine: grade() raised KeyError", mistake=True)
+    assert "ready after" in (tmp_path / "sampler-0.log").read_text()
+
+
 def describe(spec: WorkerSpec, mailbox: Mailbox) -> None:
     mailbox.send((os.environ["OMP_NUM_THREADS"], torch.get_num_threads(), "transformers.modeling_utils" in sys.modules))
     mailbox.receive(block=True)
@@ -63,11 +100,11 @@ def test_forked_workers_have_their_own_environment_and_die_with_their_server(tmp
             for index, threads in enumerate((1, 2)):
                 fleet.start(WorkerSpec("sampler", index, 2, (), threads), describe, replaceable=True)
             assert sorted(message for _, message in heard(fleet, 2)) == [("1", 1, True), ("2", 2, True)]
-            workers = [psutil.Process(worker.process.pid) for worker in fleet.workers.values()]
-            (server,) = {worker.ppid() for worker in workers}
+            forked = [psutil.Process(worker.process.pid) for worker in fleet.workers.values()]
+            (server,) = {worker.ppid() for worker in forked}
             assert server == forkserver._forkserver._forkserver_pid != os.getpid()  # type: ignore[attr-defined]
             os.kill(server, signal.SIGKILL)
-            wait_for(lambda: not any(worker.is_running() for worker in workers), "the workers to follow", 10)
+            wait_for(lambda: not any(worker.is_running() for worker in forked), "the workers to follow", 10)
             assert {type(message) for _, message in heard(fleet, 2)} == {Lost}
             fleet.start(SPEC, echo)  # another server
             assert isinstance(heard(fleet, 1)[0][1], Ready)

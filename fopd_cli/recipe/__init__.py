@@ -7,12 +7,13 @@ recipe first, then in the current directory. What runs is written to the run dir
 from fopd_cli.recipe import changes
 from fopd_cli.recipe.explain import explain
 from fopd_cli.recipe.files import dump_recipe, load_recipe, recorded_recipe
-from fopd_cli.recipe.schema import Labels, Lora, Placement, Prompts, Recipe, Sampler, Teacher, Vllm
+from fopd_cli.recipe.schema import Labels, Lora, Placement, PluginTask, Prompts, Recipe, Sampler, Teacher, Vllm
 
 __all__ = [
     "Labels",
     "Lora",
     "Placement",
+    "PluginTask",
     "Prompts",
     "Recipe",
     "Sampler",

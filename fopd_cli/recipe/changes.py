@@ -19,7 +19,12 @@ HANDED_OVER = ("loss.support", "loss.teacher_temperature", "teacher.targets", "t
 
 def flat(recipe: Recipe) -> Flat:
     """Every key with its value, as JSON has it; of several teachers by number, as in `teacher.0.k`."""
-    return dict(_flat(recipe.model_dump(mode="json"), ""))
+    return flattened(recipe.model_dump(mode="json"))
+
+
+def flattened(dumped: Mapping[str, Any]) -> Flat:
+    """The same of a recipe as it is written down, of whatever version."""
+    return dict(_flat(dict(dumped), ""))
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -27,6 +27,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     if fresh.policy == "sync" and max_lag > 0:
         yield f"freshness.policy: sync means schedule.depth 0, but the lag may be {max_lag} here; set schedule.depth: 0"
     yield from _of_teachers(recipe)
+    yield from _of_evaluations(recipe)
     yield from _of_prompts(recipe)
     support = recipe.support
     if policy.trust and support not in ("sampled", "mc"):
@@ -84,10 +85,21 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
             yield f"loss.student_k: {loss.student_k} leaves none of the teacher's {t.k} classes to the teacher; raise teacher.k"
 
 
+def _of_evaluations(recipe: Recipe) -> Iterator[str]:
+    """Keys that look at several evaluations."""
+    section = recipe.eval
+    if section.patience and section.keep_best is None:
+        yield "eval.patience: has no measure to go by; set eval.keep_best: score or kl"
+    if section.keep_best is not None and not 0 < section.every < recipe.learner.steps:
+        yield "eval.keep_best: there are no evaluations in between to choose from; set eval.every to some optimizer steps"
+    if section.keep_best == "score" and (recipe.task.name == "chat" or getattr(recipe.task, "answer", "") is None):
+        yield "eval.keep_best: score, but nothing is graded in this task; set it to kl"
+
+
 def _of_prompts(recipe: Recipe) -> Iterator[str]:
     """Keys of the chat template that no chat template would read."""
     own_template = any(t.template == "teacher" for t in recipe.teachers)
-    if getattr(recipe.task, "chat", True):
+    if getattr(recipe.task, "chat", True) is not False:
         return
     if getattr(recipe.task, "system", None):
         yield "task.system: plain text (task.chat: false) has no system message; put it into task.template"

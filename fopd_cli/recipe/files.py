@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fopd_cli import paths
 from fopd_cli.errors import UserError
 from fopd_cli.recipe.explain import fields_of, sections_of
+from fopd_cli.recipe.meant import meant, near_value
 from fopd_cli.recipe.plain import NotPlain, NotYaml, parse, shown, shown_key
 from fopd_cli.recipe.schema import Recipe
 
 MOST_PROBLEMS = 4  # in one message
+PATHS = ("path", "file", "folder", "dir", "directory")  # ends of keys that name one
 LONG_KEY = 60  # characters: longer ones are nobody's slip of the finger
 
 
@@ -25,7 +28,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         raw = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such recipe") from None
+        raise UserError(f"{path}: there is no such recipe{paths.similar(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory; give a recipe (for a run directory use `fopd resume`)") from None
     except NotPlain as problem:
@@ -101,6 +104,30 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
             if isinstance(values, dict) and values.get("engine") != "http":
                 for key in keys:
                     values.update(_resolved(values, key, folder))
+    task = raw.get("task")
+    if isinstance(task, dict) and ":" in str(task.get("name")):
+        _resolve_plugin(task, folder)
+
+
+def _resolve_plugin(task: dict[str, Any], folder: Path) -> None:
+    """Where a task of the user's own lies, and the files that its options name."""
+    module = str(task["name"]).partition(":")[0].split(".")[0]
+    if "path" not in task:
+        with contextlib.suppress(OSError, ValueError):
+            for base in (folder, Path()):
+                if (base / f"{module}.py").is_file() or (base / module).is_dir():
+                    task["path"] = str(base.resolve())
+                    break
+    else:
+        task.update(_resolved(task, "path", folder))
+    options = task.get("options")
+    if not isinstance(options, dict):
+        return
+    for key in list(options):
+        found = _resolved(options, key, folder)
+        named = key.lower().endswith(PATHS)
+        if found and (named or Path(found[key]).is_file()):
+            options.update(found)
 
 
 def _resolved(values: dict[str, Any], key: str, folder: Path) -> dict[str, str]:
@@ -109,6 +136,8 @@ def _resolved(values: dict[str, Any], key: str, folder: Path) -> dict[str, str]:
         for base in (folder, Path()):
             with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path at all, or of nobody's home
                 candidate = base / Path(value).expanduser()
+                if key == "model" and (candidate / "recipe.yaml").is_file() and (candidate / "student").is_dir():
+                    candidate = candidate / "student"  # a run stands for what it taught
                 if candidate.exists():
                     return {key: str(candidate.resolve())}
     return {}
@@ -127,8 +156,8 @@ def _explain_error(error: Any, raw: dict[str, Any]) -> str:
     parts, known = _place(error["loc"], numbered=isinstance(raw.get("teacher"), list))
     if error["type"] == "extra_forbidden":
         unknown = str(error["loc"][-1])
-        near = difflib.get_close_matches(unknown, known, n=1) if len(unknown) < LONG_KEY else []
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        near = meant(unknown, parts) if len(unknown) < LONG_KEY else None
+        hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{shown_key('.'.join([*parts, unknown]))}: unknown key; {hint}"
     key = shown_key(".".join(parts))
     if error["type"] == "missing":
@@ -137,7 +166,10 @@ def _explain_error(error: Any, raw: dict[str, Any]) -> str:
         said = str(error["msg"]).removeprefix("Value error, ")
         return f"{key}: {said}" if key else said
     got = error.get("input")
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, but it is {shown(got)} ({type(got).__name__})"
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(got, str):
+        hint = near_value(got, re.findall(r"'([^']*)'", error["msg"]))
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, but it is {shown(got)} ({type(got).__name__}){hint}"
 
 
 def _place(loc: tuple[Any, ...], numbered: bool) -> tuple[list[str], list[str]]:

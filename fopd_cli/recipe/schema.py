@@ -202,12 +202,12 @@ class ChatTask(Questions):
     """Questions without an answer to grade: distillation alone. Evaluations report the KL to the teacher."""
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
-    eval: str
-    """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
+    eval: str | None = None
+    """The same, for held-out questions; may be the training file: what is held out is then not trained on. null: some of task.train, drawn by their text."""
     question: str = "messages"
     """Column of the question, a list of chat messages or a text; a.b for a nested one. An assistant's answer at the end is left out."""
-    eval_prompts: HowMany = 256
-    """Held-out questions used."""
+    eval_prompts: HowMany | None = None
+    """Held-out questions used. Default: 256, but of the training file at most a tenth."""
 
 
 class MathTask(Graded):
@@ -215,10 +215,10 @@ class MathTask(Graded):
     """Maths questions graded by math-verify."""
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
-    eval: str
-    """The same, for held-out questions; may be the training file: what is held out is then not trained on."""
-    eval_prompts: HowMany = 256
-    """Held-out questions used."""
+    eval: str | None = None
+    """The same, for held-out questions; may be the training file: what is held out is then not trained on. null: some of task.train, drawn by their text."""
+    eval_prompts: HowMany | None = None
+    """Held-out questions used. Default: 256, but of the training file at most a tenth."""
 
 
 class ToolTask(Graded):
@@ -227,7 +227,7 @@ class ToolTask(Graded):
     train: str | None = None
     """As of the math task; null (both): generated calculations."""
     eval: str | None = None
-    """The same, for held-out questions."""
+    """The same, for held-out questions. null, with a file to train on: some of that, drawn by their text."""
     notation: Literal["code", "native"] = "code"
     """How the student calls: blocks of code fenced as ```python, or the chat template's own tool calls."""
     max_calls: NonNegative = 6
@@ -248,8 +248,8 @@ class ToolTask(Graded):
     """Numbers a generated question."""
     train_prompts: HowMany = 20_000
     """Distinct generated training questions."""
-    eval_prompts: HowMany = 256
-    """Held-out questions used."""
+    eval_prompts: HowMany | None = None
+    """Held-out questions used. Default: 256, but of the training file at most a tenth."""
     seed: Seed = 0
     """Of generated questions, apart from the run's seed."""
     drift: Share = 0.0
@@ -262,7 +262,7 @@ class SweTask(Prompts):
     train: str | None = None
     """Instances in SWE-bench's columns: sources as of the math task; null (both): generated repositories."""
     eval: str | None = None
-    """The same, held out; may be the training file: what is held out is then not trained on."""
+    """The same, held out; may be the training file: what is held out is then not trained on. null, with a file to train on: some of that, drawn by their ids."""
     scaffold: str = "swebench_backticks"
     """Prompts and formats: a configuration that comes with mini-swe-agent, or a YAML file like it."""
     notation: Literal["code", "native"] = "code"
@@ -283,8 +283,8 @@ class SweTask(Prompts):
     """Who says whether a patch resolves: the instance's tests in the same sandbox, or the official harness (package swebench and Docker; not yet run by us)."""
     train_prompts: HowMany = 20_000
     """Generated training instances."""
-    eval_prompts: HowMany = 256
-    """Held-out instances used."""
+    eval_prompts: HowMany | None = None
+    """Held-out instances used. Default: 256, but of the training file at most a tenth."""
     seed: Seed = 0
     """Of generated instances, apart from the run's seed."""
 
@@ -293,7 +293,11 @@ class PluginTask(Prompts):
     name: str
     """Import path of your own task, package.module:Class (see fopd_cli/tasks/base.py)."""
     options: dict[str, Any] = {}
-    """Keyword arguments of the class."""
+    """Keyword arguments of the class. Names of files, and what stands under keys that end with path, file, folder or dir, are looked up beside the recipe first."""
+    path: str | None = None
+    """Folder in which its module is looked up first. Default: the recipe's, or else the current one, if the module is there."""
+    chat: bool | None = None
+    """false says that prompts of plain text are meant as they are, without the chat template; null: doctor asks."""
 
     @model_validator(mode="before")
     @classmethod
@@ -486,6 +490,11 @@ class Eval(Section):
     """Default: the sampler's."""
     max_new_tokens: Positive | None = None
     """Default: the sampler's."""
+
+    keep_best: Literal["score", "kl"] | None = None
+    """Keep the student of the best evaluation, by its score or by its KL to the teacher: student/ is that one at the end, and summary.json says of which step. null: the last one."""
+    patience: NonNegative = 0
+    """With keep_best: end the run early after so many evaluations in a row that are no better than the best; 0: never."""
 
 
 class Checkpoint(Section):

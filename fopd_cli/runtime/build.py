@@ -20,7 +20,7 @@ from fopd_cli.engines.vllm_engine import AdapterOptions, VllmOptions
 from fopd_cli.errors import UserError
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
-from fopd_cli.recipe import Lora, Prompts, Recipe, Vllm
+from fopd_cli.recipe import Lora, PluginTask, Prompts, Recipe, Vllm
 from fopd_cli.recipe import Teacher as TeacherSection
 from fopd_cli.runtime.params import sampling_params
 from fopd_cli.runtime.placement import Plan
@@ -280,13 +280,15 @@ def with_cpu_cache(options: VllmOptions, model: str) -> VllmOptions:
     return replace(options, kv_cache_bytes=max(64 << 20, min(wanted, total_memory() // 8)))
 
 
-def task_arguments(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """(name, keyword arguments) of the recipe's task, without what is not the task's own to do."""
+def task_arguments(recipe: Recipe) -> tuple[str, dict[str, Any], str | None]:
+    """(name, keyword arguments, folder of its module) of the recipe's task, without what is not the task's own to do."""
+    if isinstance(recipe.task, PluginTask):
+        return recipe.task.name, dict(recipe.task.options), recipe.task.path
     options = recipe.task.model_dump()
     name = options.pop("name")
     for key in Prompts.model_fields:
         options.pop(key, None)
-    return name, options.get("options", options)
+    return name, options, None
 
 
 def student_frame(recipe: Recipe, tokenizer: Any) -> Frame:

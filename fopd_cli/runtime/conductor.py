@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import signal
 import time
 import uuid
@@ -33,6 +34,7 @@ from fopd_cli.recipe import Recipe, dump_recipe
 from fopd_cli.runtime import messages as m
 from fopd_cli.runtime import records, roles
 from fopd_cli.runtime.arena import Arena
+from fopd_cli.runtime.best import Best
 from fopd_cli.runtime.build import Setup, sampler_dtype
 from fopd_cli.runtime.checkpoint import CheckpointStore, Rhythm, disk_error, load_buffer, save_buffer, write_synced
 from fopd_cli.runtime.episodes import Episodes
@@ -100,6 +102,9 @@ class Conductor:
         r = recipe.freshness.refresh
         self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
         self.watch = Watch(recipe.learner.clip)
+        keep = recipe.eval.keep_best
+        self.best = None if keep is None else Best(keep, recipe.eval.patience, run_dir.best)
+        self._stopped_early: str | None = None
         self.depth = Depth(recipe.max_lag, recipe.max_drift)
         self.schedule = Schedule(
             schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable), stream.train_id, evaluation_ids(recipe, stream),
@@ -128,6 +133,7 @@ class Conductor:
         self._asleep_lost: list[WorkerSpec] = []  # died in their sleep; started again when their role wakes
         self._changing_turns = False
         self._failure: str | None = None  # why the run has to end
+        self._mistake = False  # because of what the user has to mend
         self._answers_due = 0  # of the learner's or a lease's current command
         self._first_answer: Any = None
         self._saved: list[m.Saved] = []
@@ -190,11 +196,13 @@ class Conductor:
                 self.telemetry = self._records()
                 self._grade_the_rest()  # of a checkpoint's buffer
                 self.schedule.on_learner_ready()
-                while not self.schedule.done:
+                while not self.schedule.done and self._stopped_early is None:
                     self._advance()
                     self.totals.wall_seconds = time.time() - began
                     if self._interrupts or self._failure:
                         self._leave(began)
+                if self._stopped_early is not None:
+                    self._come_to_rest(began)
                 self._save_checkpoint(final=True)
             return self._finish(began)
         finally:
@@ -242,8 +250,8 @@ class Conductor:
                 "stopping: the running optimizer step is finished and a checkpoint written (again: stop now)"
             )
 
-    def _leave(self, began: float) -> None:
-        """After Ctrl-C, or without samplers or a teacher: let the running step end, save, go."""
+    def _come_to_rest(self, began: float) -> None:
+        """Let the running step end; what is in flight goes into the checkpoint."""
         self.schedule.paused = True
         if self.plan.exclusive:
             self.schedule.abandon()
@@ -251,9 +259,15 @@ class Conductor:
         while self.schedule.learner_busy or (self.plan.exclusive and self.schedule.lease != "learner"):
             self._advance()
         self.totals.wall_seconds = time.time() - began
+
+    def _leave(self, began: float) -> None:
+        """After Ctrl-C, or without samplers or a teacher: save and go."""
+        self._come_to_rest(began)
         self._save_checkpoint(final=True)
         self.fleet.stop(STARTERS)  # who started programs ends them
         if self._failure:
+            if self._mistake:
+                raise UserError(f"{self._failure}; mend that, then: fopd resume {self.run_dir.path}")
             raise WorkerError(f"{self._failure}; go on with: fopd resume {self.run_dir.path}")
         raise Interrupted(
             f"stopped after {self.schedule.step} of {self.recipe.learner.steps} steps; "
@@ -453,7 +467,7 @@ class Conductor:
             case m.Scored():
                 self._on_scored(worker.spec.index, message.keys)
             case m.Lost():
-                self._on_lost(worker.spec, message.reason)
+                self._on_lost(worker.spec, message)
             case m.Ready():
                 self._on_back(worker.spec)
             case m.Trained() | m.Measured():
@@ -551,11 +565,13 @@ class Conductor:
             for key in self.schedule.on_scored(teacher, keys):
                 self._forget(key)
 
-    def _on_lost(self, spec: WorkerSpec, reason: str) -> None:
+    def _on_lost(self, spec: WorkerSpec, lost: m.Lost) -> None:
         """Someone other than the learner is gone: what it had under way is done again, and it is started anew.
 
-        After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a checkpoint.
+        After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a checkpoint. So it does
+        at once where the user has something to mend.
         """
+        reason = lost.reason
         if self.restarts.known(spec):
             return
         for rank in self.restarts.ranks(spec):
@@ -574,6 +590,9 @@ class Conductor:
             self._abort_all()
         if self._interrupts:
             self.progress.say(f"{reason}; the run is ending")
+            return
+        if lost.mistake:
+            self._failure, self._mistake = reason, True
             return
         again = self.restarts.again(spec)
         if not again:
@@ -644,6 +663,21 @@ class Conductor:
                 self._write_sample(version, sample, grade, rollout)
             self.progress.say(records.evaluation_line(record))
             self._eval, self._eval_stats, self._eval_figures = {}, [], []
+            self._look_at_best(version)
+
+    def _look_at_best(self, version: int) -> None:
+        """After an evaluation, while the learner still holds still and its weights lie where they were published."""
+        evaluations = self.totals.evaluations
+        if self.best is None:
+            return
+        if self.best.of(evaluations) == version:
+            try:
+                self.best.keep(version, self.setup.channel)
+            except OSError as error:
+                self.telemetry.warn(version, f"the best student so far was NOT kept: {error}; training goes on")
+        if version < self.recipe.learner.steps and (why := self.best.out_of_patience(evaluations)):
+            self._stopped_early = why
+            self.telemetry.warn(version, why)
 
     def _on_trained(self, message: m.Trained) -> None:
         """An optimizer step and its publication are done: count its samples, write the step down, refresh if stale."""
@@ -661,7 +695,8 @@ class Conductor:
         timing = {
             "seconds": time.time() - self._step_began, "busy": self.telemetry.busy_shares(),
             "buffer_samples": len(self.rollouts) - len(keys), "buffer_bytes": self.arena.used_bytes,
-            "in_flight": self.schedule.in_flight, "ahead": ahead, "publish_seconds": report.publish_seconds,
+            "in_flight": self.schedule.in_flight, "ahead": ahead, "memory_bytes": self.fleet.memory(),
+            "publish_seconds": report.publish_seconds,
             "publish_bytes": report.publish_bytes,
             "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
             **self.replays.cost(), **records.tool_seconds(rollouts), "wall_seconds": self.totals.wall_seconds, **self._load,
@@ -673,7 +708,7 @@ class Conductor:
         self.telemetry.histograms(records.histograms(stats), step)
         self.progress.step(step, records.bar(record, timing))
         for warning in self.watch.step(report.grad_norm, record["kl"]):
-            self.progress.say(f"step {step}: {warning}")
+            self.telemetry.warn(step, warning)
         if step % max(1, self.recipe.learner.steps // 20) == 0:
             self._write_sample(step, samples[keys[0]], self.grades[keys[0]], rollouts[0])
         for key in keys:
@@ -750,6 +785,9 @@ class Conductor:
             self._save_state(temporary, extra)
             self.store.commit(temporary)
             self._last_saved = step
+            if self.best is not None:
+                known = (self.store.state(s)["totals"]["evaluations"] for s in self.store.steps())
+                self.best.tidy([self.totals.evaluations, *known])
         except OSError as error:
             self.store.discard(temporary)
             text = disk_error(error) or str(error)
@@ -758,7 +796,7 @@ class Conductor:
                     f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume {self.run_dir.path} "
                     f"(goes on from {self._last_saved if self._last_saved is not None else 'the start'})"
                 ) from None
-            self.progress.say(f"step {step}: NO CHECKPOINT was written: {text}; training goes on, older ones stand")
+            self.telemetry.warn(step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand")
         self._rhythm.saved()
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
@@ -804,12 +842,24 @@ class Conductor:
         write_synced(folder / "state.json", json.dumps(state))
 
     def _finish(self, began: float) -> dict[str, Any]:
-        from fopd_cli.export import export_student
+        from fopd_cli.export import export_kept, export_student
 
-        export_student(self.run_dir, self.run_dir.student, None)
+        best = None if self.best is None else self.best.of_kept(self.totals.evaluations)
+        if self.run_dir.student.exists():  # of an end before this one
+            shutil.rmtree(self.run_dir.student)
+        if self.best is None or best is None:
+            step = export_student(self.run_dir, self.run_dir.student, None)
+        else:
+            step = best
+            dtype = sampler_dtype(self.recipe, self.plan)
+            export_kept(self.run_dir, self.run_dir.student, best, self.best.file(best), dtype)
         self.totals.wall_seconds = time.time() - began
         busy = self.telemetry.busy_shares_total()
-        summary = records.summary(self.schedule, self.totals, busy)
+        chosen = {
+            "student_step": step, "student_chosen_by": "last" if self.best is None or best is None else self.best.metric,
+            "stopped_early": self._stopped_early,
+        }  # fmt: skip
+        summary = {**records.summary(self.schedule, self.totals, busy), **chosen}
         write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
         return summary
 

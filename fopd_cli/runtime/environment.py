@@ -65,8 +65,9 @@ class Environments:
             await work
         except Exception as error:  # of the task's own making; the run ends with it
             traceback.print_exc()
-            kind: Any = "user" if isinstance(error, UserError) else "worker"
-            self.answer(m.Failed(kind, f"{type(error).__name__}: {error}"))
+            user = isinstance(error, UserError)
+            said = str(error) if user else f"{type(error).__name__}: {error}"
+            self.answer(m.Failed("user" if user else "worker", said))
 
     async def _observe(self, command: m.TurnCommand) -> None:
         start = time.time()

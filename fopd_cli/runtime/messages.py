@@ -219,6 +219,8 @@ class Failed:
 
 @dataclass
 class Lost:
-    """Said by the fleet for a worker that died, hung or raised, and is stopped: `reason` names it, and its log."""
+    """Said by the fleet for a worker that died, hung or raised, and is stopped: `reason` names it, and its log. `mistake`: it is
+    the user's, and starting it again would not help."""
 
     reason: str
+    mistake: bool = False

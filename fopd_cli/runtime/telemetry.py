@@ -3,6 +3,7 @@
 metrics.jsonl   one record a step, an evaluation, a refresh; what depends on the clock stands under "timing"
 ledger.jsonl    which samples each step trained, gated, and which a refresh dropped: the accounting, by sample id
 samples.jsonl   a few rollouts as text
+warnings.jsonl  what the run said is going wrong, by step
 trace.json      a timeline for Perfetto or chrome://tracing, one track a worker
 tensorboard/    scalars and histograms
 """
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from fopd_cli.runtime.messages import Span
+from fopd_cli.runtime.trace import Trace
 
 BUSY = ("generate", "score", "train", "publish", "measure", "grade")
 
@@ -71,31 +73,6 @@ class JsonLines:
         temporary.replace(self.path)
 
 
-class Trace:
-    """Chrome trace events. The closing bracket is optional in this format, so a crash leaves a readable file."""
-
-    def __init__(self, path: Path) -> None:
-        fresh = not path.exists() or path.stat().st_size == 0
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # by lines, so that kill -9 loses none
-        if fresh:
-            self._file.write("[\n")
-        self._tracks: dict[str, int] = {}
-
-    def add(self, track: str, span: Span) -> None:
-        if track not in self._tracks:
-            self._tracks[track] = len(self._tracks) + 1
-            name = {"name": "thread_name", "ph": "M", "pid": 1, "tid": self._tracks[track], "args": {"name": track}}
-            self._file.write(json.dumps(name) + ",\n")
-        event = {
-            "name": span.name, "ph": "X", "pid": 1, "tid": self._tracks[track], "ts": round(span.start * 1e6),
-            "dur": max(1, round((span.end - span.start) * 1e6)), "args": span.args,
-        }  # fmt: skip
-        self._file.write(json.dumps(event) + ",\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class Telemetry:
     """All of a run's output files and its progress bar."""
 
@@ -105,6 +82,7 @@ class Telemetry:
         self.metrics = JsonLines(run_dir / "metrics.jsonl", resume)
         self.ledger = JsonLines(run_dir / "ledger.jsonl", resume)
         self.samples = JsonLines(run_dir / "samples.jsonl", resume)
+        self.warnings = JsonLines(run_dir / "warnings.jsonl", resume)
         self.trace = Trace(run_dir / "trace.json")
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=None if resume is None else resume.step + 1)
         self.progress = progress
@@ -143,8 +121,13 @@ class Telemetry:
             if len(finite):
                 self.board.add_histogram(name, finite, step)
 
+    def warn(self, step: int, text: str) -> None:
+        """Say what is going wrong, and keep it for those who look later."""
+        self.progress.say(f"step {step}: {text}")
+        self.warnings.write({"step": step, "text": text})
+
     def close(self) -> None:
-        for file in (self.metrics, self.ledger, self.samples, self.trace, self.board):
+        for file in (self.metrics, self.ledger, self.samples, self.warnings, self.trace, self.board):
             file.close()
 
 

@@ -39,6 +39,7 @@ from fopd_cli.runtime.messages import Failed, Lost, StopCommand
 from fopd_cli.runtime.warm import PR_SET_PDEATHSIG, STOPPING
 
 STOP_TIMEOUT_S = 10.0
+REFUSAL_WAIT_S = 15.0  # for what else is wrong, once a worker has refused to start
 # They start programs of others, in which these signals must mean what they always mean.
 STARTERS = ("grader", "environment", "eval")
 
@@ -70,6 +71,7 @@ class Mailbox:
 
     def __init__(self, inbox: Any, outbox: Any, pulse: torch.Tensor, cores: Cores | None) -> None:
         self._inbox, self._outbox, self._pulse, self._cores = inbox, outbox, pulse, cores
+        self._began, self._spoken = time.monotonic(), False
 
     def receive(self, block: bool) -> Any:
         """The next command; None if there is none and `block` is False."""
@@ -86,6 +88,9 @@ class Mailbox:
         return message
 
     def send(self, message: Any) -> None:
+        if not self._spoken:
+            self._spoken = True
+            _log(f"ready after {time.monotonic() - self._began:.1f} s")
         self._outbox.put(message)
         self.beat()
 
@@ -133,6 +138,8 @@ class Fleet:
     def __init__(self, logs: Path, timeout_s: float, start_timeout_s: float) -> None:
         self.logs, self.timeout_s, self.start_timeout_s = logs, timeout_s, start_timeout_s
         self.workers: dict[str, Worker] = {}
+        self._refusals: list[str] = []  # what workers said that could not start, in the user's words
+        self._refused_at = 0.0
         self._computing, self._rows = cores.table(), dict[str, int]()  # who computes, and the row of each worker
         self._context: Any = warm.context()
         warm.track()
@@ -195,7 +202,9 @@ class Fleet:
                 messages += self._drain(worker)  # what it said before it died
                 if self.workers.get(worker.name) is worker:
                     messages += self._lost(worker, self._death(worker))
-        return messages + self._check_pulses()
+        messages += self._check_pulses()
+        self._raise_refusals()
+        return messages
 
     def _drain(self, worker: Worker) -> list[tuple[Worker, Any]]:
         messages: list[tuple[Worker, Any]] = []
@@ -213,9 +222,23 @@ class Fleet:
         return messages
 
     def _failed(self, worker: Worker, message: Failed) -> list[tuple[Worker, Any]]:
+        if message.kind == "user" and not worker.started:
+            self._refusals = list(dict.fromkeys([*self._refusals, message.message]))
+            self._refused_at = self._refused_at or time.monotonic()
+            self.remove(worker.name)
+            return []
+        if message.kind == "user" and worker.replaceable:
+            self.remove(worker.name)
+            return [(worker, Lost(message.message, mistake=True))]
         if message.kind == "user":
             raise UserError(message.message)
         return self._lost(worker, f"{worker.name} failed: {message.message} (its log: {worker.log})")
+
+    def _raise_refusals(self) -> None:
+        """All that keeps workers from starting, in one message: who is still starting has a moment to say its own."""
+        starting = any(not w.started for w in self.workers.values())
+        if self._refusals and not (starting and time.monotonic() - self._refused_at < REFUSAL_WAIT_S):
+            raise UserError(" | ".join(self._refusals))
 
     def _death(self, worker: Worker) -> str:
         worker.process.join(STOP_TIMEOUT_S)
@@ -255,6 +278,14 @@ class Fleet:
                 )
         return lost
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of main memory that each worker holds for itself, shared memory left out; empty where the system does not say."""
+        found = {}
+        for worker in self.workers.values():
+            with contextlib.suppress(OSError):  # not Linux, or it died this moment
+                found[worker.name] = _own_memory(worker.process.pid)
+        return found
+
     def stop(self, roles: Collection[str] | None = None) -> None:
         """Ask everyone, or these roles, to leave and wait a moment."""
         leaving = [w for w in self.workers.values() if roles is None or w.spec.role in roles]
@@ -272,6 +303,12 @@ class Fleet:
             self.remove(name)
 
 
+def _own_memory(pid: int) -> int:
+    """Raises `OSError`."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(("RssAnon:", "RssFile:")))
+
+
 def _leave_signals_alone(role: str) -> None:
     """What is ignored stays ignored in all that this process executes; a handler is gone there."""
     for number in STOPPING:
@@ -281,6 +318,12 @@ def _leave_signals_alone(role: str) -> None:
 
 def _nothing(number: int, frame: Any) -> None:
     """A signal that is not ours."""
+
+
+def _log(line: str) -> None:
+    """Into this worker's log."""
+    with contextlib.suppress(OSError):  # the disk may be full
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
@@ -330,9 +373,15 @@ def _main(
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(spec.threads or cores.here())
     mailbox = Mailbox(inbox, outbox, pulse, share)
+    where = f"CUDA devices {', '.join(map(str, spec.devices))}" if spec.devices else "the CPU"
+    _log(f"{spec.name} starts: pid {os.getpid()}, on {where}, {spec.threads or 'up to ' + str(cores.here())} threads")
     try:
         target(spec, mailbox, *args)
+        _log(f"{spec.name} ends")
     except UserError as error:
+        _log(f"{spec.name} gives up: {error}")
+        if error.__cause__ is not None:  # whatever a task of the user's own raised
+            traceback.print_exception(error.__cause__)
         mailbox.send(Failed("user", str(error)))
     except BaseException as error:
         first = (str(error).strip().splitlines() or [""])[0]

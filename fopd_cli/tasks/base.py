@@ -1,4 +1,9 @@
-"""What a task is. A user's own task is any class with these methods, named in the recipe by import path."""
+"""What a task is. A user's own task is any class with these methods, named in the recipe by import path.
+
+Its module lies beside the recipe, in the current folder, or among the installed packages. A prompt is
+`Prompt(index, messages=[{"role": "user", "content": ...}])`, which goes through the student's chat template, or
+`Prompt(index, text=...)`, which does not: the student reads it as it stands. Whatever the class raises is told with its line.
+"""
 
 from __future__ import annotations
 

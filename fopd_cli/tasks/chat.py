@@ -12,7 +12,7 @@ from fopd_cli.tasks.questions import Questions
 class Chat(Questions):
     """As `Questions`, without an answer. Evaluations report the KL to the teacher."""
 
-    def __init__(self, train: str, eval: str, question: str = "messages", **options: Any) -> None:
+    def __init__(self, train: str, eval: str | None = None, question: str = "messages", **options: Any) -> None:
         super().__init__(train, eval, question, answer=None, **options)
 
     def grade(self, prompt: Prompt, response: str) -> float:

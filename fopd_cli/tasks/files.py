@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fopd_cli import paths
 from fopd_cli.errors import UserError
 
 NEEDS_DATA = "pip install 'fopd[data]'"
@@ -90,7 +91,7 @@ def _files(folder: Path, key: str) -> list[Path]:
 def _of_file(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = READERS.get(path.suffix.lower())
     if not path.exists():
-        raise UserError(f"{key}: there is no file {str(path)!r}")
+        raise UserError(f"{key}: there is no file {str(path)!r}{paths.similar(path)}")
     if reader is None:
         raise UserError(f"{key}: {str(path)!r} is of no known kind; fopd reads {', '.join(READERS)}, and directories")
     try:

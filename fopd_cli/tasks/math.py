@@ -24,7 +24,12 @@ class Math(Questions):
     """
 
     def __init__(
-        self, train: str, eval: str, question: str = "question", answer: str | None = "answer", **options: Any
+        self,
+        train: str,
+        eval: str | None = None,
+        question: str = "question",
+        answer: str | None = "answer",
+        **options: Any,
     ) -> None:
         if answer is not None and importlib.util.find_spec("math_verify") is None:
             raise UserError(

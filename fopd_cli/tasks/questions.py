@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Prompt
+from fopd_cli.tasks import held_out
 from fopd_cli.tasks.conversations import asked
 from fopd_cli.tasks.files import Row, column, read_rows
 
@@ -17,7 +18,8 @@ Split = Literal["train", "eval"]
 
 
 class Questions:
-    """`train` and `eval` as of `files.read_rows`. A column may be nested (`reward_model.ground_truth`).
+    """`train` and `eval` as of `files.read_rows`; without `eval` some of `train` are held out. A column may be nested
+    (`reward_model.ground_truth`).
 
     A question is a text or a list of chat messages. An assistant's answer at its end is what the student is to write, so it
     is left out of the prompt; `solution` is that answer, unless a column is named for it. `notices` say, once the prompts
@@ -25,11 +27,12 @@ class Questions:
     """
 
     def __init__(
-        self, train: str, eval: str, question: str = "question", answer: str | None = "answer", eval_question: str | None = None,
+        self, train: str, eval: str | None = None, question: str = "question", answer: str | None = "answer", eval_question: str | None = None,
         eval_answer: str | None = None, solution: str | None = None, teacher: str | None = None, template: str = "{question}",
-        system: str | None = None, chat: bool = True, eval_prompts: int = 256,
+        system: str | None = None, chat: bool = True, eval_prompts: int | None = None,
     ) -> None:  # fmt: skip
-        self.sources: dict[Split, str] = {"train": train, "eval": eval}
+        self.split_off = eval is None
+        self.sources: dict[Split, str] = {"train": train, "eval": train if eval is None else eval}
         self.questions: dict[Split, str] = {"train": question, "eval": eval_question or question}
         self.answers: dict[Split, str | None] = {"train": answer, "eval": eval_answer or answer}
         self.teacher, self.solution = teacher, solution
@@ -40,15 +43,15 @@ class Questions:
     @property
     def notices(self) -> list[str]:
         if self.sources["train"] == self.sources["eval"] and "train" in self._notices:
-            return self._notices["train"]  # of one file once
+            return self._notices["train"] + self._notices.get("eval", []) * self.split_off  # of one file once
         return [notice for split in self._notices.values() for notice in split]
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """The distinct questions in file order; the first `eval_prompts` of the held-out source, which training skips."""
-        held_out = self._read("eval")[: self.eval_prompts]
+        kept = self._split_off() if self.split_off else self._held_out()
         if split == "eval":
-            return held_out
-        known = {_identity(prompt) for prompt in held_out}
+            return kept
+        known = {_identity(prompt) for prompt in kept}
         rest = [prompt for prompt in self._read("train") if _identity(prompt) not in known]
         if not rest:
             raise UserError(
@@ -56,6 +59,27 @@ class Questions:
                 "give different files or lower task.eval_prompts"
             )
         return [replace(prompt, index=number) for number, prompt in enumerate(rest)]
+
+    def _held_out(self) -> list[Prompt]:
+        found = self._read("eval")
+        shared = self.sources["train"] == self.sources["eval"]
+        return found[: held_out.size(self.eval_prompts, len(found), shared)]
+
+    def _split_off(self) -> list[Prompt]:
+        """Of the training file, those with an answer if there are any to grade by."""
+        everyone = self._read("train")
+        found = [p for p in everyone if self.answers["train"] is None or p.payload["answer"] is not None]
+        if not found:
+            raise UserError(
+                f"task.train: no row of {self.sources['train']!r} has an answer, so none can be held out to be graded; "
+                "set task.answer: null (task.name: chat)"
+            )
+        count = held_out.size(self.eval_prompts, len(found), shared=True)
+        chosen = held_out.drawn([_identity(p) for p in found], count)
+        self._notices["eval"] = [
+            f"task.eval: not given; {len(chosen)} of the {len(everyone)} questions of task.train are held out, drawn by their text"
+        ]
+        return [replace(found[i], index=number) for number, i in enumerate(chosen)]
 
     def _read(self, split: Split) -> list[Prompt]:
         """The distinct rows."""

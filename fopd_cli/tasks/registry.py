@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 from fopd_cli.errors import UserError
 from fopd_cli.tasks.base import Task
+from fopd_cli.tasks.guard import Guarded, blamed
 
 BUILT_IN = {
     "arithmetic": "fopd_cli.tasks.arithmetic:Arithmetic",
@@ -17,18 +20,34 @@ BUILT_IN = {
 }
 
 
-def load_task(name: str, options: dict[str, Any]) -> Task:
-    """Build the task; `options` are the recipe's keys. A plug-in that cannot be imported is the user's mistake."""
+def load_task(name: str, options: dict[str, Any], folder: str | None = None) -> Task:
+    """Build the task; `options` are the recipe's keys. A plug-in's module is looked up in `folder` first; whatever is wrong with
+    it is the user's mistake, and says where."""
     module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
+    if name in BUILT_IN:
+        built_in: Task = getattr(importlib.import_module(module_name), attribute)(**options)
+        return built_in
+    if folder is not None and folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        looked = f"neither beside the recipe, nor in {Path.cwd()}, nor among the installed packages"
+        raise UserError(f"task.name: cannot import {name!r}: {error}; it was found {looked}") from None
     except (ImportError, AttributeError) as error:
         raise UserError(f"task.name: cannot import {name!r}: {error}; write package.module:Class") from None
+    except Exception as error:
+        raise blamed(error, name, "its import") from error
     try:
         task = factory(**options)
     except TypeError as error:
-        raise UserError(f"task: {name!r} does not take these options: {error}") from None
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # of the call itself
+            raise UserError(f"task.options: {name!r} does not take these options: {error}") from None
+        raise blamed(error, name, "its constructor") from error
+    except Exception as error:
+        raise blamed(error, name, "its constructor") from error
     for method in ("prompts", "grade"):
         if not callable(getattr(task, method, None)):
             raise UserError(f"task.name: {name!r} has no method {method}(); see fopd_cli/tasks/base.py")
-    return task
+    guarded: Any = Guarded(task, name)
+    return guarded

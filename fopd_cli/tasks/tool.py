@@ -19,6 +19,7 @@ from fopd_cli.samples import Prompt
 from fopd_cli.sandbox import bubblewrap
 from fopd_cli.sandbox.interpreter import PythonSession
 from fopd_cli.sandbox.limits import Limits, Outcome
+from fopd_cli.tasks import held_out
 from fopd_cli.tasks.base import Observation
 from fopd_cli.tasks.calls import Call, fenced, native
 from fopd_cli.tasks.math import Math
@@ -46,10 +47,10 @@ class Tool:
         self, train: str | None = None, eval: str | None = None, notation: Literal["code", "native"] = "code", max_calls: int = 6,
         max_turns: int = 10, observation_chars: int = 2000, wall_s: float = 10.0, memory_mb: int = 512,
         sandbox: Literal["bubblewrap", "none"] = "bubblewrap", digits: int = 2, terms: int = 3, train_prompts: int = 20_000,
-        eval_prompts: int = 256, seed: int = 0, drift: float = 0.0, **questions: Any,
+        eval_prompts: int | None = None, seed: int = 0, drift: float = 0.0, **questions: Any,
     ) -> None:  # fmt: skip
-        if (train is None) != (eval is None):
-            raise UserError("task: give both task.train and task.eval, or neither for generated questions")
+        if train is None and eval is not None:
+            raise UserError("task.train: give it, too, or neither it nor task.eval for generated questions")
         if sandbox != "none":
             bubblewrap.check()
         self.limits = Limits(wall_s=wall_s, cpu_s=math.ceil(wall_s), memory_mb=memory_mb)
@@ -57,9 +58,9 @@ class Tool:
         self.max_calls, self.max_turns, self.observation_chars = max_calls, max_turns, observation_chars
         self.drift, self.seed = drift, seed
         self.files = None
-        if train is not None and eval is not None:
+        if train is not None:
             self.files = Math(train, eval, eval_prompts=eval_prompts, **questions)
-        self.generated = Calculations(digits, terms, train_prompts, eval_prompts, seed)
+        self.generated = Calculations(digits, terms, train_prompts, eval_prompts or held_out.DEFAULT, seed)
         if self.files is None and notation == "native":
             raise UserError(
                 "task.notation: generated questions are plain text and have no native calls; set it to code"

@@ -1,22 +1,30 @@
 """Whether a patch resolves its instance: the instance's own tests, on a fresh checkout, with the model's patch and no other
-trace of the model."""
+trace of the model.
+
+Who passed is read in pytest's own report file, of a name that is drawn anew each time, and not in what the tests print: a patch
+may print what it likes. The patch still runs in pytest's process, and one that is written to cheat can replace the report, or
+pytest. Whoever trains on the score looks at patches (samples.jsonl) before believing it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import secrets
 import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 from fopd_cli.errors import UserError
 from fopd_cli.tasks.base import Grade
 from fopd_cli.tasks.swe.instances import Instance
 from fopd_cli.tasks.swe.places import Place, write
 
-PYTEST = "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python3 -m pytest -q -rA --tb=no -p no:cacheprovider"
+PYTEST = "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python3 -m pytest -q --tb=no -p no:cacheprovider"
+IS_PYTEST = re.compile(r"(?:^|[\s/;&|])(?:pytest|py\.test)(?:\s|$)")
 PATCH = ".fopd.patch"
 STATUS = re.compile(r"^(PASSED|XFAIL) (\S+)", re.MULTILINE)
 IN_DIFF = re.compile(r"^\+\+\+ b/(\S+)", re.MULTILINE)
@@ -41,11 +49,38 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
         write(place, PATCH, instance.test_patch)
         steps.append(f"git apply --whitespace=nowarn {PATCH}")
     files = " ".join(shlex.quote(f) for f in dict.fromkeys(t.split("::")[0] for t in tests))
-    outcome = place.run("; ".join([*steps, f"{instance.test_command or PYTEST} {files}"]), wall_s)
-    passed = {name for _, name in STATUS.findall(outcome.output)}
+    command, report = instance.test_command or PYTEST, None
+    if IS_PYTEST.search(command):
+        report = f".fopd-{secrets.token_hex(12)}.xml"
+        command += f" -o junit_family=xunit1 --junitxml={report}"
+    outcome = place.run("; ".join([*steps, f"{command} {files}"]), wall_s)
+    if report is None:  # another runner: what it prints is all there is
+        passed = {name for _, name in STATUS.findall(outcome.output)}
+    else:
+        passed = passed_tests(place.read(report) or "")
     kept = all(t in passed for t in instance.pass_to_pass)
     resolved = kept and all(t in passed for t in instance.fail_to_pass)
     return Grade(float(resolved), {"submitted": 1.0, "applied": 1.0, "regression": float(not kept)})
+
+
+def passed_tests(report: str) -> set[str]:
+    """The node ids of tests that passed, or failed as expected, in a report of pytest's (JUnit XML, family xunit1); a test that
+    stands there twice has passed if it did both times. None of a file that is no report."""
+    passed, failed = set[str](), set[str]()
+    try:
+        cases = ElementTree.fromstring(report).iter("testcase")
+    except ElementTree.ParseError:
+        return set()
+    for case in cases:
+        file, path = case.get("file") or "", case.get("classname") or ""
+        module = file.removesuffix(".py").replace("/", ".")
+        classes = [part for part in path.removeprefix(module).split(".") if part]
+        name = "::".join([file, *classes, case.get("name") or ""])
+        bad = [
+            e for e in case if e.tag in ("failure", "error") or (e.tag == "skipped" and e.get("type") != "pytest.xfail")
+        ]
+        (failed if bad else passed).add(name)
+    return passed - failed
 
 
 def harness(instance: Instance, patch: str, dataset: str, split: str) -> Grade:

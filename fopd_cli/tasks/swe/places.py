@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
@@ -36,6 +38,7 @@ GIT = (
     "-c",
     "core.hooksPath=/dev/null",
 )
+MOST_READ = 50_000_000  # characters of a file
 STEP = 64_000  # characters of base64 a command: a single argument of Linux's may not be longer than 128 kB
 NOTES = {
     "timeout": "stopped: it took longer than {0.wall_s:g} s", "memory": "stopped: it used more than {0.memory_mb} MB",
@@ -51,6 +54,10 @@ class Place(Protocol):
 
     def run(self, command: str, wall_s: float | None = None) -> Outcome:
         """One bash command in the repository. Only files outlive it."""
+        ...
+
+    def read(self, name: str) -> str | None:
+        """A file of the repository as text; None if there is none, or it is no plain file."""
         ...
 
     def stop(self) -> None:
@@ -89,6 +96,14 @@ class LocalPlace:
             return await task
         finally:
             self._running = None
+
+    def read(self, name: str) -> str | None:
+        try:
+            fd = os.open(self.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return None
+        with open(fd, encoding="utf-8", errors="replace") as file:
+            return file.read(MOST_READ) if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
     def stop(self) -> None:
         if (running := self._running) is not None:
@@ -166,6 +181,10 @@ class ContainerPlace:
         if found["returncode"] == -1:
             return Outcome(found["output"], "timeout", None, seconds)
         return Outcome(found["output"], "exit", found["returncode"], seconds)
+
+    def read(self, name: str) -> str | None:
+        found = self.run(f"cat {shlex.quote(name)}")
+        return found.output if found.code == 0 else None
 
     def stop(self) -> None:
         self.close()

@@ -11,6 +11,7 @@ from fopd_cli.errors import UserError
 from fopd_cli.samples import Prompt
 from fopd_cli.sandbox import bubblewrap
 from fopd_cli.sandbox.limits import Limits
+from fopd_cli.tasks import held_out
 from fopd_cli.tasks.base import Grade
 from fopd_cli.tasks.swe import generated
 from fopd_cli.tasks.swe.agent import AgentEpisode, Scaffold, require
@@ -26,11 +27,11 @@ class Swe:
         self, train: str | None = None, eval: str | None = None, scaffold: str = "swebench_backticks",
         notation: Literal["code", "native"] = "code", max_turns: int = 50, chat: bool = True,
         sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap", wall_s: float = 60.0, test_wall_s: float = 1800.0,
-        memory_mb: int = 2048, grader: Literal["tests", "swebench"] = "tests", train_prompts: int = 20_000, eval_prompts: int = 256,
+        memory_mb: int = 2048, grader: Literal["tests", "swebench"] = "tests", train_prompts: int = 20_000, eval_prompts: int | None = None,
         seed: int = 0,
     ) -> None:  # fmt: skip
-        if (train is None) != (eval is None):
-            raise UserError("task: give both task.train and task.eval, or neither for generated repositories")
+        if train is None and eval is not None:
+            raise UserError("task.train: give it, too, or neither it nor task.eval for generated repositories")
         if grader == "swebench" and (eval is None or not eval.startswith("hf:")):
             raise UserError(
                 "task.grader: swebench judges instances of a dataset that it knows; set task.eval: hf:owner/name:split"
@@ -50,7 +51,8 @@ class Swe:
             workspace_mb=2048,
         )
         self.test_wall_s = test_wall_s
-        self.sizes, self.seed = {"train": train_prompts, "eval": eval_prompts}, seed
+        self.train_prompts, self.eval_prompts, self.seed = train_prompts, eval_prompts, seed
+        self.notices: list[str] = []
         self._slots: threading.Semaphore | None = None
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
@@ -58,17 +60,27 @@ class Swe:
 
     def instances(self, split: Literal["train", "eval"]) -> list[Instance]:
         """Of a split; what is held out is not trained on."""
-        held_out = self.sizes["eval"]
-        if self.sources["train"] is None or self.sources["eval"] is None:
-            return generated.instances(split, self.sizes["train"], self.seed, held_out)
-        ours = load_instances(self.sources["eval"], "task.eval")[:held_out]
+        train, own = self.sources["train"], self.sources["eval"]
+        if train is None:
+            return generated.instances(split, self.train_prompts, self.seed, self.eval_prompts or held_out.DEFAULT)
+        ours = self._split_off(train) if own is None else load_instances(own, "task.eval")
+        if own is not None:
+            ours = ours[: held_out.size(self.eval_prompts, len(ours), shared=own == train)]
         if split == "eval":
             return ours
         known = {made.id for made in ours}
-        rest = [made for made in load_instances(self.sources["train"], "task.train") if made.id not in known]
+        rest = [made for made in load_instances(train, "task.train") if made.id not in known]
         if not rest:
             raise UserError("task.train: all its instances are held out; give another file or lower task.eval_prompts")
         return rest
+
+    def _split_off(self, source: str) -> list[Instance]:
+        found = load_instances(source, "task.train")
+        chosen = held_out.drawn([made.id for made in found], held_out.size(self.eval_prompts, len(found), shared=True))
+        self.notices = [
+            f"task.eval: not given; {len(chosen)} of the {len(found)} instances of task.train are held out, drawn by their ids"
+        ]
+        return [found[i] for i in chosen]
 
     def grade(self, prompt: Prompt, response: str) -> Grade:
         """Of the submitted patch. An agent that never submitted has none."""

@@ -1,0 +1,163 @@
+"""Which curves the page has, and their points: plain data that `page.js` hands to uPlot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fopd_cli.report.reading import Record, Run
+
+MOST_POINTS = 240  # of a curve: more are averaged, a phone shows no more
+BUSY_POINTS = 40  # shares of single steps say little, where roles take turns
+Value = float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart: `value` and `error` of a record. `faint` ones stand beside another that matters more."""
+
+    label: str
+    value: Callable[[Record], Value]
+    of: Literal["steps", "evaluations"] = "steps"
+    error: Callable[[Record], Value] | None = None
+    faint: bool = False
+
+    @property
+    def dots(self) -> bool:
+        """Few points, each of which counts."""
+        return self.of == "evaluations"
+
+
+def key(name: str) -> Callable[[Record], Value]:
+    return lambda record: record.get(name)
+
+
+def timing(name: str, scale: float = 1.0) -> Callable[[Record], Value]:
+    def value(record: Record) -> Value:
+        found = record.get("timing", {}).get(name)
+        return None if found is None else found * scale
+
+    return value
+
+
+def held_out(label: str, name: str) -> Line:
+    return Line(label, key(name), "evaluations", key(f"{name}_error"))
+
+
+# (title, what it says, unit, curves); the first curve is the one that several runs are compared by.
+CHARTS: list[tuple[str, str, str, list[Line]]] = [
+    ("Score", "Held out, with its standard error over prompts; and of the samples trained on.", "",
+     [held_out("held out", "score"), Line("training", key("score"), faint=True)]),
+    ("KL to the teacher", "How far the student is from the teacher on its own answers. Less is better.", "nats a token",
+     [held_out("held out", "kl"), Line("training", key("kl"), faint=True)]),
+    ("Freshness", "Mean over the batch, and the weight that it gives. 1 is a sample of the student as it is.", "",
+     [Line("freshness", key("freshness")), Line("weight", key("weight"), faint=True)]),
+    ("Lag", "How many optimizer steps old the samples of a batch are.", "steps",
+     [Line("mean", key("lag_mean")), Line("largest", key("lag_max"), faint=True)]),
+    ("Drift", "How far the student has moved since it sampled (roll), the teacher since it judged (sup), "
+     "and what is mere rounding (floor).", "nats a token",
+     [Line("roll", key("drift_roll")), Line("sup", key("drift_sup")), Line("floor", key("noise_floor"))]),
+    ("Loss", "What the optimizer sees, weights and anchor included.", "", [Line("loss", key("loss"))]),
+    ("Entropy", "Of the student, over the vocabulary. Falling to nothing: it always says the same.", "nats a token",
+     [Line("held out", key("entropy"), "evaluations"), Line("training", key("entropy"), faint=True)]),
+    ("Response length", "Mean of a batch.", "tokens", [Line("training", key("response_length"))]),
+    ("Cut off", "Share of the responses that reached max_new_tokens.", "", [Line("training", key("truncated"))]),
+    ("Gradient norm", "Before clipping.", "", [Line("norm", key("grad_norm"))]),
+    ("Learning rate", "", "", [Line("lr", key("lr"))]),
+]  # fmt: skip
+ROLES = ("sampler", "teacher", "learner", "grader", "environment")
+
+
+def charts(runs: Sequence[Run]) -> list[Record]:
+    """All that have anything to show. A series has `run`, its number, and points `x` (step), `t` (minutes), `y`, `e`."""
+    found = []
+    for title, note, unit, lines in CHARTS:
+        shown = lines if len(runs) == 1 else lines[: 2 if title in ("Score", "KL to the teacher") else 1]
+        series = [s for n, run in enumerate(runs) for s in _series(n, run, shown, len(runs) > 1)]
+        if any(s["y"] for s in series) and not (title == "Cut off" and not any(any(s["y"]) for s in series)):
+            logarithmic = all(v > 0 for s in series for v in s["y"])
+            found.append({"title": title, "note": note, "unit": unit, "log": logarithmic, "series": series})
+    found += [chart for n, run in enumerate(runs) for chart in _of_machine(n, run, len(runs) > 1)]
+    return found
+
+
+def _series(number: int, run: Run, lines: Sequence[Line], several: bool, most: int = MOST_POINTS) -> list[Record]:
+    found = []
+    for i, line in enumerate(lines):
+        records = getattr(run, line.of)
+        points = [(r["step"], _minutes(r), line.value(r), line.error(r) if line.error else None) for r in records]
+        points = [p for p in points if p[2] is not None]
+        if not points or (line.label in ("sup", "floor") and not any(p[2] for p in points)):
+            continue
+        label = f"{run.name}, {line.label}" if several and len(lines) > 1 else run.name if several else line.label
+        look = {"colour": number if several else i, "faint": line.faint, "dots": line.dots}
+        found.append({"label": label, **look, **_thinned(points, most)})
+    return found
+
+
+def _of_machine(number: int, run: Run, several: bool) -> list[Record]:
+    """Busy shares, speed and memory: a chart for each run."""
+    of_run = f" of {run.name}" if several else ""
+    roles = [r for r in ROLES if any(r in s.get("timing", {}).get("busy", {}) for s in run.steps)]
+    busy = [Line(role, lambda s, role=role: s.get("timing", {}).get("busy", {}).get(role)) for role in roles]  # type: ignore[misc]
+    memory = [Line(role, lambda s, role=role: _memory(s, role)) for role in roles]  # type: ignore[misc]
+    memory.append(Line("teacher targets", timing("buffer_bytes", 1e-9)))
+    speed = [Line("trained", _speed(run))]
+    specs = [
+        (
+            "Busy",
+            "Share of the time in which a role computes; what is missing to 1 it was idle.",
+            "",
+            busy,
+            BUSY_POINTS,
+        ),
+        ("Speed", "Tokens trained on, a second of wall time.", "tokens/s", speed, BUSY_POINTS),
+        ("Memory", "Main memory of each role's processes, and the shared buffer.", "GB", memory, MOST_POINTS),
+    ]
+    found: list[Record] = [
+        {
+            "title": title + of_run,
+            "note": note,
+            "unit": unit,
+            "log": False,
+            "series": _series(number, run, lines, False, most),
+        }
+        for title, note, unit, lines, most in specs
+    ]
+    return [chart for chart in found if chart["series"]]
+
+
+def _memory(step: Record, role: str) -> Value:
+    sizes = step.get("timing", {}).get("memory_bytes") or {}
+    own = [size for worker, size in sizes.items() if worker.partition("-")[0] == role]
+    return sum(own) / 1e9 if own else None
+
+
+def _speed(run: Run) -> Callable[[Record], Value]:
+    seconds = {r["step"]: r.get("timing", {}).get("wall_seconds") for r in run.steps}
+
+    def value(record: Record) -> Value:
+        now, before = seconds.get(record["step"]), seconds.get(record["step"] - 1)
+        return record["tokens"] / (now - before) if now is not None and before is not None and now > before else None
+
+    return value
+
+
+def _minutes(record: Record) -> float:
+    return float(record.get("timing", {}).get("wall_seconds") or 0) / 60
+
+
+def _thinned(points: list[tuple[Any, ...]], most: int) -> Record:
+    """At most so many points, each the mean over its neighbours."""
+    size = -(-len(points) // most)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+
+    def mean(index: int) -> list[Value]:
+        found = []
+        for group in groups:
+            values = [p[index] for p in group if p[index] is not None]
+            found.append(float(f"{sum(values) / len(values):.5g}") if values else None)
+        return found
+
+    return {"x": mean(0), "t": mean(1), "y": mean(2), "e": mean(3) if size == 1 else [None] * len(groups)}

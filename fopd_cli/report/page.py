@@ -1,0 +1,175 @@
+"""One HTML file of one or several runs: no network, no other file. Without scripts, as some mail programs show it, the curves
+are missing and all else is there."""
+
+from __future__ import annotations
+
+import datetime
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fopd_cli import __version__
+from fopd_cli.errors import UserError
+from fopd_cli.report import texts, timeline
+from fopd_cli.report.charts import charts
+from fopd_cli.report.reading import Run, read
+
+HERE = Path(__file__).parent
+MARK = "<!doctype html><!-- fopd report -->"
+# Whatever a model wrote, the page loads nothing.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+def write(paths: Sequence[Path], out: Path) -> int:
+    """Write the page of these runs; returns its bytes. Raises `UserError`."""
+    text = page([read(path) for path in paths])
+    try:
+        if out.exists() and not out.read_bytes().startswith(MARK.encode()):
+            raise UserError(f"-o: {out} exists and is no report of fopd; give another name")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(out.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"-o: cannot write {out}: {error.strerror}") from None
+    return len(text.encode())
+
+
+def page(runs: Sequence[Run], watching: bool = False) -> str:
+    """The file's text. `watching`: it asks the address that it came from whether there is news, and loads itself anew."""
+    title = "fopd: " + ", ".join(run.name for run in runs)
+    data = json.dumps(charts(runs), separators=(",", ":")).replace("<", "\\u003c")
+    now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    body = [
+        f"<header><h1>{_e(title)}</h1><p class=faint>made {now} by fopd {__version__}</p></header>",
+        _section("Results", _results(runs)),
+        _section("Advice", _advice(runs)),
+        _section("Recipes: what is different", _differences(runs)) if len(runs) > 1 else "",
+        '<section id="curves"><h2>Curves</h2><div class="bar" id="axis" hidden><button type="button" data-x="x" class="on">by step'
+        '</button><button type="button" data-x="t">by time</button><button type="button" id="log">logarithmic</button></div><noscript><p>The curves need JavaScript.</p></noscript>'
+        '<div class="grid" id="charts"></div></section>',
+        *(_section(_of("Timeline", run, runs), _timeline(run)) for run in runs),
+        *(_section(_of("Answers", run, runs), _answers(run)) for run in runs),
+        *(_section(_of("Recipe", run, runs), _recipe(run)) for run in runs),
+    ]
+    watch = "<script>const WATCHING=true;</script>" if watching else "<script>const WATCHING=false;</script>"
+    return "".join(
+        [
+            MARK, '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
+            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="color-scheme" content="light dark">',
+            f"<title>{_e(title)}</title><style>{_file('vendor/uPlot.min.css')}{_file('page.css')}</style></head><body><main>",
+            *body,
+            f'</main><script type="application/json" id="data">{data}</script>',
+            f"<script>{_file('vendor/uPlot.iife.min.js')}</script>{watch}<script>{_file('page.js')}</script></body></html>",
+        ]
+    )  # fmt: skip
+
+
+def _file(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _e(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _section(title: str, inside: str) -> str:
+    return f"<section><h2>{_e(title)}</h2>{inside}</section>" if inside else ""
+
+
+def _of(title: str, run: Run, runs: Sequence[Run]) -> str:
+    return title if len(runs) == 1 else f"{title} of {run.name}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """Cells are HTML already. With the kind `stack` each row is a list of its own where the screen is narrow."""
+    lines = []
+    for row in rows:
+        cells = zip(head, row, strict=True)
+        lines.append(
+            "<tr>" + "".join(f'<td data-head="{_e(h)}"><span>{cell}</span></td>' for h, cell in cells) + "</tr>"
+        )
+    heads = "".join(f"<th>{_e(h)}</th>" for h in head)
+    return f'<div class="wide {kind}"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
+
+
+def _results(runs: Sequence[Run]) -> str:
+    rows = []
+    for n, run in enumerate(runs):
+        first = run.evaluations[0] if run.evaluations else {}
+        fresh = [s["freshness"] for s in run.steps if s.get("freshness") is not None]
+        lags = [s["lag_max"] for s in run.steps if s.get("lag_max") is not None]
+        rows.append(
+            [
+                f'<b class="c{n % 6}">{_e(run.name)}</b>', f'<span class="state {run.state}">{run.state}</span>',
+                f"{run.step} of {run.planned}", _change(first.get("score"), *run.last("score"), 3),
+                _change(first.get("kl"), *run.last("kl"), 4), f"{sum(fresh) / len(fresh):.2f}" if fresh else "–",
+                str(max(lags)) if lags else "–", duration(run.seconds),
+            ]
+        )  # fmt: skip
+    head = ["run", "state", "steps", "score", "KL", "freshness", "largest lag", "time"]
+    inside = _table(head, rows, "stack")
+    taught = [(run.name, texts.teacher_score(run)) for run in runs]
+    said = [f"{_e(name)}: the teacher's own score is {score:.3f}." for name, score in taught if score is not None]
+    return inside + "".join(f"<p>{line}</p>" for line in said)
+
+
+def _change(first: float | None, last: float | None, error: float | None, digits: int) -> str:
+    if last is None:
+        return "–"
+    margin = f' <span class="faint">± {error:.{digits}f}</span>' if error is not None else ""
+    begin = f"{first:.{digits}f} → " if first is not None else ""
+    return f"{begin}<b>{last:.{digits}f}</b>{margin}"
+
+
+def duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 600 else f"{seconds:.0f} s"
+
+
+def _advice(runs: Sequence[Run]) -> str:
+    out = []
+    for run in runs:
+        said = texts.advice(run)
+        lines = "".join(f"<li>{_e(line)}</li>" for line in said)
+        name = f"<h3>{_e(run.name)}</h3>" if len(runs) > 1 else ""
+        out.append(name + (f"<ul>{lines}</ul>" if said else "<p>The run had nothing to complain of.</p>"))
+    return "".join(out)
+
+
+def _differences(runs: Sequence[Run]) -> str:
+    rows = [[f"<code>{_e(k)}</code>", *(_e(v) for v in values)] for k, values in texts.differences(runs)]
+    return _table(["key", *(run.name for run in runs)], rows) if rows else "<p>Nothing.</p>"
+
+
+def _timeline(run: Run) -> str:
+    found = timeline.of_run(run.path)
+    if not found["drawings"]:
+        return ""
+    legend = "".join(f'<span><i class="k-{kind}"></i>{kind}</span>' for kind in found["legend"])
+    shares = _table(["worker", "idle"], ([_e(worker), f"{share:.0%}"] for worker, share in found["idle"].items()))
+    pictures = "".join(
+        f'<p>{_e(caption)}</p><div class="wide timeline">{svg}</div>' for caption, svg in found["drawings"]
+    )
+    return f'<div class="legend">{legend}</div>{pictures}{shares}<p class="faint">All of it, to zoom: open trace.json at ui.perfetto.dev.</p>'
+
+
+def _answers(run: Run) -> str:
+    out = []
+    for prompt, shown in texts.answers(run):
+        columns = []
+        for answer in shown:
+            score = f' <span class="score">score {answer.score:.2f}</span>' if answer.score is not None else ""
+            cut = ' <span class="score">cut off</span>' if answer.finish == "length" else ""
+            columns.append(f"<div><h4>{_e(answer.who)}{score}{cut}</h4><pre>{_e(answer.text)}</pre></div>")
+        out.append(
+            f'<article><pre class="prompt">{_e(prompt)}</pre><div class="answers">{"".join(columns)}</div></article>'
+        )
+    return "".join(out)
+
+
+def _recipe(run: Run) -> str:
+    text = (run.path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    return f"<details><summary>recipe.yaml, every default filled in</summary><pre>{_e(text)}</pre></details>"

@@ -1,0 +1,97 @@
+"""What the page says in words: advice, answers over training, and in what the recipes differ."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fopd_cli.recipe.changes import flattened
+from fopd_cli.report.reading import Record, Run, jsonl
+
+LONGEST = 1600  # characters of an answer that are shown
+TEACHER_ROWS = "teacher.jsonl"  # of `fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl`
+
+
+def advice(run: Run) -> list[str]:
+    """What the run itself said, and what its end says."""
+    found = [f"Step {w['step']}: {w['text']}" if w.get("step") else str(w["text"]) for w in run.warnings if "text" in w]
+    for record in run.refreshes:
+        found.append(f"Step {record['step']}: the buffer was refreshed ({record.get('reason')}).")
+    if run.summary is not None and run.state == "finished":
+        found += [str(run.summary[key]) for key in ("stopped_early", "advice") if run.summary.get(key)]
+        if run.summary.get("collapsed"):
+            found.append("By the paper's definition the run collapsed: its score ended far under its peak.")
+        if run.summary.get("restarts"):
+            found.append(f"{run.summary['restarts']} times a worker was lost and started again.")
+    if run.state == "stopped":
+        found.append(f"It stopped after step {run.step} of {run.planned}; go on with: fopd resume {run.path}")
+    return found
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a prompt; `who` says whose and when."""
+
+    who: str
+    text: str
+    score: float | None
+    finish: str | None
+
+
+def answers(run: Run, prompts: int = 3) -> list[tuple[str, list[Answer]]]:
+    """(prompt, the student's answers early, halfway and now, and the teacher's where recorded), of held-out prompts that
+    were answered at every evaluation; of training prompts, as they came, if there is nothing else."""
+    by_prompt = defaultdict[str, list[Record]](list)
+    for sample in run.samples:
+        if sample.get("kind") == "eval":
+            by_prompt[str(sample.get("sample"))].append(sample)
+    teacher = {
+        f"eval/e0/p{r['prompt_index']}/s{r['sample']}/a0": r for r in jsonl(run.path / TEACHER_ROWS) if "sample" in r
+    }
+    found = []
+    for name, samples in list(by_prompt.items())[:prompts]:
+        shown = [_answer(s) for s in _early_halfway_now(samples)]
+        if (row := teacher.get(name)) is not None:
+            shown.append(Answer("teacher", shortened(str(row.get("response"))), row.get("score"), row.get("finish")))
+        found.append((shortened(str(samples[0].get("prompt"))), shown))
+    if not found:
+        for sample in _early_halfway_now(run.samples):
+            found.append((shortened(str(sample.get("prompt"))), [_answer(sample)]))
+    return found
+
+
+def teacher_score(run: Run) -> float | None:
+    """Of the recorded rows, the mean over those with a score."""
+    scores = [r["score"] for r in jsonl(run.path / TEACHER_ROWS) if r.get("score") is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _early_halfway_now(samples: list[Record]) -> list[Record]:
+    picked = {0, len(samples) // 2, len(samples) - 1} if samples else set()
+    return [samples[i] for i in sorted(picked)]
+
+
+def _answer(sample: Record) -> Answer:
+    text = shortened(str(sample.get("response")))
+    return Answer(f"student, step {sample.get('step')}", text, sample.get("score"), sample.get("finish"))
+
+
+def shortened(text: str) -> str:
+    """A long text without its middle."""
+    if len(text) <= LONGEST:
+        return text
+    half = LONGEST // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters …]\n{text[-half:]}"
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(key, its value in each run) of the keys in which the recipes are not all the same."""
+    recipes = [flattened(run.recipe) for run in runs]
+    keys = dict.fromkeys(k for recipe in recipes for k in recipe)
+    rows = [(key, [_shown(r.get(key, "-")) for r in recipes]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
