@@ -536,7 +536,7 @@ def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 
 
 def _sizes(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
-    theirs = _count(hf.weight_layout(teacher.config))
+    theirs = _count(hf.weight_layout(teacher.config, torch.float32))
     if inputs.parameters > theirs:
         yield Finding(
             "warning",
