@@ -20,7 +20,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = pytest.mark.slow
 TINY = ROOT / "recipes" / "tiny"
-RUN_TIMEOUT_S = 240
+RUN_TIMEOUT_S = 600
 
 sys.path.insert(0, str(ROOT / "scripts"))
 

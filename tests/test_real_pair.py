@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = SLOW
 LONG_S = 1500.0
-# The teacher's hundred words hold some twenty of these; the untrained student's text one or two.
+# The teacher's two hundred words hold some twenty of these; the untrained student's text one, the trained one's ten or more.
 COMMON = set(
     [
         "a",
@@ -51,6 +51,16 @@ COMMON = set(
 )
 
 
+QUESTIONS = (
+    "Tell me about the sea.",
+    "Why do people read books?",
+    "What is a good way to learn a language?",
+    "A baker sells 12 loaves in the morning and 7 in the afternoon. How many is that?",
+    "Tom has 3 boxes with 8 pencils each. How many pencils does he have?",
+    "A train goes 60 miles an hour. How far does it go in 3 hours?",
+)
+
+
 @pytest.fixture(scope="module")
 def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "pair"
@@ -77,7 +87,7 @@ def answers(model: Path) -> str:
     """Greedy, by plain transformers, to questions that nobody was trained on."""
     tokenizer, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     said = []
-    for question in ("Tell me about the sea.", "Why do people read books?", "What is a good way to learn a language?"):
+    for question in QUESTIONS:
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
@@ -88,7 +98,11 @@ def answers(model: Path) -> str:
 
 
 def test_thirty_steps_teach_it_to_speak_again(fopd: Fopd, real_pair: Path) -> None:
-    """Killed in the middle and resumed: held-out KL to a third, every prompt accounted for, an export that answers."""
+    """Killed in the middle and resumed: the KL to half, every prompt accounted for, an export that answers in English.
+
+    The KL alone would not do: a student that says "A" for ever is soon agreed with (docs/real-pair.md). There only the
+    beginning of an answer stays far from the teacher.
+    """
     run = fopd.folder / "run"
     process = fopd.start("run", fopd.recipe(shipped(real_pair)), "--run-dir", run)
     reach(process, run, 14, LONG_S)
@@ -96,14 +110,18 @@ def test_thirty_steps_teach_it_to_speak_again(fopd: Fopd, real_pair: Path) -> No
     process.communicate()
     fopd("resume", run, timeout=LONG_S)
     assert check_accounts(run)["trained"] == 30 * 16
-    first, last = (summary(run)[name] for name in ("kl_first", "kl_last"))
-    assert last < first / 3, (first, last)
-    assert {r["step"] for r in metrics(run) if r["kind"] == "step"} == set(range(1, 31))
+    steps = [r for r in metrics(run) if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == list(range(1, 31))
+    first, last = steps[0]["kl"], sum(r["kl"] for r in steps[-5:]) / 5
+    assert last < 0.7 * first, (first, last)
+    quarters = [r for r in metrics(run) if r["kind"] == "eval"][-1]["kl_by_quartile"]
+    assert quarters[0] < 3 * quarters[-1], quarters
+    assert summary(run)["kl_last"] < 1.2
     report = json.loads(fopd("eval", run, "--samples", "1", timeout=LONG_S).out)
     assert report["prompts"] == 32
     fopd("export", run, fopd.folder / "out")
     before, after = answers(real_pair / "student"), answers(fopd.folder / "out")
-    assert english(after) >= 5 > english(before), (before, after)
+    assert english(after) >= 6 > 2 * english(before), (before, after)
 
 
 @pytest.mark.parametrize(("engine", "dtype", "depth"), [("transformers", "fp32", 0), ("vllm", "bf16", 2)])
@@ -112,8 +130,8 @@ def test_every_engine_and_dtype_runs_it(fopd: Fopd, real_pair: Path, engine: str
     if engine == "vllm":
         pytest.importorskip("vllm")
     recipe = shipped(
-        real_pair, sampler={"engine": engine, "dtype": dtype}, teacher={"dtype": dtype}, learner={"dtype": dtype, "steps": 4},
-        schedule={"depth": depth}, freshness={"policy": "fopd" if depth else "sync"}, task={"eval_prompts": 8},
+        real_pair, sampler={"engine": engine, "dtype": dtype}, teacher={"dtype": dtype}, learner={"dtype": dtype, "steps": 3},
+        schedule={"depth": depth}, freshness={"policy": "fopd" if depth else "sync"}, task={"eval_prompts": 4},
     )  # fmt: skip
     fopd("run", fopd.recipe(recipe), "--run-dir", fopd.folder / "run", timeout=LONG_S)
     steps = [r for r in lines(fopd.folder / "run" / "metrics.jsonl") if r["kind"] == "step"]

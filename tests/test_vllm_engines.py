@@ -391,15 +391,15 @@ def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(tmp_path
 # ---- ids that the pair does not share, and logits that change after the head -------------------------------------------
 
 
-def _generated_by(options: dict[str, Any], model: str, updates: int) -> list[Rollout]:
-    """By an engine of its own, once it was given the same weights again so many times."""
+def _generated_by(options: dict[str, Any], model: str, updates: list[list[tuple[str, torch.Tensor]]]) -> list[Rollout]:
+    """By an engine of its own, once it was given these weights one after the other."""
     from fopd_cli.engines.vllm_sampler import VllmSampler
 
     config, tokenizer = hf.load_config(model, "m"), hf.load_tokenizer(model, "m")
     rules = hf.token_rules(model, tokenizer, config, "m")
     engine = VllmSampler(kit.options(model, **options), rules, hf.tied_names(config))
-    for version in range(updates):
-        kit.original(engine, model, version)
+    for version, weights in enumerate(updates):
+        engine.load(version, weights)
     params = (
         SamplingParams(max_new_tokens=16, keep_topk=4),
         SamplingParams(temperature=0.7, top_p=0.9, max_new_tokens=16),
@@ -412,11 +412,13 @@ def _generated_by(options: dict[str, Any], model: str, updates: int) -> list[Rol
 def test_ids_past_the_shared_ones_are_never_sampled(tmp_path: Path, student: str, updates: int) -> None:
     """Log-probs are those of what is left, after live updates as well."""
     host, vocab = new_host(tmp_path), 130
+    model = hf.load_model(student, "m", torch.float32)
     try:
-        rollouts = host(_generated_by, {"vocab": vocab}, student, updates)
+        rollouts = host(
+            _generated_by, {"vocab": vocab}, student, [kit.published(model.state_dict(), student)] * updates
+        )
     finally:
         host.close()
-    model = hf.load_model(student, "m", torch.float32)
     assert all(r.response_ids.max() < vocab for r in rollouts)
     assert any(model_logprobs(model, r).argmax(-1).max() >= vocab for r in rollouts)  # it would draw others
     for rollout in rollouts:
@@ -430,11 +432,12 @@ def test_ids_past_the_shared_ones_are_never_sampled(tmp_path: Path, student: str
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "phi"])
 def test_vllm_alters_logits_as_the_learner_does(tmp_path: Path, pair: Path, architecture: str) -> None:
-    model = tiny_models.tiny_model(architecture, head_dim=16)
+    # Heads of 32: the narrowest that vLLM's CPU attention knows.
+    model = tiny_models.tiny_model(architecture, hidden_size=64, head_dim=32)
     path = str(tiny_models.save(model, tmp_path / "m", pair / "student"))
     host = new_host(tmp_path)
     try:
-        rollouts = host(_generated_by, {}, path, 1)
+        rollouts = host(_generated_by, {}, path, [kit.published(model.state_dict(), path)])
     finally:
         host.close()
     for rollout in rollouts:

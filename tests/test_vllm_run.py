@@ -51,13 +51,14 @@ def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
         TINY, task={"horizon": 5, "difficulty": 2, "train_prompts": 6000, "eval_prompts": 128},
         sampler={"engine": "vllm", "max_new_tokens": 48, "concurrency": 64},
         teacher={"engine": "vllm", "batch_samples": 16},
-        learner={"steps": 240, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
+        learner={"steps": 120, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
         schedule={"depth": 2, "inflight": "keep"}, freshness={"xi": 0.02}, checkpoint={"every": 100},
     )  # fmt: skip
-    run = fopd.run(recipe)
+    run = fopd.folder / "run"
+    fopd("run", fopd.recipe(recipe), "--run-dir", run, timeout=900)
     s = summary(run)
-    assert s["score_last"] > 0.8, s
-    assert s["kl_last"] < 0.05 * s["kl_first"]
+    assert s["score_last"] > s["score_first"] + 0.3, s
+    assert s["kl_last"] < 0.2 * s["kl_first"]
     check_accounts(run)
     steps = [r for r in metrics(run) if r["kind"] == "step"]
     assert max(r["versions_per_rollout"] for r in steps) > 1.05

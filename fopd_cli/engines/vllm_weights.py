@@ -7,7 +7,7 @@ weights in checkpoint format and repacks, fuses and shards them as it did at sta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,12 @@ class WithAliases:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return in_checkpoint_format(self.model, self._named())
+
+    def known_to(self, model: Any) -> WithAliases:
+        """Without names of modules that vLLM's model does not have: some have no head of their own where it is tied."""
+        modules = {name.rpartition(".")[2] for name, _ in model.named_modules(remove_duplicate=False)}
+        aliases = {other: name for other, name in self.aliases.items() if other.split(".")[-2] in modules}
+        return replace(self, aliases=aliases)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         others = {name: other for other, name in self.aliases.items()}
@@ -72,7 +78,8 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         model: Any = self.model
-        loaded = model.load_weights(iter(update_info.weights))
+        weights = update_info.weights
+        loaded = model.load_weights(iter(weights.known_to(model) if isinstance(weights, WithAliases) else weights))
         missing = self._expected - loaded if loaded is not None else set()
         if missing:
             raise RuntimeError(f"the update lacks weights of {sorted(missing)[:3]}; the engine is of no use any more")
