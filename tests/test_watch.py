@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fopd_cli.runtime.watch import WINDOW, Watch
 
 
 def said(watch: Watch, norms: list[float], kls: list[float]) -> list[str]:
-    return [text for norm, kl in zip(norms, kls, strict=True) for text in watch.step(norm, kl)]
+    return [text for norm, kl in zip(norms, kls, strict=True) for text in watch.step(norm, kl, [kl] * 4)]
 
 
 def test_a_threshold_that_always_acts_is_named_once() -> None:
@@ -30,3 +32,17 @@ def test_a_kl_that_climbs_is_told_and_noise_is_not() -> None:
     assert "the KL to the teacher climbs" in found[0]
     assert said(Watch(0.0), [1.0] * 4 * WINDOW, [0.002] * 2 * WINDOW + [0.006] * 2 * WINDOW) == []
     assert said(Watch(0.0), [1.0] * WINDOW, [float("nan")] * WINDOW) == []
+
+
+def test_a_student_that_falls_silent_is_told_from_one_that_learns() -> None:
+    """The quarters of two runs of the real pair, see docs/real-pair.md; the figures of toys that are nearly done."""
+    for quarters, uneven in (
+        ([1.63, 0.46, 0.31, 0.27], True),
+        ([0.96, 0.89, 0.88, 0.67], False),
+        ([0.015, 0.001, 0.001, 0.0004], False),
+        ([float("nan")] * 4, False),
+    ):
+        watch = Watch(0.0)
+        found = [text for _ in range(2 * WINDOW) for text in watch.step(1.0, float(np.mean(quarters)), quarters)]
+        assert len(found) == uneven
+        assert not found or "1.6 nats a token in their first quarter, 0.27 in their last" in found[0]

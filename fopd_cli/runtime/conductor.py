@@ -707,7 +707,7 @@ class Conductor:
         self.telemetry.scalars(records.scalars(record, timing), step)
         self.telemetry.histograms(records.histograms(stats), step)
         self.progress.step(step, records.bar(record, timing))
-        for warning in self.watch.step(report.grad_norm, record["kl"]):
+        for warning in self.watch.step(report.grad_norm, record["kl"], record["kl_by_quartile"]):
             self.telemetry.warn(step, warning)
         if step % max(1, self.recipe.learner.steps // 20) == 0:
             self._write_sample(step, samples[keys[0]], self.grades[keys[0]], rollouts[0])
