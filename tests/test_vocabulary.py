@@ -82,4 +82,4 @@ def test_prompts_and_ends_that_the_teacher_cannot_read(fopd: Fopd, llama_pair: P
     recipe = fopd.recipe(small_recipe(llama_pair, teacher={"model": str(fopd.folder / "teacher")}))
     out = fopd("doctor", recipe, "--no-sanity", code=2).out
     assert "the models share only the ids below 1: none would ever end" in out
-    assert "task: train prompt 0 holds token" in out
+    assert "task: prompt 0 holds token 32" in out

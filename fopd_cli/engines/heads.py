@@ -54,13 +54,13 @@ def find_rule(lm: Any, backbone: nn.Module) -> HeadRule:
     try:
         hidden, entered, given, logits = _run_either(lm, backbone, output)
         before = float(entered[0, 0] / hidden[0, 0])
-        after = float(logits[0, 1] / given[0, 1])
+        after = float(logits[1, 0] / given[1, 0])
     except Exception as error:  # whatever an architecture's code raises on inputs that it does not expect
         what = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UnknownHead(
             f"does not let fopd find out what it does between hidden states and logits ({what})"
         ) from None
-    largest = abs(float(logits[0, 2]))
+    largest = abs(float(logits[2, 0]))
     cap = largest if largest < 0.5 * abs(after) * LARGE else None
     if not (_close(entered, before * hidden) and _close(logits, soft_cap(after * given, cap))):
         raise UnknownHead(
@@ -94,7 +94,7 @@ def _run(lm: Any, backbone: nn.Module, output: nn.Linear) -> tuple[Tensor, Tenso
     spread = torch.tensor(SPREADS, dtype=torch.float64)[:, None]
     hidden = spread * torch.randn(len(SPREADS), width, generator=generator, dtype=torch.float64)
     given = spread * torch.randn(len(SPREADS), vocab, generator=generator, dtype=torch.float64)
-    given[0, :3] = torch.tensor([0.0, SMALL, LARGE], dtype=torch.float64)
+    given[:3, 0] = torch.tensor([0.0, SMALL, LARGE], dtype=torch.float64)
     entered: list[Tensor] = []
 
     def head(x: Tensor) -> Tensor:
