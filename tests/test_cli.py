@@ -33,13 +33,13 @@ def test_a_model_directory_that_is_none(fopd: Fopd, pair: Path, tmp_path: Path) 
 
 
 def test_weights_that_cannot_be_read(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
-    """Found by a worker, told by the conductor, still one line."""
+    """Found before a worker starts, in one line."""
     broken = tmp_path / "broken"
     shutil.copytree(pair / "student", broken)
     (broken / "model.safetensors").write_bytes(b"junk")
     recipe = fopd.recipe(small_recipe(pair, student={"model": str(broken)}))
     err = fopd("run", recipe, "--run-dir", fopd.folder / "run", code=2).err
-    assert "student.model: cannot load model weights" in err
+    assert "student.model: cannot read the weights of" in err
 
 
 def test_different_tokenizers(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
