@@ -101,7 +101,7 @@ def load(folder: Path, server: Server, *questions: str) -> doctor.Inputs:
     rows = folder / "q.jsonl"
     rows.write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}]}) + "\n" for q in questions))
     remote = {"model": "teacher", "engine": "http", "k": 8, "http": {"url": server.url, "retries": 0}}
-    recipe = {**small_recipe(TINY), "teacher": remote}
+    recipe = {**small_recipe(TINY, learner={"batch_samples": 1}), "teacher": remote}
     recipe["task"] = {"name": "chat", "train": str(rows), "eval": str(rows), "eval_prompts": 1}
     (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
     parsed = load_recipe(folder / "r.yaml")
