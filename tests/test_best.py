@@ -83,6 +83,7 @@ def test_what_cannot_be_chosen_by(tmp_path: Path, overrides: list[str], message:
         load_recipe(path, overrides)
 
 
+@pytest.mark.slow
 def test_a_run_that_only_gets_worse_ends_early_with_its_best_student(fopd: Fopd, pair: Path) -> None:
     """At such a rate the KL is best before the first step: student/ is what the run began with, and a resume goes on."""
     recipe = small_recipe(

@@ -157,6 +157,7 @@ def test_a_teachers_top_k_is_its_own_distribution(architecture: str, tmp_path: P
     assert (head.bias is not None) == (architecture == "phi")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_evaluation(fopd: Fopd, pairs: dict[str, Path]) -> None:
     """A capped student under a teacher with a bias, from preflight to `fopd eval`."""
     run = fopd.run(small_recipe(pairs["gemma2"], learner={"steps": 2}))

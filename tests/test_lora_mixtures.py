@@ -124,6 +124,7 @@ def rank_train(rank: int, world: int, pair: Path, samples: list[Sample], checkpo
     return losses, {name: tensor.float().clone().numpy() for name, tensor in learner.publish()}
 
 
+@pytest.mark.slow
 def test_a_sharded_mixture_learns_and_publishes_as_one_rank_does(mixture_pair: Path, tmp_path: Path) -> None:
     samples = kit.make_samples(mixture_pair, width=32)
     losses, alone = rank_train(0, 1, mixture_pair, samples, False)

@@ -114,6 +114,7 @@ def test_embeddings_that_are_tied_and_differ_are_named(pair: Path, tmp_path: Pat
     hf.load_head(same, "m", torch.float32)
 
 
+@pytest.mark.slow
 def test_doctor_and_run_name_what_is_wrong_with_the_weights(fopd: Fopd, pair: Path, llama_pair: Path) -> None:
     bad = changed(llama_pair / "teacher", fopd.folder / "bad", lambda t: t.pop("model.norm.weight"))
     odd = changed(pair / "student", fopd.folder / "odd", lambda t: t.update({"model.extra.weight": torch.zeros(3)}))
@@ -252,6 +253,7 @@ def test_what_transformers_does_not_save_is_written_without_it(
         assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_whose_student_says_odd_things_about_generation_ends_well(fopd: Fopd, pair: Path) -> None:
     source = changed(pair / "student", fopd.folder / "m", lambda t: None)
     (Path(source) / "generation_config.json").write_text(json.dumps(GREEDY))
