@@ -93,7 +93,10 @@ def describe(spec: WorkerSpec, mailbox: Mailbox) -> None:
     mailbox.receive(block=True)
 
 
-def test_forked_workers_have_their_own_environment_and_die_with_their_server(tmp_path: Path) -> None:
+def test_forked_workers_have_their_own_environment_and_die_with_their_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm, "_begun", False)  # as it is again afterwards
     warm.begin()
     try:
         with Fleet(tmp_path, 60, 60) as fleet:

@@ -1,8 +1,8 @@
 """Workers that are born with torch and transformers imported, where no GPU forbids it.
 
-A worker on a CPU spends most of its first seconds on imports, and there are three or four of them. One process, started
-beside the command's own imports, does them once; the workers are forked from it (multiprocessing's fork server). With CUDA
-every worker is a Python of its own: a process that may have touched a driver must not be forked.
+A worker on a CPU spends most of its first seconds on imports, and there are three or four of them. One process does them
+once, beside the command's own imports, and the workers are forked from it (multiprocessing's fork server). Where there is a
+GPU's driver every worker is a Python of its own: a process that may have touched a driver must not be forked.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from multiprocessing.context import BaseContext
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-CUDA = "/dev/nvidiactl"
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # CUDA's, CUDA's under WSL, ROCm's
+
+_begun = False
 
 
 def begin() -> None:
     """Start importing, in a process of its own. The command that calls this is about to start workers, or to be refused."""
-    if sys.platform != "linux" or os.path.exists(CUDA):
+    global _begun
+    if sys.platform != "linux" or any(map(os.path.exists, DRIVERS)):
         return
+    _begun = True
     multiprocessing.get_context("forkserver").set_forkserver_preload(["fopd_cli.runtime.preload"])
     track()
     with signals_blocked():
@@ -39,8 +43,7 @@ def track() -> None:
 
 def context() -> BaseContext:
     """How processes are started: forked if `begin` was called, and it was possible, else spawned."""
-    begun = forkserver._forkserver._forkserver_pid is not None  # type: ignore[attr-defined]
-    return multiprocessing.get_context("forkserver" if begun else "spawn")
+    return multiprocessing.get_context("forkserver" if _begun else "spawn")
 
 
 @contextlib.contextmanager
