@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from fopd_cli.report.reading import Record, Run
@@ -100,8 +101,8 @@ def _of_machine(number: int, run: Run, several: bool) -> list[Record]:
     """Busy shares, speed and memory: a chart for each run."""
     of_run = f" of {run.name}" if several else ""
     roles = [r for r in ROLES if any(r in s.get("timing", {}).get("busy", {}) for s in run.steps)]
-    busy = [Line(role, lambda s, role=role: s.get("timing", {}).get("busy", {}).get(role)) for role in roles]  # type: ignore[misc]
-    memory = [Line(role, lambda s, role=role: _memory(s, role)) for role in roles]  # type: ignore[misc]
+    busy = [Line(role, partial(_busy, role)) for role in roles]
+    memory = [Line(role, partial(_memory, role)) for role in roles]
     memory.append(Line("teacher targets", timing("buffer_bytes", 1e-9)))
     speed = [Line("trained", _speed(run))]
     specs = [
@@ -128,7 +129,11 @@ def _of_machine(number: int, run: Run, several: bool) -> list[Record]:
     return [chart for chart in found if chart["series"]]
 
 
-def _memory(step: Record, role: str) -> Value:
+def _busy(role: str, step: Record) -> Value:
+    return step.get("timing", {}).get("busy", {}).get(role)
+
+
+def _memory(role: str, step: Record) -> Value:
     sizes = step.get("timing", {}).get("memory_bytes") or {}
     own = [size for worker, size in sizes.items() if worker.partition("-")[0] == role]
     return sum(own) / 1e9 if own else None
