@@ -3,10 +3,11 @@
 
     python benchmarks/calibration.py [--task short] [--out docs/staleness]
 
-One synchronous run keeps all its versions. At several of them (t), prompts are answered by the versions t, t - 1, .. t - 16, and each
-answer is judged as a learner at t would: its drift by every estimator beside the exact KL, its freshness f_i, and the cosine
-between its own gradient and the fresh one, that of the exact reverse KL on many answers of version t to the same prompt. Prints and
-writes rank correlations (Spearman's), bias and cost; no training loop with staleness runs here.
+One synchronous run keeps all its versions. At several of them (t), prompts are answered by the versions t, t
+- 1, .. t - 16, and each answer is judged as a learner at t would: its drift by every estimator beside the
+exact KL, its freshness f_i, and the cosine between its own gradient and the fresh one, that of the exact
+reverse KL on many answers of version t to the same prompt. Prints and writes rank correlations (Spearman's),
+bias and cost; no training loop with staleness runs here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from inline import CPU, Inline
 from torch import Tensor
 
-from fopd_cli.engines.micro_batch import MicroBatch
+from fopd_cli.engines.learner.micro_batch import MicroBatch
 from fopd_cli.freshness import drift, score
 from fopd_cli.losses.chunked import Weighting, chunked_objective
 from fopd_cli.losses.terms import LossSpec
@@ -51,7 +52,9 @@ class Kept(Inline):
 
 
 def answers(run: Kept, version: int, prompts: Sequence[int], each: int, seed: int) -> list[Rollout]:
-    """`each` responses to every prompt, sampled by a version, with its full distribution at every position."""
+    """`each` responses to every prompt, sampled by a version, with its full distribution at every
+    position.
+    """
     run.sampler.load(version, run.versions[version].items())
     params = SamplingParams(max_new_tokens=run.recipe.sampler.max_new_tokens, keep_topk=-1)
     ids = [run.stream.token_ids(run.stream.train_id(p)) for p in prompts]
@@ -80,7 +83,12 @@ def gradient(run: Kept, samples: list[Sample], loss: LossSpec) -> Tensor:
     hidden = batch.tokens.hidden(lm).index_select(0, batch.index)
     head = lm.get_output_embeddings().weight
     value, _ = chunked_objective(
-        loss, hidden, batch.at, head, run.learner.teacher_heads[0], Weighting(batch.sample, share, nothing, nothing)
+        loss,
+        hidden,
+        batch.at,
+        head,
+        run.learner.teacher_heads[0],
+        Weighting(batch.sample, share, nothing, nothing),
     )
     return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(lm.parameters()))])
 
@@ -120,7 +128,10 @@ def measure(run: Kept, at: Sequence[int], count: int) -> list[dict[str, Any]]:
         run.learner.student.lm.load_state_dict(run.versions[t], strict=False)
         prompts = list(range(t * count, (t + 1) * count))
         fresh_answers = judged(run, answers(run, t, prompts, FRESH, seed=t), 0)
-        fresh = [gradient(run, fresh_answers[i * FRESH : (i + 1) * FRESH], LOSSES["reverse_kl"]) for i in range(count)]
+        fresh = [
+            gradient(run, fresh_answers[i * FRESH : (i + 1) * FRESH], LOSSES["reverse_kl"])
+            for i in range(count)
+        ]
         for lag in LAGS:
             samples = judged(run, answers(run, t - lag, prompts, 1, seed=1000 * t + lag), lag)
             for sample, reference in zip(samples, fresh, strict=True):
@@ -145,7 +156,11 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     names = list(rows[0]["drift"])
     exact = [r["drift"]["exact"] for r in stale]
     lines = [
-        "| estimator of D_roll | Spearman with exact, all lags | the same at lag 8 | mean / exact's mean, lags 1, 8, 16 |",
+        (
+            "| estimator of D_roll | Spearman with exact, all lags | the same at lag 8 | mean / exact's "
+            "mean, "
+            "lags 1, 8, 16 |"
+        ),
         "|---|---|---|---|",
     ]
     at8 = [r for r in stale if r["lag"] == 8]
@@ -157,7 +172,9 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             / np.mean([r["drift"]["exact"] for r in stale if r["lag"] == k])
             for k in (1, 8, 16)
         ]
-        lines.append(f"| {name} | {spearman(own, exact):.3f} | {within:.3f} | {', '.join(f'{b:.2f}' for b in bias)} |")
+        lines.append(
+            f"| {name} | {spearman(own, exact):.3f} | {within:.3f} | {', '.join(f'{b:.2f}' for b in bias)} |"
+        )
     lines += [
         "",
         "| lag | exact D_roll, nats | " + " | ".join(f"cosine, {name}" for name in LOSSES) + " |",
@@ -181,7 +198,9 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         for loss in LOSSES:
             mixed = spearman(signal(rows), [r["cosine"][loss] for r in rows])
             alone = (
-                "" if label == "1/(tau + 1)" else f" ({spearman(signal(at8), [r['cosine'][loss] for r in at8]):.2f})"
+                ""
+                if label == "1/(tau + 1)"
+                else f" ({spearman(signal(at8), [r['cosine'][loss] for r in at8]):.2f})"
             )
             cells.append(f"{mixed:.2f}{alone}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -194,17 +213,21 @@ def costs(recipe: Path, overrides: list[str]) -> str:
     for name in ("sampled", "quadratic", "topk", "exact"):
         run = Inline(
             load_recipe(
-                recipe, [*overrides, "learner.steps=20", f"freshness.drift={name}", f"freshness.drift_k={TOPK}"]
+                recipe,
+                [*overrides, "learner.steps=20", f"freshness.drift={name}", f"freshness.drift_k={TOPK}"],
             )
         ).run()
         lines.append(
-            f"| {name} | {run.spent['sample'] / run.work['sample']:.3f} | {run.spent['train'] / run.work['train']:.4f} |"
+            f"| {name} | {run.spent['sample'] / run.work['sample']:.3f} | "
+            f"{run.spent['train'] / run.work['train']:.4f} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", choices=["short", "long"], default="short")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "staleness")
     parser.add_argument("--prompts", type=int, default=24, help="at each version")

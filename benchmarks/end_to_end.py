@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Seconds to a quality: fopd at several depths and with both samplers against a plain loop and TRL, on one pair.
+"""Seconds to a quality: fopd at several depths and with both samplers against a plain loop and TRL, on one
+pair.
 
     python benchmarks/end_to_end.py [--pair recipes/real-pair] [--questions recipes/questions.jsonl] [--steps 20]
         [--to 0.63] [--only NAME ...] [--repeats 1] [--out runs/end-to-end.jsonl]
 
-Every contender has the machine to itself, one after the other, and gets the same pair, questions, batch, lengths, learning
-rate, AdamW (no clipping, no weight decay but TRL's and PyTorch's defaults) and loss: reverse KL over the vocabulary, the
-mean over tokens. What is reported: seconds of training until the KL to the teacher on held-out questions is down to `--to`
-(between two evaluations: along the line of log KL), seconds a step, answer tokens a second, the last KL. Starting and
-evaluating are not counted, for nobody. `--pair tiny` takes the shipped tiny pair and arithmetic: seconds instead of minutes.
+Every contender has the machine to itself, one after the other, and gets the same pair, questions, batch,
+lengths, learning rate, AdamW (no clipping, no weight decay but TRL's and PyTorch's defaults) and loss:
+reverse KL over the vocabulary, the mean over tokens. What is reported: seconds of training until the KL to
+the teacher on held-out questions is down to `--to` (between two evaluations: along the line of log KL),
+seconds a step, answer tokens a second, the last KL. Starting and evaluating are not counted, for nobody.
+`--pair tiny` takes the shipped tiny pair and arithmetic: seconds instead of minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ DEPTHS = (0, 1, 2, 4)
 
 @dataclass
 class Curve:
-    """What a contender did: seconds of training at the end of each step, and (seconds, KL) of each evaluation."""
+    """What a contender did: seconds of training at the end of each step, and (seconds, KL) of each
+    evaluation.
+    """
 
     steps: list[float] = field(default_factory=list)
     evaluations: list[tuple[float, float]] = field(default_factory=list)
@@ -97,11 +101,23 @@ def fopd_recipe(depth: int, policy: str, engine: str, args: argparse.Namespace) 
         "student": {"model": str(args.pair.resolve() / "student")},
         "teacher": {"model": str(args.pair.resolve() / "teacher"), "dtype": "bf16"},
         "task": {"name": "math", "train": file, "eval": file, "eval_prompts": HELD_OUT, "answer": None},
-        # No more requests at once than held-out questions: nothing is sampled for training while the clock stands still.
-        "sampler": {"engine": engine, "max_new_tokens": args.tokens, "concurrency": HELD_OUT, "dtype": "bf16"},
+        # No more requests at once than held-out questions: nothing is sampled for training while the clock
+        # stands still.
+        "sampler": {
+            "engine": engine,
+            "max_new_tokens": args.tokens,
+            "concurrency": HELD_OUT,
+            "dtype": "bf16",
+        },
         "learner": {
-            "steps": args.steps, "batch_samples": args.batch, "lr": args.lr, "warmup_steps": 0, "dtype": "bf16",
-            "betas": [0.9, 0.999], "weight_decay": 0.01, "clip": 0.0,
+            "steps": args.steps,
+            "batch_samples": args.batch,
+            "lr": args.lr,
+            "warmup_steps": 0,
+            "dtype": "bf16",
+            "betas": [0.9, 0.999],
+            "weight_decay": 0.01,
+            "clip": 0.0,
         },
         "loss": {"kind": "reverse_kl", "support": "full", "average": "token"},
         "schedule": {"depth": depth, "inflight": "keep" if vllm else "wait"},
@@ -110,7 +126,7 @@ def fopd_recipe(depth: int, policy: str, engine: str, args: argparse.Namespace) 
         "checkpoint": {"every": 0},
         "placement": {"mode": "cpu"},
         "seed": args.seed,
-    }  # fmt: skip
+    }
 
 
 def tiny(args: argparse.Namespace, folder: Path) -> None:
@@ -133,7 +149,9 @@ def contenders(args: argparse.Namespace) -> dict[str, Any]:
             for policy in ("fopd", "async") if depth else ("sync",):
                 name = f"fopd, depth {depth}, {policy}, {engine}"
                 found[name] = lambda d=depth, p=policy, e=engine: of_fopd(d, p, e, args)
-    chosen = {name: run for name, run in found.items() if not args.only or any(word in name for word in args.only)}
+    chosen = {
+        name: run for name, run in found.items() if not args.only or any(word in name for word in args.only)
+    }
     if not chosen:
         sys.exit(f"--only: there is none of that name; there are {', '.join(found)}")
     return chosen
@@ -151,22 +169,30 @@ def table(curves: dict[str, list[Curve]], to: float) -> str:
     plain = curves.get("plain loop")
     against = median([c.seconds_to(to) for c in plain]) if plain else math.nan
     lines = [
-        f"| contender | seconds to KL {to} | plain loop = 1 | seconds a step | answer tokens/s | last held-out KL |",
+        (
+            f"| contender | seconds to KL {to} | plain loop = 1 | seconds a step | answer tokens/s | last "
+            "held-out KL |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for name, found in curves.items():
         seconds = median([c.seconds_to(to) for c in found])
         rate = median([c.tokens / c.steps[-1] for c in found])
         lines.append(
-            f"| {name} | {shown(seconds)} | {shown(seconds / against, 2)} | {median([c.a_step for c in found]):.1f} | "
+            f"| {name} | {shown(seconds)} | {shown(seconds / against, 2)} | "
+            f"{median([c.a_step for c in found]):.1f} | "
             f"{f'{rate:.0f}' if rate else '-'} | {median([c.evaluations[-1][1] for c in found]):.3f} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, default=ROOT / "recipes" / "real-pair", help="a directory, or tiny")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pair", type=Path, default=ROOT / "recipes" / "real-pair", help="a directory, or tiny"
+    )
     parser.add_argument("--questions", type=Path, default=ROOT / "recipes" / "questions.jsonl")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
@@ -188,10 +214,11 @@ def main() -> None:
                 curve = run()
                 curves.setdefault(name, []).append(curve)
                 print(
-                    f"{name}: {curve.seconds_to(args.to):.0f} s to {args.to}, {curve.a_step:.1f} s a step, KL "
-                    + " ".join(f"{kl:.3f}" for _, kl in curve.evaluations),
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                    f"{name}: {curve.seconds_to(args.to):.0f} s to {args.to}, {curve.a_step:.1f} s a "
+                    "step, KL " + " ".join(f"{kl:.3f}" for _, kl in curve.evaluations),
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if args.out:
                     with args.out.open("a") as file:
                         file.write(json.dumps({"contender": name, "lr": args.lr, **vars(curve)}) + "\n")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Two small tasks for the staleness benchmark, beside the arithmetic of the quickstart, and the pairs that can nearly do and can
-hardly do them.
+"""Two small tasks for the staleness benchmark, beside the arithmetic of the quickstart, and the pairs that
+can nearly do and can hardly do them.
 
     python benchmarks/horizons.py      makes benchmarks/pairs/lookups and benchmarks/pairs/recurrence anew
 
-`Lookups` (middle horizon): `bfd=`; the student asks for each letter's value in a turn of its own (`b?`, observation `7`), then adds
-them modulo 10 in writing. The values are the question's own, so they cannot be learnt by heart, and may move on with the student's version.
-`Recurrence` (long horizon): `4071=`, to be continued by 24 digits, each the sum modulo 10 of the last and the fourth last;
-right only if all are.
+`Lookups` (middle horizon): `bfd=`; the student asks for each letter's value in a turn of its own (`b?`,
+observation `7`), then adds them modulo 10 in writing. The values are the question's own, so they cannot be
+learnt by heart, and may move on with the student's version. `Recurrence` (long horizon): `4071=`, to be
+continued by 24 digits, each the sum modulo 10 of the last and the fourth last; right only if all are.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ FURTHER = 24
 
 
 class Lookups:
-    """`drift`: the probability with which a training question's values change from one version of the student to the next.
-    `outage`: that with which a training question cannot be looked up at a version, which ends its conversation."""
+    """`drift`: the probability with which a training question's values change from one version of the student
+    to the next.
+    `outage`: that with which a training question cannot be looked up at a version, which ends its
+    conversation.
+    """
 
     def __init__(
         self, drift: float = 0.0, outage: float = 0.0, train_prompts: int = 4000, eval_prompts: int = 128
@@ -43,7 +46,9 @@ class Lookups:
         return [Prompt(index=i, text=f"{q}=", payload={"split": split}) for i, q in enumerate(questions)]
 
     def grade(self, prompt: Prompt, response: str) -> float:
-        """Whether the sum is that of the values as they stand at version 0, from which held-out questions never move."""
+        """Whether the sum is that of the values as they stand at version 0, from which held-out questions
+        never move.
+        """
         return float(response.rpartition(".")[2] == added(self.values(prompt, 0))[1])
 
     def episode(self, prompt: Prompt, now: int) -> _Asking:
@@ -98,7 +103,11 @@ class Recurrence:
         everything = [f"{i:04d}" for i in range(10_000)]
         random.Random("recurrence").shuffle(everything)
         held_out = self.sizes["eval"]
-        chosen = everything[:held_out] if split == "eval" else everything[held_out : held_out + self.sizes["train"]]
+        chosen = (
+            everything[:held_out]
+            if split == "eval"
+            else everything[held_out : held_out + self.sizes["train"]]
+        )
         return [Prompt(index=i, text=f"{c}=", payload={"answer": continued(c)}) for i, c in enumerate(chosen)]
 
     def grade(self, prompt: Prompt, response: str) -> float:
@@ -112,7 +121,7 @@ def continued(beginning: str) -> str:
     return "".join(map(str, digits[4:]))
 
 
-# ---- the pairs: worked solutions as pieces (text, whether it is to be learnt) ----------------------------------------------
+# ---- the pairs: worked solutions as pieces (text, whether it is to be learnt) ------------------------------
 
 
 def lookups_solved(rng: random.Random, step: int) -> Iterable[tuple[str, bool]]:
@@ -133,12 +142,17 @@ def main() -> None:
     sys.path.insert(0, str(HERE.parent / "scripts"))
     import make_tiny_pair
 
-    for name, solved, student_loss in (("lookups", lookups_solved, 0.12), ("recurrence", recurrence_solved, 0.1)):
+    for name, solved, student_loss in (
+        ("lookups", lookups_solved, 0.12),
+        ("recurrence", recurrence_solved, 0.1),
+    ):
 
         def examples(rng: random.Random, step: int, solved: Any = solved) -> list[tuple[str, bool]]:
             return list(solved(rng, step))
 
-        make_tiny_pair.make_pair(HERE / "pairs" / name, examples, teacher_loss=0.001, student_loss=student_loss)
+        make_tiny_pair.make_pair(
+            HERE / "pairs" / name, examples, teacher_loss=0.001, student_loss=student_loss
+        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 
     python benchmarks/inline.py      measures the costs that `Costs` has as defaults
 
-What is sampled, judged and learnt is real; only *when* things end is made up, from a cost model, so that a run is deterministic
-and lags mix as they do on a box where roles work side by side. With `schedule.lag` the clock changes nothing but the
-modelled throughput. Evaluations take no time.
+What is sampled, judged and learnt is real; only *when* things end is made up, from a cost model, so that a
+run is deterministic and lags mix as they do on a box where roles work side by side. With `schedule.lag` the
+clock changes nothing but the modelled throughput. Evaluations take no time.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ import numpy as np
 import torch
 
 from fopd_cli import doctor
-from fopd_cli.engines import hf
-from fopd_cli.engines.fsdp_learner import FsdpLearner
-from fopd_cli.engines.transformers_teacher import TransformersTeacher
+from fopd_cli.engines.learner.learner import FsdpLearner
+from fopd_cli.engines.models import hf
+from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.evaluation import converse
 from fopd_cli.freshness.depth import Depth
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.recipe import Recipe, load_recipe
-from fopd_cli.runtime import records
 from fopd_cli.runtime.build import learner_config, make_sampler, task_arguments
-from fopd_cli.runtime.environment import LocalEnvironments
-from fopd_cli.runtime.params import sampling_params
+from fopd_cli.runtime.crew.environment import LocalEnvironments
+from fopd_cli.runtime.crew.roles import graded, score
+from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.placement import place
-from fopd_cli.runtime.roles import graded, score
-from fopd_cli.runtime.schedule import Schedule
-from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
-from fopd_cli.runtime.tickets import Generate, Load, Measure, Replay, Score, Train
+from fopd_cli.runtime.scheduling.params import sampling_params
+from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens, evaluation_ids, schedule_config
+from fopd_cli.runtime.scheduling.schedule import Schedule
+from fopd_cli.runtime.scheduling.tickets import Generate, Load, Measure, Replay, Score, Train
 from fopd_cli.samples import Request, Rollout, Sample, SampleId, SampleStats, TargetSpec, TeacherTargets
 from fopd_cli.tasks import load_task
 from fopd_cli.tasks.replay import cached, realigned
@@ -56,7 +56,9 @@ TICK_MS = 10.0  # rollouts of uneven duration end on it, so that those after the
 
 @dataclass(frozen=True)
 class Costs:
-    """Virtual milliseconds, of which only ratios matter; measured by this file's `main` (see docs/staleness.md)."""
+    """Virtual milliseconds, of which only ratios matter; measured by this file's `main` (see
+    docs/staleness.md).
+    """
 
     sample: float = 1.55  # a response token of one request, in a batch of 32
     score: float = 0.0175  # a token
@@ -75,20 +77,22 @@ class Outcome:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     refreshes: int = 0
     seconds: float = 0.0
-    spent: defaultdict[str, float] = field(
-        default_factory=lambda: defaultdict(float)
-    )  # real milliseconds, by kind of work
-    work: Counter[str] = field(default_factory=Counter)  # what was done in them: decoding steps, tokens, updates
+    # real milliseconds, by kind of work
+    spent: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    # what was done in them: decoding steps, tokens, updates
+    work: Counter[str] = field(default_factory=Counter)
 
 
 class Inline:
     """One run. Engines are made anew for each, so that nothing passes from one to the next.
 
-    `uneven`: a rollout takes 0.5 to 16 times as long as its tokens say, as slow tools make it. `sgd`: plain SGD in the place of
-    AdamW, for the control experiment.
+    `uneven`: a rollout takes 0.5 to 16 times as long as its tokens say, as slow tools make it. `sgd`: plain
+    SGD in the place of AdamW, for the control experiment.
     """
 
-    def __init__(self, recipe: Recipe, costs: Costs = Costs(), uneven: bool = False, sgd: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, costs: Costs = Costs(), uneven: bool = False, sgd: bool = False
+    ) -> None:
         self.recipe, self.costs, self.uneven = recipe, costs, uneven
         inputs = doctor.load_inputs(recipe, place(recipe, 0))
         self.spec: TargetSpec = inputs.target_specs[0]
@@ -113,7 +117,9 @@ class Inline:
         r = recipe.freshness.refresh
         policy = POLICIES[recipe.freshness.policy]
         self.depth = Depth(recipe.max_lag, recipe.max_drift)
-        self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
+        self.refresh = Refresh(
+            policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every
+        )
         config = schedule_config(recipe, 1, False, self.stream.replayable)
         self.schedule = Schedule(config, self.stream.train_id, evaluation_ids(recipe, self.stream))
         self.outcome = Outcome()
@@ -150,9 +156,8 @@ class Inline:
                     break
                 self._now, _, happens = heapq.heappop(self._events)
                 happens()
-                while (
-                    self._events and self._events[0][0] == self._now
-                ):  # at once: the schedule need not be asked in between
+                # at once: the schedule need not be asked in between
+                while self._events and self._events[0][0] == self._now:
                     heapq.heappop(self._events)[2]()
         self.outcome.seconds, self.outcome.refreshes = self._now, self.schedule.refreshes
         return self.outcome
@@ -212,7 +217,9 @@ class Inline:
             prompts = {k: self.stream.prompt(i) for k, i in zip(keys, samples, strict=True)}
             assert self._environments is not None
             version = self.schedule.replicas[0].loaded
-            found = list(converse(self.sampler, requests, self._environments, prompts, self.tokenizer, version))
+            found = list(
+                converse(self.sampler, requests, self._environments, prompts, self.tokenizer, version)
+            )
         else:
             self.sampler.submit(requests)
             found = []
@@ -281,19 +288,28 @@ class Inline:
         return changed
 
     def _sample(self, key: int) -> Sample:
-        return Sample(self._rollouts[key], self._targets[key], self.schedule.step - self.schedule.tickets[key].version)
+        return Sample(
+            self._rollouts[key], self._targets[key], self.schedule.step - self.schedule.tickets[key].version
+        )
 
     def _trained(self, report: Any, keys: tuple[int, ...]) -> None:
-        outcomes = {k: records.outcome(w) for k, w in zip(report.stats.keys.tolist(), report.stats.weight, strict=True)}
+        outcomes = {
+            k: records.outcome(w)
+            for k, w in zip(report.stats.keys.tolist(), report.stats.weight, strict=True)
+        }
         grades = [self._grades[k][0] for k in keys]
-        self.outcome.steps.append(records.step(report.step + 1, report, [self._rollouts[k] for k in keys], grades))
+        self.outcome.steps.append(
+            records.step(report.step + 1, report, [self._rollouts[k] for k in keys], grades)
+        )
         self.schedule.ahead = self.depth.update(report.stats.lag, report.drift_above_floor)
         self.schedule.on_trained(report.step, outcomes)
         for key in keys:
             self._forget(key)
         stats, step = report.stats, self.schedule.step
         coverage = float(stats.coverage_roll.mean()), float(stats.coverage_sup.mean())
-        if step < self.recipe.learner.steps and self.refresh.reason(step, float(stats.freshness.mean()), *coverage):
+        if step < self.recipe.learner.steps and self.refresh.reason(
+            step, float(stats.freshness.mean()), *coverage
+        ):
             self.refresh.last = step
             self._life += 1
             self._free_at = [self._now] * len(self._free_at)
@@ -328,10 +344,21 @@ class _Nothing:
 
 
 def main() -> None:
-    """Print what a unit of each kind of work takes here, one thread, on the short task at lag 0: the median of five runs."""
+    """Print what a unit of each kind of work takes here, one thread, on the short task at lag 0: the median
+    of five runs.
+    """
     torch.set_num_threads(1)
-    overrides = ["schedule.lag=0", "learner.steps=30", "eval.every=0", "sampler.concurrency=32", "loss.support=sampled"]
-    runs = [Inline(load_recipe(Path(__file__).parent / "recipes" / "short.yaml", overrides)).run() for _ in range(5)]
+    overrides = [
+        "schedule.lag=0",
+        "learner.steps=30",
+        "eval.every=0",
+        "sampler.concurrency=32",
+        "loss.support=sampled",
+    ]
+    runs = [
+        Inline(load_recipe(Path(__file__).parent / "recipes" / "short.yaml", overrides)).run()
+        for _ in range(5)
+    ]
     for kind in ("sample", "score", "train", "load"):
         each = statistics.median(run.spent[kind] / run.work[kind] for run in runs)
         print(f"{kind}: {each:.4f} ms")

@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""What freshness control costs, what FSDP2 costs where it has nothing to shard, and how fast a step is beside TRL's.
+"""What freshness control costs, what FSDP2 costs where it has nothing to shard, and how fast a step is beside
+TRL's.
 
     python benchmarks/learner.py [--repeats 20] [--hidden 256] [--vocab 32000]
 
-Times whole optimizer steps of one process on one batch, the variants in a rotating order within each repeat, and prints the
-median of the ratios pair by pair; the first table in CPU seconds (on a CPU: wall time on a shared machine says more about its
-neighbours), the second in wall time, because it compares programs that use their threads differently. `loss alone`
-computes the distillation loss and nothing for freshness. TRL is `training_step` of `GKDTrainer` (off-policy) and of
-`DistillationTrainer` (with the samples as what it generated), reverse KL, gradient clipping, AdamW, on the same two models and
-the same samples, padded; its step runs the teacher too, so ours is given with the teacher's scoring (`teacher and learner`) and without.
+Times whole optimizer steps of one process on one batch, the variants in a rotating order within each repeat,
+and prints the median of the ratios pair by pair; the first table in CPU seconds (on a CPU: wall time on a
+shared machine says more about its neighbours), the second in wall time, because it compares programs that use
+their threads differently. `loss alone` computes the distillation loss and nothing for freshness. TRL is
+`training_step` of `GKDTrainer` (off-policy) and of
+`DistillationTrainer` (with the samples as what it generated), reverse KL, gradient clipping, AdamW, on the
+same two models and the same samples, padded; its step runs the teacher too, so ours is given with the
+teacher's scoring (`teacher and learner`) and without.
 """
 
 from __future__ import annotations
@@ -30,10 +33,11 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from fopd_cli.engines import fsdp_learner, lora
-from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
-from fopd_cli.engines.token_batch import TokenBatch
-from fopd_cli.engines.transformers_teacher import TransformersTeacher
+from fopd_cli.engines.learner import learner as fsdp_learner
+from fopd_cli.engines.learner import lora
+from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
+from fopd_cli.engines.tokens.token_batch import TokenBatch
+from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.freshness import drift
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
@@ -45,9 +49,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def model(hidden: int, vocab: int) -> Any:
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=4, head_dim=32,
-        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=4,
+        head_dim=32,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        tie_word_embeddings=True,
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -69,17 +79,26 @@ def generated(samples: list[Sample]) -> dict[str, torch.Tensor]:
     lengths = torch.tensor([s.rollout.response_length for s in samples], device=DEVICE)
     prompt_ids = torch.from_numpy(prompts).long().to(DEVICE)
     return {
-        "prompt_ids": prompt_ids, "prompt_mask": torch.ones_like(prompt_ids), "completion_ids": answers,
+        "prompt_ids": prompt_ids,
+        "prompt_mask": torch.ones_like(prompt_ids),
+        "completion_ids": answers,
         "completion_mask": (torch.arange(answers.shape[1], device=DEVICE)[None] < lengths[:, None]).long(),
         "num_items_in_batch": lengths.sum().float(),
-    }  # fmt: skip
+    }
 
 
 def trl_arguments(folder: str) -> dict[str, Any]:
     return {
-        "output_dir": folder, "beta": 1.0, "temperature": 1.0, "learning_rate": 1e-5, "max_grad_norm": 1.0,
-        "use_cpu": DEVICE.type == "cpu", "bf16": False, "report_to": [], "gradient_checkpointing": False,
-    }  # fmt: skip
+        "output_dir": folder,
+        "beta": 1.0,
+        "temperature": 1.0,
+        "learning_rate": 1e-5,
+        "max_grad_norm": 1.0,
+        "use_cpu": DEVICE.type == "cpu",
+        "bf16": False,
+        "report_to": [],
+        "gradient_checkpointing": False,
+    }
 
 
 def gkd_trainer(student: Any, teacher: Any, folder: str) -> Any:
@@ -89,9 +108,12 @@ def gkd_trainer(student: Any, teacher: Any, folder: str) -> Any:
 
     talk = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     return GKDTrainer(
-        model=student, teacher_model=teacher, args=GKDConfig(**trl_arguments(folder), lmbda=0.0), processing_class=trl_tokenizer(),
+        model=student,
+        teacher_model=teacher,
+        args=GKDConfig(**trl_arguments(folder), lmbda=0.0),
+        processing_class=trl_tokenizer(),
         train_dataset=Dataset.from_list([{"messages": talk}] * 8),
-    )  # fmt: skip
+    )
 
 
 def distillation_trainer(student: Any, teacher: Any, folder: str) -> Any:
@@ -105,9 +127,12 @@ def distillation_trainer(student: Any, teacher: Any, folder: str) -> Any:
             return generation_batch
 
     return Given(
-        model=student, teacher_model=teacher, args=DistillationConfig(**trl_arguments(folder)), processing_class=trl_tokenizer(),
+        model=student,
+        teacher_model=teacher,
+        args=DistillationConfig(**trl_arguments(folder)),
+        processing_class=trl_tokenizer(),
         train_dataset=Dataset.from_list([{"prompt": "1+1="}] * 8),
-    )  # fmt: skip
+    )
 
 
 def trl_tokenizer() -> Any:
@@ -184,25 +209,53 @@ def batch(args: argparse.Namespace) -> list[Sample]:
         ids = rng.integers(0, args.vocab, size=n + 8).astype(np.int32)
         logprobs = np.full(n, -np.log(args.vocab), dtype=np.float32)
         rollout = Rollout(i, ids, 8, np.ones(n, dtype=bool), logprobs, [(0, 0, n)], "length")
-        samples.append(Sample(rollout, TeacherTargets("hidden", hidden=torch.randn(n, args.hidden)), lag=i % 3))
+        samples.append(
+            Sample(rollout, TeacherTargets("hidden", hidden=torch.randn(n, args.hidden)), lag=i % 3)
+        )
     return samples
 
 
-def learner(hidden: int, vocab: int, policy: str, sharded: bool = False, rank: int = 0, **changes: Any) -> FsdpLearner:
+def learner(
+    hidden: int, vocab: int, policy: str, sharded: bool = False, rank: int = 0, **changes: Any
+) -> FsdpLearner:
     """`rank`: of LoRA adapters, 0 for none; `changes` are fields of the configuration."""
     config = LearnerConfig(
-        loss=LossSpec("reverse_kl", "full"), policy=POLICIES[policy], alpha=1.0, beta=1.0, xi=0.01, anchor=1.0 if POLICIES[policy].anchor else 0.0, weights="raw", labels="cached",
-        step_scale="none", average="sample", lr=1e-5, warmup_steps=0, decay="constant", min_lr_ratio=0.1, steps=10**6,
-        betas=(0.9, 0.95), weight_decay=0.0, clip=1.0, micro_tokens=4096, packing=True, compute_dtype=torch.float32,
-        activation_checkpointing=False, compile=False, offload=False, optimizer_dtype=torch.float32, adapter_only=False,
-        vocab=vocab, longest=4096,
-    )  # fmt: skip
+        loss=LossSpec("reverse_kl", "full"),
+        policy=POLICIES[policy],
+        alpha=1.0,
+        beta=1.0,
+        xi=0.01,
+        anchor=1.0 if POLICIES[policy].anchor else 0.0,
+        weights="raw",
+        labels="cached",
+        step_scale="none",
+        average="sample",
+        lr=1e-5,
+        warmup_steps=0,
+        decay="constant",
+        min_lr_ratio=0.1,
+        steps=10**6,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        clip=1.0,
+        micro_tokens=4096,
+        packing=True,
+        compute_dtype=torch.float32,
+        activation_checkpointing=False,
+        compile=False,
+        offload=False,
+        optimizer_dtype=torch.float32,
+        adapter_only=False,
+        vocab=vocab,
+        longest=4096,
+    )
     config = replace(config, **changes)
     head = torch.randn(vocab, hidden) / hidden**0.5
     student = model(hidden, vocab)
     if rank:
         lora.add_adapters(student, rank, 2.0 * rank, "all-linear", 0, torch.float32)
-    if sharded:  # any compute dtype but fp32 shards; the cast is then undone, so that only FSDP's own work differs
+    # any compute dtype but fp32 shards; the cast is then undone, so that only FSDP's own work differs
+    if sharded:
         policy_class = fsdp_learner.MixedPrecisionPolicy
         fsdp_learner.MixedPrecisionPolicy = lambda **kw: policy_class(**{**kw, "param_dtype": torch.float32})  # type: ignore[misc, assignment]
         made = FsdpLearner(student, [head], replace(config, compute_dtype=torch.bfloat16), DEVICE, 0, 1)
@@ -241,7 +294,9 @@ def timed(one: FsdpLearner, samples: list[Sample]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32_000)
@@ -283,7 +338,8 @@ def measure(args: argparse.Namespace) -> None:
                 times[name].append(seconds)
     tokens = sum(len(s.rollout.token_ids) for s in samples)
     print(
-        f"{args.samples} samples, {tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, {torch.get_num_threads()} threads"
+        f"{args.samples} samples, {tokens} tokens, hidden {args.hidden}, vocabulary {args.vocab}, "
+        f"{torch.get_num_threads()} threads"
     )
     for name, seconds_list in times.items():
         ratios = [a / b for a, b in zip(seconds_list, times["loss alone"], strict=True)]

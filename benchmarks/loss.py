@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The chunked loss against its rivals: reverse KL over the full vocabulary, forward and backward, time and peak memory.
+"""The chunked loss against its rivals: reverse KL over the full vocabulary, forward and backward, time and
+peak memory.
 
     python benchmarks/loss.py [--quick | --largest] [--rounds 3] [--dtype fp32]
 
@@ -11,9 +12,11 @@ TRL chunked     the loss of DistillationTrainer, in tiles of tokens and vocabula
 Liger chunked   LigerFusedLinearJSDLoss, beta 1 (pip install --no-deps liger-kernel), compiled and not
 Liger fused     LigerFusedLinearJSD, Triton, on a GPU only
 
-Each contender has a process of its own, so that peak memory is its own; they take turns within a round, but on a GPU and with
-`--largest`, where they would not fit together, come one after the other. The first round is not counted. `extra` is the peak above the inputs, less the two gradients
-that are the result (float32 or bf16 `[tokens, hidden]` and `[vocab, hidden]`).
+Each contender has a process of its own, so that peak memory is its own; they take turns within a round, but
+on a GPU and with
+`--largest`, where they would not fit together, come one after the other. The first round is not counted.
+`extra` is the peak above the inputs, less the two gradients that are the result (float32 or bf16 `[tokens,
+hidden]` and `[vocab, hidden]`).
 """
 
 from __future__ import annotations
@@ -134,7 +137,9 @@ CONTENDERS: dict[str, Callable[[Problem, Tensor, Tensor], Tensor]] = {
 
 
 class PeakMemory:
-    """Highest resident memory above that at the start, sampled by a thread (CPU); or the allocator's (CUDA)."""
+    """Highest resident memory above that at the start, sampled by a thread (CPU); or the allocator's
+    (CUDA).
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -180,9 +185,12 @@ def once(p: Problem, loss: Callable[[Problem, Tensor, Tensor], Tensor], device: 
     assert hidden.grad is not None
     assert head.grad is not None
     return {
-        "seconds": seconds, "extra": max(0, memory.peak - memory.before - p.result_bytes), "loss": value.item(),
-        "hidden": hidden.grad.float().norm().item(), "head": head.grad.float().norm().item(),
-    }  # fmt: skip
+        "seconds": seconds,
+        "extra": max(0, memory.peak - memory.before - p.result_bytes),
+        "loss": value.item(),
+        "hidden": hidden.grad.float().norm().item(),
+        "head": head.grad.float().norm().item(),
+    }
 
 
 def serve(pipe: Any, name: str, size: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
@@ -195,7 +203,9 @@ def serve(pipe: Any, name: str, size: tuple[int, int, int], dtype: torch.dtype, 
             pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
 
 
-def race(size: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int, names: list[str]) -> dict[str, Any]:
+def race(
+    size: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int, names: list[str]
+) -> dict[str, Any]:
     """Some contenders, a few rounds; by name the list of measurements, or why it does not run."""
     context = mp.get_context("spawn")
     pipes, processes = {}, []
@@ -237,14 +247,17 @@ def report(size: tuple[int, int, int], found: dict[str, Any]) -> str:
         memory = extra / max(1.0, statistics.median(m["extra"] for m in mine))
         last = results[-1]
         rows.append(
-            f"| {name} | {seconds * 1e3:,.0f} | {extra / 1e6:,.0f} | {times:.2f} | {memory:.1f} | {last['loss']:.5f} | "
+            f"| {name} | {seconds * 1e3:,.0f} | {extra / 1e6:,.0f} | {times:.2f} | {memory:.1f} | "
+            f"{last['loss']:.5f} | "
             f"{last['hidden']:.4g}, {last['head']:.4g} |"
         )
     return "\n".join(rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="under two minutes on 2 cores")
     parser.add_argument("--largest", action="store_true", help="the largest size that fits 20 GB of RAM")
     parser.add_argument("--rounds", type=int)
@@ -256,7 +269,10 @@ def main() -> None:
     names = [name for name in CONTENDERS if not (args.quick and name in SLOW)]
     if args.largest:
         names = [name for name in names if name not in ("TRL GKD", "Liger chunked")]
-    print(f"{device}, {dtype}, {torch.get_num_threads()} threads, {rounds} rounds after one to warm up", flush=True)
+    print(
+        f"{device}, {dtype}, {torch.get_num_threads()} threads, {rounds} rounds after one to warm up",
+        flush=True,
+    )
     tables = []
     groups = [[name] for name in names] if device == "cuda" or args.largest else [names]
     which = " quick" if args.quick else " largest" if args.largest and device == "cpu" else ""

@@ -3,8 +3,9 @@
 
     python benchmarks/overlap.py [--steps 30] [--delay-ms 4] [--repeats 3]
 
-Prints wall seconds between the first and the last optimizer step, alternating the two, and the ratio pair by pair. With
-work for the teacher as long as for sampler and learner together, the best that overlap can give is a ratio of 2.
+Prints wall seconds between the first and the last optimizer step, alternating the two, and the ratio pair by
+pair. With work for the teacher as long as for sampler and learner together, the best that overlap can give is
+a ratio of 2.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ def seconds(depth: int, steps: int, delay_ms: float, folder: Path) -> float:
         f"teacher.delay_ms={delay_ms}",
         "checkpoint.every=0",
     ]
-    command = [sys.executable, "-m", "fopd_cli", "run", str(ROOT / "recipes/quickstart.yaml"), "--run-dir", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "fopd_cli",
+        "run",
+        str(ROOT / "recipes/quickstart.yaml"),
+        "--run-dir",
+        str(run),
+    ]
     for setting in settings:
         command += ["--set", setting]
     subprocess.run(command, check=True, capture_output=True, cwd=folder)
@@ -39,7 +48,9 @@ def seconds(depth: int, steps: int, delay_ms: float, folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--delay-ms", type=float, default=4.0, help="of the teacher, for each sample")
     parser.add_argument("--repeats", type=int, default=3)
@@ -53,7 +64,8 @@ def main() -> None:
         ratios.append(found[0] / found[2])
         print(f"depth 0: {found[0]:.2f} s   depth 2: {found[2]:.2f} s   ratio {ratios[-1]:.2f}", flush=True)
     print(
-        f"median ratio of {len(ratios)}: {statistics.median(ratios):.2f} (depth 0 / depth 2; above 1: asynchrony pays)"
+        f"median ratio of {len(ratios)}: {statistics.median(ratios):.2f} (depth 0 / depth 2; above 1: "
+        "asynchrony pays)"
     )
 
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Synchronous on-policy distillation in forty lines of plain PyTorch: what any framework has to be better than.
+"""Synchronous on-policy distillation in forty lines of plain PyTorch: what any framework has to be better
+than.
 
     python benchmarks/plain_loop.py PAIR QUESTIONS [--steps 20] [--batch 16] [--tokens 64] [--lr 1e-4] [--every 5]
 
-transformers generates, the loss is the token mean of the exact reverse KL, AdamW with PyTorch's defaults; bf16 models, fp32
-masters. Prints a row of JSON a step and one every `--every` steps with the KL on held-out questions; the clock stands
-still while that is measured. `--lag N` trains on the rollouts of N steps before, and `--clip`, `--betas` and `--decay` take
-the optimizer apart: an independent reference for what a lag does, in which no line of fopd's takes part.
+transformers generates, the loss is the token mean of the exact reverse KL, AdamW with PyTorch's defaults;
+bf16 models, fp32 masters. Prints a row of JSON a step and one every `--every` steps with the KL on held-out
+questions; the clock stands still while that is measured. `--lag N` trains on the rollouts of N steps before,
+and `--clip`, `--betas` and `--decay` take the optimizer apart: an independent reference for what a lag does,
+in which no line of fopd's takes part.
 """
 
 from __future__ import annotations
@@ -40,10 +42,14 @@ def shown(tokenizer: Any, asked: list[str]) -> list[str]:
 
 
 def generate(student: Any, tokenizer: Any, asked: list[str], tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of answers: ids and mask `(n, width)`, which of the last `tokens` places are answer, EOS included."""
+    """A batch of answers: ids and mask `(n, width)`, which of the last `tokens` places are answer, EOS
+    included.
+    """
     prompts = tokenizer(shown(tokenizer, asked), return_tensors="pt", padding=True, add_special_tokens=False)
     with torch.no_grad():
-        ids = student.generate(**prompts, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        ids = student.generate(
+            **prompts, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
+        )
     width = prompts["input_ids"].shape[1]
     ended = (ids[:, width:] == tokenizer.eos_token_id).int()
     answer = ended.cumsum(1) - ended == 0
@@ -53,7 +59,9 @@ def generate(student: Any, tokenizer: Any, asked: list[str], tokens: int) -> dic
 def logprobs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """`(answer tokens, V)`, in fp32."""
     positions = (batch["mask"].cumsum(-1) - 1).clamp(min=0)
-    hidden = model.model(input_ids=batch["ids"], attention_mask=batch["mask"], position_ids=positions, use_cache=False)
+    hidden = model.model(
+        input_ids=batch["ids"], attention_mask=batch["mask"], position_ids=positions, use_cache=False
+    )
     before = hidden.last_hidden_state[:, -batch["answer"].shape[1] - 1 : -1]
     return torch.log_softmax(model.lm_head(before[batch["answer"]]).float(), -1)
 
@@ -84,8 +92,12 @@ class Clock:
     def go_on(self) -> None:
         self._began = time.perf_counter()
 
-    def evaluation(self, step: int, student: Any, teacher: Any, tokenizer: Any, asked: list[str], tokens: int) -> None:
-        """A row with the reverse KL a token on fresh answers to held-out questions, always with the same randomness."""
+    def evaluation(
+        self, step: int, student: Any, teacher: Any, tokenizer: Any, asked: list[str], tokens: int
+    ) -> None:
+        """A row with the reverse KL a token on fresh answers to held-out questions, always with the same
+        randomness.
+        """
         self.pause()
         state = torch.get_rng_state()
         torch.manual_seed(1234)
@@ -96,7 +108,10 @@ class Clock:
                 kl = divergence("reverse_kl", logprobs(student, batch), logprobs(teacher, batch))
             total, count = total + float(kl.sum()), count + len(kl)
         torch.set_rng_state(state)
-        print(json.dumps({"kind": "eval", "step": step, "kl": total / count, "seconds": self.seconds}), flush=True)
+        print(
+            json.dumps({"kind": "eval", "step": step, "kl": total / count, "seconds": self.seconds}),
+            flush=True,
+        )
         self.go_on()
 
 

@@ -7,8 +7,8 @@ generation   our sampler; bare `vllm.LLM.generate`, same sampling parameters; tr
 scoring      our vLLM teacher; our transformers teacher (top-64 at every response position)
 publication  learner -> shared memory, shared memory -> running vLLM engine; a plain memcpy of the same bytes
 
-Rounds alternate, so that a busy machine hits all alike; the first round warms up and is not counted. Medians of the ratios
-of a round stand last.
+Rounds alternate, so that a busy machine hits all alike; the first round warms up and is not counted. Medians
+of the ratios of a round stand last.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fopd_cli.engines import hf, vllm_engine
-from fopd_cli.engines.transformers_sampler import TransformersSampler
-from fopd_cli.engines.transformers_teacher import TransformersTeacher
-from fopd_cli.engines.vllm_sampler import VllmSampler
-from fopd_cli.engines.vllm_teacher import VllmTeacher
-from fopd_cli.runtime.arena import shared_bytes, targets_at
-from fopd_cli.runtime.publish import WeightChannel
+from fopd_cli.engines.models import hf
+from fopd_cli.engines.transformers.sampler import TransformersSampler
+from fopd_cli.engines.transformers.teacher import TransformersTeacher
+from fopd_cli.engines.vllm import engine as vllm_engine
+from fopd_cli.engines.vllm.sampler import VllmSampler
+from fopd_cli.engines.vllm.teacher import VllmTeacher
+from fopd_cli.runtime.memory.arena import shared_bytes, targets_at
+from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +50,17 @@ def model_folder(name: str, folder: Path) -> Path:
     if name == "tiny":
         return ROOT / "recipes" / "tiny" / "student"
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-        num_key_value_heads=12, tie_word_embeddings=True, max_position_embeddings=1024, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=12,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).to(DTYPE).save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(ROOT / "recipes" / "tiny" / "student").save_pretrained(folder)
     return folder
@@ -94,7 +103,8 @@ class Bench:
         for name, values in self.figures.items():
             ratios = [a / b for a, b in zip(self.figures[first], values, strict=True)]
             lines.append(
-                f"| {name} | {_plain(statistics.median(values) / scale)} {unit} | {statistics.median(ratios):.2f} "
+                f"| {name} | {_plain(statistics.median(values) / scale)} {unit} | "
+                f"{statistics.median(ratios):.2f} "
                 f"({min(ratios):.2f} .. {max(ratios):.2f}) |"
             )
         return lines
@@ -106,9 +116,17 @@ def _plain(value: float) -> str:
 
 def options(folder: Path, **changes: Any) -> vllm_engine.VllmOptions:
     values: dict[str, Any] = {
-        "key": "benchmark", "model": str(folder), "dtype": DTYPE, "cuda": False, "max_tokens": CONTEXT, "max_requests": 64,
-        "max_logprobs": K, "kv_cache_bytes": 1 << 30, "live_weights": True, "seeded": True,
-    }  # fmt: skip
+        "key": "benchmark",
+        "model": str(folder),
+        "dtype": DTYPE,
+        "cuda": False,
+        "max_tokens": CONTEXT,
+        "max_requests": 64,
+        "max_logprobs": K,
+        "kv_cache_bytes": 1 << 30,
+        "live_weights": True,
+        "seeded": True,
+    }
     return vllm_engine.VllmOptions(**{**values, **changes})
 
 
@@ -142,17 +160,23 @@ def generation(name: str, folder: Path, sampler: VllmSampler, rounds: int) -> li
     @torch.no_grad()
     def generate() -> float:
         out = model.generate(
-            ids, do_sample=True, max_new_tokens=tokens, min_new_tokens=tokens, attention_mask=torch.ones_like(ids)
+            ids,
+            do_sample=True,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            attention_mask=torch.ones_like(ids),
         )
         return float(out[:, ids.shape[1] :].numel())
 
     bench = Bench(rounds)
     bench.run(
         {
-            "our vLLM sampler": ours, "vllm.LLM.generate": theirs, "our transformers sampler": transformers,
+            "our vLLM sampler": ours,
+            "vllm.LLM.generate": theirs,
+            "our transformers sampler": transformers,
             "transformers generate": generate,
         }
-    )  # fmt: skip
+    )
     return bench.table("our vLLM sampler", "tok/s", 1)
 
 
@@ -205,7 +229,9 @@ def publication(folder: Path, sampler: VllmSampler, rounds: int) -> list[str]:
 
     write()
     bench = Bench(rounds)
-    bench.run({"memcpy": memcpy, "learner -> shared memory (with the cast)": write, "shared memory -> vLLM": load})
+    bench.run(
+        {"memcpy": memcpy, "learner -> shared memory (with the cast)": write, "shared memory -> vLLM": load}
+    )
     return bench.table("memcpy", "GB/s", 1e9)
 
 
@@ -227,7 +253,11 @@ def main() -> None:
                 ("scoring", scoring(name, folder, args.rounds)),
                 ("publication", publication(folder, sampler, args.rounds)),
             ):
-                tables += [f"\n{name}, {title}: median, and how many times the first line is faster", "", *lines]
+                tables += [
+                    f"\n{name}, {title}: median, and how many times the first line is faster",
+                    "",
+                    *lines,
+                ]
     print("\n".join(tables), flush=True)
     os._exit(0)  # several vLLM engines in one process do not take themselves down in order
 

@@ -3,10 +3,11 @@
 
     python benchmarks/staleness.py [--quick | --full | --study NAME ...] [--out docs/staleness] [--jobs 2] [--seeds N]
 
-Every cell is a whole run of ours (`inline.py`: our schedule, engines, losses and freshness in one process, on a virtual clock) on a
-tiny pair, with an exact lag or with lags that mix. Cells that stand in OUT/results.jsonl are not run again, so it can be stopped and
-started at will. Writes table.csv and table.md, and figures where matplotlib is installed; the headline table comes last.
-docs/staleness.md says what the rows are and what came out.
+Every cell is a whole run of ours (`inline.py`: our schedule, engines, losses and freshness in one process, on
+a virtual clock) on a tiny pair, with an exact lag or with lags that mix. Cells that stand in
+OUT/results.jsonl are not run again, so it can be stopped and started at will. Writes table.csv and table.md,
+and figures where matplotlib is installed; the headline table comes last. docs/staleness.md says what the rows
+are and what came out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import staleness_report as report
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
-# The rate of each task is the highest of 1e-4, 3e-4, 1e-3 at which the synchronous run learns well on the cached policy gradient.
+# The rate of each task is the highest of 1e-4, 3e-4, 1e-3 at which the synchronous run learns well on the
+# cached policy gradient.
 TASKS = {
     "short": ["learner.lr=1e-3"],
     "middle": ["learner.lr=3e-4", "learner.steps=120", "eval.every=15"],
@@ -85,12 +87,19 @@ class Cell:
 
     @property
     def key(self) -> str:
-        return "/".join([self.task, self.loss, self.policy, self.lag, str(self.seed), *self.extra, self.optimizer])
+        return "/".join(
+            [self.task, self.loss, self.policy, self.lag, str(self.seed), *self.extra, self.optimizer]
+        )
 
     @property
     def overrides(self) -> list[str]:
         lag = (
-            ["schedule.depth=8", "schedule.inflight=keep", "sampler.concurrency=96", "freshness.max_drift=null"]
+            [
+                "schedule.depth=8",
+                "schedule.inflight=keep",
+                "sampler.concurrency=96",
+                "freshness.max_drift=null",
+            ]
             if self.lag == MIXED
             else [f"schedule.lag={self.lag}"]
         )
@@ -121,13 +130,18 @@ def lags(seed: int) -> Iterator[Cell]:
 
 def far(seed: int) -> Iterator[Cell]:
     """What lag 16 says of settings that lag 8 does not tell apart."""
-    for extra in (("freshness.drift_k=32",), ("freshness.drift_k=32", "freshness.anchor=20", "loss.importance=true")):
+    for extra in (
+        ("freshness.drift_k=32",),
+        ("freshness.drift_k=32", "freshness.anchor=20", "loss.importance=true"),
+    ):
         for lag in ("8", "16"):
             yield Cell("short", "pg_cached", BEST, lag, seed, extra)
 
 
 def losses(seed: int) -> Iterator[Cell]:
-    """Which losses need control at all: nothing, an anchor on all of them, and what a recipe does that says nothing."""
+    """Which losses need control at all: nothing, an anchor on all of them, and what a recipe does that says
+    nothing.
+    """
     for loss in LOSSES:
         if loss != "pg_cached":
             yield Cell("short", loss, "sync", "0", seed)
@@ -158,15 +172,23 @@ def mixed(seed: int) -> Iterator[Cell]:
 
 
 def sgd(seed: int) -> Iterator[Cell]:
-    """The control experiment: plain SGD without clipping does not cancel a factor that all of a batch has in common."""
+    """The control experiment: plain SGD without clipping does not cancel a factor that all of a batch has in
+    common.
+    """
     for policy in ("sync", "async", "lag_weight", "reweight"):
         lag = "0" if policy == "sync" else "8"
         yield Cell("short", "pg_cached", policy, lag, seed, ("learner.lr=0.03", "learner.clip=0"), "sgd")
 
 
 SWEEP: dict[str, tuple[str, list[tuple[str, ...]]]] = {
-    "anchor, sampled drift": (BEST, [("freshness.drift=sampled", f"freshness.anchor={x}") for x in (3, 10, 30, 100)]),
-    "anchor, quadratic drift": (BEST, [("freshness.drift=quadratic", f"freshness.anchor={x}") for x in (3, 30)]),
+    "anchor, sampled drift": (
+        BEST,
+        [("freshness.drift=sampled", f"freshness.anchor={x}") for x in (3, 10, 30, 100)],
+    ),
+    "anchor, quadratic drift": (
+        BEST,
+        [("freshness.drift=quadratic", f"freshness.anchor={x}") for x in (3, 30)],
+    ),
     "anchor, top-k drift": (BEST, [(f"freshness.anchor={x}",) for x in (1, 5, 20, 40)]),
     "k": (BEST, [(f"freshness.drift_k={x}",) for x in (1, 2, 32)]),
     "with the importance ratio": (BEST, [("loss.importance=true",)]),
@@ -190,7 +212,9 @@ def sweep(seed: int) -> Iterator[Cell]:
 
 
 def replays(seed: int) -> Iterator[Cell]:
-    """Supervision drift: how much of a batch to replay, what its samples then teach, and what D_sup may cost them."""
+    """Supervision drift: how much of a batch to replay, what its samples then teach, and what D_sup may cost
+    them.
+    """
     for loss in ("reverse_kl", "forward_kl"):
         for policy in ("async", DEFAULT):
             for extra in (CURRENT, (*CURRENT, ALL)):
@@ -200,7 +224,9 @@ def replays(seed: int) -> Iterator[Cell]:
 
 
 def coverage(seed: int) -> Iterator[Cell]:
-    """Half of the questions cannot be looked up at a version: what it costs, and whether dropping the buffer for it pays."""
+    """Half of the questions cannot be looked up at a version: what it costs, and whether dropping the buffer
+    for it pays.
+    """
     outage = ("task.options.drift=0", "task.options.outage=0.5")
     for policy, lag in (("sync", "0"), ("async", "8"), (DEFAULT, "8")):
         yield Cell("middle", "reverse_kl", policy, lag, seed, outage)
@@ -212,7 +238,9 @@ def coverage(seed: int) -> Iterator[Cell]:
 
 
 def anchored_kl(seed: int) -> Iterator[Cell]:
-    """What an anchor costs where nothing needs it: the default loss at the default depth, and the cached loss beside it."""
+    """What an anchor costs where nothing needs it: the default loss at the default depth, and the cached loss
+    beside it.
+    """
     for lag in ("4", "8"):
         yield Cell("short", "reverse_kl", "async", lag, seed)
         yield Cell("short", "reverse_kl", "reweight", lag, seed)
@@ -229,8 +257,23 @@ def weights(seed: int) -> Iterator[Cell]:
 
 
 STUDIES = {
-    f.__name__: f for f in (headline, defaults, anchored_kl, lags, far, horizons, losses, sweep, mixed, replays, coverage, sgd, weights)
-}  # fmt: skip
+    f.__name__: f
+    for f in (
+        headline,
+        defaults,
+        anchored_kl,
+        lags,
+        far,
+        horizons,
+        losses,
+        sweep,
+        mixed,
+        replays,
+        coverage,
+        sgd,
+        weights,
+    )
+}
 QUICK, FULL = (("headline",), 3), (tuple(STUDIES), 5)
 
 
@@ -254,15 +297,29 @@ def measure(cell: Cell, steps: int | None = None) -> dict[str, Any]:
         return statistics.fmean(s[name] for s in outcome.steps)
 
     return {
-        **asdict(cell), "key": cell.key, "score": curve[-1][1], "peak": found.peak, "drop": found.drop, "collapsed": found.collapsed,
-        "curve": curve, "kl": outcome.evaluations[-1]["kl"], "lag_mean": mean("lag_mean"), "lag_max": max(s["lag_max"] for s in outcome.steps),
-        "freshness": mean("freshness"), "drift_roll": mean("drift_roll"), "drift_sup": mean("drift_sup"), "refreshes": outcome.refreshes,
-        "modelled_seconds": outcome.seconds, "wall_seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+        **asdict(cell),
+        "key": cell.key,
+        "score": curve[-1][1],
+        "peak": found.peak,
+        "drop": found.drop,
+        "collapsed": found.collapsed,
+        "curve": curve,
+        "kl": outcome.evaluations[-1]["kl"],
+        "lag_mean": mean("lag_mean"),
+        "lag_max": max(s["lag_max"] for s in outcome.steps),
+        "freshness": mean("freshness"),
+        "drift_roll": mean("drift_roll"),
+        "drift_sup": mean("drift_sup"),
+        "refreshes": outcome.refreshes,
+        "modelled_seconds": outcome.seconds,
+        "wall_seconds": round(time.monotonic() - began, 1),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="the headline study, three seeds (the default)")
     parser.add_argument("--full", action="store_true", help="all studies, five seeds: hours")
     parser.add_argument("--study", choices=list(STUDIES), action="append", help="these alone")

@@ -13,7 +13,16 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SHOWN = ("sync", "async", "lag_weight", "reweight", "fopd", "trust", "fopd, quadratic anchor", "fopd, top-k anchor")
+SHOWN = (
+    "sync",
+    "async",
+    "lag_weight",
+    "reweight",
+    "fopd",
+    "trust",
+    "fopd, quadratic anchor",
+    "fopd, top-k anchor",
+)
 
 
 def draw(out: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
@@ -22,7 +31,8 @@ def draw(out: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, 
         [r for r in results if r["lag"] in ("0", "8") and not r["extra"] and r["optimizer"] == "adamw"],
     )
     _lags(
-        out / "lags.png", [r for r in rows if r["task"] == "short" and not r["overrides"] and r["optimizer"] == "adamw"]
+        out / "lags.png",
+        [r for r in rows if r["task"] == "short" and not r["overrides"] and r["optimizer"] == "adamw"],
     )
     _sensitivity(
         out / "sensitivity.png",
@@ -36,11 +46,21 @@ def _curves(path: Path, results: Sequence[dict[str, Any]]) -> None:
     figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
     for task, panel in zip(tasks, panels[0], strict=True):
         for number, policy in enumerate(SHOWN):
-            runs = [r["curve"] for r in results if (r["task"], r["loss"], r["policy"]) == (task, "pg_cached", policy)]
+            runs = [
+                r["curve"]
+                for r in results
+                if (r["task"], r["loss"], r["policy"]) == (task, "pg_cached", policy)
+            ]
             if runs:
                 steps = [step for step, _ in runs[0]]
                 means = [statistics.fmean(run[i][1] for run in runs) for i in range(len(steps))]
-                panel.plot(steps, means, label=policy, color=f"C{number}", linestyle="--" if policy == "sync" else "-")
+                panel.plot(
+                    steps,
+                    means,
+                    label=policy,
+                    color=f"C{number}",
+                    linestyle="--" if policy == "sync" else "-",
+                )
         panel.set(title=task, xlabel="optimizer step", ylabel="held-out score", ylim=(0, None))
     panels[0][0].legend(fontsize=7)
     _save(figure, path)
@@ -53,7 +73,11 @@ def _lags(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for loss, panel in zip(losses, panels[0], strict=True):
         points: dict[str, list[tuple[int, float, float]]] = defaultdict(list)
         for r in rows:
-            if r["loss"] == loss and r["lag"].isdigit() and r["policy"] in ("async", "trust", "fopd, top-k anchor"):
+            if (
+                r["loss"] == loss
+                and r["lag"].isdigit()
+                and r["policy"] in ("async", "trust", "fopd, top-k anchor")
+            ):
                 points[r["policy"]].append((int(r["lag"]), r["score"], r["error"]))
         for r in rows:
             if r["loss"] == loss and r["policy"] == "sync":
@@ -70,11 +94,16 @@ def _lags(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _sensitivity(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Final score of each variant of the sweep, beside the unchanged policy."""
     shown = [r for r in rows if r["overrides"] and r["optimizer"] == "adamw"]
-    shown += [r for r in rows if not r["overrides"] and r["policy"] in ("sync", "async", "trust", "fopd, top-k anchor")]
+    shown += [
+        r
+        for r in rows
+        if not r["overrides"] and r["policy"] in ("sync", "async", "trust", "fopd, top-k anchor")
+    ]
     if not shown:
         return
     names = [
-        f"{r['policy']}: {r['overrides'].replace('freshness.', '')}" if r["overrides"] else r["policy"] for r in shown
+        f"{r['policy']}: {r['overrides'].replace('freshness.', '')}" if r["overrides"] else r["policy"]
+        for r in shown
     ]
     figure, panel = plt.subplots(figsize=(8, 0.25 * len(shown) + 1))
     panel.barh(

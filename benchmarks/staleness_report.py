@@ -16,27 +16,41 @@ ASYNC_LAG = "8"
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One for each (task, loss, policy, lag, overrides): means over seeds, beside the synchronous run of the same task and loss."""
+    """One for each (task, loss, policy, lag, overrides): means over seeds, beside the synchronous run of the
+    same task and loss.
+    """
     groups: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for r in results:
         groups[r["task"], r["loss"], r["lag"], r["policy"], tuple(r["extra"]), r["optimizer"]].append(r)
     found = []
     for (task, loss, lag, policy, extra, optimizer), runs in groups.items():
         # The synchronous run of the same world: the one with the most of these overrides.
-        bases = [groups.get((task, loss, "0", "sync", extra[:n], optimizer)) for n in range(len(extra), -1, -1)]
+        bases = [
+            groups.get((task, loss, "0", "sync", extra[:n], optimizer)) for n in range(len(extra), -1, -1)
+        ]
         sync = next((base for base in bases if base), [])
         found.append(
             {
-                "study": _study(loss, lag, extra, optimizer, task), "task": task, "loss": loss, "lag": lag, "policy": policy,
-                "overrides": " ".join(extra), "optimizer": optimizer, **_figures(runs, sync),
+                "study": _study(loss, lag, extra, optimizer, task),
+                "task": task,
+                "loss": loss,
+                "lag": lag,
+                "policy": policy,
+                "overrides": " ".join(extra),
+                "optimizer": optimizer,
+                **_figures(runs, sync),
             }
-        )  # fmt: skip
+        )
     return found
 
 
 def _study(loss: str, lag: str, extra: Sequence[str], optimizer: str, task: str) -> str:
     headline = (
-        task == "short" and loss == "pg_cached" and lag in ("0", ASYNC_LAG) and not extra and optimizer == "adamw"
+        task == "short"
+        and loss == "pg_cached"
+        and lag in ("0", ASYNC_LAG)
+        and not extra
+        and optimizer == "adamw"
     )
     return "headline" if headline else ""
 
@@ -73,9 +87,13 @@ def _first(curve: list[list[float]], target: float) -> float | None:
 
 
 def equal_time(results: Sequence[Result]) -> list[tuple[str, float, float]]:
-    """(policy, steps it has done, score) of the headline when the asynchronous run has ended, by the cost model."""
+    """(policy, steps it has done, score) of the headline when the asynchronous run has ended, by the cost
+    model.
+    """
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    main = [r for r in results if _study(r["loss"], r["lag"], r["extra"], r["optimizer"], r["task"]) == "headline"]
+    main = [
+        r for r in results if _study(r["loss"], r["lag"], r["extra"], r["optimizer"], r["task"]) == "headline"
+    ]
     budget = statistics.fmean(r["modelled_seconds"] for r in main if r["policy"] == "async")
     for r in main:
         last = r["curve"][-1][0]
@@ -93,7 +111,10 @@ def _at(curve: list[list[float]], step: float) -> float:
 
 def markdown(found: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| task | loss | lag | policy | score | of sync | of its gain | KL | peak - final | collapsed | steps to 90% | throughput |",
+        (
+            "| task | loss | lag | policy | score | of sync | of its gain | KL | peak - final | collapsed | "
+            "steps to 90% | throughput |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
@@ -101,8 +122,10 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
             filter(None, [r["policy"], r["overrides"], "" if r["optimizer"] == "adamw" else r["optimizer"]])
         )
         lines.append(
-            f"| {r['task']} | {r['loss']} | {r['lag']} | {name} | {r['score']:.3f} ± {r['error']:.3f} | {r['of_sync']:.0%} | {r['of_gain']:.0%} "
-            f"| {r['kl']:.3f} | {r['drop']:.3f} | {r['collapsed']}/{r['seeds']} | {r['steps_to_90']:.0f} | {r['throughput']:.2f} |"
+            f"| {r['task']} | {r['loss']} | {r['lag']} | {name} | {r['score']:.3f} ± {r['error']:.3f} | "
+            f"{r['of_sync']:.0%} | {r['of_gain']:.0%} "
+            f"| {r['kl']:.3f} | {r['drop']:.3f} | {r['collapsed']}/{r['seeds']} | {r['steps_to_90']:.0f} "
+            f"| {r['throughput']:.2f} |"
         )
     return "\n".join(lines).replace("nan%", "-").replace("nan", "-").replace("inf", "never")
 

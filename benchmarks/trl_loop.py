@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""The same run by TRL's DistillationTrainer: python benchmarks/trl_loop.py PAIR QUESTIONS [...], as plain_loop.py.
+"""The same run by TRL's DistillationTrainer: python benchmarks/trl_loop.py PAIR QUESTIONS [...], as
+plain_loop.py.
 
-Same pair, questions, batch, lengths and learning rate, constant; reverse KL; bf16 by autocast over fp32 weights, the teacher in
-bf16; no clipping; generation by transformers. Evaluations are plain_loop.py's, and the clock stands still in them, too.
+Same pair, questions, batch, lengths and learning rate, constant; reverse KL; bf16 by autocast over fp32
+weights, the teacher in bf16; no clipping; generation by transformers. Evaluations are plain_loop.py's, and
+the clock stands still in them, too.
 """
 
 from __future__ import annotations
@@ -50,17 +52,35 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.pair / "student", padding_side="left")
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(
-            output_dir=folder, model_init_kwargs={"dtype": "float32"}, teacher_model_init_kwargs={"dtype": "bfloat16"},
-            per_device_train_batch_size=args.batch, gradient_accumulation_steps=1, max_steps=args.steps,
-            max_completion_length=args.tokens, learning_rate=args.lr, lr_scheduler_type="constant", max_grad_norm=0.0,
-            beta=1.0, temperature=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
-            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=args.seed,
-        )  # fmt: skip
+            output_dir=folder,
+            model_init_kwargs={"dtype": "float32"},
+            teacher_model_init_kwargs={"dtype": "bfloat16"},
+            per_device_train_batch_size=args.batch,
+            gradient_accumulation_steps=1,
+            max_steps=args.steps,
+            max_completion_length=args.tokens,
+            learning_rate=args.lr,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            beta=1.0,
+            temperature=1.0,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            seed=args.seed,
+        )
         DistillationTrainer(
-            model=str(args.pair / "student"), teacher_model=str(args.pair / "teacher"), args=config,
-            processing_class=tokenizer, train_dataset=Dataset.from_list(prompts),
+            model=str(args.pair / "student"),
+            teacher_model=str(args.pair / "teacher"),
+            args=config,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(prompts),
             callbacks=[Rows(args, tokenizer, asked[:HELD_OUT])],
-        ).train()  # fmt: skip
+        ).train()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""`fopd chat`: the student and its teacher answer the same lines, and each of the student's tokens shows how far the two
-are apart there.
+"""`fopd chat`: the student and its teacher answer the same lines, and each of the student's tokens shows how
+far the two are apart there.
 
-Both run on transformers, in this process. The conversation of each goes on with its own answers; the KL is the teacher's
-judgement of the student's, exact over the vocabulary, as in training at loss.temperature 1.
+Both run on transformers, in this process. The conversation of each goes on with its own answers; the KL is
+the teacher's judgement of the student's, exact over the vocabulary, as in training at loss.temperature 1.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fopd_cli.doctor import check_model_name
-from fopd_cli.engines import hf
+from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
-from fopd_cli.engines.templates import Frame
-from fopd_cli.engines.transformers_sampler import TransformersSampler
-from fopd_cli.engines.vocabularies import exchanged, inverse, match
+from fopd_cli.engines.text.templates import Frame
+from fopd_cli.engines.text.vocabularies import exchanged, inverse, match
+from fopd_cli.engines.transformers.sampler import TransformersSampler
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.build import resolve_dtype, student_frame
@@ -34,7 +34,9 @@ Message = dict[str, Any]
 
 @dataclass
 class Speaker:
-    """A model that answers, and what it has heard. Ids outside are the student's; `table` leads to its own."""
+    """A model that answers, and what it has heard. Ids outside are the student's; `table` leads to its
+    own.
+    """
 
     name: str
     model: Any
@@ -67,7 +69,9 @@ class Speaker:
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, prompt_length: int, vocab: int) -> Tensor:
-        """float32 `(n, vocab)` in the student's numbering, on the CPU: of the position before each token after the prompt."""
+        """float32 `(n, vocab)` in the student's numbering, on the CPU: of the position before each token
+        after the prompt.
+        """
         asked = torch.from_numpy(self._own(ids).astype(np.int64))[None].to(self.device)
         found = self.model(input_ids=asked, use_cache=False).logits[0, prompt_length - 1 : -1].float().cpu()
         if self.table is not None:
@@ -80,7 +84,9 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Turn:
-    """What both said to one line. `pieces`: the student's tokens as text, with their KL in nats (nan: there is no teacher here)."""
+    """What both said to one line. `pieces`: the student's tokens as text, with their KL in nats (nan: there
+    is no teacher here).
+    """
 
     pieces: list[tuple[str, float]]
     kl: float | None  # a mean over tokens
@@ -92,22 +98,31 @@ class Chat:
     """`model` is the student's directory; `teacher` one of the recipe's."""
 
     def __init__(
-        self, recipe: Recipe, model: str, teacher: Teacher, chat: bool | None, max_new_tokens: int | None, temperature: float | None
-    ) -> None:  # fmt: skip
+        self,
+        recipe: Recipe,
+        model: str,
+        teacher: Teacher,
+        chat: bool | None,
+        max_new_tokens: int | None,
+        temperature: float | None,
+    ) -> None:
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
         self.tokenizer = hf.load_tokenizer(model, "MODEL")
         self.chat = _has_template(recipe, self.tokenizer) if chat is None else chat
         frame = student_frame(recipe, self.tokenizer)
         config = hf.load_config(model, "MODEL")
         self.vocab, self.system = hf.vocab_size(config), getattr(recipe.task, "system", None)
-        self.student = _speaker("student", model, "MODEL", recipe.sampler.dtype, frame, self.tokenizer, devices[0])
+        self.student = _speaker(
+            "student", model, "MODEL", recipe.sampler.dtype, frame, self.tokenizer, devices[0]
+        )
         self.teacher: Speaker | None = None
         if teacher.engine != "http":
             self.teacher = self._load_teacher(teacher, frame, devices[-1])
         self.params = SamplingParams(
-            recipe.sampler.temperature if temperature is None else temperature, recipe.sampler.top_p,
+            recipe.sampler.temperature if temperature is None else temperature,
+            recipe.sampler.top_p,
             max_new_tokens or recipe.sampler.max_new_tokens,
-        )  # fmt: skip
+        )
         self.seed = recipe.seed
         self.forget()
 
@@ -120,11 +135,15 @@ class Chat:
         self.vocab = min(self.vocab, hf.vocab_size(config))
         found = match(self.tokenizer, theirs, self.vocab)
         if found.different:
-            raise UserError("student and teacher have different tokenizers; fopd doctor says where they differ")
+            raise UserError(
+                "student and teacher have different tokenizers; fopd doctor says where they differ"
+            )
         if section.template == "teacher":
             back = None if found.table is None else inverse(found.table)
             frame = replace(frame, tokenizer=theirs, whose="teacher", to_student=back)
-        speaker = _speaker(section.name, section.model, "teacher.model", section.dtype, frame, self.tokenizer, device)
+        speaker = _speaker(
+            section.name, section.model, "teacher.model", section.dtype, frame, self.tokenizer, device
+        )
         speaker.table = found.table
         return speaker
 
@@ -141,7 +160,8 @@ class Chat:
             notice = "the conversation no longer fits the context; it begins anew"
             if not self._fits(line):
                 raise UserError(
-                    "that line is too long: with its answer it does not fit the context; lower --max-new-tokens, or say less"
+                    "that line is too long: with its answer it does not fit the context; lower "
+                    "--max-new-tokens, or say less"
                 )
         self.seed += 1
         asked = self.student.asked(line, self.chat)
@@ -176,7 +196,7 @@ class Chat:
 
 def _speaker(
     name: str, model: str, key: str, dtype: str, frame: Frame, decoder: Any, device: torch.device
-) -> Speaker:  # fmt: skip
+) -> Speaker:
     config, tokenizer = hf.load_config(model, key), hf.load_tokenizer(model, key)
     loaded = hf.load_model(model, key, resolve_dtype(dtype, device.type == "cuda"))
     sampler = TransformersSampler(loaded, hf.token_rules(model, tokenizer, config, key), device, 1)
@@ -191,7 +211,9 @@ def _has_template(recipe: Recipe, tokenizer: Any) -> bool:
 
 
 def pieces(tokenizer: Any, ids: np.ndarray, kls: np.ndarray) -> Iterator[tuple[str, float]]:
-    """(text, KL) of each token; tokens that only together make a character are one piece, with the sum of theirs."""
+    """(text, KL) of each token; tokens that only together make a character are one piece, with the sum of
+    theirs.
+    """
     done, kl = "", 0.0
     for i, value in enumerate(kls.tolist(), 1):
         kl += value
@@ -202,7 +224,12 @@ def pieces(tokenizer: Any, ids: np.ndarray, kls: np.ndarray) -> Iterator[tuple[s
         done, kl = text, 0.0
 
 
-SHADES = ((0.05, None), (0.3, "48;5;229;30"), (1.0, "48;5;215;30"), (float("inf"), "48;5;203;30"))  # nats, ANSI
+SHADES = (
+    (0.05, None),
+    (0.3, "48;5;229;30"),
+    (1.0, "48;5;215;30"),
+    (float("inf"), "48;5;203;30"),
+)  # nats, ANSI
 
 
 def coloured(found: Iterable[tuple[str, float]]) -> str:
@@ -220,7 +247,9 @@ def numbered(found: Iterable[tuple[str, float]]) -> str:
 
 
 def converse(chat: Chat, lines: Iterable[str], colours: bool) -> Iterator[str]:
-    """What is to be printed, line by line of what is asked. `/new` forgets the conversation, `/quit` ends it."""
+    """What is to be printed, line by line of what is asked. `/new` forgets the conversation, `/quit` ends
+    it.
+    """
     for raw in lines:
         line = raw.strip()
         if line == "/quit":

@@ -13,15 +13,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from fopd_cli import __version__, paths
-from fopd_cli.errors import EXIT_INTERRUPTED, EXIT_USER, EXIT_WORKER, Interrupted, Signalled, UserError, WorkerError
-from fopd_cli.runtime import warm
+from fopd_cli.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    EXIT_WORKER,
+    Interrupted,
+    Signalled,
+    UserError,
+    WorkerError,
+)
+from fopd_cli.runtime.crew import warm
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Distil a big language model into a small one, on policy and asynchronously, with freshness control (f-OPD). "
-    "Exit codes: 0 done, 2 your mistake (nothing is lost), 3 a worker failed (the last checkpoint stands), 130 interrupted "
+    help="Distil a big language model into a small one, on policy and asynchronously, with freshness "
+    "control (f-OPD). "
+    "Exit codes: 0 done, 2 your mistake (nothing is lost), 3 a worker failed (the last checkpoint "
+    "stands), 130 interrupted "
     "by Ctrl-C, SIGTERM or a terminal that closed (a checkpoint was written).",
 )
 
@@ -30,7 +40,9 @@ RecipeArgument = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe, for example learner.steps=100."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override one key of the recipe, for example learner.steps=100."
+    ),
 ]
 StepOption = Annotated[
     int | None, typer.Option(metavar="N", help="The checkpoint of this step; default: the newest sound one.")
@@ -40,7 +52,9 @@ EXPORTED = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float3
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -52,16 +66,20 @@ def run(
     set_: SetOption = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where everything goes; default: runs/ and the recipe's name. Must be new."),
+        typer.Option(
+            metavar="DIR", help="Where everything goes; default: runs/ and the recipe's name. Must be new."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the resolved recipe and the placement on this machine; start and load nothing."
+            "--dry-run",
+            help="Print the resolved recipe and the placement on this machine; start and load nothing.",
         ),
     ] = False,
 ) -> None:
-    """Distil: sample, judge, learn, until learner.steps. Ctrl-C or SIGTERM writes a checkpoint and stops; twice stops at once.
+    """Distil: sample, judge, learn, until learner.steps. Ctrl-C or SIGTERM writes a checkpoint and stops;
+    twice stops at once.
 
     The checks of `fopd doctor` come first. Leaves metrics, checkpoints and the student in the run directory.
     """
@@ -95,8 +113,8 @@ def resume(
 ) -> None:
     """Go on with a run from its newest sound checkpoint, exactly where it stood.
 
-    `--set learner.steps=...` makes it longer. What is set stands in recipe.yaml from then on, and recipe-history.jsonl says
-    since which step. Student, teacher, task and seed must stay what they were.
+    `--set learner.steps=...` makes it longer. What is set stands in recipe.yaml from then on, and
+    recipe-history.jsonl says since which step. Student, teacher, task and seed must stay what they were.
     """
     warm.begin()
     from fopd_cli import launch
@@ -106,7 +124,9 @@ def resume(
 
 @app.command()
 def fork(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run; it is only read, and may be going on.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="The run; it is only read, and may be going on.")
+    ],
     step: StepOption = None,
     set_: SetOption = None,
     new: Annotated[
@@ -114,7 +134,8 @@ def fork(
         typer.Option("--run-dir", metavar="DIR", help="Of the fork; default: RUN_DIR-fork-N. Must be new."),
     ] = None,
 ) -> None:
-    """Go on from a checkpoint in a new directory, with other settings: the first run up to step N, from there on a run of its own.
+    """Go on from a checkpoint in a new directory, with other settings: the first run up to step N, from there
+    on a run of its own.
 
     As with resume, student, teacher, task and seed stay what they were.
     """
@@ -137,7 +158,8 @@ def runs_command(
 
 @app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="RUN")], second: Annotated[Path, typer.Argument(metavar="RUN")]
+    first: Annotated[Path, typer.Argument(metavar="RUN")],
+    second: Annotated[Path, typer.Argument(metavar="RUN")],
 ) -> None:
     """In what two runs differ: the keys of their recipes, and what came of it."""
     from fopd_cli.report.tables import of_differences
@@ -148,7 +170,8 @@ def diff(
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL|RUN_DIR", help="A model directory, a hub id, or a run (its student).")
+        str,
+        typer.Argument(metavar="MODEL|RUN_DIR", help="A model directory, a hub id, or a run (its student)."),
     ],
     task: Annotated[
         Path | None,
@@ -157,7 +180,9 @@ def evaluate(
             help="Recipe whose task, sampler and eval sections say what to do; default: the run's own.",
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Responses to each prompt (mean@N).")] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Responses to each prompt (mean@N).")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -172,19 +197,22 @@ def evaluate(
         bool, typer.Option("--grade-only", help="Grade what stands in --out, all of it anew.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes; default: one a CUDA device, one on a CPU.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes; default: one a CUDA device, one on a CPU."),
     ] = None,
     step: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Of a run: the student of this checkpoint; it stays in RUN_DIR/exports."),
+        typer.Option(
+            metavar="N", help="Of a run: the student of this checkpoint; it stays in RUN_DIR/exports."
+        ),
     ] = None,
     set_: SetOption = None,
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
 
     Where there are no answers to grade (task.name: chat, task.answer: null), the KL to the teacher instead.
-    Same code and random numbers as the run's own evaluation: for a finished run it prints the same score. Interrupted, the
-    same command with the same --out goes on.
+    Same code and random numbers as the run's own evaluation: for a finished run it prints the same score.
+    Interrupted, the same command with the same --out goes on.
     """
     from fopd_cli.recipe import load_recipe
     from fopd_cli.runtime.placement import cuda_devices
@@ -197,7 +225,8 @@ def evaluate(
     source = task or (folder / "recipe.yaml" if is_run else None)
     if source is None:
         raise UserError(
-            f"{model}: is no run directory here (they have a recipe.yaml); for a model give --task, a recipe that says what to evaluate on"
+            f"{model}: is no run directory here (they have a recipe.yaml); for a model give --task, a "
+            "recipe that says what to evaluate on"
         )
     overrides = list(set_ or [])
     if not is_run:
@@ -211,7 +240,7 @@ def evaluate(
     from fopd_cli import doctor
     from fopd_cli.evaluation import evaluate as score
     from fopd_cli.export import student_of
-    from fopd_cli.runtime.rundir import RunDir
+    from fopd_cli.runtime.journal.rundir import RunDir
 
     path = str(student_of(RunDir.open(folder), step)) if is_run else recipe.student.model
     doctor.check_model_name(path, "MODEL")
@@ -224,25 +253,31 @@ def chat(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run, finished or not.")],
     step: StepOption = None,
     teacher: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Which one, where there are several; default: the first.")
+        str | None,
+        typer.Option(metavar="NAME", help="Which one, where there are several; default: the first."),
     ] = None,
     raw: Annotated[
         bool | None,
-        typer.Option("--raw/--chat", help="Without or through the chat template; default: as the run's own prompts."),
+        typer.Option(
+            "--raw/--chat", help="Without or through the chat template; default: as the run's own prompts."
+        ),
     ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: the sampler's.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Default: the sampler's.")
+    ] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="T", min=0, help="Default: the sampler's; 0 is greedy.")
     ] = None,
 ) -> None:
-    """Talk to a run's student and its teacher side by side; the student's tokens show how far the teacher is from each.
+    """Talk to a run's student and its teacher side by side; the student's tokens show how far the teacher is
+    from each.
 
-    In a terminal by colour: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond; elsewhere (or with NO_COLOR) by
-    numbers. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
+    In a terminal by colour: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond; elsewhere (or with
+    NO_COLOR) by numbers. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
     """
     from fopd_cli import chat as talk
     from fopd_cli.export import student_of
-    from fopd_cli.runtime.rundir import RunDir
+    from fopd_cli.runtime.journal.rundir import RunDir
 
     run = RunDir.open(run_dir)
     recipe = run.load_recipe([])
@@ -251,11 +286,18 @@ def chat(
         raise UserError(f"--teacher: there is no {teacher!r}; there are {', '.join(names)}")
     section = recipe.teachers[names.index(teacher) if teacher else 0]
     both = talk.Chat(
-        recipe, str(student_of(run, step)), section, None if raw is None else not raw, max_new_tokens, temperature
+        recipe,
+        str(student_of(run, step)),
+        section,
+        None if raw is None else not raw,
+        max_new_tokens,
+        temperature,
     )
     if both.teacher is None:
         typer.echo(
-            f"{section.name} runs on a server (engine http), which is not asked here; the student talks alone", err=True
+            f"{section.name} runs on a server (engine http), which is not asked here; the student talks "
+            "alone",
+            err=True,
         )
     for text in talk.converse(both, talk.typed(), talk.has_colours()):
         typer.echo(text)
@@ -269,7 +311,8 @@ def doctor_command(
         bool, typer.Option(help="Also load the student and check that, judged by itself, its loss is 0.")
     ] = True,
 ) -> None:
-    """Find what would go wrong before it does: tokenizers, ends of sequence, templates, lengths, disk, memory.
+    """Find what would go wrong before it does: tokenizers, ends of sequence, templates, lengths, disk,
+    memory.
 
     Prints each finding with its cure; exits 2 if there is any.
     """
@@ -297,14 +340,19 @@ def doctor_command(
 @app.command("recipe")
 def recipe_command(
     section: Annotated[
-        str | None, typer.Argument(metavar="[SECTION]", help="Of --explain: learner, or a key such as learner.lr.")
+        str | None,
+        typer.Argument(metavar="[SECTION]", help="Of --explain: learner, or a key such as learner.lr."),
     ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Every key, its type, its default and its meaning.")
     ] = False,
-    template: Annotated[bool, typer.Option("--template", help="A recipe to begin with, to be filled in.")] = False,
+    template: Annotated[
+        bool, typer.Option("--template", help="A recipe to begin with, to be filled in.")
+    ] = False,
 ) -> None:
-    """About recipes: `fopd recipe --explain learner` lists the keys of a section, without one all; --template is one to fill in."""
+    """About recipes: `fopd recipe --explain learner` lists the keys of a section, without one all; --template
+    is one to fill in.
+    """
     if explain == template:
         raise UserError("say what: fopd recipe --explain [SECTION], or fopd recipe --template")
     from fopd_cli.recipe import explain as keys
@@ -320,7 +368,10 @@ def recipe_command(
         hint = f"did you mean {near!r}?" if near else "fopd recipe --explain lists all"
         raise UserError(f"--explain: there is no section or key {section!r}; {hint}")
     for key, kind, default, meaning in shown:
-        typer.echo(f"{key}\n    {kind}; {'required' if default == 'required' else f'default {default}'}\n    {meaning}")
+        typer.echo(
+            f"{key}\n    {kind}; {'required' if default == 'required' else f'default {default}'}\n    "
+            f"{meaning}"
+        )
 
 
 def _within(key: str, section: str) -> bool:
@@ -340,7 +391,8 @@ def export(
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="DTYPE", help="Of the weights: bf16, fp16, fp32; auto: as the run sampled and evaluated them."
+            metavar="DTYPE",
+            help="Of the weights: bf16, fp16, fp32; auto: as the run sampled and evaluated them.",
         ),
     ] = "auto",
 ) -> None:
@@ -354,29 +406,38 @@ def export(
     import torch
 
     from fopd_cli.export import export_student
-    from fopd_cli.runtime.rundir import RunDir
+    from fopd_cli.runtime.journal.rundir import RunDir
 
     chosen = EXPORTED[dtype]
-    done = export_student(RunDir.open(run_dir), out, step, adapter, None if chosen is None else getattr(torch, chosen))
+    done = export_student(
+        RunDir.open(run_dir), out, step, adapter, None if chosen is None else getattr(torch, chosen)
+    )
     typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")
+    ],
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FILE", help="Default: RUN/report.html, or report.html here for several."),
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="Default: RUN/report.html, or report.html here for several."
+        ),
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show it on this machine instead, made anew while the runs go on.")
     ] = False,
-    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="Of --watch; 0: any that is free.")] = 8642,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Of --watch; 0: any that is free.")
+    ] = 8642,
 ) -> None:
-    """One HTML file about a run, or about several side by side: curves, timeline, answers over training, advice.
+    """One HTML file about a run, or about several side by side: curves, timeline, answers over training,
+    advice.
 
-    It needs no network and no other file. Answers of the teacher stand beside the student's if they were recorded:
-    fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl
+    It needs no network and no other file. Answers of the teacher stand beside the student's if they were
+    recorded: fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl
     """
     from fopd_cli.report.page import write
     from fopd_cli.report.watch import watch as serve
@@ -395,7 +456,8 @@ def _report(summary: dict[str, Any], path: Path) -> None:
     """What was learnt and where it lies."""
     typer.echo(json.dumps(summary, indent=1))
     typer.echo(
-        f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} (ui.perfetto.dev)"
+        f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} "
+        "(ui.perfetto.dev)"
     )
     typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
     if summary["kl_first"] is not None:
@@ -404,16 +466,20 @@ def _report(summary: dict[str, Any], path: Path) -> None:
             score = f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, "
         if summary["student_chosen_by"] != "last":
             typer.echo(
-                f"student/ is that of step {summary['student_step']}, the best by its {summary['student_chosen_by']}"
+                f"student/ is that of step {summary['student_step']}, the best by its "
+                f"{summary['student_chosen_by']}"
             )
         typer.echo(
-            f"{score}KL to the teacher {summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in {summary['steps']} steps and "
+            f"{score}KL to the teacher {summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in "
+            f"{summary['steps']} steps and "
             f"{summary['wall_seconds']:.0f} s"
         )
 
 
 def main() -> NoReturn:
-    """Entry point: known errors become one line and an exit code. Every command ends at SIGTERM as it does at Ctrl-C."""
+    """Entry point: known errors become one line and an exit code. Every command ends at SIGTERM as it does at
+    Ctrl-C.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, _signalled)
@@ -428,7 +494,8 @@ def main() -> NoReturn:
     except typer.Abort:
         _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
-        # A usage error of click's, whose classes typer keeps in a place of its own; it knows how to print itself.
+        # A usage error of click's, whose classes typer keeps in a place of its own; it knows how to print
+        # itself.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(EXIT_USER)

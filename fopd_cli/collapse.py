@@ -1,5 +1,6 @@
-"""Whether a run has collapsed, by the paper's definition: the final score is more than 40% under the peak, and the last
-tenth of training lies under 90% of the peak throughout."""
+"""Whether a run has collapsed, by the paper's definition: the final score is more than 40% under the peak,
+and the last tenth of training lies under 90% of the peak throughout.
+"""
 
 from __future__ import annotations
 

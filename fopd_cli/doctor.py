@@ -1,7 +1,9 @@
-"""What would go wrong, found before the devices are paid for. `fopd doctor` prints it; `fopd run` refuses on errors.
+"""What would go wrong, found before the devices are paid for. `fopd doctor` prints it; `fopd run` refuses on
+errors.
 
-FIELD experience behind the checks: tokenizers that differ train on garbage without a word; a base student under an
-instruct teacher never meets its end-of-sequence token; Docker's 64 MB of shared memory ends a run at its first batch.
+FIELD experience behind the checks: tokenizers that differ train on garbage without a word; a base student
+under an instruct teacher never meets its end-of-sequence token; Docker's 64 MB of shared memory ends a run at
+its first batch.
 """
 
 from __future__ import annotations
@@ -19,9 +21,12 @@ import numpy as np
 import torch
 
 from fopd_cli import paths
-from fopd_cli.engines import hf, lora, rope, support, vllm_engine
-from fopd_cli.engines.templates import Frame, check_variables, encode_observation, end_of_turn, readable
-from fopd_cli.engines.vocabularies import Match, exchanged, inverse, listed, match
+from fopd_cli.engines.learner import lora
+from fopd_cli.engines.models import hf, support
+from fopd_cli.engines.text.templates import Frame, check_variables, encode_observation, end_of_turn, readable
+from fopd_cli.engines.text.vocabularies import Match, exchanged, inverse, listed, match
+from fopd_cli.engines.tokens import rope
+from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import PluginTask, Recipe, Teacher, Vllm
 from fopd_cli.runtime.build import (
@@ -33,16 +38,16 @@ from fopd_cli.runtime.build import (
     student_frame,
     task_arguments,
 )
-from fopd_cli.runtime.lengths import keep_what_fits, rooms, tells
+from fopd_cli.runtime.memory.sizes import arena_bytes, available_memory, free_shared_memory
+from fopd_cli.runtime.memory.weights import Layout, layout_bytes
 from fopd_cli.runtime.placement import Plan
-from fopd_cli.runtime.publish import Layout, layout_bytes
-from fopd_cli.runtime.sizes import arena_bytes, available_memory, free_shared_memory
-from fopd_cli.runtime.stream import SPLITS, PromptStream, context_tokens
+from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms, tells
+from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, context_tokens
 from fopd_cli.samples import Prompt, TargetSpec
 from fopd_cli.tasks import load_task
 
 if TYPE_CHECKING:
-    from fopd_cli.engines.http_teacher import HttpTeacher
+    from fopd_cli.engines.http.teacher import HttpTeacher
 
 GB = 1e9
 PROMPTS_LOOKED_AT = 64
@@ -51,7 +56,9 @@ SANITY_LIMIT_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, and what to do about it. An error stops a run; a warning is for the user to judge; a note is no fault."""
+    """What is wrong, and what to do about it. An error stops a run; a warning is for the user to judge; a
+    note is no fault.
+    """
 
     level: Literal["error", "warning", "note"]
     what: str
@@ -111,7 +118,9 @@ class Inputs:
                 width = local[section.name].width
             dtype = resolve_dtype(section.dtype, bool(ranks[0].devices))
             specs.append(
-                TargetSpec(kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0)
+                TargetSpec(
+                    kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0
+                )
             )
         return tuple(specs)
 
@@ -144,14 +153,18 @@ class Inputs:
         moments = 2 * hf.DTYPES[learner.optimizer_dtype].itemsize
         frozen = 0
         if self.recipe.student.lora is not None:
-            frozen = self.parameters * resolve_dtype(learner.dtype, bool(self.plan.learners[0].devices)).itemsize
+            frozen = (
+                self.parameters * resolve_dtype(learner.dtype, bool(self.plan.learners[0].devices)).itemsize
+            )
         return (4 + 4 + moments) * self.trainable + frozen  # fp32 masters, gradients, two moments
 
 
 def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     """Raises `UserError` for the first thing that cannot be read."""
     local = [t for t in recipe.teachers if t.engine != "http"]
-    keys = {t.name: f"teacher {t.name!r}: model" if len(recipe.teachers) > 1 else "teacher.model" for t in local}
+    keys = {
+        t.name: f"teacher {t.name!r}: model" if len(recipe.teachers) > 1 else "teacher.model" for t in local
+    }
     check_model_name(recipe.student.model, "student.model")
     for t in local:
         check_model_name(t.model, keys[t.name])
@@ -166,22 +179,35 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
         if t.engine == "transformers":
             support.check_architecture(configs[t.name], keys[t.name])
         theirs = hf.load_tokenizer(t.model, keys[t.name])
-        teachers.append(LocalTeacher(keys[t.name], t, configs[t.name], theirs, match(tokenizer, theirs, vocab)))
+        teachers.append(
+            LocalTeacher(keys[t.name], t, configs[t.name], theirs, match(tokenizer, theirs, vocab))
+        )
     frames = {t.section.name: _own_frame(t, recipe) for t in teachers if t.section.template == "teacher"}
     check_variables(recipe.template_kwargs, [tokenizer, *(f.tokenizer for f in frames.values())])
     stream = PromptStream(
-        task, student_frame(recipe, tokenizer), recipe.seed, recipe.sampler.samples_per_prompt, recipe.teachers, frames
+        task,
+        student_frame(recipe, tokenizer),
+        recipe.seed,
+        recipe.sampler.samples_per_prompt,
+        recipe.teachers,
+        frames,
     )
     for split in SPLITS:
         if not stream.prompts[split]:
             raise UserError(f"task: there is no {split} prompt; give it at least one")
-    if recipe.template_kwargs and not frames and not any(p.messages for s in SPLITS for p in stream.prompts[s]):
+    if (
+        recipe.template_kwargs
+        and not frames
+        and not any(p.messages for s in SPLITS for p in stream.prompts[s])
+    ):
         raise UserError(
-            "task.chat_template_kwargs: all prompts are plain text, so no chat template is rendered; leave it out"
+            "task.chat_template_kwargs: all prompts are plain text, so no chat template is rendered; "
+            "leave it out"
         )
     if frames and stream.replayable:
         raise UserError(
-            "teacher.template: what stands between turns is in the student's frame, so a teacher with its own can judge tasks of one "
+            "teacher.template: what stands between turns is in the student's frame, so a teacher with its "
+            "own can judge tasks of one "
             "turn only; set teacher.template: student"
         )
     found = {t.section.name: (t.key, t.config) for t in teachers}
@@ -193,9 +219,12 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
 def _own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:
     table = teacher.match.table
     return Frame(
-        teacher.tokenizer, recipe.template_kwargs, "teacher", getattr(recipe.task, "system", None),
+        teacher.tokenizer,
+        recipe.template_kwargs,
+        "teacher",
+        getattr(recipe.task, "system", None),
         None if table is None else inverse(table),
-    )  # fmt: skip
+    )
 
 
 def _served(recipe: Recipe) -> dict[str, int]:
@@ -205,7 +234,7 @@ def _served(recipe: Recipe) -> dict[str, int]:
 
 
 def _remote(section: Teacher, vocab: int) -> HttpTeacher:
-    from fopd_cli.engines.http_teacher import HttpTeacher
+    from fopd_cli.engines.http.teacher import HttpTeacher
 
     return HttpTeacher(http_server(section), vocab)
 
@@ -216,7 +245,8 @@ def check_model_name(model: str, key: str) -> None:
         return
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
         raise UserError(
-            f"{key}: there is no directory {model!r}{paths.similar(model)}; give a Hugging Face model directory or a hub id (owner/name)"
+            f"{key}: there is no directory {model!r}{paths.similar(model)}; give a Hugging Face model "
+            "directory or a hub id (owner/name)"
         )
 
 
@@ -280,32 +310,42 @@ def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
     ends = _student_ends(inputs)
     if min(ends) >= vocab:
         yield Finding(
-            "error", f"the student ends a response with token {sorted(ends)}, but the models share only the ids below {vocab}: "
-            "none would ever end", "choose a teacher that has the token",
-        )  # fmt: skip
+            "error",
+            f"the student ends a response with token {sorted(ends)}, but the models share only the ids "
+            f"below {vocab}: "
+            "none would ever end",
+            "choose a teacher that has the token",
+        )
     stream = inputs.stream
     for split in SPLITS:
         for index in stream.kept[split]:
             largest = stream.largest_id(split, index)
             if largest >= vocab:
                 yield Finding(
-                    "error", f"task: {stream.prompts[split][index].where} holds token {largest}, but the models share only the ids below {vocab}",
+                    "error",
+                    f"task: {stream.prompts[split][index].where} holds token {largest}, but the models "
+                    f"share only the ids below {vocab}",
                     "leave the token out of the prompt or its chat template, or choose a pair that has it",
-                )  # fmt: skip
+                )
                 break
     own = [i for i in inputs.tokenizer.get_vocab().values() if i >= vocab]
     if own:
         yield Finding(
-            "warning", f"the student's tokenizer knows {len(own)} tokens (ids from {min(own)} on) past the {vocab} ids that the models "
-            "share; they are never sampled", "make sure that the output of tools never holds them",
-        )  # fmt: skip
+            "warning",
+            f"the student's tokenizer knows {len(own)} tokens (ids from {min(own)} on) past the {vocab} "
+            "ids that the models "
+            "share; they are never sampled",
+            "make sure that the output of tools never holds them",
+        )
 
 
 def _vllm(inputs: Inputs) -> Iterator[Finding]:
     """Whether vLLM is there, in the tested version, and can split the models as asked."""
     engines: list[tuple[str, str, Vllm, Any]]
     engines = [("sampler", inputs.recipe.sampler.engine, inputs.recipe.sampler.vllm, inputs.student_config)]
-    engines += [(t.key.removesuffix(".model"), t.section.engine, t.section.vllm, t.config) for t in inputs.teachers]
+    engines += [
+        (t.key.removesuffix(".model"), t.section.engine, t.section.vllm, t.config) for t in inputs.teachers
+    ]
     wanted = [e for e in engines if e[1] == "vllm"]
     problem = vllm_engine.problem() if wanted else None
     if problem is not None:
@@ -316,13 +356,18 @@ def _vllm(inputs: Inputs) -> Iterator[Finding]:
         if refused is None and key == "sampler":
             refused = support.publishing_refusal(config)
         if refused is not None:
-            yield Finding("error", f"{key}.engine: {config.model_type} {refused}", f"set {key}.engine: transformers")
-        heads = getattr(hf.text_config(config), "num_attention_heads", None) or 1  # a state-space model may have none
+            yield Finding(
+                "error", f"{key}.engine: {config.model_type} {refused}", f"set {key}.engine: transformers"
+            )
+        # a state-space model may have none
+        heads = getattr(hf.text_config(config), "num_attention_heads", None) or 1
         if heads % section.tensor_parallel:
             yield Finding(
-                "error", f"{key}.vllm.tensor_parallel: {section.tensor_parallel} does not divide the model's {heads} attention heads",
+                "error",
+                f"{key}.vllm.tensor_parallel: {section.tensor_parallel} does not divide the model's "
+                f"{heads} attention heads",
                 f"set it to a divisor of {heads}",
-            )  # fmt: skip
+            )
 
 
 def _packing(inputs: Inputs) -> Iterator[Finding]:
@@ -330,8 +375,9 @@ def _packing(inputs: Inputs) -> Iterator[Finding]:
     models = [("learner.packing", inputs.recipe.learner.packing, inputs.student_config)]
     models += [
         (f"{t.key.removesuffix('.model')}.packing", t.section.packing, t.config)
-        for t in inputs.teachers if t.section.engine == "transformers"
-    ]  # fmt: skip
+        for t in inputs.teachers
+        if t.section.engine == "transformers"
+    ]
     for key, wanted, config in models:
         if wanted and (refused := support.packing_refusal(config)) is not None:
             yield Finding("error", f"{key}: {config.model_type} {refused}", f"set {key}: false")
@@ -349,10 +395,12 @@ def _rope(inputs: Inputs) -> Iterator[Finding]:
     if shortest < switch < longest + recipe.sampler.max_new_tokens:
         yield Finding(
             "warning",
-            f"student.model: its rotary embedding has other factors past {switch} tokens, and responses can grow past them; what "
+            f"student.model: its rotary embedding has other factors past {switch} tokens, and responses "
+            "can grow past them; what "
             "they began with is sampled with one kind and trained with the other, which counts as drift",
-            f"keep prompt and response within {switch} tokens (sampler.max_new_tokens), or sample with vLLM, which keeps to one kind",
-        )  # fmt: skip
+            f"keep prompt and response within {switch} tokens (sampler.max_new_tokens), or sample with "
+            "vLLM, which keeps to one kind",
+        )
 
 
 def _compiler(inputs: Inputs) -> Iterator[Finding]:
@@ -364,16 +412,19 @@ def _compiler(inputs: Inputs) -> Iterator[Finding]:
         and not any(map(shutil.which, filter(None, compilers)))
     ):
         yield Finding(
-            "error", "learner.compile: there is no C++ compiler on this machine",
+            "error",
+            "learner.compile: there is no C++ compiler on this machine",
             "install g++, set CXX, or set learner.compile: false",
-        )  # fmt: skip
+        )
 
 
 def _servers(inputs: Inputs) -> Iterator[Finding]:
-    """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs, of the longest sample too."""
+    """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs, of the
+    longest sample too.
+    """
     remote = [t for t in inputs.recipe.teachers if t.engine == "http"]
     if remote:
-        from fopd_cli.engines.http_teacher import TooLong
+        from fopd_cli.engines.http.teacher import TooLong
 
         stream = inputs.stream
         split, index = max(
@@ -394,7 +445,8 @@ def _tokenizers(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     if found.different:
         yield Finding(
             "error",
-            f"student and teacher have different tokenizers: {len(found.different)} of {found.shared} shared ids differ, first "
+            f"student and teacher have different tokenizers: {len(found.different)} of {found.shared} "
+            "shared ids differ, first "
             f"{found.different[0]}",
             "choose a pair of one model family (distillation compares the two token by token)",
         )
@@ -402,7 +454,8 @@ def _tokenizers(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     if found.renamed:
         yield Finding(
             "warning",
-            f"student and {teacher.section.name} differ in {len(found.renamed)} special tokens; the student's are taken for the "
+            f"student and {teacher.section.name} differ in {len(found.renamed)} special tokens; the "
+            "student's are taken for the "
             f"teacher's: {listed(found.renamed)}",
             "make sure that they mean the same, or choose a pair with one tokenizer",
         )
@@ -415,7 +468,9 @@ def _tokenizers(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 
 
 def _student_ends(inputs: Inputs) -> frozenset[int]:
-    return hf.token_rules(inputs.recipe.student.model, inputs.tokenizer, inputs.student_config, "student.model").eos
+    return hf.token_rules(
+        inputs.recipe.student.model, inputs.tokenizer, inputs.student_config, "student.model"
+    ).eos
 
 
 def _ends(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
@@ -428,32 +483,45 @@ def _ends(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
         return
     yield Finding(
         "warning" if ours & theirs else "error",
-        f"the student ends a response with token {sorted(ours)}, the teacher with {sorted(theirs)}: the student would be "
+        f"the student ends a response with token {sorted(ours)}, the teacher with {sorted(theirs)}: the "
+        "student would be "
         "taught to end with a token that does not stop it",
         "put the teacher's eos_token_id into the student's generation_config.json (a list may hold both)",
     )
 
 
 def _ends_of_turns(inputs: Inputs) -> Iterator[Finding]:
-    """A chat template ends the assistant's turn with a token of its own; one that does not end a response never will."""
+    """A chat template ends the assistant's turn with a token of its own; one that does not end a response
+    never will.
+    """
     ours, frames = _student_ends(inputs), list[Frame]()
     if any(p.messages for p in inputs.stream.prompts["train"][:1]):
         frames.append(inputs.stream.frame)
     frames += [_own_frame(t, inputs.recipe) for t in inputs.teachers if t.section.template == "teacher"]
     for frame in frames:
         end = end_of_turn(frame.tokenizer, frame.variables)
-        known = end if end is None or frame.to_student is None else int(exchanged(np.array([end]), frame.to_student)[0])
+        known = (
+            end
+            if end is None or frame.to_student is None
+            else int(exchanged(np.array([end]), frame.to_student)[0])
+        )
         if known is not None and known not in ours:
             yield Finding(
                 "warning",
-                f"the {frame.whose}'s chat template ends the assistant's turn with {frame.tokenizer.convert_ids_to_tokens(end)!r} "
-                f"({known}), but the student ends a response with {sorted(ours)}: its responses may all be cut off at max_new_tokens",
-                f"put {known} into eos_token_id of the student's generation_config.json (a list may hold several)",
+                f"the {frame.whose}'s chat template ends the assistant's turn with "
+                f"{frame.tokenizer.convert_ids_to_tokens(end)!r} "
+                f"({known}), but the student ends a response with {sorted(ours)}: its responses may all "
+                "be cut off at max_new_tokens",
+                f"put {known} into eos_token_id of the student's generation_config.json (a list may hold "
+                "several)",
             )
 
 
 def _templates(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
-    if not any(p.messages for p in inputs.stream.prompts["train"][:1]) or teacher.section.template == "teacher":
+    if (
+        not any(p.messages for p in inputs.stream.prompts["train"][:1])
+        or teacher.section.template == "teacher"
+    ):
         return
     ours, theirs = (getattr(t, "chat_template", None) for t in (inputs.tokenizer, teacher.tokenizer))
     if ours != theirs:
@@ -481,11 +549,15 @@ def _between(inputs: Inputs, prompt: Prompt) -> np.ndarray:
 
 
 def shown(inputs: Inputs) -> Iterator[str]:
-    """One prompt as the student and its teacher see it, special tokens in double brackets: most runs that go wrong do so here."""
+    """One prompt as the student and its teacher see it, special tokens in double brackets: most runs that go
+    wrong do so here.
+    """
     stream = inputs.stream
     index = stream.kept["train"][0]
     prompt = stream.prompts["train"][index]
-    yield from _block(f"what the student reads ({prompt.where})", inputs.tokenizer, stream.encoded("train", index))
+    yield from _block(
+        f"what the student reads ({prompt.where})", inputs.tokenizer, stream.encoded("train", index)
+    )
     if stream.episodic and prompt.messages:
         yield from _block("what stands between its turns", inputs.tokenizer, _between(inputs, prompt))
     told = stream.as_told("train", index)
@@ -516,23 +588,30 @@ def _temperatures(recipe: Recipe) -> Iterator[Finding]:
     if support == "topk":
         yield Finding(
             "warning",
-            f"sampler.temperature: {t:g}: the student learns from contexts that it sampled at {t:g}, while loss.support topk compares "
-            "both models at temperature 1, so that it settles where the student is the teacher at temperature 1",
+            f"sampler.temperature: {t:g}: the student learns from contexts that it sampled at {t:g}, "
+            "while loss.support topk compares "
+            "both models at temperature 1, so that it settles where the student is the teacher at "
+            "temperature 1",
             "evaluate at the temperature that you will use (eval.temperature), or set sampler.temperature: 1",
         )
         return
     yield Finding(
         "warning",
-        f"sampler.temperature: {t:g}: loss.support {support} compares the student at {t:g} with the teacher at 1, so that it settles where "
-        f"the student, sampled at {t:g}, is the teacher; at temperature 1 it is then the teacher to the power of {t:g}",
-        "set loss.teacher_temperature: sampler (needs hidden states) or sampler.temperature: 1, unless you want that",
+        f"sampler.temperature: {t:g}: loss.support {support} compares the student at {t:g} with the "
+        "teacher at 1, so that it settles where "
+        f"the student, sampled at {t:g}, is the teacher; at temperature 1 it is then the teacher to the "
+        f"power of {t:g}",
+        "set loss.teacher_temperature: sampler (needs hidden states) or sampler.temperature: 1, unless "
+        "you want that",
     )
 
 
 def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     # Told more than the student, a model teaches itself.
     if inputs.recipe.student.model == teacher.section.model and not tells(teacher.section):
-        yield Finding("warning", "student and teacher are the same model: every loss is 0", "name a larger teacher")
+        yield Finding(
+            "warning", "student and teacher are the same model: every loss is 0", "name a larger teacher"
+        )
 
 
 def _sizes(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
@@ -540,7 +619,8 @@ def _sizes(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     if inputs.parameters > theirs:
         yield Finding(
             "warning",
-            f"the student has {inputs.parameters / 1e6:,.1f} million parameters, {teacher.section.name} only {theirs / 1e6:,.1f}",
+            f"the student has {inputs.parameters / 1e6:,.1f} million parameters, {teacher.section.name} "
+            f"only {theirs / 1e6:,.1f}",
             "make sure that student.model and teacher.model are not exchanged",
         )
 
@@ -548,13 +628,19 @@ def _sizes(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 def _plain_text(inputs: Inputs) -> Iterator[Finding]:
     """A task of the user's own hands over plain text, and the student was taught conversations."""
     task = inputs.recipe.task
-    if not isinstance(task, PluginTask) or task.chat is False or not getattr(inputs.tokenizer, "chat_template", None):
+    if (
+        not isinstance(task, PluginTask)
+        or task.chat is False
+        or not getattr(inputs.tokenizer, "chat_template", None)
+    ):
         return
     if any(p.messages is None for p in inputs.stream.prompts["train"]):
         yield Finding(
             "warning",
-            f"task.name: {task.name} gives prompts as plain text, so the student's chat template is not applied to them",
-            "give Prompt(messages=[{'role': 'user', 'content': ...}]) instead of Prompt(text=...), or say that it is meant: task.chat: false",
+            f"task.name: {task.name} gives prompts as plain text, so the student's chat template is not "
+            "applied to them",
+            "give Prompt(messages=[{'role': 'user', 'content': ...}]) instead of Prompt(text=...), or say "
+            "that it is meant: task.chat: false",
         )
 
 
@@ -565,14 +651,16 @@ def _amounts(inputs: Inputs) -> Iterator[Finding]:
     if learner.batch_samples > there:
         yield Finding(
             "warning",
-            f"learner.batch_samples: a batch of {learner.batch_samples} is larger than the data ({there} samples of all training prompts), "
+            f"learner.batch_samples: a batch of {learner.batch_samples} is larger than the data ({there} "
+            "samples of all training prompts), "
             "so each batch holds the same prompts several times",
             "lower it, or give more data",
         )
     if learner.warmup_steps >= learner.steps:
         yield Finding(
             "warning",
-            f"learner.warmup_steps: {learner.warmup_steps} of {learner.steps} steps are warm-up, so learner.lr is "
+            f"learner.warmup_steps: {learner.warmup_steps} of {learner.steps} steps are warm-up, so "
+            "learner.lr is "
             + ("reached in the last one only" if learner.warmup_steps == learner.steps else "never reached"),
             "lower it, or raise learner.steps",
         )
@@ -581,7 +669,8 @@ def _amounts(inputs: Inputs) -> Iterator[Finding]:
 def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     while not paths.exists(folder):
         folder = folder.parent
-    # fp32 masters and two AdamW moments, kept `keep` times and once more while a new one is written; the export.
+    # fp32 masters and two AdamW moments, kept `keep` times and once more while a new one is written; the
+    # export.
     state = 12 * inputs.trainable
     if inputs.recipe.schedule.lag:  # and the weights of the version before, as samplers have them
         cuda = bool(inputs.plan.samplers[0].devices)
@@ -595,9 +684,10 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
     if free < needed:
         yield Finding(
-            "error", f"{folder} has {free / GB:.2f} GB free, checkpoints need about {needed / GB:.2f} GB",
+            "error",
+            f"{folder} has {free / GB:.2f} GB free, checkpoints need about {needed / GB:.2f} GB",
             "free some, choose another --run-dir, or lower checkpoint.keep",
-        )  # fmt: skip
+        )
 
 
 def _memory(inputs: Inputs) -> Iterator[Finding]:
@@ -606,9 +696,12 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
     shared = arena_bytes(recipe, inputs.target_specs) + 2 * layout_bytes(inputs.published)
     if shared > free_shared_memory():
         yield Finding(
-            "error", f"shared memory: {shared / GB:.2f} GB are needed, /dev/shm has {free_shared_memory() / GB:.2f} GB free",
-            "in Docker add --ipc=host (or --shm-size); else lower learner.batch_samples or sampler.max_new_tokens",
-        )  # fmt: skip
+            "error",
+            f"shared memory: {shared / GB:.2f} GB are needed, /dev/shm has "
+            f"{free_shared_memory() / GB:.2f} GB free",
+            "in Docker add --ipc=host (or --shm-size); else lower learner.batch_samples or "
+            "sampler.max_new_tokens",
+        )
     ranks = {t.name: r for t, r in zip(recipe.teachers, plan.teachers, strict=True)}
     teachers = []
     for t in inputs.teachers:
@@ -619,21 +712,31 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
         needed = learner + sum(size * len(r) for _, r, size in teachers) + sampler_bytes * len(plan.samplers)
         if needed + shared > available_memory():
             yield Finding(
-                "error", f"the models need about {(needed + shared) / GB:.1f} GB of RAM, {available_memory() / GB:.1f} GB are free",
+                "error",
+                f"the models need about {(needed + shared) / GB:.1f} GB of RAM, "
+                f"{available_memory() / GB:.1f} GB are free",
                 "use smaller models, or a machine with more memory",
-            )  # fmt: skip
+            )
         return
     if recipe.learner.offload and learner > available_memory():
         yield Finding(
-            "error", f"learner.offload: weights and optimizer need {learner / GB:.1f} GB of RAM, {available_memory() / GB:.1f} GB are free",
+            "error",
+            f"learner.offload: weights and optimizer need {learner / GB:.1f} GB of RAM, "
+            f"{available_memory() / GB:.1f} GB are free",
             "use a smaller model, student.lora, or more devices instead of offloading",
-        )  # fmt: skip
+        )
     groups = [
         (plan.learners, 0 if recipe.learner.offload else learner / len(plan.learners)),
         (plan.samplers, sampler_bytes / len(plan.samplers[0].devices)),
     ]
-    for t, workers, total in teachers:  # transformers: sharded over its ranks; vllm: every rank holds all of it
-        groups.append((workers, total / len(workers if t.section.engine == "transformers" else workers[0].devices)))
+    for (
+        t,
+        workers,
+        total,
+    ) in teachers:  # transformers: sharded over its ranks; vllm: every rank holds all of it
+        groups.append(
+            (workers, total / len(workers if t.section.engine == "transformers" else workers[0].devices))
+        )
     for workers, need in groups:
         for worker in workers:
             yield from _device_memory(f"{worker.name} on cuda:{worker.devices[0]}", worker.devices[0], need)
@@ -643,13 +746,17 @@ def _device_memory(who: str, device: int, need: float) -> Iterator[Finding]:
     free = device_memory(device)
     if free is not None and need > free:
         yield Finding(
-            "error", f"{who} needs {need / GB:.1f} GB for weights and optimizer alone, the device has {free / GB:.1f} GB",
+            "error",
+            f"{who} needs {need / GB:.1f} GB for weights and optimizer alone, the device has "
+            f"{free / GB:.1f} GB",
             "give that role more devices (placement) or use a smaller model",
-        )  # fmt: skip
+        )
 
 
 def device_memory(device: int) -> float | None:
-    """Total bytes of a CUDA device, asked of nvidia-smi so that this process gets no CUDA context; None if unknown."""
+    """Total bytes of a CUDA device, asked of nvidia-smi so that this process gets no CUDA context; None if
+    unknown.
+    """
     command = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -659,12 +766,14 @@ def device_memory(device: int) -> float | None:
 
 
 def sanity(inputs: Inputs) -> Finding | None:
-    """Student = teacher must give loss 0 and drift 0: sample a little, let the student judge itself, look at both.
+    """Student = teacher must give loss 0 and drift 0: sample a little, let the student judge itself, look at
+    both.
 
-    Loads the student on the CPU, through the very engines of a run. What is left is this machine's noise floor.
+    Loads the student on the CPU, through the very engines of a run. What is left is this machine's noise
+    floor.
     """
-    from fopd_cli.engines.fsdp_learner import FsdpLearner
-    from fopd_cli.engines.transformers_teacher import TransformersTeacher
+    from fopd_cli.engines.learner.learner import FsdpLearner
+    from fopd_cli.engines.transformers.teacher import TransformersTeacher
     from fopd_cli.runtime.build import learner_config, transformers_sampler
     from fopd_cli.samples import Request, Rollout, Sample, SampleId, SamplingParams, TeacherTargets
 
@@ -674,19 +783,26 @@ def sanity(inputs: Inputs) -> Finding | None:
     params = SamplingParams(recipe.sampler.temperature, 1.0, min(32, recipe.sampler.max_new_tokens))
     asked = inputs.stream.kept["train"][:4]
     sampler.submit(
-        [Request(i, inputs.stream.encoded("train", i), SampleId("train", 0, i, 0).seed(0), params) for i in asked]
+        [
+            Request(i, inputs.stream.encoded("train", i), SampleId("train", 0, i, 0).seed(0), params)
+            for i in asked
+        ]
     )
     rollouts: list[Rollout] = []
     while sampler.busy:
         rollouts += sampler.step()
     width = hf.hidden_width(inputs.student_config)
-    targets = [TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts]
+    targets = [
+        TeacherTargets("hidden", hidden=torch.empty(r.response_length, width, dtype=dtype)) for r in rollouts
+    ]
     vocab, longest = hf.vocab_size(inputs.student_config), max(len(r.token_ids) for r in rollouts)
     judge = TransformersTeacher(
         hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, longest, recipe.learner.packing
     )
     judge.score(rollouts, targets)
-    config = learner_config(recipe, torch.float32, vocab, longest, support="full", drift="sampled", compile=False)
+    config = learner_config(
+        recipe, torch.float32, vocab, longest, support="full", drift="sampled", compile=False
+    )
     config = replace(config, offload=False, compile=False)
     heads = [hf.load_head(path, "student.model", dtype)]
     learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)
@@ -696,9 +812,11 @@ def sanity(inputs: Inputs) -> Finding | None:
     if loss < limit and drift < limit:
         return None
     return Finding(
-        "error", f"the student judged by itself has loss {loss:.2e} and drift {drift:.2e} nats, which should be 0 (limit {limit})",
+        "error",
+        f"the student judged by itself has loss {loss:.2e} and drift {drift:.2e} nats, which should be 0 "
+        f"(limit {limit})",
         "the sampler, teacher and learner disagree about this model; please report it with the model's name",
-    )  # fmt: skip
+    )
 
 
 def _count(layout: Layout) -> int:

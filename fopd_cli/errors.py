@@ -35,6 +35,6 @@ class Interrupted(Exception):
 class Signalled(KeyboardInterrupt):
     """A signal asks the command to end. Exit code 130.
 
-    Not KeyboardInterrupt itself: Python kills a process with SIGINT in which that one passed through exec of a string, as
-    dataclasses run it while modules are imported, even where it was handled.
+    Not KeyboardInterrupt itself: Python kills a process with SIGINT in which that one passed through exec of
+    a string, as dataclasses run it while modules are imported, even where it was handled.
     """

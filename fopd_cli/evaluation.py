@@ -1,8 +1,8 @@
-"""`fopd eval`: the score of a model on a task's held-out prompts, by the same code and with the same random numbers
-as the run's own evaluation, so that the two agree.
+"""`fopd eval`: the score of a model on a task's held-out prompts, by the same code and with the same random
+numbers as the run's own evaluation, so that the two agree.
 
-With a file for its rows it is resumable (each row is written when it is finished, what stands there is not done again), can
-generate first and grade later, and be spread over several processes, one a device.
+With a file for its rows it is resumable (each row is written when it is finished, what stands there is not
+done again), can generate first and grade later, and be spread over several processes, one a device.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from typing import Any, Literal
 import torch
 
 from fopd_cli import paths
-from fopd_cli.engines import hf
+from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
-from fopd_cli.engines.templates import check_variables
+from fopd_cli.engines.text.templates import check_variables
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
-from fopd_cli.runtime import messages as m
-from fopd_cli.runtime import records
 from fopd_cli.runtime.build import make_sampler, resolve_dtype, student_frame, task_arguments
-from fopd_cli.runtime.environment import LocalEnvironments
-from fopd_cli.runtime.episodes import Episodes
-from fopd_cli.runtime.lengths import keep_what_fits, rooms
-from fopd_cli.runtime.params import sampling_params
-from fopd_cli.runtime.roles import graded
-from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids
-from fopd_cli.runtime.telemetry import mean_and_error
-from fopd_cli.runtime.workers import Fleet, Mailbox, WorkerSpec
+from fopd_cli.runtime.crew import messages as m
+from fopd_cli.runtime.crew.environment import LocalEnvironments
+from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, WorkerSpec
+from fopd_cli.runtime.crew.roles import graded
+from fopd_cli.runtime.journal import records
+from fopd_cli.runtime.journal.sinks import mean_and_error
+from fopd_cli.runtime.scheduling.episodes import Episodes
+from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
+from fopd_cli.runtime.scheduling.params import sampling_params
+from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens, evaluation_ids
 from fopd_cli.samples import Prompt, Request, Rollout, SampleId
 from fopd_cli.tasks import load_task
 
@@ -49,7 +49,9 @@ Mode = Literal["all", "generate", "grade"]
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does. `recipe` supplies the task, the sampler's settings, `eval.samples` and the seed."""
+    """What one process does. `recipe` supplies the task, the sampler's settings, `eval.samples` and the
+    seed.
+    """
 
     model: str
     recipe: Recipe
@@ -58,7 +60,9 @@ class Job:
     rows: list[Row]  # those that are only to be graded
 
 
-def evaluate(model: str, recipe: Recipe, out: Path | None, mode: Mode = "all", jobs: int = 1) -> dict[str, Any]:
+def evaluate(
+    model: str, recipe: Recipe, out: Path | None, mode: Mode = "all", jobs: int = 1
+) -> dict[str, Any]:
     """Sample, grade, average. `out` keeps the rows."""
     if mode != "all" and out is None:
         raise UserError(f"--{mode}-only: give --out FILE, which the rows are written to or read from")
@@ -123,10 +127,16 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         kl = {"kl": mean, "kl_error": _plain(mean_and_error(measured.values())[1])}
     episodes: Any = [SimpleNamespace(turns=row["turns"], calls=row["calls"]) for row in rows]
     return {
-        "score": score, "score_error": _plain(error), **kl, "prompts": len({row["prompt_index"] for row in rows}), "rows": len(rows),
+        "score": score,
+        "score_error": _plain(error),
+        **kl,
+        "prompts": len({row["prompt_index"] for row in rows}),
+        "rows": len(rows),
         "truncated": sum(row["finish"] == "length" for row in rows) / max(1, len(rows)),
-        **records.mean_figures([row["figures"] for row in rows]), **records.episodes(episodes), **records.tool_seconds(episodes),
-    }  # fmt: skip
+        **records.mean_figures([row["figures"] for row in rows]),
+        **records.episodes(episodes),
+        **records.tool_seconds(episodes),
+    }
 
 
 def _plain(value: float | None) -> float | None:
@@ -135,10 +145,18 @@ def _plain(value: float | None) -> float | None:
 
 
 def _digest(model: str, recipe: Recipe) -> str:
-    """Of what rows depend on; of teachers what they are and what they read, as some rows hold a KL to them."""
+    """Of what rows depend on; of teachers what they are and what they read, as some rows hold a KL to
+    them.
+    """
     teachers = [[t.name, t.model, t.context, t.template, t.k] for t in recipe.teachers]
-    asked = {"model": model, "task": recipe.task.model_dump(mode="json"), "sampler": recipe.sampler.model_dump(mode="json"),
-             "eval": recipe.eval.model_dump(mode="json"), "seed": recipe.seed, "teachers": teachers}  # fmt: skip
+    asked = {
+        "model": model,
+        "task": recipe.task.model_dump(mode="json"),
+        "sampler": recipe.sampler.model_dump(mode="json"),
+        "eval": recipe.eval.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "teachers": teachers,
+    }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -155,12 +173,15 @@ class _Book:
     def _read(self, path: Path) -> None:
         try:
             lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold U+2028
-            found = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may have been cut off
+            found = [
+                json.loads(line) for line in lines if line.endswith("}")
+            ]  # the last one may have been cut off
         except (OSError, ValueError) as error:
             raise UserError(f"--out: {path} cannot be read as rows of fopd eval: {error}") from None
         if not found or found[0] != self.header:
             raise UserError(
-                f"--out: {path} is of another model, task, sampler or seed, or no file of fopd eval; delete it or name another"
+                f"--out: {path} is of another model, task, sampler or seed, or no file of fopd eval; "
+                "delete it or name another"
             )
         self.rows = {row["number"]: row for row in found[1:]}
 
@@ -214,17 +235,24 @@ def _jobs(model: str, recipe: Recipe, mode: Mode, jobs: int, rows: dict[int, Row
 
 
 def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
-    """The held-out prompts that fit, as in the run. Of teachers that cannot be looked at here no context is known."""
+    """The held-out prompts that fit, as in the run. Of teachers that cannot be looked at here no context is
+    known.
+    """
     tokenizer, config = hf.load_tokenizer(model, "MODEL"), hf.load_config(model, "MODEL")
     local = [t for t in recipe.teachers if t.engine != "http" and t.template == "student"]
     configs = {}
     for t in local:
         with contextlib.suppress(UserError):
             configs[t.name] = ("teacher.model", hf.load_config(t.model, "teacher.model"))
-    if all(t.template == "student" for t in recipe.teachers):  # else a teacher's may be the one that reads them
+    # else a teacher's may be the one that reads them
+    if all(t.template == "student" for t in recipe.teachers):
         check_variables(recipe.template_kwargs, [tokenizer])
     stream = PromptStream(
-        task, student_frame(recipe, tokenizer), recipe.seed, recipe.sampler.samples_per_prompt, recipe.teachers
+        task,
+        student_frame(recipe, tokenizer),
+        recipe.seed,
+        recipe.sampler.samples_per_prompt,
+        recipe.teachers,
     )
     stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, configs, {}))
     return stream
@@ -275,7 +303,9 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
     tokenizer = stream.frame.tokenizer
     dtype = resolve_dtype(recipe.sampler.dtype, device.type == "cuda")
     vocab = _vocab(job.model, recipe)
-    sampler = make_sampler(recipe, job.model, dtype, device, context_tokens(recipe, stream, judged=False), vocab)
+    sampler = make_sampler(
+        recipe, job.model, dtype, device, context_tokens(recipe, stream, judged=False), vocab
+    )
     ids = evaluation_ids(recipe, stream)
     params = sampling_params(recipe, evaluation=True)
     with contextlib.ExitStack() as stack:
@@ -299,7 +329,9 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
 
 
 def _vocab(model: str, recipe: Recipe) -> int:
-    """Ids that the model may sample: as in the run those that it shares with its teachers, where these are at hand."""
+    """Ids that the model may sample: as in the run those that it shares with its teachers, where these are at
+    hand.
+    """
     found = [hf.vocab_size(hf.load_config(model, "MODEL"))]
     for teacher in recipe.teachers:
         if teacher.engine != "http":
@@ -324,12 +356,21 @@ def _grade(task: Any, prompt: Prompt, answer: str) -> Row:
 
 def _row(prompt: Prompt, sample: SampleId, rollout: Rollout, tokenizer: Any) -> Row:
     return {
-        "number": rollout.key, "prompt_index": sample.prompt, "sample": sample.replica, "prompt": prompt.text or prompt.messages,
+        "number": rollout.key,
+        "prompt_index": sample.prompt,
+        "sample": sample.replica,
+        "prompt": prompt.text or prompt.messages,
         "response": hf.decode(tokenizer, rollout.response_ids),
         "answer": hf.decode(tokenizer, rollout.last_turn) if rollout.answer is None else rollout.answer,
-        "score": None, "gradable": True, "kl": None, "figures": {}, "finish": rollout.finish, "tokens": rollout.response_length,
-        "turns": rollout.turns, "calls": rollout.calls,
-    }  # fmt: skip
+        "score": None,
+        "gradable": True,
+        "kl": None,
+        "figures": {},
+        "finish": rollout.finish,
+        "tokens": rollout.response_length,
+        "turns": rollout.turns,
+        "calls": rollout.calls,
+    }
 
 
 def _sample(sampler: Sampler, requests: list[Request]) -> Iterator[Rollout]:

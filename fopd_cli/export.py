@@ -10,12 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fopd_cli.engines import dcp, hf, lora, model_files
+from fopd_cli.engines.learner import dcp, lora
+from fopd_cli.engines.models import hf, model_files
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.build import load_student, published_adapter
-from fopd_cli.runtime.checkpoint import CheckpointStore, verify
-from fopd_cli.runtime.rundir import RunDir
+from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify
+from fopd_cli.runtime.journal.rundir import RunDir
 
 PREFIX = "lm."  # the learner keeps the model under this name
 
@@ -25,7 +26,8 @@ def export_student(
 ) -> int:
     """Write the student of a checkpoint (default: the newest sound one) to `out`; returns its step.
 
-    Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those of this model, or in
+    Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those
+    of this model, or in
     `dtype`.
     `adapter`: only what a LoRA student learnt, in peft's format.
     """
@@ -56,7 +58,9 @@ def export_student(
 
 
 def export_kept(run: RunDir, out: Path, step: int, weights: Path, dtype: torch.dtype) -> None:
-    """The same from weights of a step that were kept as they were published, in `dtype` (`runtime/best.py`)."""
+    """The same from weights of a step that were kept as they were published, in `dtype`
+    (`runtime/journal/best.py`).
+    """
     recipe, tensors = run.load_recipe([]), load_file(weights)
     if published_adapter(recipe) is None:
         model: Any = hf.load_model(recipe.student.model, "student.model", dtype)
@@ -77,7 +81,9 @@ def export_kept(run: RunDir, out: Path, step: int, weights: Path, dtype: torch.d
 
 
 def student_of(run: RunDir, step: int | None) -> Path:
-    """A directory with the run's student: `student/` of a run that has ended, else of a checkpoint (`exports/`, made once)."""
+    """A directory with the run's student: `student/` of a run that has ended, else of a checkpoint
+    (`exports/`, made once).
+    """
     if step is None and (run.student / "config.json").is_file():
         return run.student
     store = CheckpointStore(run.checkpoints)

@@ -1,4 +1,6 @@
-"""From a recipe or a run directory to a running conductor: `fopd run`, `fopd resume`, `fopd fork` and `--dry-run`."""
+"""From a recipe or a run directory to a running conductor: `fopd run`, `fopd resume`, `fopd fork` and
+`--dry-run`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ from typing import Any
 from fopd_cli import doctor
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
-from fopd_cli.runtime.checkpoint import CheckpointStore, verify, write_synced
 from fopd_cli.runtime.conductor import Conductor, Model
+from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_synced
+from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.placement import cuda_devices, place
-from fopd_cli.runtime.rundir import RunDir
 
 
 def run(recipe: Recipe, path: Path) -> dict[str, Any]:
@@ -25,17 +27,18 @@ def run(recipe: Recipe, path: Path) -> dict[str, Any]:
 
 
 def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
-    """Go on from a checkpoint, the newest sound one unless `step` names another; `overrides` stand from then on.
+    """Go on from a checkpoint, the newest sound one unless `step` names another; `overrides` stand from then
+    on.
 
-    With `step`, changes of the recipe that were made later are undone, like all else that came later. A resume that is
-    refused leaves everything as it was.
+    With `step`, changes of the recipe that were made later are undone, like all else that came later. A
+    resume that is refused leaves everything as it was.
     """
     return _resuming(RunDir.open(path), step, overrides).run()
 
 
 def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
-    """A second run that is the first one up to a checkpoint; `overrides` hold from there on. The first one is only read, and may
-    be going on. A fork that is refused leaves nothing behind.
+    """A second run that is the first one up to a checkpoint; `overrides` hold from there on. The first one is
+    only read, and may be going on. A fork that is refused leaves nothing behind.
     """
     run_dir = RunDir.open(path)
     step = _sound(CheckpointStore(run_dir.checkpoints), step)
@@ -69,7 +72,8 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> Conduc
     before = recorded_recipe(state["recipe"], store.path(step))
     if keys := changes.refused(before, recipe):
         raise UserError(
-            f"{store.path(step)}: was written with another recipe ({', '.join(keys[:5])} differ); resume it with its own, "
+            f"{store.path(step)}: was written with another recipe ({', '.join(keys[:5])} differ); resume "
+            "it with its own, "
             "or start a new run"
         )
     if recipe.learner.steps < step:
@@ -89,7 +93,9 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> Conduc
 
 
 def _sound(store: CheckpointStore, step: int | None) -> int:
-    """The step to go on from. Raises `UserError` if there is none, or no sound checkpoint of the one asked for."""
+    """The step to go on from. Raises `UserError` if there is none, or no sound checkpoint of the one asked
+    for.
+    """
     if step is None:
         step, problems = store.newest_sound()
         for problem in problems:

@@ -1,4 +1,6 @@
-"""Whether a path is there, for paths that people wrote: one that cannot exist (too long, a null byte) is not there."""
+"""Whether a path is there, for paths that people wrote: one that cannot exist (too long, a null byte) is not
+there.
+"""
 
 from __future__ import annotations
 

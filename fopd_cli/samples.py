@@ -3,12 +3,13 @@
     prompt --> sampler --Rollout--> teacher --TeacherTargets--> learner --SampleStats--> conductor
 
 Indexing convention, used everywhere: a rollout holds `prompt_length + response_length` token ids. Response
-position `h` (0-based) is the token `token_ids[prompt_length + h]`; everything that *predicts* it (the student's
-hidden state, the teacher's hidden state, both distributions) is read off the forward pass at token
+position `h` (0-based) is the token `token_ids[prompt_length + h]`; everything that *predicts* it (the
+student's hidden state, the teacher's hidden state, both distributions) is read off the forward pass at token
 `prompt_length + h - 1`. All per-position arrays below have one row per response position, in that order.
 
 Small arrays are numpy (they are pickled into the queue as bytes; a torch tensor would cost a file descriptor
-each). Large ones (teacher targets, weights) are torch views into shared memory, see `runtime/arena.py`.
+each). Large ones (teacher targets, weights) are torch views into shared memory, see
+`runtime/memory/arena.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-PER_TOKEN = ("logprobs", "topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")  # arrays of a rollout, a row a token
+PER_TOKEN = (
+    "logprobs",
+    "topk_logprobs",
+    "topk_ids",
+    "draw_ids",
+    "draw_logprobs",
+)  # arrays of a rollout, a row a token
 TargetKind = Literal["hidden", "topk", "sampled"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. `payload` (the reference answer, say) is for the grader and is never shown to the student."""
+    """One question. `payload` (the reference answer, say) is for the grader and is never shown to the
+    student.
+    """
 
     index: int
     text: str | None = None
@@ -44,7 +53,9 @@ class Prompt:
 
 @dataclass(frozen=True, order=True)
 class SampleId:
-    """Who a sample is: `replica` counts the samples of one prompt in one epoch, `attempt` its regenerations."""
+    """Who a sample is: `replica` counts the samples of one prompt in one epoch, `attempt` its
+    regenerations.
+    """
 
     split: Literal["train", "eval"]
     epoch: int
@@ -84,11 +95,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Context:
-    """On what a teacher judges a rollout. It differs from what the student saw if the teacher is told more (`teacher.context`),
-    or if the environment would answer differently by now (a replay)."""
+    """On what a teacher judges a rollout. It differs from what the student saw if the teacher is told more
+    (`teacher.context`), or if the environment would answer differently by now (a replay).
+    """
 
     token_ids: np.ndarray  # int32 (m,)
-    positions: np.ndarray  # int64 (n,): where the token of response position h stands in `token_ids`; -1: nowhere
+    # int64 (n,): where the token of response position h stands in `token_ids`; -1: nowhere
+    positions: np.ndarray
 
 
 @dataclass
@@ -104,12 +117,17 @@ class Rollout:
     finish: Literal["stop", "length"]
     topk_logprobs: np.ndarray | None = None  # float32 (n, k)
     topk_ids: np.ndarray | None = None  # int32 (n, k); None: the whole vocabulary in id order
-    draw_ids: np.ndarray | None = None  # int32 (n, draws - 1): drawn from pi_r beside the response's own token
+    draw_ids: np.ndarray | None = (
+        None  # int32 (n, draws - 1): drawn from pi_r beside the response's own token
+    )
     draw_logprobs: np.ndarray | None = None  # float32 (n, draws - 1): log pi_r of them
-    turns: list[tuple[int, int]] = field(default_factory=list)  # response positions of each turn of an episode
+    # response positions of each turn of an episode
+    turns: list[tuple[int, int]] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)  # what an episode's environment executed
     answer: str | None = None  # what is graded, where an episode's environment says so; None: the last turn
-    context: Context | None = None  # None: what the student saw. Never saved: it is made anew for each scoring
+    context: Context | None = (
+        None  # None: what the student saw. Never saved: it is made anew for each scoring
+    )
 
     @property
     def judged(self) -> Context:
@@ -166,10 +184,12 @@ class TargetSpec:
 class TeacherTargets:
     """What the frozen teacher said of one rollout.
 
-    `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes exact logits.
-    `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the likeliest tokens.
-    After a replay `drift` (n,) is KL(p(.|now) || p(.|labelled)) in nats, and `aligned` (n,) 0 where the current context has no such
-    position; the labels themselves are still those of the first context, or of the current one (`freshness.replay.labels`). `teacher` is the number of the teacher that said it.
+    `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes
+    exact logits. `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the
+    likeliest tokens. After a replay `drift` (n,) is KL(p(.|now) || p(.|labelled)) in nats, and `aligned` (n,)
+    0 where the current context has no such position; the labels themselves are still those of the first
+    context, or of the current one (`freshness.replay.labels`). `teacher` is the number of the teacher that
+    said it.
     """
 
     kind: TargetKind
@@ -193,7 +213,9 @@ class Sample:
 
 @dataclass
 class SampleStats:
-    """Per-sample results of one learner pass, means over loss-bearing tokens; one entry per sample, in batch order."""
+    """Per-sample results of one learner pass, means over loss-bearing tokens; one entry per sample, in batch
+    order.
+    """
 
     keys: np.ndarray  # int64
     lag: np.ndarray  # int64, optimizer steps
@@ -202,10 +224,10 @@ class SampleStats:
     kl: np.ndarray  # float64, KL(pi_t || p), or its estimate on the support at hand
     forward_kl: np.ndarray  # float64, KL(p || pi_t), nan where the support cannot tell
     entropy: np.ndarray  # float64, nats; nan where the support cannot tell
-    kl_quartiles: (
-        np.ndarray
-    )  # float64 (samples, 4), `kl` over the first .. last quarter of the response; nan: no token there
-    student_mass: np.ndarray  # float64, the student's probability of the teacher's top-k; 1: full support, nan: sampled
+    # float64 (samples, 4), `kl` over the first .. last quarter of the response; nan: no token there
+    kl_quartiles: np.ndarray
+    # float64, the student's probability of the teacher's top-k; 1: full support, nan: sampled
+    student_mass: np.ndarray
     teacher_mass: np.ndarray  # float64, the teacher's own
     clamped: np.ndarray  # float64 in [0, 1], share of terms at a limit (importance ratio, drift, top-k tail)
     drift_roll: np.ndarray  # float64, D_roll_i before the noise floor is taken off

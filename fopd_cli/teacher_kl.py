@@ -1,6 +1,8 @@
-"""The KL to the teacher of responses that were sampled before: what `fopd eval` reports where nothing can be graded.
+"""The KL to the teacher of responses that were sampled before: what `fopd eval` reports where nothing can be
+graded.
 
-In a process of its own, by the run's own teacher and learner, so that the figure is the one that the run's evaluation gives.
+In a process of its own, by the run's own teacher and learner, so that the figure is the one that the run's
+evaluation gives.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import torch
 from fopd_cli import doctor
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Placement, Recipe
-from fopd_cli.runtime import messages as m
-from fopd_cli.runtime.arena import targets_at
 from fopd_cli.runtime.build import Setup, build_learner, build_teacher
+from fopd_cli.runtime.crew import messages as m
+from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, WorkerSpec
+from fopd_cli.runtime.memory.arena import targets_at
+from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import cuda_devices, place
-from fopd_cli.runtime.publish import WeightChannel
-from fopd_cli.runtime.stream import PromptStream, context_tokens
-from fopd_cli.runtime.workers import Fleet, Mailbox, WorkerSpec
+from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens
 from fopd_cli.samples import Rollout, Sample, SampleId
 from fopd_cli.tasks.replay import cached
 
@@ -52,7 +54,9 @@ def teacher_kl(model: str, recipe: Recipe, rows: list[dict[str, Any]]) -> Iterat
 
 
 def measuring(model: str, recipe: Recipe) -> Recipe:
-    """The recipe with this model as its student, on the devices of one process, and a loss that needs no more than tokens."""
+    """The recipe with this model as its student, on the devices of one process, and a loss that needs no more
+    than tokens.
+    """
     loss: dict[str, Any] = {"student_k": 0}
     if recipe.support == "mc":
         loss["support"] = "full"
@@ -67,7 +71,9 @@ def measuring(model: str, recipe: Recipe) -> Recipe:
     )
 
 
-def judging_main(spec: WorkerSpec, mailbox: Mailbox, recipe: Recipe, rows: list[dict[str, Any]], folder: Path) -> None:
+def judging_main(
+    spec: WorkerSpec, mailbox: Mailbox, recipe: Recipe, rows: list[dict[str, Any]], folder: Path
+) -> None:
     """The worker: one group of rows after the other, teacher and learner taking turns on the device."""
     inputs = doctor.load_inputs(recipe, place(recipe, len(spec.devices)))
     for finding in doctor.of_pairs(inputs):
@@ -75,13 +81,22 @@ def judging_main(spec: WorkerSpec, mailbox: Mailbox, recipe: Recipe, rows: list[
             raise UserError(f"{finding.what}; {finding.cure}")
     stream, specs = inputs.stream, inputs.target_specs
     setup = Setup(
-        recipe, inputs.vocab, specs, inputs.tables, context_tokens(recipe, stream, judged=False),
-        context_tokens(recipe, stream, judged=True), torch.empty(0), WeightChannel.create([]), folder / "rendezvous",
-    )  # fmt: skip
+        recipe,
+        inputs.vocab,
+        specs,
+        inputs.tables,
+        context_tokens(recipe, stream, judged=False),
+        context_tokens(recipe, stream, judged=True),
+        torch.empty(0),
+        WeightChannel.create([]),
+        folder / "rendezvous",
+    )
     engines: list[Any] = []
     for index in range(len(recipe.teachers)):
         engines.append(
-            build_teacher(WorkerSpec("teacher", 0, 1, spec.devices[:1], spec.threads, index=index), setup, mailbox.beat)
+            build_teacher(
+                WorkerSpec("teacher", 0, 1, spec.devices[:1], spec.threads, index=index), setup, mailbox.beat
+            )
         )
         _rest(spec, engines[-1])
     learner = build_learner(WorkerSpec("learner", 0, 1, spec.devices[:1], spec.threads), setup, mailbox.beat)
@@ -95,7 +110,10 @@ def judging_main(spec: WorkerSpec, mailbox: Mailbox, recipe: Recipe, rows: list[
             memory = torch.zeros(specs[number].nbytes(length), dtype=torch.uint8)
             samples.append(Sample(rollout, targets_at(memory, 0, specs[number], length, number), lag=0))
         for number, engine in enumerate(engines):
-            own, size = [s for s in samples if s.targets.teacher == number], recipe.teachers[number].batch_samples
+            own, size = (
+                [s for s in samples if s.targets.teacher == number],
+                recipe.teachers[number].batch_samples,
+            )
             with _Turn(spec, engine):
                 for i in range(0, len(own), size):
                     part = own[i : i + size]
@@ -150,9 +168,14 @@ def _rollout(row: dict[str, Any], stream: PromptStream) -> tuple[Rollout, int]:
     for start, stop in row["turns"] or [(0, len(ids))]:
         mask[start:stop] = True
     rollout = Rollout(
-        key=row["number"], token_ids=np.concatenate([asked, ids]), prompt_length=len(asked), loss_mask=mask,
-        logprobs=np.full(len(ids), np.nan, dtype=np.float32), spans=[(0, 0, len(ids))], finish=row["finish"],
+        key=row["number"],
+        token_ids=np.concatenate([asked, ids]),
+        prompt_length=len(asked),
+        loss_mask=mask,
+        logprobs=np.full(len(ids), np.nan, dtype=np.float32),
+        spans=[(0, 0, len(ids))],
+        finish=row["finish"],
         turns=[(start, stop) for start, stop in row["turns"]],
-    )  # fmt: skip
+    )
     rollout.context = None if told is None else cached(rollout, told)
     return rollout, stream.teacher(sample)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Write docs/models.md: what every architecture of tests/architectures.py is, found by running it (three minutes on an idle core).
+"""Write docs/models.md: what every architecture of tests/architectures.py is, found by running it (three
+minutes on an idle core).
 
 python scripts/make_models_table.py [ARCHITECTURE ...]      the named rows anew, by default all of them
 """
@@ -26,7 +27,7 @@ ABOUT = """\
 Every architecture here was made tiny and random, and went through sampler, teacher, learner and publication: log-probs, hidden states,
 loss and gradients are those of plain transformers on one sequence at a time (log-probs to 1e-5, gradients to 1e-4, fp32, CPU), with
 windows, chunks and rope switches so small that samples pass them, and rows that end at different times. *refused* is said by
-`fopd doctor` and `fopd run` in one line, before workers start. Made by `scripts/make_models_table.py`, held by `tests/test_architectures.py`.
+`fopd doctor` and `fopd run` in one line, before workers start. Made by `scripts/make_models_table.py`, held by `tests/engines/test_architectures.py`.
 
 - **distils**: as student and as teacher, on transformers. A vision-language model is distilled as text; its vision tower stays as it is.
 - **packing**: whether samples may lie end to end in one row; if not, set `learner.packing` and `teacher.packing` to false.
@@ -65,21 +66,28 @@ def row(name: str, found: Verdict) -> str:
             found.decoding,
         ]
         cells = [cells[0], cells[1] or "yes", cells[2] or "yes", cells[3]]
-    return f"| {name} | {' | '.join(cell.replace('|', '/') for cell in cells)} | {'yes' if in_vllm(name) else 'no'} |"
+    return (
+        f"| {name} | {' | '.join(cell.replace('|', '/') for cell in cells)} | "
+        f"{'yes' if in_vllm(name) else 'no'} |"
+    )
 
 
 def in_vllm(name: str) -> bool:
-    """Whether vLLM's list of architectures names this one's class; read as text, since importing vLLM changes a process."""
+    """Whether vLLM's list of architectures names this one's class; read as text, since importing vLLM changes
+    a process.
+    """
     import architectures
 
-    from fopd_cli.engines import hf
+    from fopd_cli.engines.models import hf
 
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("vLLM is not installed, and its column cannot be made")
     listed = Path(spec.submodule_search_locations[0], "model_executor", "models", "registry.py").read_text()
     architecture = hf.model_class(architectures.ARCHITECTURES[name]())
-    return architecture is not None and re.search(rf'^    "{architecture.__name__}":', listed, re.M) is not None
+    return (
+        architecture is not None and re.search(rf'^    "{architecture.__name__}":', listed, re.M) is not None
+    )
 
 
 def rows() -> dict[str, str]:
@@ -102,7 +110,9 @@ def main(names: list[str]) -> int:
             except AssertionError as error:
                 wrong += 1
                 print(f"{name} is WRONG and gets no row: {error}", file=sys.stderr, flush=True)
-    TABLE.write_text(ABOUT + "".join(found[name] + "\n" for name in architectures.ARCHITECTURES if name in found))
+    TABLE.write_text(
+        ABOUT + "".join(found[name] + "\n" for name in architectures.ARCHITECTURES if name in found)
+    )
     return int(wrong > 0)
 
 

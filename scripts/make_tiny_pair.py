@@ -3,11 +3,11 @@
 
     scripts/make_tiny_pair.py OUT [--task arithmetic|swe|tool] [--arch ARCHITECTURE] [--untrained] [--teacher-loss X] [--student-loss X]
 
-The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few steps, enough to
-know the format and to be wrong most of the time. `recipes/tiny/` was made by this script with its defaults (about 40
-seconds on two cores), `recipes/tiny-tool/` with `--task tool --student-loss 0.2`,
-`recipes/tiny-swe/` with `--task swe --teacher-steps 300 --teacher-loss 0 --student-loss 0.11`. The pair has a chat template, so that it can stand in for real
-models wherever one is needed.
+The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few
+steps, enough to know the format and to be wrong most of the time. `recipes/tiny/` was made by this script
+with its defaults (about 40 seconds on two cores), `recipes/tiny-tool/` with `--task tool --student-loss 0.2`,
+`recipes/tiny-swe/` with `--task swe --teacher-steps 300 --teacher-loss 0 --student-loss 0.11`. The pair has a
+chat template, so that it can stand in for real models wherever one is needed.
 """
 
 from __future__ import annotations
@@ -29,23 +29,33 @@ from fopd_cli.tasks.swe.generated import instances
 from fopd_cli.tasks.swe.generated import scripted as scripted_fix
 from fopd_cli.tasks.tool import Calculations, scripted
 
-# What each architecture has of its own, small enough for samples to pass it; the sizes that all share are in `make_model`.
+# What each architecture has of its own, small enough for samples to pass it; the sizes that all share are in
+# `make_model`.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"tie_word_embeddings": True},
     "llama": {},
     "gemma3_text": {  # windows; a soft cap on logits
-        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 32,
-        "final_logit_softcapping": 10.0, "tie_word_embeddings": True,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 32,
+        "final_logit_softcapping": 10.0,
+        "tie_word_embeddings": True,
     },
     "qwen3_5_text": {  # gated delta networks, which keep a state, between layers of attention
-        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
     },
     "granite": {  # multipliers, one of them of the logits
-        "logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.5,
     },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-}  # fmt: skip
+}
 MAX_STEPS = 3000
 END = "<eos>"
 SPECIALS = ["<pad>", "<eos>", "<user>", "<assistant>"]
@@ -96,12 +106,14 @@ def make_model(arch: str, vocabulary: int, hidden: int, layers: int, seed: int) 
 class Arithmetics:
     """Worked solutions of the arithmetic task, as pieces (text, whether the model is to learn it).
 
-    Step s trains on questions of one horizon, 2 .. `horizon` in turn: from the long ones alone a model this small often
-    never finds out which digits belong together.
+    Step s trains on questions of one horizon, 2 .. `horizon` in turn: from the long ones alone a model this
+    small often never finds out which digits belong together.
     """
 
     def __init__(self, horizon: int) -> None:
-        self.prompts = {h: Arithmetic(horizon=h, eval_prompts=8).prompts("train") for h in range(2, horizon + 1)}
+        self.prompts = {
+            h: Arithmetic(horizon=h, eval_prompts=8).prompts("train") for h in range(2, horizon + 1)
+        }
 
     def __call__(self, rng: random.Random, step: int) -> list[tuple[str, bool]]:
         question = rng.choice(self.prompts[2 + step % len(self.prompts)]).text or ""
@@ -126,7 +138,9 @@ class ToolCalls:
     """Episodes of an expert with a Python interpreter."""
 
     def __init__(self) -> None:
-        self.prompts = Calculations(digits=2, terms=3, train_prompts=20_000, eval_prompts=256, seed=0).prompts("train")
+        self.prompts = Calculations(
+            digits=2, terms=3, train_prompts=20_000, eval_prompts=256, seed=0
+        ).prompts("train")
 
     def __call__(self, rng: random.Random, step: int) -> list[tuple[str, bool]]:
         question = rng.choice(self.prompts).text or ""
@@ -155,8 +169,9 @@ def pretrain(
     lr: float = 4e-3,
     batch: int = 64,
 ) -> int:
-    """Next-token prediction until the loss is under `target` nats a token; returns the steps. With `steps` at most so many,
-    over which the learning rate falls to 0."""
+    """Next-token prediction until the loss is under `target` nats a token; returns the steps. With `steps` at
+    most so many, over which the learning rate falls to 0.
+    """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
 
@@ -185,16 +200,28 @@ def pretrain(
 
 
 def make_pair(
-    out: Path, examples: Any, teacher_loss: float, student_loss: float, teacher_steps: int | None = None, arch: str = "qwen3",
-    untrained: bool = False, dtype: str = "bfloat16",
-) -> None:  # fmt: skip
-    """Write OUT/teacher and OUT/student; `examples(rng, step)` gives worked solutions as pieces (text, whether it is learnt)."""
+    out: Path,
+    examples: Any,
+    teacher_loss: float,
+    student_loss: float,
+    teacher_steps: int | None = None,
+    arch: str = "qwen3",
+    untrained: bool = False,
+    dtype: str = "bfloat16",
+) -> None:
+    """Write OUT/teacher and OUT/student; `examples(rng, step)` gives worked solutions as pieces (text,
+    whether it is learnt).
+    """
     tokenizer = make_tokenizer()
-    for seed, (name, hidden, target) in enumerate((("teacher", 128, teacher_loss), ("student", 96, student_loss))):
+    for seed, (name, hidden, target) in enumerate(
+        (("teacher", 128, teacher_loss), ("student", 96, student_loss))
+    ):
         start = time.monotonic()
         model, steps = make_model(arch, len(tokenizer), hidden, 2, seed), 0
         if not untrained:
-            steps = pretrain(model, tokenizer, examples, target, seed, teacher_steps if name == "teacher" else None)
+            steps = pretrain(
+                model, tokenizer, examples, target, seed, teacher_steps if name == "teacher" else None
+            )
         model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
         model.to(getattr(torch, dtype)).save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
@@ -203,15 +230,21 @@ def make_pair(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--task", choices=["arithmetic", "swe", "tool"], default="arithmetic")
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="qwen3")
-    parser.add_argument("--untrained", action="store_true", help="random weights: enough where only shapes matter")
+    parser.add_argument(
+        "--untrained", action="store_true", help="random weights: enough where only shapes matter"
+    )
     parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats a token at which to stop")
     parser.add_argument("--teacher-steps", type=int, help="let the learning rate fall to 0 over so many")
     parser.add_argument("--student-loss", type=float, default=0.3)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the saved weights")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the saved weights"
+    )
     parser.add_argument("--horizon", type=int, default=5)
     args = parser.parse_args()
     examples = {"tool": ToolCalls, "swe": BugFixes}.get(args.task, lambda: Arithmetics(args.horizon))()

@@ -27,7 +27,14 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 def make_pair(folder: Path, arch: str, *extra: str) -> Path:
     """An untrained teacher and student with one byte tokenizer."""
-    command = [sys.executable, str(ROOT / "scripts" / "make_tiny_pair.py"), str(folder), "--arch", arch, "--untrained"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "make_tiny_pair.py"),
+        str(folder),
+        "--arch",
+        arch,
+        "--untrained",
+    ]
     subprocess.run([*command, *extra], check=True, capture_output=True, cwd=ROOT)
     return folder
 
@@ -59,7 +66,8 @@ def small_recipe(pair: Path, **changes: Any) -> dict[str, Any]:
         "sampler": {"max_new_tokens": 10, "concurrency": 8},
         "learner": {"steps": 4, "batch_samples": 8, "lr": 1e-3, "warmup_steps": 0},
         "schedule": {"depth": 0},
-        # An untrained student at such a rate drifts by more than the default allows: what asks for a depth is to get it.
+        # An untrained student at such a rate drifts by more than the default allows: what asks for a depth is
+        # to get it.
         "freshness": {"max_drift": None},
         "checkpoint": {"every": 2},
     }
@@ -187,7 +195,10 @@ def descendants(pid: int) -> list[psutil.Process]:
 def check_accounts(run: Path) -> dict[str, Any]:
     """The summary adds up, and the ledger says the same sample by sample: none trained twice, none lost."""
     prompts = summary(run)["prompts"]
-    assert prompts["drawn"] == prompts["trained"] + prompts["gated"] + prompts["refreshed"] + prompts["in_flight"]
+    assert (
+        prompts["drawn"]
+        == prompts["trained"] + prompts["gated"] + prompts["refreshed"] + prompts["in_flight"]
+    )
     ledger = lines(run / "ledger.jsonl")
     for what in ("trained", "gated", "refreshed"):
         ids = [i for record in ledger for i in record.get(what, [])]

@@ -1,4 +1,6 @@
-"""A batch of real samples, an independent reference of the learner's step, and learners on several gloo ranks."""
+"""A batch of real samples, an independent reference of the learner's step, and learners on several gloo
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fopd_cli.engines import hf
-from fopd_cli.engines.fsdp_learner import FsdpLearner, LearnerConfig
-from fopd_cli.engines.transformers_teacher import TransformersTeacher
+from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
+from fopd_cli.engines.models import hf
+from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.runtime.build import transformers_sampler
@@ -28,17 +30,40 @@ VOCAB = 260
 def config(**changes: Any) -> LearnerConfig:
     loss = changes.pop("loss", LossSpec("reverse_kl", "full"))
     values: dict[str, Any] = {
-        "policy": POLICIES["async"], "alpha": 1.0, "beta": 1.0, "xi": 0.01, "anchor": 0.0, "weights": "raw", "labels": "cached",
-        "step_scale": "none", "average": "sample", "lr": 1e-3, "warmup_steps": 0, "decay": "constant", "min_lr_ratio": 0.1,
-        "steps": 10, "betas": (0.9, 0.95), "weight_decay": 0.0, "clip": 0.0, "micro_tokens": 64, "packing": True,
-        "compute_dtype": torch.float32, "activation_checkpointing": False, "compile": False, "offload": False,
-        "optimizer_dtype": torch.float32, "adapter_only": False, "vocab": VOCAB, "longest": 64,
-    }  # fmt: skip
+        "policy": POLICIES["async"],
+        "alpha": 1.0,
+        "beta": 1.0,
+        "xi": 0.01,
+        "anchor": 0.0,
+        "weights": "raw",
+        "labels": "cached",
+        "step_scale": "none",
+        "average": "sample",
+        "lr": 1e-3,
+        "warmup_steps": 0,
+        "decay": "constant",
+        "min_lr_ratio": 0.1,
+        "steps": 10,
+        "betas": (0.9, 0.95),
+        "weight_decay": 0.0,
+        "clip": 0.0,
+        "micro_tokens": 64,
+        "packing": True,
+        "compute_dtype": torch.float32,
+        "activation_checkpointing": False,
+        "compile": False,
+        "offload": False,
+        "optimizer_dtype": torch.float32,
+        "adapter_only": False,
+        "vocab": VOCAB,
+        "longest": 64,
+    }
     return LearnerConfig(loss=loss, **{**values, **changes})
 
 
 def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 128) -> list[Sample]:
-    """Rollouts of the student of several lengths with hidden-state targets; `drifted`: lags 0..3, shifted log-probs.
+    """Rollouts of the student of several lengths with hidden-state targets; `drifted`: lags 0..3, shifted
+    log-probs.
 
     `width` is the teacher's hidden size.
     """
@@ -86,7 +111,9 @@ def with_observations(samples: list[Sample]) -> list[Sample]:
 
 def make_learner(pair: Path, cfg: LearnerConfig, rank: int = 0, world: int = 1) -> FsdpLearner:
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
-    return FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), [head], cfg, CPU, rank, world)
+    return FsdpLearner(
+        hf.load_model(str(pair / "student"), "m", torch.float32), [head], cfg, CPU, rank, world
+    )
 
 
 def gradients(learner: FsdpLearner) -> dict[str, np.ndarray]:
@@ -101,7 +128,8 @@ def gradients(learner: FsdpLearner) -> dict[str, np.ndarray]:
 
 
 def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[float, dict[str, np.ndarray]]:
-    """The objective and its gradient, sample by sample, full logits, no batching, no library of ours but the score.
+    """The objective and its gradient, sample by sample, full logits, no batching, no library of ours but the
+    score.
 
     Written from the paper's formulas: reverse KL, sampled drift, equation 11, raw weights.
     """
@@ -130,7 +158,9 @@ def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[fl
         share = len(y) / all_tokens if cfg.average == "token" else 1 / len(samples)
         total = total + weight * share * (loss + cfg.anchor * drift)
     total.backward()
-    return total.item(), {n: q.grad.numpy().copy() for n, q in student.named_parameters() if q.grad is not None}
+    return total.item(), {
+        n: q.grad.numpy().copy() for n, q in student.named_parameters() if q.grad is not None
+    }
 
 
 def on_ranks(world: int, folder: Path, function: Any, *args: Any) -> Any:

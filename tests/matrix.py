@@ -1,7 +1,8 @@
-"""One tiny model through sampler, teacher, learner and publication, each against plain transformers on one sequence at a time.
+"""One tiny model through sampler, teacher, learner and publication, each against plain transformers on one
+sequence at a time.
 
-`verdict` is what docs/models.md says of an architecture: right, or refused in one line before workers start. Anything else is
-an `AssertionError`: numbers that are wrong have no cell.
+`verdict` is what docs/models.md says of an architecture: right, or refused in one line before workers start.
+Anything else is an `AssertionError`: numbers that are wrong have no cell.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fopd_cli.engines import hf, lora, rope, support
-from fopd_cli.engines.fsdp_learner import FsdpLearner
-from fopd_cli.engines.transformers_sampler import TransformersSampler
-from fopd_cli.engines.transformers_teacher import TransformersTeacher
+from fopd_cli.engines.learner import lora
+from fopd_cli.engines.learner.learner import FsdpLearner
+from fopd_cli.engines.models import hf, support
+from fopd_cli.engines.tokens import rope
+from fopd_cli.engines.transformers.sampler import TransformersSampler
+from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
 
-# Prompt and response lengths: of several lengths and of one, ending at different times; past windows, chunks, rope switches.
+# Prompt and response lengths: of several lengths and of one, ending at different times; past windows, chunks,
+# rope switches.
 LENGTHS = ((3, 4), (7, 9), (7, 14), (10, 6), (18, 12), (20, 3))
 SHARED = 17  # tokens that the last two begin with, which packed rows hold once on a CPU
 LONGEST = 40
 UPDATE_AT = 5  # tokens: then other weights are published
 LOGPROB, GRADIENT = 1e-5, 1e-4
-# transformers' own two ways of computing these, at once and token by token, differ by 1e-4, in float64 just as in float32.
+# transformers' own two ways of computing these, at once and token by token, differ by 1e-4, in float64 just
+# as in float32.
 TWO_WAYS = {"zamba2": 2e-4}
 
 
@@ -82,7 +87,9 @@ def plain(folder: Path) -> Any:
 
 
 def logits(model: Any, ids: np.ndarray) -> Tensor:
-    """`(tokens, vocab)` of one sequence. Dynamic NTK remembers the longest that it has seen, so a short one is shown first."""
+    """`(tokens, vocab)` of one sequence. Dynamic NTK remembers the longest that it has seen, so a short one
+    is shown first.
+    """
     if rope.by_length(model.config):
         with torch.no_grad():
             model(input_ids=torch.tensor([[3, 4]]), use_cache=False)
@@ -91,7 +98,9 @@ def logits(model: Any, ids: np.ndarray) -> Tensor:
 
 
 def sampled(folder: Path, tolerance: float) -> list[Sample]:
-    """Rollouts of the student, with new weights in the middle; their log-probs are those of plain transformers."""
+    """Rollouts of the student, with new weights in the middle; their log-probs are those of plain
+    transformers.
+    """
     rng = np.random.Generator(np.random.PCG64(0))
     sampler = TransformersSampler(load(folder / "student"), hf.TokenRules(frozenset({-1}), 0), kit.CPU, 4)
     before = {name: tensor.clone() for name, tensor in lora.merged(sampler.model)}
@@ -118,13 +127,19 @@ def sampled(folder: Path, tolerance: float) -> list[Sample]:
         for version, start, stop in rollout.spans:
             expected = response_logprobs(models[version], rollout, stop)
             np.testing.assert_allclose(
-                rollout.logprobs[start:stop], expected[start:], rtol=tolerance, atol=tolerance, err_msg="sampler"
+                rollout.logprobs[start:stop],
+                expected[start:],
+                rtol=tolerance,
+                atol=tolerance,
+                err_msg="sampler",
             )
     # Those of one whole version for what follows.
     sampler.load(2, iter(before.items()))
     again = [response_logprobs(models[0], r, r.response_length).astype(np.float32) for r in rollouts]
     return [
-        Sample(kit.replace(r, logprobs=found, spans=[(0, 0, r.response_length)]), TeacherTargets("hidden"), lag=0)
+        Sample(
+            kit.replace(r, logprobs=found, spans=[(0, 0, r.response_length)]), TeacherTargets("hidden"), lag=0
+        )
         for r, found in zip(rollouts, again, strict=True)
     ]
 
@@ -144,7 +159,9 @@ def response_logprobs(model: Any, rollout: Rollout, stop: int) -> np.ndarray:
 @torch.no_grad()
 def scored(folder: Path, samples: list[Sample], packed: bool) -> None:
     """The teacher's hidden states times its head are plain transformers' logits; they stay in the samples."""
-    teacher = TransformersTeacher(load(folder / "teacher"), kit.CPU, 1, 64, architectures.VOCAB, LONGEST, packed)
+    teacher = TransformersTeacher(
+        load(folder / "teacher"), kit.CPU, 1, 64, architectures.VOCAB, LONGEST, packed
+    )
     head = teacher.head()
     width = hf.hidden_width(teacher.model.lm.config)
     assert head.weight.shape[1] == width
@@ -172,7 +189,9 @@ def learnt(folder: Path, samples: list[Sample], packed: bool) -> None:
     head = hf.load_head(str(folder / "teacher"), "m", torch.float32)
     learner = FsdpLearner(student, [head], cfg, kit.CPU, 0, 1)
     report = learner.train(0, samples)
-    assert abs(report.loss - total) < 1e-4 * max(1.0, abs(total)), f"loss, packed {packed}: {report.loss} for {total}"
+    assert abs(report.loss - total) < 1e-4 * max(1.0, abs(total)), (
+        f"loss, packed {packed}: {report.loss} for {total}"
+    )
     scale = float(torch.stack([g.norm() for g in expected.values()]).norm())
     for name, parameter in learner.student.lm.named_parameters():
         wanted = expected.get(name)
@@ -224,7 +243,9 @@ def adapted(folder: Path) -> str:
 
 
 def _says_so(folder: Path) -> None:
-    """What is refused beforehand would be wrong: the probe on the model itself agrees, wherever it can run at all."""
+    """What is refused beforehand would be wrong: the probe on the model itself agrees, wherever it can run at
+    all.
+    """
     try:
         TransformersTeacher(load(folder / "student"), kit.CPU, 1, 64, architectures.VOCAB, LONGEST, True)
     except (UserError, ValueError, KeyError, TypeError, AttributeError):

@@ -2,8 +2,9 @@
 
     python tests/recipe_fuzz.py RECIPE COUNT SEED
 
-Prints one line a failure: anything but a `UserError`, an error that is not one short line, a case that takes seconds. The
-memory of the process is limited, so that one that takes gigabytes is a `MemoryError`, a failure like all others.
+Prints one line a failure: anything but a `UserError`, an error that is not one short line, a case that takes
+seconds. The memory of the process is limited, so that one that takes gigabytes is a `MemoryError`, a failure
+like all others.
 """
 
 from __future__ import annotations
@@ -31,25 +32,128 @@ GIGABYTE = 1 << 30
 LONGEST_ERROR = 1500
 
 LEAVES: list[Any] = [
-    None, True, False, 0, 1, -1, 2, 10**9, 10**9 + 1, 10**18, 10**30, -(10**30), 2**63, 10**4000, 0.0, -0.5, 1e-320, 1e308, -1e308,
-    float("nan"), float("inf"), float("-inf"), "", " ", "x", "x" * 5_000, "x" * 150_000, "ü" * 300, "\u202e\u0000\n\t", "🙂", "~nobody/x",
-    "/" * 5_000, "../" * 2_000, "hf:", "a/b/c", "none", "null", "1e5", "0x10", "1:30", "nan", "[1, 2", "{a", "${HOME}", "%s{}{0}{question!r}",
-    [], [1], [[]], {}, {"name": 1}, {"name": [1]}, [{}], [None, None], {"a": {"b": {"c": [1, {"d": []}]}}}, list(range(5_000)),
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    10**9,
+    10**9 + 1,
+    10**18,
+    10**30,
+    -(10**30),
+    2**63,
+    10**4000,
+    0.0,
+    -0.5,
+    1e-320,
+    1e308,
+    -1e308,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    "",
+    " ",
+    "x",
+    "x" * 5_000,
+    "x" * 150_000,
+    "ü" * 300,
+    "\u202e\u0000\n\t",
+    "🙂",
+    "~nobody/x",
+    "/" * 5_000,
+    "../" * 2_000,
+    "hf:",
+    "a/b/c",
+    "none",
+    "null",
+    "1e5",
+    "0x10",
+    "1:30",
+    "nan",
+    "[1, 2",
+    "{a",
+    "${HOME}",
+    "%s{}{0}{question!r}",
+    [],
+    [1],
+    [[]],
+    {},
+    {"name": 1},
+    {"name": [1]},
+    [{}],
+    [None, None],
+    {"a": {"b": {"c": [1, {"d": []}]}}},
+    list(range(5_000)),
+]
 TEXTS = [
-    "!!python/object:os.system x", "!!python/name:os.system", "!!binary aGFsbG8=", "!!binary x", "!!set {a, b}", "!!omap [a: 1]", "!tag x",
-    "2024-01-01", "2024-13-45", "2024-01-01 25:61:00", "&a [*a]", "&a {b: *a}", "*nothing", "&a [1, &b [*a, *a]]", "? [1, 2] : 3",
-    "{1: 2}", "{null: 1}", "{[1]: 2}", "{? {a: 1} : 2}", "<<: 3", "{<<: {a: 1}}", "0x" + "f" * 6_000, "9" * 6_000, "0b" + "1" * 9_000, "1e999999",
-    ".nan", ".inf", '"\\ud800"', '"\\ud800": 1', '"\\0"', "[" * 3_000, "{a: " * 3_000, "- " * 3_000, "'", '"', "|", ">", "@", "`", "%", "---\n---", "\t",
-    "\ufeff", "\x85", "\u2028", "'''", "[*a]", "&a " * 3, "!!int x", "!!float x", "!!bool x", "!!null x", "!!timestamp x", "!!map []", "!!seq {}",
+    "!!python/object:os.system x",
+    "!!python/name:os.system",
+    "!!binary aGFsbG8=",
+    "!!binary x",
+    "!!set {a, b}",
+    "!!omap [a: 1]",
+    "!tag x",
+    "2024-01-01",
+    "2024-13-45",
+    "2024-01-01 25:61:00",
+    "&a [*a]",
+    "&a {b: *a}",
+    "*nothing",
+    "&a [1, &b [*a, *a]]",
+    "? [1, 2] : 3",
+    "{1: 2}",
+    "{null: 1}",
+    "{[1]: 2}",
+    "{? {a: 1} : 2}",
+    "<<: 3",
+    "{<<: {a: 1}}",
+    "0x" + "f" * 6_000,
+    "9" * 6_000,
+    "0b" + "1" * 9_000,
+    "1e999999",
+    ".nan",
+    ".inf",
+    '"\\ud800"',
+    '"\\ud800": 1',
+    '"\\0"',
+    "[" * 3_000,
+    "{a: " * 3_000,
+    "- " * 3_000,
+    "'",
+    '"',
+    "|",
+    ">",
+    "@",
+    "`",
+    "%",
+    "---\n---",
+    "\t",
+    "\ufeff",
+    "\x85",
+    "\u2028",
+    "'''",
+    "[*a]",
+    "&a " * 3,
+    "!!int x",
+    "!!float x",
+    "!!bool x",
+    "!!null x",
+    "!!timestamp x",
+    "!!map []",
+    "!!seq {}",
     "&a [x,x,x,x,x,x,x,x,x], b: &b [*a,*a,*a,*a,*a,*a,*a,*a], c: &c [*b,*b,*b,*b,*b,*b,*b,*b]",
-]  # fmt: skip
+]
 MARK = "MUTATED-HERE"
 
 
 def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield way
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    children = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, inner in children:
         yield from places(inner, (*way, key))
 
@@ -90,13 +194,29 @@ def mutated(whole: dict[str, Any], rng: random.Random) -> tuple[str, list[str]]:
         elif kind == "list":
             recipe = put(recipe, way, [copy.deepcopy(get(recipe, way))] * rng.choice([1, 2, 3, 200]))
         elif kind == "set":
-            key = ".".join(map(str, way)) or rng.choice(["", ".", "a..b", "teacher.9", "teacher.²", "=", "x" * 5_000])
+            key = ".".join(map(str, way)) or rng.choice(
+                ["", ".", "a..b", "teacher.9", "teacher.²", "=", "x" * 5_000]
+            )
             value = rng.choice(TEXTS) if rng.random() < 0.5 else _text(rng.choice(LEAVES))
             overrides.append(f"{key}{rng.choice(['', '.x', '.0', '..'])}={value}")
         elif isinstance(node := get(recipe, way), dict) and kind == "key":
             node[
                 rng.choice(
-                    ["x", "", "math", "plugin", "tool", "name", "lr ", "model", "0", "ü", "x" * 5_000, "\n", "a.b"]
+                    [
+                        "x",
+                        "",
+                        "math",
+                        "plugin",
+                        "tool",
+                        "name",
+                        "lr ",
+                        "model",
+                        "0",
+                        "ü",
+                        "x" * 5_000,
+                        "\n",
+                        "a.b",
+                    ]
                 )
             ] = rng.choice(LEAVES)
         elif isinstance(node, dict) and kind == "many":
@@ -112,7 +232,9 @@ def mutated(whole: dict[str, Any], rng: random.Random) -> tuple[str, list[str]]:
 
 
 def _text(value: Any) -> str:
-    """JSON, which is YAML, too, and quickly written; with Python's names for numbers that JSON has not, or YAML's."""
+    """JSON, which is YAML, too, and quickly written; with Python's names for numbers that JSON has not, or
+    YAML's.
+    """
     try:
         return json.dumps(value, ensure_ascii=False).replace("NaN", ".nan").replace("Infinity", ".inf")
     except ValueError:  # too long a number
@@ -162,7 +284,10 @@ def fuzz(path: Path, count: int, seed: int) -> Iterator[str]:
             if time.monotonic() - began > SECONDS:
                 problem = f"took {time.monotonic() - began:.1f} s"
             if problem is not None:
-                yield f"case {number} of {path.name}, seed {seed}: {problem}\n{text[:200]}\n{[o[:200] for o in overrides]}"
+                yield (
+                    f"case {number} of {path.name}, seed {seed}: "
+                    f"{problem}\n{text[:200]}\n{[o[:200] for o in overrides]}"
+                )
 
 
 def main(recipe: str, count: str, seed: str) -> int:

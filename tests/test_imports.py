@@ -54,6 +54,9 @@ def test_directions(path: Path) -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.argv = ['fopd', '--help']\nfrom fopd_cli.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code = (
+        "import sys; sys.argv = ['fopd', '--help']\nfrom fopd_cli.cli import main\ntry: main()\nexcept "
+        "SystemExit: pass\n"
+    )
     code += "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

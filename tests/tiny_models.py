@@ -1,4 +1,6 @@
-"""Tiny random models of many architectures: biases and norms away from 0 and 1, logits large enough that caps and scales matter."""
+"""Tiny random models of many architectures: biases and norms away from 0 and 1, logits large enough that caps
+and scales matter.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,17 @@ import torch
 
 VOCAB = 260
 COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 OWN: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma2": {"head_dim": 16, "final_logit_softcapping": 6.0, "attn_logit_softcapping": None},
@@ -23,10 +33,22 @@ OWN: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.3, "num_key_value_heads": 2},
     "phi": {"num_key_value_heads": 2},  # a bias
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512, "rotary_dim": 8},  # a bias
-    "falcon_h1": {"lm_head_multiplier": 0.6, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8},
-    "glm4_moe": {"head_dim": 16, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.6,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+    },
+    "glm4_moe": {
+        "head_dim": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    },
     "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 16, "use_bias": True},
-}  # fmt: skip
+}
 
 
 def tiny_model(architecture: str, seed: int = 0, logits: float = 8.0, **changes: Any) -> Any:

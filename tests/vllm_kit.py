@@ -1,7 +1,7 @@
 """Real vLLM engines in a child process that lives as long as the tests that use it.
 
-vLLM changes its process for good (threads, process groups, environment), so it must not share one with other tests; and
-starting it takes ten seconds and more, so the engines are kept and shared.
+vLLM changes its process for good (threads, process groups, environment), so it must not share one with other
+tests; and starting it takes ten seconds and more, so the engines are kept and shared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from fopd_cli.engines import hf, vllm_engine
+from fopd_cli.engines.models import hf
+from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.samples import Rollout
 
 MAX_TOKENS = 320
@@ -63,16 +64,23 @@ def _serve(pipe: Any, log: str) -> None:
 
 def options(model: str, dtype: torch.dtype = torch.float32, **changes: Any) -> vllm_engine.VllmOptions:
     values: dict[str, Any] = {
-        "key": "sampler.vllm", "cuda": False, "max_tokens": MAX_TOKENS, "max_requests": 64, "max_logprobs": -1,
-        "kv_cache_bytes": 64 << 20, "live_weights": True, "prefix_caching": True, "seeded": True,
-    }  # fmt: skip
+        "key": "sampler.vllm",
+        "cuda": False,
+        "max_tokens": MAX_TOKENS,
+        "max_requests": 64,
+        "max_logprobs": -1,
+        "kv_cache_bytes": 64 << 20,
+        "live_weights": True,
+        "prefix_caching": True,
+        "seeded": True,
+    }
     return vllm_engine.VllmOptions(model=model, dtype=dtype, **{**values, **changes})
 
 
 @functools.cache
 def sampler(model: str, dtype: torch.dtype = torch.float32) -> Any:
     """The one engine of this model in this process; whatever a test loaded into it stays there."""
-    from fopd_cli.engines.vllm_sampler import VllmSampler
+    from fopd_cli.engines.vllm.sampler import VllmSampler
 
     config, tokenizer = hf.load_config(model, "m"), hf.load_tokenizer(model, "m")
     rules = hf.token_rules(model, tokenizer, config, "m")
@@ -82,7 +90,7 @@ def sampler(model: str, dtype: torch.dtype = torch.float32) -> Any:
 @functools.cache
 def adapter_sampler(model: str, rank: int) -> Any:
     """The same for adapters over the model's weights."""
-    from fopd_cli.engines.vllm_sampler import VllmSampler
+    from fopd_cli.engines.vllm.sampler import VllmSampler
 
     config, tokenizer = hf.load_config(model, "m"), hf.load_tokenizer(model, "m")
     rules = hf.token_rules(model, tokenizer, config, "m")

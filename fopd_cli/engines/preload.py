@@ -1,4 +1,6 @@
-"""What engines have imported by the time that they have loaded a model; see `runtime/warm.py`. Importing this does it."""
+"""What engines have imported by the time that they have loaded a model; see `runtime/crew/warm.py`. Importing
+this does it.
+"""
 
 from importlib import import_module
 
@@ -11,8 +13,8 @@ for _name in (
     "transformers.models.auto.tokenization_auto",
     "transformers.tokenization_utils_tokenizers",
     "transformers.integrations.accelerate",
-    "fopd_cli.engines.fsdp_learner",
-    "fopd_cli.engines.transformers_sampler",
-    "fopd_cli.engines.transformers_teacher",
+    "fopd_cli.engines.learner.learner",
+    "fopd_cli.engines.transformers.sampler",
+    "fopd_cli.engines.transformers.teacher",
 ):
     import_module(_name)

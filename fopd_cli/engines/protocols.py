@@ -1,7 +1,8 @@
 """What the runtime asks of an engine. One file beside this one per implementation.
 
-Every engine lives in a worker process of its own and is driven by `runtime/roles.py`. It is single-threaded and
-owns its device memory; `sleep` gives that memory back to the other roles of the box, `wake` takes it again.
+Every engine lives in a worker process of its own and is driven by `runtime/crew/roles.py`. It is
+single-threaded and owns its device memory; `sleep` gives that memory back to the other roles of the box,
+`wake` takes it again.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class Sampler(Protocol):
         """Whether `step` has anything to do."""
 
     def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Become `version`, entirely. Running requests go on under it: their next tokens open a new span, and what
-        those tokens attend to is recomputed with the new weights."""
+        """Become `version`, entirely. Running requests go on under it: their next tokens open a new span, and
+        what those tokens attend to is recomputed with the new weights.
+        """
 
     def sleep(self) -> None:
         """Give device memory back; nothing runs. The weights may be forgotten: a `load` follows `wake`."""
@@ -43,7 +45,9 @@ class Sampler(Protocol):
 
 
 class Teacher(Protocol):
-    """A frozen teacher, judging. On several ranks all methods are called together, each with its own rollouts."""
+    """A frozen teacher, judging. On several ranks all methods are called together, each with its own
+    rollouts.
+    """
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         """Fill the targets (views into shared memory) of each rollout, on its `judged` context."""

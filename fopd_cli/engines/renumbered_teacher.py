@@ -1,4 +1,6 @@
-"""A teacher whose special tokens have other ids than the student's: it is asked in its own ids and answers in the student's."""
+"""A teacher whose special tokens have other ids than the student's: it is asked in its own ids and answers in
+the student's.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,15 @@ import numpy as np
 import torch
 
 from fopd_cli.engines.protocols import Teacher
-from fopd_cli.engines.vocabularies import exchanged, inverse
+from fopd_cli.engines.text.vocabularies import exchanged, inverse
 from fopd_cli.losses.head import Head
 from fopd_cli.samples import Rollout, TeacherTargets
 
 
 class RenumberedTeacher:
-    """Implements `protocols.Teacher` over another one. `table` int32 (vocab,): the student's id -> the teacher's."""
+    """Implements `protocols.Teacher` over another one. `table` int32 (vocab,): the student's id -> the
+    teacher's.
+    """
 
     def __init__(self, teacher: Teacher, table: np.ndarray) -> None:
         self.teacher, self.table, self.back = teacher, table, torch.from_numpy(inverse(table))
@@ -44,7 +48,9 @@ class RenumberedTeacher:
             changes["topk_ids"] = self.table[rollout.topk_ids]
         elif rollout.topk_logprobs is not None:  # of the whole vocabulary, in the order of ids
             changes["topk_logprobs"] = rollout.topk_logprobs[:, self.back.numpy()]
-        return replace(rollout, context=replace(context, token_ids=exchanged(context.token_ids, self.table)), **changes)
+        return replace(
+            rollout, context=replace(context, token_ids=exchanged(context.token_ids, self.table)), **changes
+        )
 
 
 def renumbered_head(head: Head, table: np.ndarray) -> Head:

@@ -1,14 +1,15 @@
 """How far sampling may run ahead of learning: as far as the student's drift allows. Ours, not the paper's.
 
-A score can weigh a stale sample less; it cannot make it fresh. While the student moves fast, as in its first steps, a batch
-that is two steps old shows it prefixes that it no longer visits, and every step spent on them is lost. Once it moves slowly
-the same lag costs nothing. So the depth that a recipe asks for is the most, and admission follows what was measured:
+A score can weigh a stale sample less; it cannot make it fresh. While the student moves fast, as in its first
+steps, a batch that is two steps old shows it prefixes that it no longer visits, and every step spent on them
+is lost. Once it moves slowly the same lag costs nothing. So the depth that a recipe asks for is the most, and
+admission follows what was measured:
 
     D_roll of the batch's lagged samples, above the noise floor, over `target`    one step less ahead
     at or under it                                                                one step more, up to the most
 
-With nothing lagged in a batch there is nothing to measure; after `PATIENCE` such batches one step ahead is tried again.
-The bound on the lag stays what the recipe says: less ahead only admits later, and drops nothing.
+With nothing lagged in a batch there is nothing to measure; after `PATIENCE` such batches one step ahead is
+tried again. The bound on the lag stays what the recipe says: less ahead only admits later, and drops nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ PATIENCE = 3  # optimizer steps
 
 @dataclass
 class Depth:
-    """Steps ahead that are allowed `now`, which a checkpoint holds with `waited`; the rest is the recipe's."""
+    """Steps ahead that are allowed `now`, which a checkpoint holds with `waited`; the rest is the
+    recipe's.
+    """
 
     most: int
     target: float | None  # nats a token; None: the most, always
@@ -39,7 +42,9 @@ class Depth:
         return self.now
 
     def update(self, lag: np.ndarray, drift: np.ndarray) -> int:
-        """After a batch with these lags and drifts above the floor, `(samples,)` each: the steps ahead from now on."""
+        """After a batch with these lags and drifts above the floor, `(samples,)` each: the steps ahead from
+        now on.
+        """
         if self.target is None:
             return self.now
         lagged = drift[lag > 0]

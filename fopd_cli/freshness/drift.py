@@ -3,11 +3,11 @@
     D_roll_i = mean_h KL( pi_t(.|x_ih) || pi_r(.|x_ih) )          student now against student when it sampled
     D_sup_i  = mean_h KL( p(.|c_ih now) || p(.|c_ih labelled) )   frozen teacher, current against cached context
 
-The mean runs over the sample's aligned, loss-bearing positions. Each estimator below returns one KL per position,
-in nats, differentiable in its first argument; `per_sample` takes the mean and the coverage.
+The mean runs over the sample's aligned, loss-bearing positions. Each estimator below returns one KL per
+position, in nats, differentiable in its first argument; `per_sample` takes the mean and the coverage.
 
-A sampler and a learner that hold the *same* weights still compute slightly different numbers. `NoiseFloor` measures
-that at tau = 0, so that it can be taken off before fresh samples look stale.
+A sampler and a learner that hold the *same* weights still compute slightly different numbers. `NoiseFloor`
+measures that at tau = 0, so that it can be taken off before fresh samples look stale.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def exact(new: Tensor, old: Tensor) -> Tensor:
 
 
 def topk(new: Tensor, old: Tensor) -> Tensor:
-    """KL over k + 1 classes: `(..., k)` log-probs at the same k ids, and one tail class with the rest of the mass.
+    """KL over k + 1 classes: `(..., k)` log-probs at the same k ids, and one tail class with the rest of the
+    mass.
 
     A lower bound of the exact KL (merging classes can only lose divergence), tight as k grows.
     """
@@ -39,8 +40,8 @@ def topk(new: Tensor, old: Tensor) -> Tensor:
 def overlap(new: Tensor, new_ids: Tensor, old: Tensor, old_ids: Tensor) -> Tensor:
     """KL over the classes that two top-k's `(n, k)` share, and one tail class; `(n,)`.
 
-    Like `topk` a lower bound of the exact KL, for an engine that tells only its own likeliest tokens: what just one of
-    the two names falls into the tail.
+    Like `topk` a lower bound of the exact KL, for an engine that tells only its own likeliest tokens: what
+    just one of the two names falls into the tail.
     """
     same = old_ids[:, :, None] == new_ids[:, None, :]
     both = same.any(-1)
@@ -52,7 +53,8 @@ MAX_LOG_RHO = 60.0  # e^60 is far past any score that is not 0, and finite in fl
 
 
 def sampled(new: Tensor, old: Tensor) -> Tensor:
-    """`rho log rho - rho + 1`, `rho = pi_t(y)/pi_r(y)`, from log-probs `(...)` of the sampled token `y ~ pi_r`.
+    """`rho log rho - rho + 1`, `rho = pi_t(y)/pi_r(y)`, from log-probs `(...)` of the sampled token `y ~
+    pi_r`.
 
     Non-negative, and unbiased for KL(pi_t || pi_r): E[rho log rho] is that KL and E[rho] = 1 under pi_r.
     """
@@ -64,15 +66,19 @@ def sampled(new: Tensor, old: Tensor) -> Tensor:
 def quadratic(new: Tensor, old: Tensor) -> Tensor:
     """`(log rho)^2 / 2`, from log-probs `(...)` of the sampled token `y ~ pi_r`.
 
-    The KL to second order in the distance of the two policies (Schulman's k2), and of less variance than `sampled`. What matters more
-    is its gradient by log pi_t(y), log rho: it grows with the distance in both directions, where that of `sampled`, rho log rho,
-    goes to 0 for a token that the student has all but given up. An anchor must still pull there (docs/staleness.md).
+    The KL to second order in the distance of the two policies (Schulman's k2), and of less variance than
+    `sampled`. What matters more is its gradient by log pi_t(y), log rho: it grows with the distance in both
+    directions, where that of `sampled`, rho log rho, goes to 0 for a token that the student has all but given
+    up. An anchor must still pull there (docs/staleness.md).
     """
     return 0.5 * (new - old).clamp(max=MAX_LOG_RHO).square()
 
 
 TokenDrift = Literal["sampled", "quadratic"]
-ONE_TOKEN = {"sampled": sampled, "quadratic": quadratic}  # the estimators that ask for no more than the sampled token
+ONE_TOKEN = {
+    "sampled": sampled,
+    "quadratic": quadratic,
+}  # the estimators that ask for no more than the sampled token
 
 
 def slope(kind: TokenDrift, new: Tensor, old: Tensor) -> Tensor:
@@ -89,7 +95,8 @@ def at_limit(new: Tensor, old: Tensor) -> Tensor:
 
 def with_tail(logprobs: Tensor) -> Tensor:
     """Append the log of the mass that `(..., k)` leaves over: `(..., k + 1)`."""
-    # Rounding can push the kept mass to 1 or past it; the tail is then the smallest that the dtype can tell from 0.
+    # Rounding can push the kept mass to 1 or past it; the tail is then the smallest that the dtype can tell
+    # from 0.
     kept = torch.logsumexp(logprobs, -1, keepdim=True).clamp(max=_largest_kept(logprobs))
     return torch.cat([logprobs, log1mexp(kept)], -1)
 
@@ -109,8 +116,9 @@ def per_sample(
 ) -> tuple[Tensor, Tensor]:
     """Mean drift and coverage of each sample, `(count,)` each, from one row per position.
 
-    `aligned` and `loss_bearing` are bool, `sample` holds the index of each position's sample. Coverage is the share
-    of loss-bearing positions that are aligned; a sample with none has drift 0 and coverage 0 (its score is 0).
+    `aligned` and `loss_bearing` are bool, `sample` holds the index of each position's sample. Coverage is the
+    share of loss-bearing positions that are aligned; a sample with none has drift 0 and coverage 0 (its score
+    is 0).
     """
     used = aligned & loss_bearing
     zeros = torch.zeros(count, dtype=drift.dtype, device=drift.device)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-PolicyName = Literal["sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd", "trust"]
+PolicyName = Literal[
+    "sync", "async", "fixed_refresh", "lag_weight", "reweight", "reweight+anchor", "fopd", "trust"
+]
 
 
 @dataclass(frozen=True)

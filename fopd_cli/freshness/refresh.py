@@ -1,8 +1,9 @@
-"""When to drop the buffer: adaptively, when it went stale (f-OPD), or every so many steps (the fixed baseline).
+"""When to drop the buffer: adaptively, when it went stale (f-OPD), or every so many steps (the fixed
+baseline).
 
-The buffer is judged by the batch that was just taken from it: its freshness is a by-product of the learner's own
-forward pass, while scoring all of the buffer would need another one. A refresh drops every sample that is not yet
-trained on, in the sampler as well as in the buffer, and their prompts are drawn anew.
+The buffer is judged by the batch that was just taken from it: its freshness is a by-product of the learner's
+own forward pass, while scoring all of the buffer would need another one. A refresh drops every sample that is
+not yet trained on, in the sampler as well as in the buffer, and their prompts are drawn anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Literal
 
 @dataclass
 class Refresh:
-    """Decides after each optimizer step; `last` is the step of the last refresh and is saved with the checkpoint."""
+    """Decides after each optimizer step; `last` is the step of the last refresh and is saved with the
+    checkpoint.
+    """
 
     mode: Literal["never", "fixed", "adaptive"]
     mean: float  # kappa_f
@@ -23,7 +26,9 @@ class Refresh:
     every: int  # fixed: optimizer steps between two refreshes
     last: int = 0
 
-    def reason(self, step: int, mean_freshness: float, coverage_roll: float, coverage_sup: float) -> str | None:
+    def reason(
+        self, step: int, mean_freshness: float, coverage_roll: float, coverage_sup: float
+    ) -> str | None:
         """Why to refresh after `step` completed optimizer steps, or None. Arguments are the batch's means."""
         since = step - self.last
         if self.mode == "never":

@@ -25,7 +25,9 @@ def freshness(
     alpha: float,
     beta: float,
 ) -> Tensor:
-    """f_i in [0, 1] (equation 11), all arguments `(samples,)`; 0 where nothing of a sample could be aligned."""
+    """f_i in [0, 1] (equation 11), all arguments `(samples,)`; 0 where nothing of a sample could be
+    aligned.
+    """
     distance = alpha * drift_roll.clamp(min=0).sqrt() + beta * drift_sup.clamp(min=0).sqrt()
     score = torch.exp(-distance) / (lag + 1)
     return torch.where((coverage_roll > 0) & (coverage_sup > 0), score, 0.0)

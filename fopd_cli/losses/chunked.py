@@ -1,14 +1,16 @@
-"""From hidden states to the objective and its gradients, a chunk of positions at a time: never `[tokens, vocab]` at once.
+"""From hidden states to the objective and its gradients, a chunk of positions at a time: never `[tokens,
+vocab]` at once.
 
     L = sum_i w_i share_i ( l_i + lambda D_roll_i )          l_i, D_roll_i: means over sample i's positions
 
-Each chunk's logits, the student's and the teacher's, are made once. From them come losses, drifts and, in the same visit,
-the gradients for hidden states and head: four matrix products a position, as many as plain PyTorch needs that keeps
-all logits; a checkpointed loss needs six. The weight w_i depends on the drift of the *whole* sample, so chunks end with
-samples where these are short; a sample longer than a chunk collects its head gradient apart until its weight is known.
+Each chunk's logits, the student's and the teacher's, are made once. From them come losses, drifts and, in the
+same visit, the gradients for hidden states and head: four matrix products a position, as many as plain
+PyTorch needs that keeps all logits; a checkpointed loss needs six. The weight w_i depends on the drift of the
+*whole* sample, so chunks end with samples where these are short; a sample longer than a chunk collects its
+head gradient apart until its weight is known.
 
-What freshness needs, the log-probability of the sampled token or of the sampler's top-k under the student now, comes out
-of the same logits: no second forward.
+What freshness needs, the log-probability of the sampled token or of the sampler's top-k under the student
+now, comes out of the same logits: no second forward.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from fopd_cli.losses.terms import LossSpec, Positions, TokenTerms
 
 @dataclass
 class Weighting:
-    """How positions add up. All tensors `(N,)`; positions of a sample stand together, samples in rising order.
+    """How positions add up. All tensors `(N,)`; positions of a sample stand together, samples in rising
+    order.
 
-    `loss` and `drift` are each position's coefficient in `share_i l_i` and `share_i lambda D_i`; `mean` is its share of D_i
-    itself. `weigh(samples, drifts)` gives w_i of some samples (both `(n,)`) without gradient; None: all weights are 1.
+    `loss` and `drift` are each position's coefficient in `share_i l_i` and `share_i lambda D_i`; `mean` is
+    its share of D_i itself. `weigh(samples, drifts)` gives w_i of some samples (both `(n,)`) without
+    gradient; None: all weights are 1.
     """
 
     sample: Tensor  # int64
@@ -42,26 +46,37 @@ class Weighting:
 
 
 def chunked_objective(
-    spec: LossSpec, hidden: Tensor, at: Positions, head: Head | Tensor, teacher_head: Head | Tensor | None,
+    spec: LossSpec,
+    hidden: Tensor,
+    at: Positions,
+    head: Head | Tensor,
+    teacher_head: Head | Tensor | None,
     weighting: Weighting,
-) -> tuple[Tensor, TokenTerms]:  # fmt: skip
+) -> tuple[Tensor, TokenTerms]:
     """L (a scalar with gradients for `hidden` and `head`) and the terms of all positions.
 
-    `hidden` `(N, student width)` predicts `at.tokens`; `head` and `teacher_head` are of V and V' rows, bare weights
-    `(V, student width)`, `(V', teacher width)` where logits are the product alone. Vocabularies that differ only in padding are
-    cut to the smaller one, which renormalises both.
+    `hidden` `(N, student width)` predicts `at.tokens`; `head` and `teacher_head` are of V and V' rows, bare
+    weights `(V, student width)`, `(V', teacher width)` where logits are the product alone. Vocabularies that
+    differ only in padding are cut to the smaller one, which renormalises both.
     """
     head, teacher = Head.of(head), None if teacher_head is None else Head.of(teacher_head)
     vocab = head.vocab if teacher is None else min(head.vocab, teacher.vocab)
     head, teacher = head.first(vocab), None if teacher is None else teacher.first(vocab)
-    learns = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and head.weight.requires_grad)
-    value, *terms = _Objective.apply(hidden, head.weight, head.bias, spec, at, head, teacher, weighting, learns)
+    learns = (
+        torch.is_grad_enabled() and hidden.requires_grad,
+        torch.is_grad_enabled() and head.weight.requires_grad,
+    )
+    value, *terms = _Objective.apply(
+        hidden, head.weight, head.bias, spec, at, head, teacher, weighting, learns
+    )
     return value, TokenTerms(*terms)
 
 
 def chunk_rows(spec: LossSpec, head: Tensor) -> int:
-    """Positions a chunk. By default so many that the head `(V, width)` is not read over and over for a few of them, a
-    quarter of its width (measured: half as many take 1.4 times as long), and at least what 64 MB hold, on CUDA 512."""
+    """Positions a chunk. By default so many that the head `(V, width)` is not read over and over for a few of
+    them, a quarter of its width (measured: half as many take 1.4 times as long), and at least what 64 MB
+    hold, on CUDA 512.
+    """
     floor = (512 if head.is_cuda else 64) << 20
     wanted = max(floor, head.numel()) if spec.chunk_bytes is None else spec.chunk_bytes
     return max(1, wanted // (4 * head.shape[0]))
@@ -72,15 +87,25 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: LossSpec, at: Positions, head: Head,
-        teacher: Head | None, weighting: Weighting, learns: tuple[bool, bool],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: LossSpec,
+        at: Positions,
+        head: Head,
+        teacher: Head | None,
+        weighting: Weighting,
+        learns: tuple[bool, bool],
+    ) -> tuple[Tensor, ...]:
         pass_ = _Pass(spec, hidden, at, replace(head, weight=weight, bias=bias), teacher, weighting, *learns)
         for group in _groups(weighting.sample, pass_.chunk):
             pass_.visit(group)
         found = pass_.head_gradient
         narrow = None if found is None else found.weight.to(weight.dtype)
-        narrow_bias = None if found is None or found.bias is None or bias is None else found.bias.to(bias.dtype)
+        narrow_bias = (
+            None if found is None or found.bias is None or bias is None else found.bias.to(bias.dtype)
+        )
         ctx.save_for_backward(pass_.hidden_gradient, narrow, narrow_bias)
         terms = tuple(torch.cat(column) for column in zip(*pass_.terms, strict=True))
         ctx.mark_non_differentiable(*terms)
@@ -95,7 +120,9 @@ class _Objective(torch.autograd.Function):
 
 
 def _groups(sample: Tensor, chunk: int) -> Iterator[list[tuple[int, int]]]:
-    """Pieces (start, stop) of at most `chunk` positions: several whole samples as one piece, a long one as several."""
+    """Pieces (start, stop) of at most `chunk` positions: several whole samples as one piece, a long one as
+    several.
+    """
     ends = [*(torch.nonzero(sample.diff()).flatten() + 1).tolist(), len(sample)]
     start = reached = 0
     for end in ends:
@@ -123,7 +150,9 @@ class _HeadGradient:
         return cls(torch.zeros_like(head.weight, dtype=torch.float32), bias)
 
     def add(self, logits: Tensor, hidden: Tensor) -> None:
-        """The gradient of some positions' logits `(n, V)`, in the dtype of their hidden states `(n, width)`."""
+        """The gradient of some positions' logits `(n, V)`, in the dtype of their hidden states `(n,
+        width)`.
+        """
         if self.weight.dtype == hidden.dtype:
             self.weight.addmm_(logits.T, hidden)
         else:
@@ -141,9 +170,16 @@ class _Pass:
     """One visit of all positions."""
 
     def __init__(
-        self, spec: LossSpec, hidden: Tensor, at: Positions, head: Head, teacher: Head | None, weighting: Weighting,
-        hidden_learns: bool, head_learns: bool,
-    ) -> None:  # fmt: skip
+        self,
+        spec: LossSpec,
+        hidden: Tensor,
+        at: Positions,
+        head: Head,
+        teacher: Head | None,
+        weighting: Weighting,
+        hidden_learns: bool,
+        head_learns: bool,
+    ) -> None:
         self.spec, self.hidden, self.at, self.head, self.teacher = spec, hidden, at, head, teacher
         self.caps = (head.cap, None if teacher is None else teacher.cap)
         self.weighting, self.learning = weighting, hidden_learns or head_learns
@@ -156,7 +192,8 @@ class _Pass:
                 self.kind = CompiledChunk
             elif FullChunk.bears(spec, head.cap):
                 self.kind = FullChunk
-        # One set of buffers for all chunks: on a CPU, fresh ones of this size would be mapped and zeroed by the kernel.
+        # One set of buffers for all chunks: on a CPU, fresh ones of this size would be mapped and zeroed by
+        # the kernel.
         shape = (min(self.chunk, len(at.tokens)), head.vocab)
         dtype = head.weight.dtype if self.kind is CompiledChunk else torch.float32
         count = 3 if self.kind is FullChunk else 2
@@ -166,12 +203,16 @@ class _Pass:
         self.head_gradient = _HeadGradient.zeros(head) if head_learns else None
 
     def visit(self, pieces: list[tuple[int, int]]) -> None:
-        """Whole samples: weigh, then take gradients. Pieces of one sample: gradients of weight 1, then weigh."""
+        """Whole samples: weigh, then take gradients. Pieces of one sample: gradients of weight 1, then
+        weigh.
+        """
         w = self.weighting
         first, last = pieces[0][0], pieces[-1][1]
         if len(pieces) == 1:
             chunk = self._evaluate(first, last)
-            self._accumulate(chunk, first, last, self._weights(chunk.terms[1], first, last), self.head_gradient)
+            self._accumulate(
+                chunk, first, last, self._weights(chunk.terms[1], first, last), self.head_gradient
+            )
             return
         if w.weigh is None:
             for start, stop in pieces:
@@ -208,7 +249,9 @@ class _Pass:
         self.head.uncapped(hidden, student)
         if self.teacher is not None and at.teacher_hidden is not None:
             self.teacher.uncapped(at.teacher_hidden.to(self.teacher.weight.dtype), teacher)
-        chunk = self.kind(self.spec, at, student, teacher, spare[0] if spare else None, self.caps, self.learning)
+        chunk = self.kind(
+            self.spec, at, student, teacher, spare[0] if spare else None, self.caps, self.learning
+        )
         self.terms.append(chunk.terms)
         return chunk
 
@@ -223,7 +266,8 @@ class _Pass:
         self.value = self.value + (a * loss).sum() + torch.where(b != 0, b * drifts, 0.0).sum()
         if not self.learning:
             return
-        if self.head.scale != 1:  # gradients are linear in the coefficients: the head's scale costs no visit of its own
+        # gradients are linear in the coefficients: the head's scale costs no visit of its own
+        if self.head.scale != 1:
             a, b = a * self.head.scale, b * self.head.scale
         hidden, narrow = self.hidden[start:stop], chunk.gradient(a, b).to(self.head.weight.dtype)
         if self.hidden_gradient is not None:

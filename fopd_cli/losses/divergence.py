@@ -1,14 +1,15 @@
 """Divergences between the student pi and the teacher p, one number per position.
 
-All take log-probabilities over the same classes, student first: `(..., V)` on the full vocabulary, or `(..., k + 1)`
-after `freshness.drift.with_tail` on a top-k support. Convention of the recipe (and of TRL's `generalized_jsd_loss`):
+All take log-probabilities over the same classes, student first: `(..., V)` on the full vocabulary, or `(...,
+k + 1)` after `freshness.drift.with_tail` on a top-k support. Convention of the recipe (and of TRL's
+`generalized_jsd_loss`):
 
     forward_kl  KL(p || pi)    jsd with beta 0     mass-covering
     reverse_kl  KL(pi || p)    jsd with beta 1     mode-seeking
     jsd(beta)   beta KL(p || m) + (1 - beta) KL(pi || m),  m = beta p + (1 - beta) pi,  0 < beta < 1
 
-(beta here weighs the *teacher*, as in equation 1 of GKD, arXiv 2306.13649; as beta goes to 0 or 1 the JSD itself vanishes,
-so the two ends are defined to be the two KLs, again as TRL does.)
+(beta here weighs the *teacher*, as in equation 1 of GKD, arXiv 2306.13649; as beta goes to 0 or 1 the JSD
+itself vanishes, so the two ends are defined to be the two KLs, again as TRL does.)
 """
 
 from __future__ import annotations
@@ -60,19 +61,27 @@ Advantage = Literal["cached", "recomputed"]
 
 
 def advantage_of(kind: Advantage, student: Tensor, teacher: Tensor, behaviour: Tensor) -> Tensor:
-    """log p - log pi of the sampled token, from log-probs `(...)`; `cached` takes log pi from the behaviour policy, as it was
-    when y was sampled, `recomputed` from the student as it is now. No gradient."""
+    """log p - log pi of the sampled token, from log-probs `(...)`; `cached` takes log pi from the behaviour
+    policy, as it was when y was sampled, `recomputed` from the student as it is now. No gradient.
+    """
     return teacher - (behaviour if kind == "cached" else student.detach())
 
 
 def policy_gradient(
-    student: Tensor, teacher: Tensor, behaviour: Tensor, advantage: Advantage, importance: bool,
-    max_ratio: float | None = None, trust: float | None = None,
-) -> Tensor:  # fmt: skip
-    """Reverse KL from one sampled token a position: `-(log p - log pi)(y) * log pi_t(y)`, log-probs `(...)` of y.
+    student: Tensor,
+    teacher: Tensor,
+    behaviour: Tensor,
+    advantage: Advantage,
+    importance: bool,
+    max_ratio: float | None = None,
+    trust: float | None = None,
+) -> Tensor:
+    """Reverse KL from one sampled token a position: `-(log p - log pi)(y) * log pi_t(y)`, log-probs `(...)`
+    of y.
 
-    `importance` multiplies by rho = pi_t(y)/pi_r(y), which makes the gradient that of `E_{pi_t}`, up to a cap on rho if there is
-    one; `trust` leaves out tokens that are spent (`freshness/trust.py`). Only the gradient means anything: the value is no divergence.
+    `importance` multiplies by rho = pi_t(y)/pi_r(y), which makes the gradient that of `E_{pi_t}`, up to a cap
+    on rho if there is one; `trust` leaves out tokens that are spent (`freshness/trust.py`). Only the gradient
+    means anything: the value is no divergence.
     """
     now = student.detach()
     signal = advantage_of(advantage, now, teacher, behaviour)

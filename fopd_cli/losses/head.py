@@ -12,8 +12,8 @@ from torch import Tensor
 class Head:
     """logits = cap tanh(u / cap), or u where there is no cap, with u = scale (hidden @ weight.T + bias).
 
-    `weight` `(V, hidden)`, `bias` `(V,)` or None. Scale and cap are those of gemma, granite, cohere, nanochat and their like;
-    `engines/heads.py` finds them.
+    `weight` `(V, hidden)`, `bias` `(V,)` or None. Scale and cap are those of gemma, granite, cohere, nanochat
+    and their like; `engines/models/heads.py` finds them.
     """
 
     weight: Tensor
@@ -35,11 +35,15 @@ class Head:
         """The head of the ids below `vocab` alone."""
         if vocab == self.vocab:
             return self  # even a full slice costs a copy of its gradient
-        return replace(self, weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab])
+        return replace(
+            self, weight=self.weight[:vocab], bias=None if self.bias is None else self.bias[:vocab]
+        )
 
     def to(self, where: torch.device | torch.dtype | str) -> Head:
         """The tensors on another device or in another dtype."""
-        return replace(self, weight=self.weight.to(where), bias=None if self.bias is None else self.bias.to(where))
+        return replace(
+            self, weight=self.weight.to(where), bias=None if self.bias is None else self.bias.to(where)
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 `(n, V)` from hidden states `(n, hidden)`, which are taken in the head's dtype."""

@@ -1,4 +1,6 @@
-"""A chunk of positions: from its logits to its terms, and, once their coefficients are known, to the logits' gradient."""
+"""A chunk of positions: from its logits to its terms, and, once their coefficients are known, to the logits'
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,23 @@ class Chunk(Protocol):
     terms: tuple[Tensor, ...]  # in the order of `TokenTerms`
 
     def __init__(
-        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, caps: Caps,
+        self,
+        spec: LossSpec,
+        at: Positions,
+        student: Tensor,
+        teacher: Tensor,
+        spare: Tensor | None,
+        caps: Caps,
         learning: bool,
-    ) -> None:  # fmt: skip
-        """Logits `(n, V)` before their soft caps, which it may overwrite, and for some a third buffer like them."""
+    ) -> None:
+        """Logits `(n, V)` before their soft caps, which it may overwrite, and for some a third buffer like
+        them.
+        """
 
     def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
-        """d/dlogits of `sum(loss * l + drift * D)`, `(n, V)`, through the cap, in a buffer that the next chunk reuses."""
+        """d/dlogits of `sum(loss * l + drift * D)`, `(n, V)`, through the cap, in a buffer that the next
+        chunk reuses.
+        """
         ...
 
 
@@ -37,22 +49,30 @@ SMALLEST_LOG = 80.0  # e^-80 is still a normal float32
 
 
 class FullChunk:
-    """Full vocabulary and drift of one token, by formula and in place: the path that must be fast, and it is memory that bounds it.
+    """Full vocabulary and drift of one token, by formula and in place: the path that must be fast, and it is
+    memory that bounds it.
 
-    With z the logits over the temperature T: u = exp(z - max), pi = u / sum(u), likewise v and p of the teacher, and
-    gap = log pi - log p = (z - z_teacher) + shift, one number `shift` a row. Then
+    With z the logits over the temperature T: u = exp(z - max), pi = u / sum(u), likewise v and p of the
+    teacher, and gap = log pi - log p = (z - z_teacher) + shift, one number `shift` a row. Then
         KL(pi||p) = sum(pi gap)       d/dz = pi (gap - KL)
         KL(p||pi) = -sum(p gap)       d/dz = pi - p
         JSD       = sum(beta p w + (1 - beta) pi (gap + w)),   w = log p/m = -log(beta + (1 - beta) e^gap)
                                       d/dz = pi (g - sum(pi g)),   g = (1 - beta)(gap + w)
-    and dz / dlogits = 1 / T. The drift knows log pi(y) alone: `drift.slope`. Under a soft cap logits = cap tanh(x / cap), and
-    dlogits / dx = 1 - (logits / cap)^2, with logits = T (log u + max): no buffer has to keep them.
+    and dz / dlogits = 1 / T. The drift knows log pi(y) alone: `drift.slope`. Under a soft cap logits = cap
+    tanh(x / cap), and dlogits / dx = 1 - (logits / cap)^2, with logits = T (log u + max): no buffer has to
+    keep them.
     """
 
     def __init__(
-        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, caps: Caps,
+        self,
+        spec: LossSpec,
+        at: Positions,
+        student: Tensor,
+        teacher: Tensor,
+        spare: Tensor | None,
+        caps: Caps,
         learning: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         assert spare is not None
         soft_cap_(student, caps[0])
         soft_cap_(teacher, caps[1])
@@ -100,7 +120,8 @@ class FullChunk:
             z = self.u.log().add_(self.top).mul_(spec.temperature / spec.sampling_temperature)
             acting = z.sub_(self.acting_lse).exp_().mul_(-e)
         on_pi = -e if acting is None else torch.zeros_like(e)
-        # Every kind is pi * (factor * x + constant), the forward KL less a p. Of `u` and `gap` one holds the result, the other is free.
+        # Every kind is pi * (factor * x + constant), the forward KL less a p. Of `u` and `gap` one holds the
+        # result, the other is free.
         free = self.u
         if self.kind == "forward_kl":
             free = self.gap if self.cap is None else self.gap.copy_(self.u)
@@ -126,7 +147,9 @@ class FullChunk:
 
 
 def _lse_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row by row log-sum-exp, maximum and sum of exp(logits - maximum), which it leaves in place of the logits."""
+    """Row by row log-sum-exp, maximum and sum of exp(logits - maximum), which it leaves in place of the
+    logits.
+    """
     top = logits.amax(-1, keepdim=True)
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
     return top + total.log(), top, total
@@ -138,21 +161,39 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
 
 
 class CompiledChunk:
-    """The same terms and gradients from the formulas as they stand, fused by torch.compile: logits are read in the dtype of
-    their product, a few times for the terms and once for the gradient, which takes the student's place."""
+    """The same terms and gradients from the formulas as they stand, fused by torch.compile: logits are read
+    in the dtype of their product, a few times for the terms and once for the gradient, which takes the
+    student's place.
+    """
 
     def __init__(
-        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, caps: Caps,
+        self,
+        spec: LossSpec,
+        at: Positions,
+        student: Tensor,
+        teacher: Tensor,
+        spare: Tensor | None,
+        caps: Caps,
         learning: bool,
-    ) -> None:  # fmt: skip
-        self.how = (one_name(spec.kind, spec.beta), spec.beta, spec.temperature, spec.sampling_temperature, caps)
+    ) -> None:
+        self.how = (
+            one_name(spec.kind, spec.beta),
+            spec.beta,
+            spec.temperature,
+            spec.sampling_temperature,
+            caps,
+        )
         assert spec.drift == "sampled" or spec.drift == "quadratic"
         self.logits, self.tokens = (student, teacher), at.tokens
-        terms, self.row = _compiled(_formula_terms)(*self.logits, at.tokens, at.behaviour, spec.drift, *self.how)
+        terms, self.row = _compiled(_formula_terms)(
+            *self.logits, at.tokens, at.behaviour, spec.drift, *self.how
+        )
         self.terms: tuple[Tensor, ...] = terms
 
     def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
-        found: Tensor = _compiled(_formula_gradient)(*self.logits, self.tokens, loss, drift, self.row, *self.how)
+        found: Tensor = _compiled(_formula_gradient)(
+            *self.logits, self.tokens, loss, drift, self.row, *self.how
+        )
         return found
 
 
@@ -173,7 +214,9 @@ def _formula_terms(
     ts: float,
     caps: Caps,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The terms, and what the gradient needs of each row: log-sum-exps, the mean of its bracket, the drift's slope."""
+    """The terms, and what the gradient needs of each row: log-sum-exps, the mean of its bracket, the drift's
+    slope.
+    """
     logits = soft_cap(student.float(), caps[0])
     z, z_teacher = logits / t, soft_cap(teacher.float(), caps[1]) / t
     lse, teacher_lse = z.logsumexp(-1, keepdim=True), z_teacher.logsumexp(-1, keepdim=True)
@@ -197,9 +240,18 @@ def _formula_terms(
 
 
 def _formula_gradient(
-    student: Tensor, teacher: Tensor, tokens: Tensor, loss: Tensor, drifts: Tensor, row: tuple[Tensor, ...],
-    kind: LossKind, beta: float, t: float, ts: float, caps: Caps,
-) -> Tensor:  # fmt: skip
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    loss: Tensor,
+    drifts: Tensor,
+    row: tuple[Tensor, ...],
+    kind: LossKind,
+    beta: float,
+    t: float,
+    ts: float,
+    caps: Caps,
+) -> Tensor:
     lse, teacher_lse, acting_lse, mean, slope = row
     logits = soft_cap(student.float(), caps[0])
     log_pi, log_p = logits / t - lse, soft_cap(teacher.float(), caps[1]) / t - teacher_lse
@@ -219,7 +271,9 @@ def _formula_gradient(
 
 
 def _to_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log pi/m and log p/m from log pi/p; past +-80 one of the two probabilities is nothing beside the other."""
+    """log pi/m and log p/m from log pi/p; past +-80 one of the two probabilities is nothing beside the
+    other.
+    """
     gap = gap.clamp(-80, 80)
     teachers = -(beta + (1 - beta) * gap.exp()).log()
     return gap + teachers, teachers
@@ -229,9 +283,15 @@ class AnyChunk:
     """Every support and estimator, by autograd on the chunk's logits."""
 
     def __init__(
-        self, spec: LossSpec, at: Positions, student: Tensor, teacher: Tensor, spare: Tensor | None, caps: Caps,
+        self,
+        spec: LossSpec,
+        at: Positions,
+        student: Tensor,
+        teacher: Tensor,
+        spare: Tensor | None,
+        caps: Caps,
         learning: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         with torch.set_grad_enabled(learning):
             soft_cap_(teacher, caps[1])
             self.logits = student.detach().requires_grad_(learning)

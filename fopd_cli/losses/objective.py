@@ -2,9 +2,10 @@
 
     L = sum_i share_i w_i ( l_i + lambda D_roll_i )
 
-`average: sample` is the paper's mean over i: share_i = 1/B, l_i the mean over sample i's tokens, samples count alike.
-`average: token` makes share_i the sample's part of all loss-bearing tokens. Both divide by *global* counts that the caller
-supplies, so that the sum over any split into micro-batches and ranks is the same number.
+`average: sample` is the paper's mean over i: share_i = 1/B, l_i the mean over sample i's tokens, samples
+count alike. `average: token` makes share_i the sample's part of all loss-bearing tokens. Both divide by
+*global* counts that the caller supplies, so that the sum over any split into micro-batches and ranks is the
+same number.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ def shares(lengths: Tensor, average: Literal["sample", "token"], samples: int, t
 
 
 def weighting(
-    sample: Tensor, loss_bearing: Tensor, aligned: Tensor, share: Tensor, anchor: float,
+    sample: Tensor,
+    loss_bearing: Tensor,
+    aligned: Tensor,
+    share: Tensor,
+    anchor: float,
     weigh: Callable[[Tensor, Tensor], Tensor] | None,
-) -> Weighting:  # fmt: skip
-    """Each position's coefficients. `sample`, `loss_bearing`, `aligned` `(N,)`; `share` `(n,)`; `anchor` is lambda."""
+) -> Weighting:
+    """Each position's coefficients. `sample`, `loss_bearing`, `aligned` `(N,)`; `share` `(n,)`; `anchor` is
+    lambda.
+    """
     used = aligned & loss_bearing
 
     def mean(mask: Tensor) -> Tensor:
@@ -36,4 +43,6 @@ def weighting(
         return ones / count.clamp(min=1)[sample]
 
     in_drift = mean(used)
-    return Weighting(sample, mean(loss_bearing) * share[sample], in_drift * share[sample] * anchor, in_drift, weigh)
+    return Weighting(
+        sample, mean(loss_bearing) * share[sample], in_drift * share[sample] * anchor, in_drift, weigh
+    )

@@ -1,4 +1,6 @@
-"""What the loss says of each position: its settings, its inputs, its terms, and all of them from logits, written for reading."""
+"""What the loss says of each position: its settings, its inputs, its terms, and all of them from logits,
+written for reading.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ from torch import Tensor
 
 from fopd_cli.freshness import drift
 from fopd_cli.freshness.trust import spent
-from fopd_cli.losses.divergence import Advantage, LossKind, advantage_of, divergence, kl, policy_gradient, ratio
+from fopd_cli.losses.divergence import (
+    Advantage,
+    LossKind,
+    advantage_of,
+    divergence,
+    kl,
+    policy_gradient,
+    ratio,
+)
 
 Support = Literal["full", "topk", "sampled", "mc"]
 DriftKind = Literal["exact", "topk", "sampled", "quadratic"]
@@ -67,15 +77,20 @@ class TokenTerms:
     kl: Tensor  # KL(pi_t || p) on the support; for `sampled` the estimate log pi - log p
     forward_kl: Tensor  # KL(p || pi_t) on the support; nan for `sampled`
     entropy: Tensor  # of pi_t
-    student_mass: Tensor  # probability that the student gives to the teacher's top-k; 1 on full, nan on sampled support
+    student_mass: (
+        Tensor  # probability that the student gives to the teacher's top-k; 1 on full, nan on sampled support
+    )
     teacher_mass: Tensor  # the same for the teacher
-    clamped: Tensor  # share of the position's terms at a limit: of the ratio, of the trust region, of the drift, or a tail too small to tell from 0
+    # share of the position's terms at a limit: of the ratio, of the trust region, of the drift, or a tail too
+    # small to tell from 0
+    clamped: Tensor
 
 
 def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
     """The terms, in the order of `TokenTerms`, from both logits `(N, V)`; gradients flow to the student's."""
     student = torch.log_softmax(logits / spec.temperature, -1)
-    # pi_t as the sampler would sample from it now: D_roll and the policy gradient are about that distribution.
+    # pi_t as the sampler would sample from it now: D_roll and the policy gradient are about that
+    # distribution.
     acting = student
     if spec.sampling_temperature != spec.temperature:
         acting = torch.log_softmax(logits / spec.sampling_temperature, -1)
@@ -118,7 +133,9 @@ def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tens
 def _monte_carlo(
     spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor, teacher_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The mean of the policy-gradient form over all draws of a position, each corrected by pi_t/pi_r; share of capped ones."""
+    """The mean of the policy-gradient form over all draws of a position, each corrected by pi_t/pi_r; share
+    of capped ones.
+    """
     teacher = torch.log_softmax(teacher_logits / spec.teacher_temperature, -1)
     ids, student, behaviour = at.tokens[:, None], acting_y[:, None], at.behaviour[:, None]
     if at.draw_ids is not None and at.draw_behaviour is not None:
@@ -145,7 +162,9 @@ def _limited(spec: LossSpec, importance: bool, student: Tensor, teacher: Tensor,
 def _teacher_logprob(spec: LossSpec, at: Positions, teacher_logits: Tensor) -> Tensor:
     if at.teacher_logprobs is not None:
         return at.teacher_logprobs
-    return torch.log_softmax(teacher_logits / spec.teacher_temperature, -1).gather(-1, at.tokens[:, None])[:, 0]
+    return torch.log_softmax(teacher_logits / spec.teacher_temperature, -1).gather(-1, at.tokens[:, None])[
+        :, 0
+    ]
 
 
 def _drift(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor) -> Tensor:

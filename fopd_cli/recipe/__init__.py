@@ -1,13 +1,25 @@
-"""The recipe: `schema.py` has every key, its type, its default and its meaning. Importing this imports no torch.
+"""The recipe: `schema.py` has every key, its type, its default and its meaning. Importing this imports no
+torch.
 
-A recipe is YAML. Unknown keys are errors; `--set a.b=c` overrides one key; relative paths are looked up beside the
-recipe first, then in the current directory. What runs is written to the run directory with every default filled in.
+A recipe is YAML. Unknown keys are errors; `--set a.b=c` overrides one key; relative paths are looked up
+beside the recipe first, then in the current directory. What runs is written to the run directory with every
+default filled in.
 """
 
 from fopd_cli.recipe import changes
 from fopd_cli.recipe.explain import explain
 from fopd_cli.recipe.files import dump_recipe, load_recipe, recorded_recipe
-from fopd_cli.recipe.schema import Labels, Lora, Placement, PluginTask, Prompts, Recipe, Sampler, Teacher, Vllm
+from fopd_cli.recipe.schema import (
+    Labels,
+    Lora,
+    Placement,
+    PluginTask,
+    Prompts,
+    Recipe,
+    Sampler,
+    Teacher,
+    Vllm,
+)
 
 __all__ = [
     "Labels",

@@ -62,7 +62,9 @@ def _without_number(key: str) -> str:
 
 
 def invalidated(old: Recipe, new: Recipe) -> list[str]:
-    """Keys by which samples in flight were made that would be made in another way now: they have to be sampled again."""
+    """Keys by which samples in flight were made that would be made in another way now: they have to be
+    sampled again.
+    """
     before, after = _making(old), _making(new)
     keys = [key for key in before if before[key] != after[key]]
     if "schedule.lag" not in keys and new.max_lag < old.max_lag:
@@ -71,7 +73,9 @@ def invalidated(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _making(recipe: Recipe) -> Flat:
-    """What a sample in flight depends on. Keys whose default follows others stand for what they resolve to."""
+    """What a sample in flight depends on. Keys whose default follows others stand for what they resolve
+    to.
+    """
     return {
         "sampler.temperature": recipe.sampler.temperature,
         "sampler.top_p": recipe.sampler.top_p,

@@ -21,19 +21,25 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     largest = 1 / (max_lag + 1)  # the score's bound, freshness/score.py
     if policy.weights != "one" and fresh.xi >= largest:
         yield (
-            f"freshness.xi: {fresh.xi} gates out every sample of full lag, because f <= 1/(lag + 1) = {largest:.4g} at "
+            f"freshness.xi: {fresh.xi} gates out every sample of full lag, because f <= 1/(lag + 1) = "
+            f"{largest:.4g} at "
             f"lag {max_lag}; choose xi under {largest:.4g} or lower schedule.depth"
         )
     if fresh.policy == "sync" and max_lag > 0:
-        yield f"freshness.policy: sync means schedule.depth 0, but the lag may be {max_lag} here; set schedule.depth: 0"
+        yield (
+            f"freshness.policy: sync means schedule.depth 0, but the lag may be {max_lag} here; set "
+            "schedule.depth: 0"
+        )
     yield from _of_teachers(recipe)
     yield from _of_evaluations(recipe)
     yield from _of_prompts(recipe)
     support = recipe.support
     if policy.trust and support not in ("sampled", "mc"):
         yield (
-            f"freshness.policy: {fresh.policy} leaves out sampled tokens by their signal, and loss.support {support} has none; "
-            "set freshness.policy: fopd (such losses need no trust region, see docs/staleness.md) or loss.support: sampled"
+            f"freshness.policy: {fresh.policy} leaves out sampled tokens by their signal, and "
+            f"loss.support {support} has none; "
+            "set freshness.policy: fopd (such losses need no trust region, see docs/staleness.md) or "
+            "loss.support: sampled"
         )
     if support == "topk" and not loss.tail:
         yield (
@@ -41,23 +47,47 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             "(and a truncated forward KL can go negative); set loss.tail: true"
         )
     if support in ("sampled", "mc") and loss.kind != "reverse_kl":
-        yield f"loss.kind: {support} support is the policy gradient of reverse_kl, {loss.kind} has none; set loss.kind: reverse_kl"
+        yield (
+            f"loss.kind: {support} support is the policy gradient of reverse_kl, {loss.kind} has none; "
+            "set loss.kind: reverse_kl"
+        )
     if support == "mc" and recipe.sampler.engine != "transformers":
-        yield f"loss.support: mc needs draws beside the response, which sampler.engine {recipe.sampler.engine} does not give; set sampler.engine: transformers or loss.support: sampled"
+        yield (
+            "loss.support: mc needs draws beside the response, which sampler.engine "
+            f"{recipe.sampler.engine} does not give; set sampler.engine: transformers or loss.support: "
+            "sampled"
+        )
     yield from _of_supports(recipe)
-    if recipe.student.lora is not None and recipe.student.lora.publish == "adapter" and recipe.sampler.engine != "vllm":
-        yield f"student.lora.publish: sampler.engine {recipe.sampler.engine} takes merged weights only; set publish: merged or sampler.engine: vllm"
+    if (
+        recipe.student.lora is not None
+        and recipe.student.lora.publish == "adapter"
+        and recipe.sampler.engine != "vllm"
+    ):
+        yield (
+            f"student.lora.publish: sampler.engine {recipe.sampler.engine} takes merged weights only; "
+            "set publish: merged or sampler.engine: vllm"
+        )
     if support in ("full", "mc") and recipe.targets != "hidden":
-        yield f"teacher.targets: loss.support {support} needs hidden states, not {recipe.targets}; set teacher.targets: hidden"
+        yield (
+            f"teacher.targets: loss.support {support} needs hidden states, not {recipe.targets}; set "
+            "teacher.targets: hidden"
+        )
     if support == "topk" and recipe.targets != "topk":
-        yield f"teacher.targets: loss.support topk needs top-k log-probs, not {recipe.targets}; set teacher.targets: topk"
+        yield (
+            f"teacher.targets: loss.support topk needs top-k log-probs, not {recipe.targets}; set "
+            "teacher.targets: topk"
+        )
     if recipe.learner.optimizer_dtype == "bf16" and recipe.learner.betas[1] > 0.99:
         yield (
-            f"learner.optimizer_dtype: bf16 keeps 8 bits, and an average over 1/(1 - {recipe.learner.betas[1]}) steps would be rounded "
+            "learner.optimizer_dtype: bf16 keeps 8 bits, and an average over 1/(1 - "
+            f"{recipe.learner.betas[1]}) steps would be rounded "
             "away; set learner.betas: [0.9, 0.95] or optimizer_dtype: fp32"
         )
     if fresh.drift in ("topk", "exact") and recipe.sampler.top_p < 1:
-        yield f"freshness.drift: {fresh.drift} needs the untruncated behaviour policy; set sampler.top_p: 1 or drift: sampled"
+        yield (
+            f"freshness.drift: {fresh.drift} needs the untruncated behaviour policy; set sampler.top_p: "
+            "1 or drift: sampled"
+        )
 
 
 def _of_supports(recipe: Recipe) -> Iterator[str]:
@@ -67,22 +97,38 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
         yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
     if support in ("sampled", "mc") and loss.temperature != 1:
         yield (
-            f"loss.temperature: {support} support is about tokens drawn at sampler.temperature and has no temperature of its own; "
+            f"loss.temperature: {support} support is about tokens drawn at sampler.temperature and has no "
+            "temperature of its own; "
             "set it to 1 (see sampler.temperature and loss.teacher_temperature)"
         )
     if loss.teacher_temperature == "sampler" and support not in ("sampled", "mc"):
-        yield f"loss.teacher_temperature: belongs to loss.support sampled and mc; {support} has loss.temperature; set it to one"
+        yield (
+            f"loss.teacher_temperature: belongs to loss.support sampled and mc; {support} has "
+            "loss.temperature; set it to one"
+        )
     if loss.teacher_temperature == "sampler" and support == "sampled" and recipe.targets != "hidden":
-        yield f"loss.teacher_temperature: {recipe.targets} log-probs come at temperature 1; set teacher.targets: hidden, or teacher_temperature: one"
+        yield (
+            f"loss.teacher_temperature: {recipe.targets} log-probs come at temperature 1; set "
+            "teacher.targets: hidden, or teacher_temperature: one"
+        )
     if loss.max_ratio is not None and not (support == "mc" or (support == "sampled" and loss.importance)):
-        yield f"loss.max_ratio: loss.support {support} has no importance ratio here; leave it out, or use mc, or sampled with importance: true"
+        yield (
+            f"loss.max_ratio: loss.support {support} has no importance ratio here; leave it out, or use "
+            "mc, or sampled with importance: true"
+        )
     if loss.student_k and support != "topk":
         yield f"loss.student_k: belongs to loss.support topk, not {support}; set it to 0"
     for t in recipe.teachers if loss.student_k else ():
         if t.engine != "transformers":
-            yield f"loss.student_k: teacher.engine {t.engine} gives log-probs of its own likeliest tokens only; set it to 0 or teacher.engine: transformers"
+            yield (
+                f"loss.student_k: teacher.engine {t.engine} gives log-probs of its own likeliest tokens "
+                "only; set it to 0 or teacher.engine: transformers"
+            )
         if t.k <= loss.student_k:
-            yield f"loss.student_k: {loss.student_k} leaves none of the teacher's {t.k} classes to the teacher; raise teacher.k"
+            yield (
+                f"loss.student_k: {loss.student_k} leaves none of the teacher's {t.k} classes to the "
+                "teacher; raise teacher.k"
+            )
 
 
 def _of_evaluations(recipe: Recipe) -> Iterator[str]:
@@ -91,8 +137,13 @@ def _of_evaluations(recipe: Recipe) -> Iterator[str]:
     if section.patience and section.keep_best is None:
         yield "eval.patience: has no measure to go by; set eval.keep_best: score or kl"
     if section.keep_best is not None and not 0 < section.every < recipe.learner.steps:
-        yield "eval.keep_best: there are no evaluations in between to choose from; set eval.every to some optimizer steps"
-    if section.keep_best == "score" and (recipe.task.name == "chat" or getattr(recipe.task, "answer", "") is None):
+        yield (
+            "eval.keep_best: there are no evaluations in between to choose from; set eval.every to some "
+            "optimizer steps"
+        )
+    if section.keep_best == "score" and (
+        recipe.task.name == "chat" or getattr(recipe.task, "answer", "") is None
+    ):
         yield "eval.keep_best: score, but nothing is graded in this task; set it to kl"
 
 
@@ -104,7 +155,10 @@ def _of_prompts(recipe: Recipe) -> Iterator[str]:
     if getattr(recipe.task, "system", None):
         yield "task.system: plain text (task.chat: false) has no system message; put it into task.template"
     if recipe.template_kwargs and not own_template:
-        yield "task.chat_template_kwargs: no chat template is rendered with task.chat: false; leave one of them out"
+        yield (
+            "task.chat_template_kwargs: no chat template is rendered with task.chat: false; leave one "
+            "of them out"
+        )
 
 
 def _of_teachers(recipe: Recipe) -> Iterator[str]:
@@ -112,22 +166,34 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
     teachers = recipe.teachers
     names = [t.name for t in teachers]
     if len(set(names)) < len(names):
-        yield f"teacher.name: {max(names, key=names.count)!r} stands twice; give each teacher a name of its own"
+        yield (
+            f"teacher.name: {max(names, key=names.count)!r} stands twice; give each teacher a name of its own"
+        )
     for t in teachers:
         if not re.fullmatch(r"[A-Za-z0-9_.]+", t.name):
-            yield f"teacher.name: {t.name!r} must be letters, digits, '_' or '.'; prompts and log files use it"
+            yield (
+                f"teacher.name: {t.name!r} must be letters, digits, '_' or '.'; prompts and log files use it"
+            )
         if t.engine != "transformers" and "hidden" in (t.targets, recipe.targets):
             why = (
-                "loss.teacher_temperature sampler" if recipe.support == "sampled" else f"loss.support {recipe.support}"
+                "loss.teacher_temperature sampler"
+                if recipe.support == "sampled"
+                else f"loss.support {recipe.support}"
             )
             yield (
                 f"teacher.engine: {t.engine} gives log-probs, not the hidden states that {why} needs; "
                 "set loss.support: topk (or auto), or teacher.engine: transformers"
             )
         if t.engine == "http" and t.template == "teacher":
-            yield "teacher.template: the chat template of a remote teacher is not known here; set teacher.template: student"
+            yield (
+                "teacher.template: the chat template of a remote teacher is not known here; set "
+                "teacher.template: student"
+            )
         if t.engine == "http" and t.http.url is None:
-            yield "teacher.http.url: engine http needs the server's address, for example http://localhost:8000/v1"
+            yield (
+                "teacher.http.url: engine http needs the server's address, for example "
+                "http://localhost:8000/v1"
+            )
         if t.http.url is not None and not (t.http.url.isascii() and ADDRESS.fullmatch(t.http.url)):
             yield f"teacher.http.url: {t.http.url!r} is no address; write it like http://localhost:8000/v1"
     for key, values in (("targets", {t.targets for t in teachers}), ("k", {t.k for t in teachers})):

@@ -23,15 +23,21 @@ def _explain(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, st
         sections = sections_of(field.annotation)
         if sections:
             for section in sections:
-                label = f"{prefix}{name}." if len(sections) == 1 else f"{prefix}{name}[{_task_name(section)}]."
+                label = (
+                    f"{prefix}{name}." if len(sections) == 1 else f"{prefix}{name}[{_task_name(section)}]."
+                )
                 yield from _explain(section, label)
             continue
-        default = "required" if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True)
+        default = (
+            "required"
+            if field.is_required()
+            else yaml.safe_dump(_plain(field.default), default_flow_style=True)
+        )
         yield (
             prefix + name,
             _type_name(field.annotation),
             default.removesuffix("...\n").strip(),
-            field.description or "",
+            " ".join((field.description or "").split()),
         )
 
 

@@ -24,13 +24,17 @@ LONG_KEY = 60  # characters: longer ones are nobody's slip of the finger
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, resolve paths, validate. Whatever the file holds, a problem is a `UserError` that names the key."""
+    """Read, override, resolve paths, validate. Whatever the file holds, a problem is a `UserError` that names
+    the key.
+    """
     try:
         raw = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such recipe{paths.similar(path)}") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a directory; give a recipe (for a run directory use `fopd resume`)") from None
+        raise UserError(
+            f"{path}: is a directory; give a recipe (for a run directory use `fopd resume`)"
+        ) from None
     except NotPlain as problem:
         raise UserError(f"{path}: {problem}") from None
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null byte
@@ -51,7 +55,9 @@ def recorded_recipe(dumped: dict[str, Any], where: Path) -> Recipe:
     try:
         return Recipe.model_validate(dumped)
     except ValidationError as error:
-        raise UserError(f"{where}: its recipe is of another version of fopd: {_explained(error, dumped)}") from None
+        raise UserError(
+            f"{where}: its recipe is of another version of fopd: {_explained(error, dumped)}"
+        ) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -91,14 +97,21 @@ def _set_item(items: list[Any], path: list[str], value: str, override: str) -> N
     index = int(path[0]) if numbered else names.index(path[0]) if path[0] in names else len(items)
     if index >= len(items) or len(path) < 2 or not isinstance(items[index], dict):
         raise UserError(
-            f"--set {shown(override)}: there are {len(items)} of them; name one by number or name, as in teacher.0.k=8"
+            f"--set {shown(override)}: there are {len(items)} of them; name one by number or name, as in "
+            "teacher.0.k=8"
         )
     _set(items[index], f"{'.'.join(path[1:])}={value}")
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Paths beside the recipe win over paths in the current directory; what exists in neither stays as it is."""
-    for section, keys in (("student", ("model",)), ("teacher", ("model",)), ("task", ("train", "eval", "scaffold"))):
+    """Paths beside the recipe win over paths in the current directory; what exists in neither stays as it
+    is.
+    """
+    for section, keys in (
+        ("student", ("model",)),
+        ("teacher", ("model",)),
+        ("task", ("train", "eval", "scaffold")),
+    ):
         found = raw.get(section)
         for values in found if isinstance(found, list) else [found]:
             if isinstance(values, dict) and values.get("engine") != "http":
@@ -134,9 +147,14 @@ def _resolved(values: dict[str, Any], key: str, folder: Path) -> dict[str, str]:
     value = values.get(key)
     if isinstance(value, str) and not value.startswith("hf:"):
         for base in (folder, Path()):
-            with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path at all, or of nobody's home
+            # no path at all, or of nobody's home
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
                 candidate = base / Path(value).expanduser()
-                if key == "model" and (candidate / "recipe.yaml").is_file() and (candidate / "student").is_dir():
+                if (
+                    key == "model"
+                    and (candidate / "recipe.yaml").is_file()
+                    and (candidate / "student").is_dir()
+                ):
                     candidate = candidate / "student"  # a run stands for what it taught
                 if candidate.exists():
                     return {key: str(candidate.resolve())}
@@ -169,7 +187,10 @@ def _explain_error(error: Any, raw: dict[str, Any]) -> str:
     hint = ""
     if error["type"] == "literal_error" and isinstance(got, str):
         hint = near_value(got, re.findall(r"'([^']*)'", error["msg"]))
-    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, but it is {shown(got)} ({type(got).__name__}){hint}"
+    return (
+        f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, but it is {shown(got)} "
+        f"({type(got).__name__}){hint}"
+    )
 
 
 def _place(loc: tuple[Any, ...], numbered: bool) -> tuple[list[str], list[str]]:

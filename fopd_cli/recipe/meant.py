@@ -13,8 +13,10 @@ SHORT_WORD = 3  # letters: "of", "per" say nothing
 
 
 def meant(unknown: str, section: Sequence[str]) -> str | None:
-    """The key that is likeliest meant by one that `section` does not have: one that is spelt like it there, or whose meaning
-    has its words (`learning_rate` is lr), or one of another section, which is then named, too."""
+    """The key that is likeliest meant by one that `section` does not have: one that is spelt like it there,
+    or whose meaning has its words (`learning_rate` is lr), or one of another section, which is then named,
+    too.
+    """
     keys = _keys()
     prefix = ".".join(p for p in section if not p.isdigit())
     here = {_last(key): meaning for key, meaning in keys.items() if _parent(key) == prefix}
@@ -38,7 +40,9 @@ def _with_words(words: Sequence[str], keys: dict[str, str]) -> str | None:
     """The key whose first sentence has all of them, the shortest such sentence first."""
     if not words:
         return None
-    sentences = {key: re.split(r"[.;:](?: |$)", f"{_last(key)} {meaning}")[0].lower() for key, meaning in keys.items()}
+    sentences = {
+        key: re.split(r"[.;:](?: |$)", f"{_last(key)} {meaning}")[0].lower() for key, meaning in keys.items()
+    }
     found = [key for key, sentence in sentences.items() if all(word in sentence for word in words)]
     return min(found, key=lambda key: len(sentences[key]), default=None)
 

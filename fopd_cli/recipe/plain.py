@@ -1,7 +1,8 @@
-"""From text to plain data: mappings with text keys, lists, texts, numbers, true, false, null. Nothing here knows a key.
+"""From text to plain data: mappings with text keys, lists, texts, numbers, true, false, null. Nothing here
+knows a key.
 
-YAML can say much more than a recipe needs: dates, sets, bytes, references to themselves, numbers of a million digits. All
-of it is refused here, in one line and at once, so that what follows meets nothing but plain data.
+YAML can say much more than a recipe needs: dates, sets, bytes, references to themselves, numbers of a million
+digits. All of it is refused here, in one line and at once, so that what follows meets nothing but plain data.
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ def parse(text: str) -> Any:
         raise NotYaml(f"is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise NotPlain("is nested too deeply") from None
-    except Exception as error:  # PyYAML raises whatever comes: for a date without a day, a number of 5,000 digits
+    except (
+        Exception
+    ) as error:  # PyYAML raises whatever comes: for a date without a day, a number of 5,000 digits
         raise NotPlain(f"holds a value that YAML cannot read: {error}") from None
     _check(value, "", (), [MOST_VALUES])
     return value
 
 
 def _check(value: Any, key: str, above: tuple[int, ...], left: list[int]) -> None:
-    """`above`: the ids of what it lies in. `left`: how many values there may still be; one that is referred to often counts
-    each time."""
+    """`above`: the ids of what it lies in. `left`: how many values there may still be; one that is referred
+    to often counts each time.
+    """
     left[0] -= 1
     if left[0] < 0:
         raise NotPlain(f"holds more than {MOST_VALUES:,} values")
@@ -72,7 +76,8 @@ def _check(value: Any, key: str, above: tuple[int, ...], left: list[int]) -> Non
             raise NotPlain(f"{_at(key)}{value} is no number to compute with")
     elif value is not None:
         raise NotPlain(
-            f"{_at(key)}{shown(value)} is of the type {type(value).__name__}; put it in quotes if it is a text"
+            f"{_at(key)}{shown(value)} is of the type {type(value).__name__}; put it in quotes if it is a "
+            "text"
         )
 
 

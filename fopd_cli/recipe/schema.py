@@ -44,8 +44,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 Labels = Literal["cached", "current"]
 
-# A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds 12 nats less likely
-# moves by 0.6 nats before it is sampled anew. Each estimator's best at lag 8 (docs/staleness.md): less collapses, more slows.
+# A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds
+# 12 nats less likely moves by 0.6 nats before it is sampled anew. Each estimator's best at lag 8
+# (docs/staleness.md): less collapses, more slows.
 ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
 
 
@@ -53,7 +54,11 @@ class Section(BaseModel):
     """Unknown keys are refused; the string under a field is its documentation."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        use_attribute_docstrings=True,
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -65,11 +70,16 @@ class Lora(Section):
     alpha: PositiveFactor = 64.0
     """Adapters are scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which linear layers get one: all but the output head (experts, too), or the ends of their names, for example [q_proj, v_proj]."""
+    """Which linear layers get one: all but the output head (experts, too), or the ends of their names, for
+    example [q_proj, v_proj].
+    """
     router: bool = False
-    """Of a mixture of experts: whether the routers, which choose the experts of a token, get an adapter, too."""
+    """Of a mixture of experts: whether the routers, which choose the experts of a token, get an adapter, too.
+    """
     publish: Literal["merged", "adapter"] = "merged"
-    """What samplers are sent after each step: merged weights, or the adapter alone (sampler.engine vllm: a hundredth of the bytes, but each token costs more)."""
+    """What samplers are sent after each step: merged weights, or the adapter alone (sampler.engine vllm: a
+    hundredth of the bytes, but each token costs more).
+    """
 
 
 class Student(Section):
@@ -87,11 +97,15 @@ class Vllm(Section):
     gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of a device's memory for weights and KV cache, if kv_cache_gb does not say (CUDA)."""
     kv_cache_gb: Gigabytes | None = None
-    """KV cache of a replica. Default: on CUDA what gpu_memory leaves; on a CPU what all running requests can need, at most an eighth of the RAM."""
+    """KV cache of a replica. Default: on CUDA what gpu_memory leaves; on a CPU what all running requests can
+    need, at most an eighth of the RAM.
+    """
     eager: bool = False
     """No CUDA graphs and no compilation: starts faster, generates slower. Always so on a CPU."""
     max_batched_tokens: Positive | None = None
-    """Tokens a forward pass. Default: vLLM's for a sampler; 2048 for a teacher, whose prompt log-probs take 8 bytes x vocabulary a token."""
+    """Tokens a forward pass. Default: vLLM's for a sampler; 2048 for a teacher, whose prompt log-probs take 8
+    bytes x vocabulary a token.
+    """
 
 
 class SamplerVllm(Vllm):
@@ -103,7 +117,9 @@ class Http(Section):
     """What engine http needs to know; other engines do not look at it."""
 
     url: str | None = None
-    """Base of an OpenAI-compatible server that returns prompt log-probs for token ids (vLLM does), for example http://localhost:8000/v1."""
+    """Base of an OpenAI-compatible server that returns prompt log-probs for token ids (vLLM does), for
+    example http://localhost:8000/v1.
+    """
     api_key_env: str | None = None
     """Environment variable that holds the API key; null: the server wants none."""
     concurrency: Annotated[int, Field(gt=0, le=4096)] = 16
@@ -111,20 +127,27 @@ class Http(Section):
     timeout_s: Seconds = 120.0
     """Of one request."""
     retries: Annotated[int, Field(ge=0, le=20)] = 5
-    """Further tries after a refused connection, a time-out, or status 408, 429 or 5xx, with doubling pauses."""
+    """Further tries after a refused connection, a time-out, or status 408, 429 or 5xx, with doubling pauses.
+    """
 
 
 class Teacher(Section):
     name: str = "teacher"
     """How prompts name it, where there are several: teacher may be a list of such sections."""
     model: str
-    """Model directory or hub id of the frozen teacher (engine http: the model's name on the server); its tokenizer must give the same ids."""
+    """Model directory or hub id of the frozen teacher (engine http: the model's name on the server); its
+    tokenizer must give the same ids.
+    """
     engine: Literal["transformers", "vllm", "http"] = "transformers"
-    """What runs the teacher. transformers: hidden states, hence exact losses; vllm and http: top-k or sampled log-probs."""
+    """What runs the teacher. transformers: hidden states, hence exact losses; vllm and http: top-k or sampled
+    log-probs.
+    """
     vllm: Vllm = Vllm()
     http: Http = Http()
     targets: Literal["auto", "hidden", "topk", "sampled"] = "auto"
-    """What the teacher hands over: hidden states (exact losses), top-k log-probs, or one log-prob a token. auto: what loss.support needs."""
+    """What the teacher hands over: hidden states (exact losses), top-k log-probs, or one log-prob a token.
+    auto: what loss.support needs.
+    """
     k: Positive = 64
     """Tokens a position for topk targets."""
     dtype: Dtype = "auto"
@@ -136,11 +159,18 @@ class Teacher(Section):
     packing: bool = True
     """As learner.packing, for engine transformers."""
     buffer_gb: Gigabytes | None = None
-    """Shared memory for targets (of all teachers; the largest value counts); a full buffer holds the teacher back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at least two batches' worst case."""
+    """Shared memory for targets (of all teachers; the largest value counts); a full buffer holds the teacher
+    back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at
+    least two batches' worst case.
+    """
     context: str | None = None
-    """What the teacher is told instead of the question, and the student is not: a template with {question} and any of the prompt's own columns, such as {answer} or {solution}. null: the question."""
+    """What the teacher is told instead of the question, and the student is not: a template with {question}
+    and any of the prompt's own columns, such as {answer} or {solution}. null: the question.
+    """
     template: Literal["student", "teacher"] = "student"
-    """Whose chat template (and tokenizer) frames the prompt when the teacher judges the response. teacher: its own, and plain text becomes a user's message; for tasks of one turn."""
+    """Whose chat template (and tokenizer) frames the prompt when the teacher judges the response. teacher:
+    its own, and plain text becomes a user's message; for tasks of one turn.
+    """
     delay_ms: Annotated[float, Field(ge=0, le=1e7)] = 0.0
     """Sleep so long for every scored sample: a slow teacher, for studies."""
 
@@ -166,20 +196,27 @@ class Prompts(Section):
     chat_template_kwargs: dict[str, Any] = {}
     """Variables of the chat template, for example {enable_thinking: false}; wherever it is rendered."""
     overlong: Literal["drop", "refuse"] = "drop"
-    """Prompts that are too long for a model's context together with max_new_tokens: leave them out (and say how many), or refuse to start."""
+    """Prompts that are too long for a model's context together with max_new_tokens: leave them out (and say
+    how many), or refuse to start.
+    """
 
 
 class Questions(Prompts):
     """How rows of a file become prompts."""
 
     question: str = "question"
-    """Column of the question, a text or a list of chat messages; a.b for a nested one. An assistant's answer at the end is left out."""
+    """Column of the question, a text or a list of chat messages; a.b for a nested one. An assistant's answer
+    at the end is left out.
+    """
     solution: str | None = None
-    """Column of a reference solution, for teacher.context. Default: the assistant's answer at the end of the messages, if there is one."""
+    """Column of a reference solution, for teacher.context. Default: the assistant's answer at the end of the
+    messages, if there is one.
+    """
     eval_question: str | None = None
     """The same for the held-out source, if its columns have other names."""
     teacher: str | None = None
-    """Column that names the teacher of each row, where there are several; null: the first teacher judges all."""
+    """Column that names the teacher of each row, where there are several; null: the first teacher judges all.
+    """
     template: str = "{question}"
     """Text sent to the student; {question} is replaced."""
     system: str | None = None
@@ -192,7 +229,9 @@ class Graded(Questions):
     """Questions with an answer."""
 
     answer: str | None = "answer"
-    """Column of the reference answer; null: there is none, nothing is graded, the KL to the teacher is the measure."""
+    """Column of the reference answer; null: there is none, nothing is graded, the KL to the teacher is the
+    measure.
+    """
     eval_answer: str | None = None
     """The same for the held-out source, if its columns have other names."""
 
@@ -203,9 +242,13 @@ class ChatTask(Questions):
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: str | None = None
-    """The same, for held-out questions; may be the training file: what is held out is then not trained on. null: some of task.train, drawn by their text."""
+    """The same, for held-out questions; may be the training file: what is held out is then not trained on.
+    null: some of task.train, drawn by their text.
+    """
     question: str = "messages"
-    """Column of the question, a list of chat messages or a text; a.b for a nested one. An assistant's answer at the end is left out."""
+    """Column of the question, a list of chat messages or a text; a.b for a nested one. An assistant's answer
+    at the end is left out.
+    """
     eval_prompts: HowMany | None = None
     """Held-out questions used. Default: 256, but of the training file at most a tenth."""
 
@@ -216,7 +259,9 @@ class MathTask(Graded):
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: str | None = None
-    """The same, for held-out questions; may be the training file: what is held out is then not trained on. null: some of task.train, drawn by their text."""
+    """The same, for held-out questions; may be the training file: what is held out is then not trained on.
+    null: some of task.train, drawn by their text.
+    """
     eval_prompts: HowMany | None = None
     """Held-out questions used. Default: 256, but of the training file at most a tenth."""
 
@@ -233,7 +278,9 @@ class ToolTask(Graded):
     max_calls: NonNegative = 6
     """An episode."""
     max_turns: Positive = 10
-    """Of the student, an episode; all turns and observations together also stay within sampler.max_new_tokens."""
+    """Of the student, an episode; all turns and observations together also stay within
+    sampler.max_new_tokens.
+    """
     observation_chars: Positive = 2000
     """Longer output loses its middle."""
     wall_s: Seconds = 10.0
@@ -253,7 +300,9 @@ class ToolTask(Graded):
     seed: Seed = 0
     """Of generated questions, apart from the run's seed."""
     drift: Share = 0.0
-    """Probability with which a training question's tool changes its answers at a version: a world that moves on, for studies of supervision drift."""
+    """Probability with which a training question's tool changes its answers at a version: a world that moves
+    on, for studies of supervision drift.
+    """
 
 
 class SweTask(Prompts):
@@ -262,17 +311,25 @@ class SweTask(Prompts):
     train: str | None = None
     """Instances in SWE-bench's columns: sources as of the math task; null (both): generated repositories."""
     eval: str | None = None
-    """The same, held out; may be the training file: what is held out is then not trained on. null, with a file to train on: some of that, drawn by their ids."""
+    """The same, held out; may be the training file: what is held out is then not trained on. null, with a
+    file to train on: some of that, drawn by their ids.
+    """
     scaffold: str = "swebench_backticks"
     """Prompts and formats: a configuration that comes with mini-swe-agent, or a YAML file like it."""
     notation: Literal["code", "native"] = "code"
-    """How the student calls: a fenced block (scaffold swebench_backticks), or the chat template's own tool calls (scaffold swebench)."""
+    """How the student calls: a fenced block (scaffold swebench_backticks), or the chat template's own tool
+    calls (scaffold swebench).
+    """
     max_turns: Positive = 50
-    """Of the student, an episode; all turns and observations together also stay within sampler.max_new_tokens."""
+    """Of the student, an episode; all turns and observations together also stay within
+    sampler.max_new_tokens.
+    """
     chat: bool = True
     """Whether to apply the tokenizer's chat template."""
     sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap"
-    """Where commands and tests run: behind bubblewrap here, or in the instance's container (not yet run by us). none runs what the model wrote with your rights, on your files and network."""
+    """Where commands and tests run: behind bubblewrap here, or in the instance's container (not yet run by
+    us). none runs what the model wrote with your rights, on your files and network.
+    """
     wall_s: Seconds = 60.0
     """A command is stopped after it."""
     test_wall_s: Seconds = 1800.0
@@ -280,7 +337,9 @@ class SweTask(Prompts):
     memory_mb: Positive = 2048
     """Of a command and all that it starts."""
     grader: Literal["tests", "swebench"] = "tests"
-    """Who says whether a patch resolves: the instance's tests in the same sandbox, or the official harness (package swebench and Docker; not yet run by us)."""
+    """Who says whether a patch resolves: the instance's tests in the same sandbox, or the official harness
+    (package swebench and Docker; not yet run by us).
+    """
     train_prompts: HowMany = 20_000
     """Generated training instances."""
     eval_prompts: HowMany | None = None
@@ -293,20 +352,29 @@ class PluginTask(Prompts):
     name: str
     """Import path of your own task, package.module:Class (see fopd_cli/tasks/base.py)."""
     options: dict[str, Any] = {}
-    """Keyword arguments of the class. Names of files, and what stands under keys that end with path, file, folder or dir, are looked up beside the recipe first."""
+    """Keyword arguments of the class. Names of files, and what stands under keys that end with path, file,
+    folder or dir, are looked up beside the recipe first.
+    """
     path: str | None = None
-    """Folder in which its module is looked up first. Default: the recipe's, or else the current one, if the module is there."""
+    """Folder in which its module is looked up first. Default: the recipe's, or else the current one, if the
+    module is there.
+    """
     chat: bool | None = None
-    """false says that prompts of plain text are meant as they are, without the chat template; null: doctor asks."""
+    """false says that prompts of plain text are meant as they are, without the chat template; null: doctor
+    asks.
+    """
 
     @model_validator(mode="before")
     @classmethod
     def _looks_like_an_import_path(cls, values: Any) -> Any:
         name = values.get("name") if isinstance(values, dict) else None
-        if isinstance(name, str) and ":" not in name:  # said alone: which keys it may have is another question
+        # said alone: which keys it may have is another question
+        if isinstance(name, str) and ":" not in name:
             near = difflib.get_close_matches(name, BUILT_IN_TASKS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BUILT_IN_TASKS)}"
-            raise ValueError(f"task.name: there is no task {name!r}; {hint} (a task of your own: package.module:Class)")
+            raise ValueError(
+                f"task.name: there is no task {name!r}; {hint} (a task of your own: package.module:Class)"
+            )
         return values
 
 
@@ -340,9 +408,14 @@ class Sampler(Section):
     """What generates."""
     vllm: SamplerVllm = SamplerVllm()
     temperature: Temperature = 1.0
-    """T of the behaviour policy pi_T; behaviour log-probs and drift are at this temperature. What the loss compares is another matter: full and topk support pi_1 with p_1, sampled and mc support pi_T with the teacher at loss.teacher_temperature."""
+    """T of the behaviour policy pi_T; behaviour log-probs and drift are at this temperature. What the loss
+    compares is another matter: full and topk support pi_1 with p_1, sampled and mc support pi_T with the
+    teacher at loss.teacher_temperature.
+    """
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; under 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor takes off."""
+    """Nucleus sampling; under 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor takes
+    off.
+    """
     max_new_tokens: Positive = 512
     """Responses are cut off there (and recorded as truncated)."""
     samples_per_prompt: Positive = 1
@@ -361,13 +434,17 @@ class Learner(Section):
     micro_tokens: Positive = 16384
     """Tokens a forward-backward pass on each rank; changes memory and speed, not the loss."""
     packing: bool = True
-    """Samples lie end to end in one row, each with attention of its own; false pads them to a rectangle. An architecture that cannot be packed is refused."""
+    """Samples lie end to end in one row, each with attention of its own; false pads them to a rectangle. An
+    architecture that cannot be packed is refused.
+    """
     lr: PositiveFactor = 1e-6
     """Peak learning rate."""
     warmup_steps: NonNegative = 10
     """Linear warm-up."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up, down to min_lr_ratio in the very last step, wherever the warm-up stands. A resume with more steps stretches what is left of it: the rate goes up again."""
+    """After the warm-up, down to min_lr_ratio in the very last step, wherever the warm-up stands. A resume
+    with more steps stretches what is left of it: the rate goes up again.
+    """
     min_lr_ratio: Share = 0.1
     """Where the decay ends, relative to lr."""
     betas: tuple[Share, Share] = (0.9, 0.95)
@@ -381,9 +458,13 @@ class Learner(Section):
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile each block, and the loss of full support: a minute at the start, then faster. Not yet run on a GPU."""
+    """torch.compile each block, and the loss of full support: a minute at the start, then faster. Not yet run
+    on a GPU.
+    """
     offload: bool = False
-    """Master weights, gradients and optimizer states live in pinned host memory and the optimizer runs there (FSDP2's CPU offload): 16 bytes a parameter less on the devices, slower. Not yet run on a GPU."""
+    """Master weights, gradients and optimizer states live in pinned host memory and the optimizer runs there
+    (FSDP2's CPU offload): 16 bytes a parameter less on the devices, slower. Not yet run on a GPU.
+    """
     optimizer_dtype: Literal["fp32", "bf16"] = "fp32"
     """Of AdamW's two states between steps; bf16 saves 4 bytes a parameter, and rounds them."""
 
@@ -392,13 +473,23 @@ class Loss(Section):
     kind: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
     """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
     support: Literal["auto", "full", "topk", "sampled", "mc"] = "auto"
-    """full vocabulary (exact); the teacher's top-k and a tail class; the sampled token alone (policy gradient); or several draws a position (mc). auto: full if all teachers give hidden states, else topk. Where sampler.temperature T is not 1, full and topk settle where the student is the teacher, pi_1 = p_1; sampled and mc where pi_T = p_1, a student that at temperature 1 is p_1 to the power of T, see teacher_temperature."""
+    """full vocabulary (exact); the teacher's top-k and a tail class; the sampled token alone (policy
+    gradient); or several draws a position (mc). auto: full if all teachers give hidden states, else topk.
+    Where sampler.temperature T is not 1, full and topk settle where the student is the teacher, pi_1 = p_1;
+    sampled and mc where pi_T = p_1, a student that at temperature 1 is p_1 to the power of T, see
+    teacher_temperature.
+    """
     beta: Share = 0.5
     """Of jsd, in TRL's convention: 0 is forward_kl, 1 is reverse_kl."""
     temperature: Temperature = 1.0
-    """Of both distributions in the divergence of full support: how its gradient weighs the vocabulary, not where it settles. Other supports have none: 1."""
+    """Of both distributions in the divergence of full support: how its gradient weighs the vocabulary, not
+    where it settles. Other supports have none: 1.
+    """
     teacher_temperature: Literal["one", "sampler"] = "one"
-    """Of the teacher in sampled and mc support. one: its own distribution, so that what the student samples at sampler.temperature becomes that; sampler: at the student's temperature, so that the student becomes the teacher at every temperature. Needs hidden states (teacher.engine transformers)."""
+    """Of the teacher in sampled and mc support. one: its own distribution, so that what the student samples
+    at sampler.temperature becomes that; sampler: at the student's temperature, so that the student becomes
+    the teacher at every temperature. Needs hidden states (teacher.engine transformers).
+    """
     tail: bool = True
     """The tail class of topk support; without it the student can hide mass, so false is refused."""
     advantage: Literal["cached", "recomputed"] = "recomputed"
@@ -406,15 +497,23 @@ class Loss(Section):
     importance: bool = False
     """Of sampled support: multiply by pi_now/pi_sampled. mc support always does."""
     student_k: NonNegative = 0
-    """Of topk support: so many of the teacher's k classes are the student's own likeliest tokens, the others the teacher's. Needs teacher.engine transformers."""
+    """Of topk support: so many of the teacher's k classes are the student's own likeliest tokens, the others
+    the teacher's. Needs teacher.engine transformers.
+    """
     max_ratio: PositiveFactor | None = None
-    """Of sampled (with importance) and mc support: cap on pi_now/pi_sampled; less variance, a bias. null: none."""
+    """Of sampled (with importance) and mc support: cap on pi_now/pi_sampled; less variance, a bias. null:
+    none.
+    """
     draws: Annotated[int, Field(gt=0, le=1024)] = 8
-    """Of mc support: tokens drawn from the behaviour policy at every position, with replacement; the first is the response's own."""
+    """Of mc support: tokens drawn from the behaviour policy at every position, with replacement; the first is
+    the response's own.
+    """
     average: Literal["sample", "token"] = "sample"
     """Whether every sample counts alike (the paper's mean over i) or every token."""
     chunk_mb: Positive | None = None
-    """Largest [positions, vocab] float32 tensor, of which there are three; changes memory and speed, not the loss. Default: 64 on a CPU, 512 on CUDA, more where the student is wide (a quarter of its head)."""
+    """Largest [positions, vocab] float32 tensor, of which there are three; changes memory and speed, not the
+    loss. Default: 64 on a CPU, 512 on CUDA, more where the student is wide (a quarter of its head).
+    """
 
 
 class Schedule(Section):
@@ -428,11 +527,15 @@ class Schedule(Section):
 
 class Refresh(Section):
     mean: Share = 0.1
-    """kappa_f: refresh when the batch's mean freshness is at or under this. Never, once and every 25 of 200 steps ended alike in our sweep; often costs throughput."""
+    """kappa_f: refresh when the batch's mean freshness is at or under this. Never, once and every 25 of 200
+    steps ended alike in our sweep; often costs throughput.
+    """
     coverage_roll: Share = 0.5
     """kappa_roll: ... or its mean rollout coverage is under this."""
     coverage_sup: Share = 0.5
-    """kappa_sup: ... or its mean supervision coverage is under this. Samples that were not replayed count as covered: it acts only above 1 - replay.share. 0, 0.9 once and 0.9 often ended alike in our sweep."""
+    """kappa_sup: ... or its mean supervision coverage is under this. Samples that were not replayed count as
+    covered: it acts only above 1 - replay.share. 0, 0.9 once and 0.9 often ended alike in our sweep.
+    """
     every_at_least: Positive = 200
     """Optimizer steps between two adaptive refreshes."""
     every: Positive = 10
@@ -443,36 +546,63 @@ class Replay(Section):
     """Tasks of many turns only: their contexts can change, all others' cannot."""
 
     share: Share = 0.125
-    """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context first: their calls are executed again, the teacher judges what changed. With cached labels that happens during the step before, and costs next to nothing. 0: D_sup is taken to be 0. Policies without freshness weights replay for labels: current alone."""
+    """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context
+    first: their calls are executed again, the teacher judges what changed. With cached labels that happens
+    during the step before, and costs next to nothing. 0: D_sup is taken to be 0. Policies without freshness
+    weights replay for labels: current alone.
+    """
     min_lag: Positive = 1
     """Only contexts so many optimizer steps old when they are replayed."""
     labels: Labels = "cached"
-    """What a replayed sample teaches. cached: what the teacher said when both had read the same, while freshness says how much; current, as published: what it says in the current context, which the student has not read; the step waits for it."""
+    """What a replayed sample teaches. cached: what the teacher said when both had read the same, while
+    freshness says how much; current, as published: what it says in the current context, which the student has
+    not read; the step waits for it.
+    """
 
 
 class Freshness(Section):
     policy: PolicyName = "fopd"
-    """Which row of the paper's tables to run; trust is ours: tokens that the student has already moved far enough are left out (docs/staleness.md)."""
+    """Which row of the paper's tables to run; trust is ours: tokens that the student has already moved far
+    enough are left out (docs/staleness.md).
+    """
     alpha: Factor = 1.0
     """Weight of sqrt(D_roll) in the score. 0 to 3 made no difference in our sweep, 10 slows learning."""
     beta: Factor = 1.0
     """Weight of sqrt(D_sup) in the score. 10 instead of 1 made no difference in our sweep."""
     xi: Factor = 0.05
-    """Gate: w = relu(f - xi). Must be under 1/(depth + 1). A tenth to four fifths of that made no difference in our sweep; 0 was worse."""
+    """Gate: w = relu(f - xi). Must be under 1/(depth + 1). A tenth to four fifths of that made no difference
+    in our sweep; 0 was worse.
+    """
     anchor: Factor | Literal["auto"] = "auto"
-    """lambda: weight of the rollout anchor, relative to the loss. auto: for losses from sampled tokens (sampled, mc) 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which an anchor only slows (docs/staleness.md)."""
+    """lambda: weight of the rollout anchor, relative to the loss. auto: for losses from sampled tokens
+    (sampled, mc) 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which
+    an anchor only slows (docs/staleness.md).
+    """
     drift: Literal["auto", "sampled", "quadratic", "topk", "exact"] = "auto"
-    """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor), the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with sampler.top_p), else sampled, which is free."""
+    """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor),
+    the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with
+    sampler.top_p), else sampled, which is free.
+    """
     drift_k: Positive = 32
     """k of drift topk. As an anchor 1 collapsed in our sweep, 2 lagged behind, 8 and more held."""
     max_drift: Annotated[float, Field(gt=0)] | None = 0.01
-    """Of policy fopd: while lagging samples drift more than this (D_roll, nats a token), sampling runs less far ahead than schedule.depth, down to not at all. Ours, not the paper's; null: always as far as schedule.depth. A fixed schedule.lag ignores it."""
+    """Of policy fopd: while lagging samples drift more than this (D_roll, nats a token), sampling runs less
+    far ahead than schedule.depth, down to not at all. Ours, not the paper's; null: always as far as
+    schedule.depth. A fixed schedule.lag ignores it.
+    """
     weights: Literal["raw", "normalized"] = "normalized"
-    """normalized: divide by the batch's mean weight, so that lag does not shrink the step; what remains is how samples differ. raw is the paper's: in our benchmark it cost exact losses 2% of the score, because AdamW remembers the larger gradients of the first, fresh batches."""
+    """normalized: divide by the batch's mean weight, so that lag does not shrink the step; what remains is
+    how samples differ. raw is the paper's: in our benchmark it cost exact losses 2% of the score, because
+    AdamW remembers the larger gradients of the first, fresh batches.
+    """
     step_scale: Literal["none", "freshness"] = "none"
-    """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the loss). Saves runs that have no anchor, slows those that have one."""
+    """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the
+    loss). Saves runs that have no anchor, slows those that have one.
+    """
     trust: PositiveFactor = 0.2
-    """Of policy trust, 0.1 and 0.2 held at lag 8, 0.3 lagged behind, 1 collapsed: a token says nothing more once its log-prob has moved by so many nats in the direction of its signal since it was sampled."""
+    """Of policy trust, 0.1 and 0.2 held at lag 8, 0.3 lagged behind, 1 collapsed: a token says nothing more
+    once its log-prob has moved by so many nats in the direction of its signal since it was sampled.
+    """
     refresh: Refresh = Refresh()
     replay: Replay = Replay()
 
@@ -483,7 +613,9 @@ class Eval(Section):
     samples: Positive = 1
     """Responses to each held-out prompt (mean@k)."""
     training: bool = True
-    """Whether training samples are graded, too. Nothing is learnt from it, and the swe task runs an instance's tests for each."""
+    """Whether training samples are graded, too. Nothing is learnt from it, and the swe task runs an
+    instance's tests for each.
+    """
     temperature: EvalTemperature | None = None
     """Default: the sampler's; 0 is greedy."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -492,22 +624,30 @@ class Eval(Section):
     """Default: the sampler's."""
 
     keep_best: Literal["score", "kl"] | None = None
-    """Keep the student of the best evaluation, by its score or by its KL to the teacher: student/ is that one at the end, and summary.json says of which step. null: the last one."""
+    """Keep the student of the best evaluation, by its score or by its KL to the teacher: student/ is that one
+    at the end, and summary.json says of which step. null: the last one.
+    """
     patience: NonNegative = 0
-    """With keep_best: end the run early after so many evaluations in a row that are no better than the best; 0: never."""
+    """With keep_best: end the run early after so many evaluations in a row that are no better than the best;
+    0: never.
+    """
 
 
 class Checkpoint(Section):
     every: NonNegative = 100
     """Optimizer steps between checkpoints; 0: none for their number."""
     minutes: Factor = 15.0
-    """And minutes since the last one, looked at after each step; 0: none for the time. There is one at the end and at Ctrl-C or SIGTERM in any case."""
+    """And minutes since the last one, looked at after each step; 0: none for the time. There is one at the
+    end and at Ctrl-C or SIGTERM in any case.
+    """
     keep: Positive = 2
     """Newest checkpoints that are kept."""
 
 
 class Threads(Section):
-    """Default: all cores for whoever takes its turn (depth 0, time-slicing); side by side on a CPU they are divided among those who compute at the moment; with a fixed lag, or beside CUDA devices, in equal shares."""
+    """Default: all cores for whoever takes its turn (depth 0, time-slicing); side by side on a CPU they are
+    divided among those who compute at the moment; with a fixed lag, or beside CUDA devices, in equal shares.
+    """
 
     sampler: Processes | None = None
     """CPU threads of each sampler."""
@@ -519,7 +659,9 @@ class Threads(Section):
 
 class Placement(Section):
     mode: Literal["auto", "cpu", "timeslice", "partition"] = "auto"
-    """partition: each role has devices of its own; timeslice: all roles take turns on all devices; cpu: no CUDA. auto: by the number of CUDA devices (0: cpu, 1 or 2: timeslice, more: partition)."""
+    """partition: each role has devices of its own; timeslice: all roles take turns on all devices; cpu: no
+    CUDA. auto: by the number of CUDA devices (0: cpu, 1 or 2: timeslice, more: partition).
+    """
     sampler: Processes | None = None
     """Devices (on a CPU: processes) for samplers. Default: half the devices; on a CPU 1."""
     teacher: Processes | None = None
@@ -535,7 +677,9 @@ class Runtime(Section):
     start_timeout_s: Seconds = 1800.0
     """The same while a worker loads its model."""
     restarts: NonNegative = 2
-    """How often a sampler, a teacher, the grader or the environment that died or hung is started again, each. A learner is not: resume the run."""
+    """How often a sampler, a teacher, the grader or the environment that died or hung is started again, each.
+    A learner is not: resume the run.
+    """
 
 
 def _as_list(value: Any) -> Any:

@@ -16,7 +16,9 @@ Value = float | None
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a chart: `value` and `error` of a record. `faint` ones stand beside another that matters more."""
+    """One curve of a chart: `value` and `error` of a record. `faint` ones stand beside another that matters
+    more.
+    """
 
     label: str
     value: Callable[[Record], Value]
@@ -48,30 +50,61 @@ def held_out(label: str, name: str) -> Line:
 
 # (title, what it says, unit, curves); the first curve is the one that several runs are compared by.
 CHARTS: list[tuple[str, str, str, list[Line]]] = [
-    ("Score", "Held out, with its standard error over prompts; and of the samples trained on.", "",
-     [held_out("held out", "score"), Line("training", key("score"), faint=True)]),
-    ("KL to the teacher", "How far the student is from the teacher on its own answers. Less is better.", "nats a token",
-     [held_out("held out", "kl"), Line("training", key("kl"), faint=True)]),
-    ("Freshness", "Mean over the batch, and the weight that it gives. 1 is a sample of the student as it is.", "",
-     [Line("freshness", key("freshness")), Line("weight", key("weight"), faint=True)]),
-    ("Lag", "How many optimizer steps old the samples of a batch are.", "steps",
-     [Line("mean", key("lag_mean")), Line("largest", key("lag_max"), faint=True)]),
-    ("Drift", "How far the student has moved since it sampled (roll), the teacher since it judged (sup), "
-     "and what is mere rounding (floor).", "nats a token",
-     [Line("roll", key("drift_roll")), Line("sup", key("drift_sup")), Line("floor", key("noise_floor"))]),
+    (
+        "Score",
+        "Held out, with its standard error over prompts; and of the samples trained on.",
+        "",
+        [held_out("held out", "score"), Line("training", key("score"), faint=True)],
+    ),
+    (
+        "KL to the teacher",
+        "How far the student is from the teacher on its own answers. Less is better.",
+        "nats a token",
+        [held_out("held out", "kl"), Line("training", key("kl"), faint=True)],
+    ),
+    (
+        "Freshness",
+        "Mean over the batch, and the weight that it gives. 1 is a sample of the student as it is.",
+        "",
+        [Line("freshness", key("freshness")), Line("weight", key("weight"), faint=True)],
+    ),
+    (
+        "Lag",
+        "How many optimizer steps old the samples of a batch are.",
+        "steps",
+        [Line("mean", key("lag_mean")), Line("largest", key("lag_max"), faint=True)],
+    ),
+    (
+        "Drift",
+        "How far the student has moved since it sampled (roll), the teacher since it judged (sup), "
+        "and what is mere rounding (floor).",
+        "nats a token",
+        [Line("roll", key("drift_roll")), Line("sup", key("drift_sup")), Line("floor", key("noise_floor"))],
+    ),
     ("Loss", "What the optimizer sees, weights and anchor included.", "", [Line("loss", key("loss"))]),
-    ("Entropy", "Of the student, over the vocabulary. Falling to nothing: it always says the same.", "nats a token",
-     [Line("held out", key("entropy"), "evaluations"), Line("training", key("entropy"), faint=True)]),
+    (
+        "Entropy",
+        "Of the student, over the vocabulary. Falling to nothing: it always says the same.",
+        "nats a token",
+        [Line("held out", key("entropy"), "evaluations"), Line("training", key("entropy"), faint=True)],
+    ),
     ("Response length", "Mean of a batch.", "tokens", [Line("training", key("response_length"))]),
-    ("Cut off", "Share of the responses that reached max_new_tokens.", "", [Line("training", key("truncated"))]),
+    (
+        "Cut off",
+        "Share of the responses that reached max_new_tokens.",
+        "",
+        [Line("training", key("truncated"))],
+    ),
     ("Gradient norm", "Before clipping.", "", [Line("norm", key("grad_norm"))]),
     ("Learning rate", "", "", [Line("lr", key("lr"))]),
-]  # fmt: skip
+]
 ROLES = ("sampler", "teacher", "learner", "grader", "environment")
 
 
 def charts(runs: Sequence[Run]) -> list[Record]:
-    """All that have anything to show. A series has `run`, its number, and points `x` (step), `t` (minutes), `y`, `e`."""
+    """All that have anything to show. A series has `run`, its number, and points `x` (step), `t` (minutes),
+    `y`, `e`.
+    """
     found = []
     for title, note, unit, lines in CHARTS:
         shown = lines if len(runs) == 1 else lines[: 2 if title in ("Score", "KL to the teacher") else 1]
@@ -83,15 +116,21 @@ def charts(runs: Sequence[Run]) -> list[Record]:
     return found
 
 
-def _series(number: int, run: Run, lines: Sequence[Line], several: bool, most: int = MOST_POINTS) -> list[Record]:
+def _series(
+    number: int, run: Run, lines: Sequence[Line], several: bool, most: int = MOST_POINTS
+) -> list[Record]:
     found = []
     for i, line in enumerate(lines):
         records = getattr(run, line.of)
-        points = [(r["step"], _minutes(r), line.value(r), line.error(r) if line.error else None) for r in records]
+        points = [
+            (r["step"], _minutes(r), line.value(r), line.error(r) if line.error else None) for r in records
+        ]
         points = [p for p in points if p[2] is not None]
         if not points or (line.label in ("sup", "floor") and not any(p[2] for p in points)):
             continue
-        label = f"{run.name}, {line.label}" if several and len(lines) > 1 else run.name if several else line.label
+        label = (
+            f"{run.name}, {line.label}" if several and len(lines) > 1 else run.name if several else line.label
+        )
         look = {"colour": number if several else i, "faint": line.faint, "dots": line.dots}
         found.append({"label": label, **look, **_thinned(points, most)})
     return found
@@ -144,7 +183,11 @@ def _speed(run: Run) -> Callable[[Record], Value]:
 
     def value(record: Record) -> Value:
         now, before = seconds.get(record["step"]), seconds.get(record["step"] - 1)
-        return record["tokens"] / (now - before) if now is not None and before is not None and now > before else None
+        return (
+            record["tokens"] / (now - before)
+            if now is not None and before is not None and now > before
+            else None
+        )
 
     return value
 

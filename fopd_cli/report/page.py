@@ -1,5 +1,6 @@
-"""One HTML file of one or several runs: no network, no other file. Without scripts, as some mail programs show it, the curves
-are missing and all else is there."""
+"""One HTML file of one or several runs: no network, no other file. Without scripts, as some mail programs
+show it, the curves are missing and all else is there.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def write(paths: Sequence[Path], out: Path) -> int:
 
 
 def page(runs: Sequence[Run], watching: bool = False) -> str:
-    """The file's text. `watching`: it asks the address that it came from whether there is news, and loads itself anew."""
+    """The file's text. `watching`: it asks the address that it came from whether there is news, and loads
+    itself anew.
+    """
     title = "fopd: " + ", ".join(run.name for run in runs)
     data = json.dumps(charts(runs), separators=(",", ":")).replace("<", "\\u003c")
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -46,8 +49,10 @@ def page(runs: Sequence[Run], watching: bool = False) -> str:
         _section("Results", _results(runs)),
         _section("Advice", _advice(runs)),
         _section("Recipes: what is different", _differences(runs)) if len(runs) > 1 else "",
-        '<section id="curves"><h2>Curves</h2><div class="bar" id="axis" hidden><button type="button" data-x="x" class="on">by step'
-        '</button><button type="button" data-x="t">by time</button><button type="button" id="log">logarithmic</button></div><noscript><p>The curves need JavaScript.</p></noscript>'
+        '<section id="curves"><h2>Curves</h2><div class="bar" id="axis" hidden><button type="button" '
+        'data-x="x" class="on">by step'
+        '</button><button type="button" data-x="t">by time</button><button type="button" '
+        'id="log">logarithmic</button></div><noscript><p>The curves need JavaScript.</p></noscript>'
         '<div class="grid" id="charts"></div></section>',
         *(_section(_of("Timeline", run, runs), _timeline(run)) for run in runs),
         *(_section(_of("Answers", run, runs), _answers(run)) for run in runs),
@@ -56,14 +61,21 @@ def page(runs: Sequence[Run], watching: bool = False) -> str:
     watch = "<script>const WATCHING=true;</script>" if watching else "<script>const WATCHING=false;</script>"
     return "".join(
         [
-            MARK, '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="color-scheme" content="light dark">',
+            MARK,
+            (
+                '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+                'content="width=device-width,initial-scale=1">'
+            ),
+            (
+                f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="color-scheme" '
+                'content="light dark">'
+            ),
             f"<title>{_e(title)}</title><style>{_file('vendor/uPlot.min.css')}{_file('page.css')}</style></head><body><main>",
             *body,
             f'</main><script type="application/json" id="data">{data}</script>',
             f"<script>{_file('vendor/uPlot.iife.min.js')}</script>{watch}<script>{_file('page.js')}</script></body></html>",
         ]
-    )  # fmt: skip
+    )
 
 
 def _file(name: str) -> str:
@@ -83,12 +95,16 @@ def _of(title: str, run: Run, runs: Sequence[Run]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells are HTML already. With the kind `stack` each row is a list of its own where the screen is narrow."""
+    """Cells are HTML already. With the kind `stack` each row is a list of its own where the screen is
+    narrow.
+    """
     lines = []
     for row in rows:
         cells = zip(head, row, strict=True)
         lines.append(
-            "<tr>" + "".join(f'<td data-head="{_e(h)}"><span>{cell}</span></td>' for h, cell in cells) + "</tr>"
+            "<tr>"
+            + "".join(f'<td data-head="{_e(h)}"><span>{cell}</span></td>' for h, cell in cells)
+            + "</tr>"
         )
     heads = "".join(f"<th>{_e(h)}</th>" for h in head)
     return f'<div class="wide {kind}"><table><tr>{heads}</tr>{"".join(lines)}</table></div>'
@@ -102,16 +118,22 @@ def _results(runs: Sequence[Run]) -> str:
         lags = [s["lag_max"] for s in run.steps if s.get("lag_max") is not None]
         rows.append(
             [
-                f'<b class="c{n % 6}">{_e(run.name)}</b>', f'<span class="state {run.state}">{run.state}</span>',
-                f"{run.step} of {run.planned}", _change(first.get("score"), *run.last("score"), 3),
-                _change(first.get("kl"), *run.last("kl"), 4), f"{sum(fresh) / len(fresh):.2f}" if fresh else "–",
-                str(max(lags)) if lags else "–", duration(run.seconds),
+                f'<b class="c{n % 6}">{_e(run.name)}</b>',
+                f'<span class="state {run.state}">{run.state}</span>',
+                f"{run.step} of {run.planned}",
+                _change(first.get("score"), *run.last("score"), 3),
+                _change(first.get("kl"), *run.last("kl"), 4),
+                f"{sum(fresh) / len(fresh):.2f}" if fresh else "–",
+                str(max(lags)) if lags else "–",
+                duration(run.seconds),
             ]
-        )  # fmt: skip
+        )
     head = ["run", "state", "steps", "score", "KL", "freshness", "largest lag", "time"]
     inside = _table(head, rows, "stack")
     taught = [(run.name, texts.teacher_score(run)) for run in runs]
-    said = [f"{_e(name)}: the teacher's own score is {score:.3f}." for name, score in taught if score is not None]
+    said = [
+        f"{_e(name)}: the teacher's own score is {score:.3f}." for name, score in taught if score is not None
+    ]
     return inside + "".join(f"<p>{line}</p>" for line in said)
 
 
@@ -149,11 +171,16 @@ def _timeline(run: Run) -> str:
     if not found["drawings"]:
         return ""
     legend = "".join(f'<span><i class="k-{kind}"></i>{kind}</span>' for kind in found["legend"])
-    shares = _table(["worker", "idle"], ([_e(worker), f"{share:.0%}"] for worker, share in found["idle"].items()))
+    shares = _table(
+        ["worker", "idle"], ([_e(worker), f"{share:.0%}"] for worker, share in found["idle"].items())
+    )
     pictures = "".join(
         f'<p>{_e(caption)}</p><div class="wide timeline">{svg}</div>' for caption, svg in found["drawings"]
     )
-    return f'<div class="legend">{legend}</div>{pictures}{shares}<p class="faint">All of it, to zoom: open trace.json at ui.perfetto.dev.</p>'
+    return (
+        f'<div class="legend">{legend}</div>{pictures}{shares}<p class="faint">All of it, to zoom: '
+        "open trace.json at ui.perfetto.dev.</p>"
+    )
 
 
 def _answers(run: Run) -> str:
@@ -161,11 +188,14 @@ def _answers(run: Run) -> str:
     for prompt, shown in texts.answers(run):
         columns = []
         for answer in shown:
-            score = f' <span class="score">score {answer.score:.2f}</span>' if answer.score is not None else ""
+            score = (
+                f' <span class="score">score {answer.score:.2f}</span>' if answer.score is not None else ""
+            )
             cut = ' <span class="score">cut off</span>' if answer.finish == "length" else ""
             columns.append(f"<div><h4>{_e(answer.who)}{score}{cut}</h4><pre>{_e(answer.text)}</pre></div>")
         out.append(
-            f'<article><pre class="prompt">{_e(prompt)}</pre><div class="answers">{"".join(columns)}</div></article>'
+            f'<article><pre class="prompt">{_e(prompt)}</pre><div '
+            f'class="answers">{"".join(columns)}</div></article>'
         )
     return "".join(out)
 

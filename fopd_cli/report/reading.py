@@ -19,7 +19,9 @@ State = Literal["running", "finished", "stopped"]
 
 @dataclass
 class Run:
-    """What a run has written. Records are in the order of steps; `pid` is the process that holds the directory now."""
+    """What a run has written. Records are in the order of steps; `pid` is the process that holds the
+    directory now.
+    """
 
     path: Path
     recipe: Record
@@ -50,7 +52,9 @@ class Run:
             return "running"
         # A run that was made longer and then stopped still has the summary of its first end.
         done = self.summary is not None and self.step <= self.summary.get("steps", -1)
-        complete = done and (self.step >= self.planned or (self.summary or {}).get("stopped_early") is not None)
+        complete = done and (
+            self.step >= self.planned or (self.summary or {}).get("stopped_early") is not None
+        )
         return "finished" if complete else "stopped"
 
     @property
@@ -58,7 +62,12 @@ class Run:
         """Of wall time, as far as the records go."""
         records = [*self.steps[-1:], *self.evaluations[-1:]]
         found = [float(r.get("timing", {}).get("wall_seconds") or 0) for r in records]
-        return max([*found, float((self.summary or {}).get("wall_seconds") or 0) if self.state == "finished" else 0.0])
+        return max(
+            [
+                *found,
+                float((self.summary or {}).get("wall_seconds") or 0) if self.state == "finished" else 0.0,
+            ]
+        )
 
     def last(self, key: str) -> tuple[float | None, float | None]:
         """The newest evaluation's figure and its standard error; None where there is none."""
@@ -92,7 +101,9 @@ def read(path: Path) -> Run:
 
 
 def jsonl(path: Path) -> list[Record]:
-    """The records of a file that may be written at this moment: a last line that is not whole yet is left out."""
+    """The records of a file that may be written at this moment: a last line that is not whole yet is left
+    out.
+    """
     found = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -104,8 +115,9 @@ def jsonl(path: Path) -> list[Record]:
 
 
 def holder(lock: Path) -> int | None:
-    """The live process that holds a run's lock. Asked of the kernel's own list: to try the lock, even for a moment, would
-    refuse a run that starts in that moment."""
+    """The live process that holds a run's lock. Asked of the kernel's own list: to try the lock, even for a
+    moment, would refuse a run that starts in that moment.
+    """
     try:
         inode, pid = lock.stat().st_ino, int(lock.read_text().strip() or 0)
         held = Path("/proc/locks").read_text()

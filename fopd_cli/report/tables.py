@@ -15,7 +15,9 @@ FIGURES = (("score", 3), ("kl", 4))
 
 
 def of_runs(folder: Path) -> str:
-    """A row for each run in a directory, or one level deeper; `folder` may be a run itself. Raises `UserError`."""
+    """A row for each run in a directory, or one level deeper; `folder` may be a run itself. Raises
+    `UserError`.
+    """
     if not paths.is_dir(folder):
         raise UserError(f"{folder}: is no directory; runs lie in runs/ unless --run-dir says otherwise")
     found = (
@@ -24,7 +26,9 @@ def of_runs(folder: Path) -> str:
         else sorted(p.parent for p in (*folder.glob("*/recipe.yaml"), *folder.glob("*/*/recipe.yaml")))
     )
     if not found:
-        raise UserError(f"{folder}: holds no run (a directory with a recipe.yaml); start one with: fopd run RECIPE")
+        raise UserError(
+            f"{folder}: holds no run (a directory with a recipe.yaml); start one with: fopd run RECIPE"
+        )
     rows = [["name", "state", "step", "score", "KL", "hours", "process"]]
     for path in found:
         run = read(path)
@@ -37,7 +41,9 @@ def of_runs(folder: Path) -> str:
 
 
 def of_differences(first: Path, second: Path) -> str:
-    """Keys, then results; the difference of two figures comes with its standard error, as if their prompts were not the same."""
+    """Keys, then results; the difference of two figures comes with its standard error, as if their prompts
+    were not the same.
+    """
     runs = [read(first), read(second)]
     names = [run.name if first.resolve().name != second.resolve().name else str(run.path) for run in runs]
     keys = [[key, *values] for key, values in texts.differences(runs)]
@@ -46,7 +52,9 @@ def of_differences(first: Path, second: Path) -> str:
     results.append(["steps", *(f"{run.step}/{run.planned}" for run in runs), ""])
     for key, digits in FIGURES:
         label = "KL to the teacher" if key == "kl" else key
-        results.append([label, *(_measured(run, key, digits) for run in runs), _difference(runs, key, digits)])
+        results.append(
+            [label, *(_measured(run, key, digits) for run in runs), _difference(runs, key, digits)]
+        )
     results.append(["hours", *(f"{run.seconds / 3600:.2f}" for run in runs), ""])
     recipes = aligned([["recipe", *names], *keys]) if keys else "recipe: the same in every key"
     return f"{recipes}\n\n{aligned(results)}"
@@ -69,4 +77,6 @@ def _difference(runs: Sequence[Run], key: str, digits: int) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

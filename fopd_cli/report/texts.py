@@ -15,7 +15,11 @@ TEACHER_ROWS = "teacher.jsonl"  # of `fopd eval TEACHER --task RUN/recipe.yaml -
 
 def advice(run: Run) -> list[str]:
     """What the run itself said, and what its end says."""
-    found = [f"Step {w['step']}: {w['text']}" if w.get("step") else str(w["text"]) for w in run.warnings if "text" in w]
+    found = [
+        f"Step {w['step']}: {w['text']}" if w.get("step") else str(w["text"])
+        for w in run.warnings
+        if "text" in w
+    ]
     for record in run.refreshes:
         found.append(f"Step {record['step']}: the buffer was refreshed ({record.get('reason')}).")
     if run.summary is not None and run.state == "finished":
@@ -40,20 +44,26 @@ class Answer:
 
 
 def answers(run: Run, prompts: int = 3) -> list[tuple[str, list[Answer]]]:
-    """(prompt, the student's answers early, halfway and now, and the teacher's where recorded), of held-out prompts that
-    were answered at every evaluation; of training prompts, as they came, if there is nothing else."""
+    """(prompt, the student's answers early, halfway and now, and the teacher's where recorded), of held-out
+    prompts that were answered at every evaluation; of training prompts, as they came, if there is nothing
+    else.
+    """
     by_prompt = defaultdict[str, list[Record]](list)
     for sample in run.samples:
         if sample.get("kind") == "eval":
             by_prompt[str(sample.get("sample"))].append(sample)
     teacher = {
-        f"eval/e0/p{r['prompt_index']}/s{r['sample']}/a0": r for r in jsonl(run.path / TEACHER_ROWS) if "sample" in r
+        f"eval/e0/p{r['prompt_index']}/s{r['sample']}/a0": r
+        for r in jsonl(run.path / TEACHER_ROWS)
+        if "sample" in r
     }
     found = []
     for name, samples in list(by_prompt.items())[:prompts]:
         shown = [_answer(s) for s in _early_halfway_now(samples)]
         if (row := teacher.get(name)) is not None:
-            shown.append(Answer("teacher", shortened(str(row.get("response"))), row.get("score"), row.get("finish")))
+            shown.append(
+                Answer("teacher", shortened(str(row.get("response"))), row.get("score"), row.get("finish"))
+            )
         found.append((shortened(str(samples[0].get("prompt"))), shown))
     if not found:
         for sample in _early_halfway_now(run.samples):

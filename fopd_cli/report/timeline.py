@@ -1,4 +1,6 @@
-"""trace.json as two pictures: how busy everyone was over the whole run, and a few optimizer steps from close by."""
+"""trace.json as two pictures: how busy everyone was over the whole run, and a few optimizer steps from close
+by.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fopd_cli.report.reading import Record
-from fopd_cli.runtime.trace import read_trace
+from fopd_cli.runtime.journal.trace import read_trace
 
 WIDTH, LABEL, ROW, GAP = 960, 96, 22, 8  # of the drawing, in its own units
 BINS = 216
@@ -59,7 +61,9 @@ def drawings(found: list[Piece]) -> list[tuple[str, str]]:
         return []
     out = [("The whole run: the higher a bar, the busier in that moment.", _overview(found))]
     if window := _close(found):
-        out.append((f"{CLOSE_STEPS} optimizer steps from close by; what is empty was idle.", _spans(found, *window)))
+        out.append(
+            (f"{CLOSE_STEPS} optimizer steps from close by; what is empty was idle.", _spans(found, *window))
+        )
     return out
 
 
@@ -110,10 +114,14 @@ def _overview(found: list[Piece]) -> str:
                 height = ROW * min(value, 1 - below[b])
                 if height >= 0.2:
                     y = base - ROW * below[b] - height
-                    bars.append(f"M{LABEL + b * unit:.1f} {y:.1f}h{unit + 0.1:.1f}v{height:.1f}h-{unit + 0.1:.1f}z")
+                    bars.append(
+                        f"M{LABEL + b * unit:.1f} {y:.1f}h{unit + 0.1:.1f}v{height:.1f}h-{unit + 0.1:.1f}z"
+                    )
                     below[b] += height / ROW
             if bars:
-                rows.append(f'<path class="k-{kind}" d="{"".join(bars)}"><title>{worker}: {kind}</title></path>')
+                rows.append(
+                    f'<path class="k-{kind}" d="{"".join(bars)}"><title>{worker}: {kind}</title></path>'
+                )
     return _frame(_workers(found), rows, 0.0, last)
 
 
@@ -126,12 +134,17 @@ def _spans(found: list[Piece], start: float, end: float) -> str:
         x, right = LABEL + max(0.0, p.start - start) * scale, LABEL + (min(p.end, end) - start) * scale
         kind = p.kind if p.kind in KINDS else "grade"
         y, wide = _top(workers.index(p.worker)), max(0.8, right - x)
-        title = f"<title>{html.escape(p.worker)}: {html.escape(p.kind)}, {1e3 * (p.end - p.start):.0f} ms</title>"
+        title = (
+            f"<title>{html.escape(p.worker)}: {html.escape(p.kind)}, {1e3 * (p.end - p.start):.0f} ms</title>"
+        )
         shapes.append(
-            f'<rect class="k-{kind}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{ROW}" rx="1.5">{title}</rect>'
+            f'<rect class="k-{kind}" x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{ROW}" '
+            f'rx="1.5">{title}</rect>'
         )
         if wide > 9 * len(p.kind):
-            shapes.append(f'<text class="on" x="{x + wide / 2:.1f}" y="{y + 15}" text-anchor="middle">{kind}</text>')
+            shapes.append(
+                f'<text class="on" x="{x + wide / 2:.1f}" y="{y + 15}" text-anchor="middle">{kind}</text>'
+            )
     return _frame(workers, shapes, start, end)
 
 
@@ -154,7 +167,8 @@ def _frame(workers: list[str], shapes: list[str], start: float, end: float) -> s
         x = LABEL + (tick - start) / max(end - start, 1e-9) * (WIDTH - LABEL)
         anchor = "end" if x > WIDTH - 20 else "middle"
         parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="{anchor}">{_seconds(tick, step)}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" '
+            f'text-anchor="{anchor}">{_seconds(tick, step)}</text>'
         )
         tick += step
     return "".join([*parts, "</svg>"])

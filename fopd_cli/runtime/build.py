@@ -1,4 +1,6 @@
-"""The composition root: from recipe names to engines. Each engine is imported only in the process that runs it."""
+"""The composition root: from recipe names to engines. Each engine is imported only in the process that runs
+it.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +14,28 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines import hf, lora, rope, support
+from fopd_cli.engines.learner import lora
+from fopd_cli.engines.models import hf, support
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.engines.renumbered_teacher import RenumberedTeacher, renumbered_head
-from fopd_cli.engines.templates import Frame
-from fopd_cli.engines.vllm_engine import AdapterOptions, VllmOptions
+from fopd_cli.engines.text.templates import Frame
+from fopd_cli.engines.tokens import rope
+from fopd_cli.engines.vllm.engine import AdapterOptions, VllmOptions
 from fopd_cli.errors import UserError
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.recipe import Lora, PluginTask, Prompts, Recipe, Vllm
 from fopd_cli.recipe import Teacher as TeacherSection
-from fopd_cli.runtime.params import sampling_params
+from fopd_cli.runtime.crew.fleet import WorkerSpec
+from fopd_cli.runtime.memory.sizes import total_memory
+from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import Plan
-from fopd_cli.runtime.publish import WeightChannel
-from fopd_cli.runtime.sizes import total_memory
-from fopd_cli.runtime.workers import WorkerSpec
+from fopd_cli.runtime.scheduling.params import sampling_params
 from fopd_cli.samples import TargetSpec
 
 if TYPE_CHECKING:
-    from fopd_cli.engines.fsdp_learner import LearnerConfig
-    from fopd_cli.engines.http_teacher import HttpServer
+    from fopd_cli.engines.http.teacher import HttpServer
+    from fopd_cli.engines.learner.learner import LearnerConfig
 
 TEACHER_BATCHED_TOKENS = 2048  # vLLM keeps [tokens, vocab] logits of them, twice, outside its memory profile
 KV_BLOCK = 128  # tokens; vLLM's on a CPU
@@ -44,7 +48,9 @@ class Setup:
     recipe: Recipe
     vocab: int  # ids under which student and teacher mean the same token
     target_specs: tuple[TargetSpec, ...]  # of each teacher
-    tables: tuple[np.ndarray | None, ...]  # of each teacher: the student's token id -> the teacher's; None: the same
+    tables: tuple[
+        np.ndarray | None, ...
+    ]  # of each teacher: the student's token id -> the teacher's; None: the same
     context: int  # tokens of the longest sample that there can be, as the student has it
     judged: int  # the same, as teachers judge it
     arena: torch.Tensor
@@ -84,30 +90,60 @@ def learner_config(
     recipe: Recipe, compute: torch.dtype, vocab: int, longest: int, **loss_overrides: Any
 ) -> LearnerConfig:
     """The learner's, loss's and freshness's sections as the learner wants them."""
-    from fopd_cli.engines.fsdp_learner import LearnerConfig
+    from fopd_cli.engines.learner.learner import LearnerConfig
 
     loss, fresh, lrn = recipe.loss, recipe.freshness, recipe.learner
     policy = POLICIES[fresh.policy]
     spec = LossSpec(
-        kind=loss.kind, support=recipe.support, beta=loss.beta, temperature=loss.temperature, advantage=loss.advantage,
-        importance=loss.importance, max_ratio=loss.max_ratio, trust=fresh.trust if policy.trust else None, drift=recipe.drift, sampling_temperature=recipe.sampler.temperature,
+        kind=loss.kind,
+        support=recipe.support,
+        beta=loss.beta,
+        temperature=loss.temperature,
+        advantage=loss.advantage,
+        importance=loss.importance,
+        max_ratio=loss.max_ratio,
+        trust=fresh.trust if policy.trust else None,
+        drift=recipe.drift,
+        sampling_temperature=recipe.sampler.temperature,
         teacher_temperature=recipe.sampler.temperature if loss.teacher_temperature == "sampler" else 1.0,
-        chunk_bytes=None if loss.chunk_mb is None else loss.chunk_mb << 20, compile=lrn.compile,
-    )  # fmt: skip
+        chunk_bytes=None if loss.chunk_mb is None else loss.chunk_mb << 20,
+        compile=lrn.compile,
+    )
     return LearnerConfig(
-        loss=replace(spec, **loss_overrides), policy=policy, alpha=fresh.alpha, beta=fresh.beta, xi=fresh.xi,
-        anchor=recipe.anchor, weights=fresh.weights, labels=fresh.replay.labels, step_scale=fresh.step_scale, average=loss.average, lr=lrn.lr,
-        warmup_steps=lrn.warmup_steps, decay=lrn.decay, min_lr_ratio=lrn.min_lr_ratio, steps=lrn.steps, betas=lrn.betas,
-        weight_decay=lrn.weight_decay, clip=lrn.clip, micro_tokens=lrn.micro_tokens, packing=lrn.packing, compute_dtype=compute,
-        activation_checkpointing=lrn.activation_checkpointing, compile=lrn.compile, offload=lrn.offload,
-        optimizer_dtype=hf.DTYPES[lrn.optimizer_dtype], adapter_only=published_adapter(recipe) is not None, vocab=vocab,
+        loss=replace(spec, **loss_overrides),
+        policy=policy,
+        alpha=fresh.alpha,
+        beta=fresh.beta,
+        xi=fresh.xi,
+        anchor=recipe.anchor,
+        weights=fresh.weights,
+        labels=fresh.replay.labels,
+        step_scale=fresh.step_scale,
+        average=loss.average,
+        lr=lrn.lr,
+        warmup_steps=lrn.warmup_steps,
+        decay=lrn.decay,
+        min_lr_ratio=lrn.min_lr_ratio,
+        steps=lrn.steps,
+        betas=lrn.betas,
+        weight_decay=lrn.weight_decay,
+        clip=lrn.clip,
+        micro_tokens=lrn.micro_tokens,
+        packing=lrn.packing,
+        compute_dtype=compute,
+        activation_checkpointing=lrn.activation_checkpointing,
+        compile=lrn.compile,
+        offload=lrn.offload,
+        optimizer_dtype=hf.DTYPES[lrn.optimizer_dtype],
+        adapter_only=published_adapter(recipe) is not None,
+        vocab=vocab,
         longest=longest,
-    )  # fmt: skip
+    )
 
 
 def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Learner:
     """`breathe` is called between layers, so that a long step shows that it gets on, and shares the cores."""
-    from fopd_cli.engines.fsdp_learner import FsdpLearner, sharded
+    from fopd_cli.engines.learner.learner import FsdpLearner, sharded
 
     recipe, device = setup.recipe, _device(spec)
     compute = resolve_dtype(recipe.learner.dtype, bool(spec.devices))
@@ -137,7 +173,8 @@ def load_student(recipe: Recipe, frozen_dtype: torch.dtype) -> Any:
 
 
 def as_sampled(model: Any, setup: Setup, longest: int) -> None:
-    """vLLM chooses the factors of a rotary embedding once for the whole run; where it samples, this model does, too.
+    """vLLM chooses the factors of a rotary embedding once for the whole run; where it samples, this model
+    does, too.
 
     `longest` is how many tokens a sequence can have.
     """
@@ -148,7 +185,9 @@ def as_sampled(model: Any, setup: Setup, longest: int) -> None:
 def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
     """Nothing without a `student.lora` section."""
     if (wanted := recipe.student.lora) is not None:
-        lora.add_adapters(model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype, wanted.router)
+        lora.add_adapters(
+            model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype, wanted.router
+        )
         if wanted.publish == "adapter":
             lora.check_adapter_alone(model, "student.lora.publish")
 
@@ -163,20 +202,21 @@ def build_teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
 def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Teacher:
     teacher, dtype = setup.recipe.teachers[spec.index], setup.target_specs[spec.index].dtype
     if teacher.engine == "http":
-        from fopd_cli.engines.http_teacher import HttpTeacher
+        from fopd_cli.engines.http.teacher import HttpTeacher
 
         return HttpTeacher(http_server(teacher), setup.vocab)
     if teacher.engine == "vllm":
-        from fopd_cli.engines.vllm_teacher import VllmTeacher
+        from fopd_cli.engines.vllm.teacher import VllmTeacher
 
         options = VllmOptions(
             max_tokens=setup.judged + 1,  # the token that vLLM insists on generating
-            max_requests=teacher.batch_samples, max_logprobs=teacher.k,
+            max_requests=teacher.batch_samples,
+            max_logprobs=teacher.k,
             **_vllm_options("teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec), setup.vocab),
-        )  # fmt: skip
+        )
         capped = replace(options, max_batched_tokens=options.max_batched_tokens or TEACHER_BATCHED_TOKENS)
         return VllmTeacher(with_cpu_cache(capped, teacher.model))
-    from fopd_cli.engines.transformers_teacher import TransformersTeacher
+    from fopd_cli.engines.transformers.teacher import TransformersTeacher
 
     _join_group(spec, setup, always=False)
     model = hf.load_model(teacher.model, "teacher.model", dtype)
@@ -197,7 +237,7 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
 
 def http_server(teacher: TeacherSection) -> HttpServer:
     """How to reach a remote teacher. Raises `UserError` if its API key is not there."""
-    from fopd_cli.engines.http_teacher import HttpServer
+    from fopd_cli.engines.http.teacher import HttpServer
 
     h = teacher.http
     key = os.environ.get(h.api_key_env) if h.api_key_env else None
@@ -221,28 +261,40 @@ def published_adapter(recipe: Recipe) -> Lora | None:
 
 
 def make_sampler(
-    recipe: Recipe, model_path: str, dtype: torch.dtype, device: torch.device, context: int, vocab: int,
+    recipe: Recipe,
+    model_path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    context: int,
+    vocab: int,
     adapter: Lora | None = None,
-) -> Sampler:  # fmt: skip
-    """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does. It samples ids below `vocab`.
+) -> Sampler:
+    """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does. It
+    samples ids below `vocab`.
 
     With `adapter`, what `load` is given are such adapters for these weights, not weights.
     """
     section = recipe.sampler
     if section.engine == "vllm":
-        from fopd_cli.engines.vllm_sampler import VllmSampler
+        from fopd_cli.engines.vllm.sampler import VllmSampler
 
-        config, tokenizer = hf.load_config(model_path, "student.model"), hf.load_tokenizer(model_path, "student.model")
+        config, tokenizer = (
+            hf.load_config(model_path, "student.model"),
+            hf.load_tokenizer(model_path, "student.model"),
+        )
         rules = hf.token_rules(model_path, tokenizer, config, "student.model")
         # vLLM's CPU build keeps no states of prefixes.
         prefixes = section.vllm.prefix_caching and not (device.type == "cpu" and support.keeps_state(config))
         options = VllmOptions(
-            max_tokens=context, max_requests=section.concurrency,
+            max_tokens=context,
+            max_requests=section.concurrency,
             max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
-            prefix_caching=prefixes, live_weights=adapter is None, seeded=True,
+            prefix_caching=prefixes,
+            live_weights=adapter is None,
+            seeded=True,
             adapter=None if adapter is None else AdapterOptions(adapter.rank, adapter.alpha),
             **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device, vocab),
-        )  # fmt: skip
+        )
         return VllmSampler(with_cpu_cache(options, model_path), rules, hf.tied_names(config))
     return transformers_sampler(model_path, dtype, device, section.concurrency, vocab)
 
@@ -251,11 +303,16 @@ def transformers_sampler(
     model_path: str, dtype: torch.dtype, device: torch.device, concurrency: int, vocab: int | None = None
 ) -> Sampler:
     """The reference engine, which runs anywhere."""
-    from fopd_cli.engines.transformers_sampler import TransformersSampler
+    from fopd_cli.engines.transformers.sampler import TransformersSampler
 
-    config, tokenizer = hf.load_config(model_path, "student.model"), hf.load_tokenizer(model_path, "student.model")
+    config, tokenizer = (
+        hf.load_config(model_path, "student.model"),
+        hf.load_tokenizer(model_path, "student.model"),
+    )
     rules = hf.token_rules(model_path, tokenizer, config, "student.model")
-    return TransformersSampler(hf.load_model(model_path, "student.model", dtype), rules, device, concurrency, vocab)
+    return TransformersSampler(
+        hf.load_model(model_path, "student.model", dtype), rules, device, concurrency, vocab
+    )
 
 
 def _vllm_options(
@@ -264,15 +321,22 @@ def _vllm_options(
     """What the sampler's and the teacher's vLLM have in common."""
     return {
         "vocab": vocab if vocab < hf.vocab_size(hf.load_config(model, key)) else None,
-        "key": key, "model": model, "dtype": dtype, "cuda": device.type == "cuda", "eager": section.eager,
-        "tensor_parallel": section.tensor_parallel, "gpu_memory": section.gpu_memory,
+        "key": key,
+        "model": model,
+        "dtype": dtype,
+        "cuda": device.type == "cuda",
+        "eager": section.eager,
+        "tensor_parallel": section.tensor_parallel,
+        "gpu_memory": section.gpu_memory,
         "kv_cache_bytes": None if section.kv_cache_gb is None else int(section.kv_cache_gb * 1e9),
         "max_batched_tokens": section.max_batched_tokens,
-    }  # fmt: skip
+    }
 
 
 def with_cpu_cache(options: VllmOptions, model: str) -> VllmOptions:
-    """On a CPU the KV cache that all running requests can need; vLLM's own default would take most of the RAM."""
+    """On a CPU the KV cache that all running requests can need; vLLM's own default would take most of the
+    RAM.
+    """
     if options.cuda or options.kv_cache_bytes is not None:
         return options
     tokens = options.max_requests * (options.max_tokens + 2 * KV_BLOCK)
@@ -281,7 +345,9 @@ def with_cpu_cache(options: VllmOptions, model: str) -> VllmOptions:
 
 
 def task_arguments(recipe: Recipe) -> tuple[str, dict[str, Any], str | None]:
-    """(name, keyword arguments, folder of its module) of the recipe's task, without what is not the task's own to do."""
+    """(name, keyword arguments, folder of its module) of the recipe's task, without what is not the task's
+    own to do.
+    """
     if isinstance(recipe.task, PluginTask):
         return recipe.task.name, dict(recipe.task.options), recipe.task.path
     options = recipe.task.model_dump()

@@ -1,11 +1,12 @@
-"""Drives `schedule.py` with real workers: carries out its actions, tells it what came back, writes down what happened.
+"""Drives `schedule.py` with real workers: carries out its actions, tells it what came back, writes down what
+happened.
 
     prompt ──> sampler ──Rollout──> teacher ──targets in the arena──> learner ──StepReport──> conductor
                   ^          └────────> grader ──grade──────────────────┘  │
                   └────────────── weights, version t, shared memory ───────┘
 
-One thread, no CUDA context, no clock in its decisions. Its loop: start what the schedule allows, wait for messages,
-handle each. What a handler consumes and unblocks is said at the handler.
+One thread, no CUDA context, no clock in its decisions. Its loop: start what the schedule allows, wait for
+messages, handle each. What a handler consumes and unblocks is said at the handler.
 """
 
 from __future__ import annotations
@@ -25,43 +26,65 @@ from typing import Any
 import numpy as np
 import torch
 
-from fopd_cli.engines import hf
+from fopd_cli.engines.models import hf
 from fopd_cli.errors import Interrupted, UserError, WorkerError
 from fopd_cli.freshness.depth import Depth
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.recipe import Recipe, dump_recipe
-from fopd_cli.runtime import messages as m
-from fopd_cli.runtime import records, roles
-from fopd_cli.runtime.arena import Arena
-from fopd_cli.runtime.best import Best
 from fopd_cli.runtime.build import Setup, sampler_dtype
-from fopd_cli.runtime.checkpoint import CheckpointStore, Rhythm, disk_error, load_buffer, save_buffer, write_synced
-from fopd_cli.runtime.episodes import Episodes
-from fopd_cli.runtime.params import sampling_params
+from fopd_cli.runtime.crew import messages as m
+from fopd_cli.runtime.crew import roles
+from fopd_cli.runtime.crew.fleet import STARTERS, Fleet, Worker, WorkerSpec
+from fopd_cli.runtime.crew.restarts import REPLACEABLE, Restarts
+from fopd_cli.runtime.crew.warm import STOPPING
+from fopd_cli.runtime.journal import records
+from fopd_cli.runtime.journal.best import Best
+from fopd_cli.runtime.journal.checkpoint import (
+    CheckpointStore,
+    Rhythm,
+    disk_error,
+    load_buffer,
+    save_buffer,
+    write_synced,
+)
+from fopd_cli.runtime.journal.rundir import RunDir
+from fopd_cli.runtime.journal.sinks import JsonLines, Progress, Resume, Telemetry
+from fopd_cli.runtime.journal.watch import Watch
+from fopd_cli.runtime.memory.arena import Arena
+from fopd_cli.runtime.memory.sizes import arena_bytes
+from fopd_cli.runtime.memory.weights import Layout, WeightChannel
 from fopd_cli.runtime.placement import Plan
-from fopd_cli.runtime.publish import Layout, WeightChannel
-from fopd_cli.runtime.replays import Replays
-from fopd_cli.runtime.restarts import REPLACEABLE, Restarts
-from fopd_cli.runtime.rundir import RunDir
-from fopd_cli.runtime.schedule import Schedule
-from fopd_cli.runtime.sizes import arena_bytes
-from fopd_cli.runtime.stream import PromptStream, context_tokens, evaluation_ids, schedule_config
-from fopd_cli.runtime.telemetry import JsonLines, Progress, Resume, Telemetry
-from fopd_cli.runtime.tickets import Abort, Generate, Lease, Load, Measure, Replay, Role, Score, Train
-from fopd_cli.runtime.warm import STOPPING
-from fopd_cli.runtime.watch import Watch
-from fopd_cli.runtime.workers import STARTERS, Fleet, Worker, WorkerSpec
+from fopd_cli.runtime.scheduling.episodes import Episodes
+from fopd_cli.runtime.scheduling.params import sampling_params
+from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens, evaluation_ids, schedule_config
+from fopd_cli.runtime.scheduling.replays import Replays
+from fopd_cli.runtime.scheduling.schedule import Schedule
+from fopd_cli.runtime.scheduling.tickets import (
+    Abort,
+    Generate,
+    Lease,
+    Load,
+    Measure,
+    Replay,
+    Role,
+    Score,
+    Train,
+)
 from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
 from fopd_cli.tasks.replay import cached
 
 MAINS = {
-    "learner": roles.learner_main, "teacher": roles.teacher_main, "sampler": roles.sampler_main, "grader": roles.grader_main,
+    "learner": roles.learner_main,
+    "teacher": roles.teacher_main,
+    "sampler": roles.sampler_main,
+    "grader": roles.grader_main,
     "environment": roles.environment_main,
-}  # fmt: skip
+}
 PUBLISHED = "published.bin"
 ENVIRONMENT = WorkerSpec("environment", 0, 1, (), 1)
-# `timeout` sends its signal to the command and then to the whole group: what comes so soon after the first is the same.
+# `timeout` sends its signal to the command and then to the whole group: what comes so soon after the first is
+# the same.
 SAME_SIGNAL_S = 0.3
 
 
@@ -94,29 +117,42 @@ class Model:
 class Conductor:
     """One run, from spawn to summary."""
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir, plan: Plan, stream: PromptStream, model: Model) -> None:
+    def __init__(
+        self, recipe: Recipe, run_dir: RunDir, plan: Plan, stream: PromptStream, model: Model
+    ) -> None:
         self.recipe, self.run_dir, self.plan, self.stream, self.model = recipe, run_dir, plan, stream, model
         self.store = CheckpointStore(run_dir.checkpoints, recipe.checkpoint.keep)
         self.arena = Arena(arena_bytes(recipe, model.target_specs))
         policy = POLICIES[recipe.freshness.policy]
         r = recipe.freshness.refresh
-        self.refresh = Refresh(policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
+        self.refresh = Refresh(
+            policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every
+        )
         self.watch = Watch(recipe.learner.clip)
         keep = recipe.eval.keep_best
         self.best = None if keep is None else Best(keep, recipe.eval.patience, run_dir.best)
         self._stopped_early: str | None = None
         self.depth = Depth(recipe.max_lag, recipe.max_drift)
         self.schedule = Schedule(
-            schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable), stream.train_id, evaluation_ids(recipe, stream),
-            self._reserve, self._release, stream.teacher,
-        )  # fmt: skip
+            schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable),
+            stream.train_id,
+            evaluation_ids(recipe, stream),
+            self._reserve,
+            self._release,
+            stream.teacher,
+        )
         self.schedule.ahead = self.depth.now
         self.setup = Setup(
-            recipe, model.vocab, model.target_specs, model.tables, context_tokens(recipe, stream, judged=False),
-            context_tokens(recipe, stream, judged=True), self.arena.memory,
+            recipe,
+            model.vocab,
+            model.target_specs,
+            model.tables,
+            context_tokens(recipe, stream, judged=False),
+            context_tokens(recipe, stream, judged=True),
+            self.arena.memory,
             WeightChannel.create(model.layout),
             run_dir.path / f".rendezvous-{uuid.uuid4().hex[:8]}",
-        )  # fmt: skip
+        )
         self.totals = Totals()
         self.rollouts: dict[int, Rollout] = {}
         self.slots: dict[int, m.Slot] = {}
@@ -126,8 +162,9 @@ class Conductor:
         self.episodes = Episodes() if stream.episodic else None
         self._held: dict[int, Request] = {}  # next turns that wait for the others of their group
         self._params = {
-            "train": sampling_params(recipe, evaluation=False), "eval": sampling_params(recipe, evaluation=True),
-        }  # fmt: skip
+            "train": sampling_params(recipe, evaluation=False),
+            "eval": sampling_params(recipe, evaluation=True),
+        }
         self._score_answers: deque[list[Any]] = deque()  # [teacher, keys, answers still due], oldest first
         self.restarts = Restarts(plan, recipe.runtime.restarts)
         self._asleep_lost: list[WorkerSpec] = []  # died in their sleep; started again when their role wakes
@@ -150,12 +187,13 @@ class Conductor:
         self._step_began = time.time()
         self._version_since = time.time()  # when the newest version was there, to be evaluated if that is due
 
-    # ---- life ---------------------------------------------------------------------------------------------------
+    # ---- life ----------------------------------------------------------------------------------------------
 
     def restore(
         self, step: int, state: dict[str, Any], recipe_changes: dict[str, tuple[Any, Any]], anew: bool = False
     ) -> None:
-        """Take up a checkpoint's state; the learner reads its own part when it starts. Nothing is written yet.
+        """Take up a checkpoint's state; the learner reads its own part when it starts. Nothing is written
+        yet.
 
         `recipe_changes` go down in the history. `anew`: what was in flight is sampled again.
         """
@@ -173,7 +211,9 @@ class Conductor:
             if offset is None:
                 raise UserError("teacher.buffer_gb: too small for the buffer in the checkpoint; raise it")
             self.arena.memory[offset : offset + len(raw)] = torch.from_numpy(raw)
-            self.slots[key] = m.Slot(offset, self.rollouts[key].response_length, self.schedule.tickets[key].teacher)
+            self.slots[key] = m.Slot(
+                offset, self.rollouts[key].response_length, self.schedule.tickets[key].teacher
+            )
         self.setup.restore = (folder / "learner", state["learner"])
         if (version := self.schedule.resume_version()) < step:
             dtypes = [getattr(torch, name) for name in state["published_dtypes"]]
@@ -183,7 +223,9 @@ class Conductor:
         self._last_saved = step
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns the summary. Ctrl-C, SIGTERM or a closed terminal: checkpoint and stop; again: stop now."""
+        """Train to the end; returns the summary. Ctrl-C, SIGTERM or a closed terminal: checkpoint and stop;
+        again: stop now.
+        """
         began = time.time() - self.totals.wall_seconds
         limits = self.recipe.runtime
         self.progress = Progress(self.recipe.learner.steps, self._resume.step if self._resume else 0)
@@ -216,7 +258,9 @@ class Conductor:
                 path.unlink()
 
     def _records(self) -> Telemetry:
-        """Everyone stands: from here on the directory says what this run does, not what the one before did."""
+        """Everyone stands: from here on the directory says what this run does, not what the one before
+        did.
+        """
         self.store.open(None if self._resume is None else self._resume.step)
         if self._resume is not None:
             text = dump_recipe(self.recipe)
@@ -275,7 +319,9 @@ class Conductor:
         )
 
     def _start_workers(self) -> None:
-        """The learner first: it publishes the weights that all others start from. Sharing devices, one at a time."""
+        """The learner first: it publishes the weights that all others start from. Sharing devices, one at a
+        time.
+        """
         self.progress.say(f"starting {self.plan.describe()}")
         waiting: set[str] = set()
         for role in ("learner", "teacher", "sampler", "grader", "environment"):
@@ -300,12 +346,14 @@ class Conductor:
     def _await(self, names: set[str], kind: type) -> None:
         """Wait for one message of this kind from each of these workers; others are handled as ever.
 
-        A worker that dies in its first start ends the run. In a change of turns it is lost as at any other time, and
-        after Ctrl-C nobody waits for one that is starting.
+        A worker that dies in its first start ends the run. In a change of turns it is lost as at any other
+        time, and after Ctrl-C nobody waits for one that is starting.
         """
         while names:
             if self._interrupts and not self._changing_turns:
-                raise Interrupted("stopped before the first step; nothing was trained since the last checkpoint")
+                raise Interrupted(
+                    "stopped before the first step; nothing was trained since the last checkpoint"
+                )
             if self._interrupts and kind is m.Ready:
                 return
             for worker, message in self.fleet.receive(timeout=0.5):
@@ -317,7 +365,7 @@ class Conductor:
                     self._handle(worker, message)
             names.intersection_update(self.fleet.workers)
 
-    # ---- actions ------------------------------------------------------------------------------------------------
+    # ---- actions -------------------------------------------------------------------------------------------
 
     def _start(self, action: Any) -> None:
         match action:
@@ -334,7 +382,9 @@ class Conductor:
                 self._to_sampler(replica, m.AbortCommand())
                 self._give_up(replica)
             case Score(teacher, keys, again):
-                command = m.ScoreCommand([self._judged(k) for k in keys], [self.slots[k] for k in keys], again)
+                command = m.ScoreCommand(
+                    [self._judged(k) for k in keys], [self.slots[k] for k in keys], again
+                )
                 self._score_answers.append([teacher, keys, len(self.plan.teachers[teacher])])
                 self._to_all(self.plan.teachers[teacher], command)
             case Replay(keys, now):
@@ -351,7 +401,9 @@ class Conductor:
 
     def _request(self, key: int) -> Request:
         sample = self.schedule.tickets[key].sample
-        return Request(key, self.stream.token_ids(sample), sample.seed(self.recipe.seed), self._params[sample.split])
+        return Request(
+            key, self.stream.token_ids(sample), sample.seed(self.recipe.seed), self._params[sample.split]
+        )
 
     def _judged(self, key: int) -> Rollout:
         """A rollout with the context on which its teacher is to judge it."""
@@ -380,7 +432,9 @@ class Conductor:
         self._sampler_owes(replica)
 
     def _sampler_owes(self, replica: int) -> None:
-        """A sampler answers many requests with few messages: what it owes is what the schedule says is running."""
+        """A sampler answers many requests with few messages: what it owes is what the schedule says is
+        running.
+        """
         state = self.schedule.replicas[replica]
         if (worker := self.fleet.workers.get(f"sampler-{replica}")) is not None:
             waiting = 0 if self.episodes is None else self.episodes.waiting(replica)
@@ -391,7 +445,9 @@ class Conductor:
             self.fleet.send(spec.name, command)
 
     def _pass_lease(self, sleeper: Role | None, waker: Role) -> None:
-        """Put one role to sleep, then wake the other; who was lost in its sleep, or is lost now, is started anew."""
+        """Put one role to sleep, then wake the other; who was lost in its sleep, or is lost now, is started
+        anew.
+        """
         self._changing_turns = True
         for role, command, kind in ((sleeper, m.SleepCommand(), m.Asleep), (waker, m.WakeCommand(), m.Awake)):
             if role is not None:
@@ -433,7 +489,7 @@ class Conductor:
         if key in self.slots:
             self._release(key)
 
-    # ---- messages -----------------------------------------------------------------------------------------------
+    # ---- messages ------------------------------------------------------------------------------------------
 
     def _handle(self, worker: Worker, message: Any) -> None:
         if not isinstance(message, m.Lost) and self.fleet.workers.get(worker.name) is not worker:
@@ -488,7 +544,9 @@ class Conductor:
         self._grade(kept)
 
     def _on_turns(self, turns: list[Rollout]) -> list[Rollout]:
-        """Turns go to their environment, which unblocks `_on_observed`; returns episodes that ended, out of tokens."""
+        """Turns go to their environment, which unblocks `_on_observed`; returns episodes that ended, out of
+        tokens.
+        """
         assert self.episodes is not None
         finished = []
         for turn in turns:
@@ -508,7 +566,9 @@ class Conductor:
     def _on_observed(self, message: m.Observed) -> None:
         """The environment answered: the episode's next turn, or its end."""
         assert self.episodes is not None
-        episode = self.episodes.on_observed(message.key, message.life, message.token_ids, message.calls, message.answer)
+        episode = self.episodes.on_observed(
+            message.key, message.life, message.token_ids, message.calls, message.answer
+        )
         if episode is None:
             return
         request = None if message.token_ids is None else self.episodes.next_turn(episode)
@@ -521,10 +581,14 @@ class Conductor:
         self._next_turns(episode.replica)
 
     def _next_turns(self, replica: int) -> None:
-        """Give a sampler the turns that can go on; at depth 0 all together, so that two runs form the same batches."""
+        """Give a sampler the turns that can go on; at depth 0 all together, so that two runs form the same
+        batches.
+        """
         if self.episodes is not None:
             own = sorted(k for k in self._held if self.episodes.running[k].replica == replica)
-            rest = [k for k, e in self.episodes.running.items() if e.replica == replica and k not in self._held]
+            rest = [
+                k for k, e in self.episodes.running.items() if e.replica == replica and k not in self._held
+            ]
             if own and not (rest and self.schedule.config.deterministic):
                 for key in own:
                     self.episodes.running[key].sampling = True
@@ -551,9 +615,12 @@ class Conductor:
                     self.grades[rollout.key], self.figures[rollout.key] = math.nan, {}
                     self.schedule.on_graded(rollout.key)
             rollouts = [r for r in rollouts if r.key not in self.grades]
-        if rollouts and "grader-0" in self.fleet.workers:  # else the run is ending, or it is told when it is back
+        # else the run is ending, or it is told when it is back
+        if rollouts and "grader-0" in self.fleet.workers:
             samples = [self.schedule.tickets[r.key].sample for r in rollouts]
-            items = [(r.key, self.stream.prompt(s), self._text(r)) for r, s in zip(rollouts, samples, strict=True)]
+            items = [
+                (r.key, self.stream.prompt(s), self._text(r)) for r, s in zip(rollouts, samples, strict=True)
+            ]
             self.fleet.send("grader-0", m.GradeCommand(items))
 
     def _on_scored(self, teacher: int, keys: list[int]) -> None:
@@ -566,10 +633,11 @@ class Conductor:
                 self._forget(key)
 
     def _on_lost(self, spec: WorkerSpec, lost: m.Lost) -> None:
-        """Someone other than the learner is gone: what it had under way is done again, and it is started anew.
+        """Someone other than the learner is gone: what it had under way is done again, and it is started
+        anew.
 
-        After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a checkpoint. So it does
-        at once where the user has something to mend.
+        After `runtime.restarts` of them it stays away; if the run cannot go on without it, it ends with a
+        checkpoint. So it does at once where the user has something to mend.
         """
         reason = lost.reason
         if self.restarts.known(spec):
@@ -596,12 +664,16 @@ class Conductor:
             return
         again = self.restarts.again(spec)
         if not again:
-            self.progress.say(f"{reason}; started again {self.restarts.limit} times (runtime.restarts), it stays away")
+            self.progress.say(
+                f"{reason}; started again {self.restarts.limit} times (runtime.restarts), it stays away"
+            )
             if self.restarts.nobody_left(spec.role):
                 self._failure = f"{reason}; there is no other {spec.role}"
             return
         self.totals.restarts += 1
-        self.progress.say(f"{reason}; starting it again ({self.restarts.count(spec)} of {self.restarts.limit})")
+        self.progress.say(
+            f"{reason}; starting it again ({self.restarts.count(spec)} of {self.restarts.limit})"
+        )
         awake = None if self._changing_turns else self.schedule.lease
         if self.plan.exclusive and spec.role not in (awake, "grader", "environment"):
             self._asleep_lost += again
@@ -614,7 +686,9 @@ class Conductor:
             self._grade_the_rest()
 
     def _drop_calls(self, teacher: int) -> None:
-        """Forget what a lost teacher was asked; samples that a refresh had dropped meanwhile are let go for good."""
+        """Forget what a lost teacher was asked; samples that a refresh had dropped meanwhile are let go for
+        good.
+        """
         for entry in [e for e in self._score_answers if e[0] == teacher]:
             self._score_answers.remove(entry)
             for key in entry[1]:
@@ -631,7 +705,9 @@ class Conductor:
             self.schedule.on_sampler_back(spec.rank)
 
     def _on_learned(self, worker: Worker, message: m.Trained | m.Measured) -> None:
-        """A learner command is complete when all ranks have answered; rank 0's answer is the one that counts."""
+        """A learner command is complete when all ranks have answered; rank 0's answer is the one that
+        counts.
+        """
         if worker.spec.rank == 0:
             self._first_answer = message
         self._answers_due -= 1
@@ -651,13 +727,17 @@ class Conductor:
             self._eval_figures.append(self.figures[key])
             self._forget(key)
         if self.schedule.on_measured(version, stats.keys.tolist()):
-            record = records.evaluation(version, self._eval_stats, list(self._eval.values()), self._eval_figures)
+            record = records.evaluation(
+                version, self._eval_stats, list(self._eval.values()), self._eval_figures
+            )
             self.totals.evaluations[str(version)] = record
             tools = records.tool_seconds([r for _, _, r in self._eval.values()])
             seconds = time.time() - self._version_since
             timing = {**tools, "seconds": seconds, "wall_seconds": self.totals.wall_seconds}
             self.telemetry.metrics.write({**record, "timing": timing})
-            self.telemetry.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
+            self.telemetry.scalars(
+                {f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version
+            )
             for key in sorted(self._eval)[:2]:
                 sample, grade, rollout = self._eval[key]
                 self._write_sample(version, sample, grade, rollout)
@@ -666,7 +746,9 @@ class Conductor:
             self._look_at_best(version)
 
     def _look_at_best(self, version: int) -> None:
-        """After an evaluation, while the learner still holds still and its weights lie where they were published."""
+        """After an evaluation, while the learner still holds still and its weights lie where they were
+        published.
+        """
         evaluations = self.totals.evaluations
         if self.best is None:
             return
@@ -674,13 +756,17 @@ class Conductor:
             try:
                 self.best.keep(version, self.setup.channel)
             except OSError as error:
-                self.telemetry.warn(version, f"the best student so far was NOT kept: {error}; training goes on")
+                self.telemetry.warn(
+                    version, f"the best student so far was NOT kept: {error}; training goes on"
+                )
         if version < self.recipe.learner.steps and (why := self.best.out_of_patience(evaluations)):
             self._stopped_early = why
             self.telemetry.warn(version, why)
 
     def _on_trained(self, message: m.Trained) -> None:
-        """An optimizer step and its publication are done: count its samples, write the step down, refresh if stale."""
+        """An optimizer step and its publication are done: count its samples, write the step down, refresh if
+        stale.
+        """
         report, stats = message.report, message.report.stats
         keys = stats.keys.tolist()
         outcomes = {k: records.outcome(w) for k, w in zip(keys, stats.weight, strict=True)}
@@ -693,14 +779,21 @@ class Conductor:
         self._version_since = time.time()
         step = self.schedule.step
         timing = {
-            "seconds": time.time() - self._step_began, "busy": self.telemetry.busy_shares(),
-            "buffer_samples": len(self.rollouts) - len(keys), "buffer_bytes": self.arena.used_bytes,
-            "in_flight": self.schedule.in_flight, "ahead": ahead, "memory_bytes": self.fleet.memory(),
+            "seconds": time.time() - self._step_began,
+            "busy": self.telemetry.busy_shares(),
+            "buffer_samples": len(self.rollouts) - len(keys),
+            "buffer_bytes": self.arena.used_bytes,
+            "in_flight": self.schedule.in_flight,
+            "ahead": ahead,
+            "memory_bytes": self.fleet.memory(),
             "publish_seconds": report.publish_seconds,
             "publish_bytes": report.publish_bytes,
             "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
-            **self.replays.cost(), **records.tool_seconds(rollouts), "wall_seconds": self.totals.wall_seconds, **self._load,
-        }  # fmt: skip
+            **self.replays.cost(),
+            **records.tool_seconds(rollouts),
+            "wall_seconds": self.totals.wall_seconds,
+            **self._load,
+        }
         record = records.step(step, report, rollouts, [self.grades[k] for k in keys])
         self.telemetry.metrics.write({**record, "timing": timing})
         self.telemetry.ledger.write(records.ledger(step, samples, outcomes))
@@ -729,7 +822,10 @@ class Conductor:
         if step == self.recipe.learner.steps:
             return
         reason = self.refresh.reason(
-            step, float(stats.freshness.mean()), float(stats.coverage_roll.mean()), float(stats.coverage_sup.mean())
+            step,
+            float(stats.freshness.mean()),
+            float(stats.coverage_roll.mean()),
+            float(stats.coverage_sup.mean()),
         )
         if reason is None:
             return
@@ -762,19 +858,26 @@ class Conductor:
         prompt = hf.decode(self.model.tokenizer, rollout.token_ids[: rollout.prompt_length])
         self.telemetry.samples.write(
             {
-                "kind": sample.split, "step": step, "sample": str(sample), "versions": rollout.spans, "prompt": prompt,
-                "response": hf.decode(self.model.tokenizer, rollout.response_ids), "score": grade, "finish": rollout.finish,
+                "kind": sample.split,
+                "step": step,
+                "sample": str(sample),
+                "versions": rollout.spans,
+                "prompt": prompt,
+                "response": hf.decode(self.model.tokenizer, rollout.response_ids),
+                "score": grade,
+                "finish": rollout.finish,
                 **({"turns": rollout.turns, "calls": rollout.calls} if rollout.turns else {}),
             }
-        )  # fmt: skip
+        )
 
-    # ---- checkpoints and the end --------------------------------------------------------------------------------
+    # ---- checkpoints and the end ---------------------------------------------------------------------------
 
     def _save_checkpoint(self, final: bool) -> None:
-        """Learner first, while it holds still; then everything else as it stands when the learner's part is on disk.
+        """Learner first, while it holds still; then everything else as it stands when the learner's part is
+        on disk.
 
-        A disk that is full does not stop training: the older checkpoints stand, and it is said loudly. Only the last
-        save must succeed.
+        A disk that is full does not stop training: the older checkpoints stand, and it is said loudly. Only
+        the last save must succeed.
         """
         step = self.schedule.step
         if final and step == self._last_saved:
@@ -793,10 +896,13 @@ class Conductor:
             text = disk_error(error) or str(error)
             if final:
                 raise UserError(
-                    f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume {self.run_dir.path} "
+                    f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume "
+                    f"{self.run_dir.path} "
                     f"(goes on from {self._last_saved if self._last_saved is not None else 'the start'})"
                 ) from None
-            self.telemetry.warn(step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand")
+            self.telemetry.warn(
+                step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand"
+            )
         self._rhythm.saved()
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
@@ -825,7 +931,9 @@ class Conductor:
         rollouts = [self.rollouts[k] for k in sorted(known)]
         if schedule["resume_version"] < schedule["step"]:
             self.setup.channel.save(schedule["resume_version"], folder / PUBLISHED)
-        lost = [r for k, r in self.rollouts.items() if k not in known] + [r for _, _, r in self._eval.values()]
+        lost = [r for k, r in self.rollouts.items() if k not in known] + [
+            r for _, _, r in self._eval.values()
+        ]
         again = sum(map(_generated, lost))  # a half-done evaluation begins anew, too
         state = {
             "recipe": self.recipe.model_dump(mode="json"),
@@ -856,9 +964,10 @@ class Conductor:
         self.totals.wall_seconds = time.time() - began
         busy = self.telemetry.busy_shares_total()
         chosen = {
-            "student_step": step, "student_chosen_by": "last" if self.best is None or best is None else self.best.metric,
+            "student_step": step,
+            "student_chosen_by": "last" if self.best is None or best is None else self.best.metric,
             "stopped_early": self._stopped_early,
-        }  # fmt: skip
+        }
         summary = {**records.summary(self.schedule, self.totals, busy), **chosen}
         write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
         return summary

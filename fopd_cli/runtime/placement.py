@@ -8,7 +8,7 @@ from typing import Literal
 
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Sampler, Teacher
-from fopd_cli.runtime.workers import WorkerSpec
+from fopd_cli.runtime.crew.fleet import WorkerSpec
 
 Devices = tuple[int, ...]  # CUDA ordinals of one process; empty: the CPU
 
@@ -57,7 +57,9 @@ def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
     if mode == "auto":
         mode = "cpu" if devices == 0 else "timeslice" if devices < 3 else "partition"
     if mode == "partition" and devices == 0:
-        raise UserError("placement.mode: partition needs CUDA devices and there are none; set it to cpu or timeslice")
+        raise UserError(
+            "placement.mode: partition needs CUDA devices and there are none; set it to cpu or timeslice"
+        )
     if mode == "partition":
         groups = _partition(recipe, devices)
     elif mode == "timeslice" and devices > 0:
@@ -69,7 +71,9 @@ def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
         )
     else:
         p = recipe.placement
-        teachers: list[list[Devices]] = [[()] * (1 if t.engine == "http" else p.teacher or 1) for t in recipe.teachers]
+        teachers: list[list[Devices]] = [
+            [()] * (1 if t.engine == "http" else p.teacher or 1) for t in recipe.teachers
+        ]
         groups = _Groups([()] * (p.sampler or 1), teachers, [()] * (p.learner or 1))
     return _plan(recipe, mode, groups, cores)
 
@@ -89,7 +93,8 @@ def _partition(recipe: Recipe, devices: int) -> _Groups:
     fewest = 2 + len(local)
     if devices < fewest:
         raise UserError(
-            f"placement.mode: partition needs at least {fewest} CUDA devices, one a role, and there are {devices}; set it to timeslice"
+            f"placement.mode: partition needs at least {fewest} CUDA devices, one a role, and there are "
+            f"{devices}; set it to timeslice"
         )
     split = _processes(recipe.sampler)
     sampler = p.sampler or max(split, devices // 2 // split * split)
@@ -97,12 +102,17 @@ def _partition(recipe: Recipe, devices: int) -> _Groups:
     learner = p.learner or max(1, devices - sampler - teacher)
     if sampler + teacher + learner > devices:
         raise UserError(
-            f"placement: sampler {sampler} + teacher {teacher} + learner {learner} devices are more than the {devices} there are"
+            f"placement: sampler {sampler} + teacher {teacher} + learner {learner} devices are more than "
+            f"the {devices} there are"
         )
     if teacher < len(local):
         raise UserError(f"placement.teacher: {teacher} devices are fewer than the {len(local)} teachers")
     numbers = list(range(devices))
-    ours, theirs, rest = numbers[:sampler], numbers[sampler:][:teacher], numbers[sampler + teacher :][:learner]
+    ours, theirs, rest = (
+        numbers[:sampler],
+        numbers[sampler:][:teacher],
+        numbers[sampler + teacher :][:learner],
+    )
     shares = {t.name: theirs[i :: len(local)] for i, t in enumerate(local)}
     return _Groups(
         _replicas(ours, recipe.sampler, "sampler"),
@@ -123,24 +133,32 @@ def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[
     split = _processes(engine)
     if len(devices) % split:
         raise UserError(
-            f"{role}.vllm.tensor_parallel: {split} does not divide the {len(devices)} devices of the {role}; change it or placement.{role}"
+            f"{role}.vllm.tensor_parallel: {split} does not divide the {len(devices)} devices of the "
+            f"{role}; change it or placement.{role}"
         )
     return [tuple(devices[i : i + split]) for i in range(0, len(devices), split)]
 
 
-def _plan(recipe: Recipe, mode: Literal["cpu", "timeslice", "partition"], groups: _Groups, cores: int) -> Plan:
+def _plan(
+    recipe: Recipe, mode: Literal["cpu", "timeslice", "partition"], groups: _Groups, cores: int
+) -> Plan:
     threads = recipe.placement.threads
-    # Taking turns, as at depth 0, each role may use all cores; side by side they divide them: by need on a CPU, in fixed
-    # shares where two runs must agree to the bit (another number of threads adds up in another order).
+    # Taking turns, as at depth 0, each role may use all cores; side by side they divide them: by need on a
+    # CPU, in fixed shares where two runs must agree to the bit (another number of threads adds up in another
+    # order).
     turns = mode == "timeslice" or (mode == "cpu" and recipe.max_lag == 0)
     by_need = mode == "cpu" and recipe.schedule.lag is None and not turns
     busy = [t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if engine.engine != "http"]
     workers = len(groups.samplers) + sum(map(len, busy)) + len(groups.learners)
 
     def specs(
-        role: str, engine: Sampler | Teacher | None, devices: list[Devices], wanted: int | None, index: int = 0,
+        role: str,
+        engine: Sampler | Teacher | None,
+        devices: list[Devices],
+        wanted: int | None,
+        index: int = 0,
         label: str = "",
-    ) -> tuple[WorkerSpec, ...]:  # fmt: skip
+    ) -> tuple[WorkerSpec, ...]:
         n, split = len(devices), 1 if engine is None else _processes(engine)
         remote = engine is not None and engine.engine == "http"  # waits, and computes nothing
         fixed = 1 if remote else max(1, cores // (n if turns else workers) // split)

@@ -4,9 +4,9 @@
     writable    /tmp and /dev/shm, in memory and bounded; /workspace, if one is given
     its own     users, processes, network (none), /proc, /dev, hostname
 
-Nothing else exists in there: no home, no run directory, no weights. Started by root, bubblewrap runs as `nobody`, because a
-limit on processes does not bind root; what it shows must then be readable by everyone. A Python that is not (in /root,
-say) is replaced by the system's.
+Nothing else exists in there: no home, no run directory, no weights. Started by root, bubblewrap runs as
+`nobody`, because a limit on processes does not bind root; what it shows must then be readable by everyone. A
+Python that is not (in /root, say) is replaced by the system's.
 """
 
 from __future__ import annotations
@@ -61,15 +61,19 @@ def check() -> None:
     """Raises `UserError` if nothing can be sandboxed here: no bubblewrap, too old a one, or no namespaces."""
     found = executable()
     if found is None:
-        raise UserError("sandbox: bubblewrap is not installed; pip install 'fopd[tools]' (or the package bubblewrap)")
+        raise UserError(
+            "sandbox: bubblewrap is not installed; pip install 'fopd[tools]' (or the package bubblewrap)"
+        )
     if "--disable-userns" not in subprocess.run([found, "--help"], capture_output=True, text=True).stdout:
         raise UserError(f"sandbox: {found} is too old (0.8 is needed); pip install 'fopd[tools]'")
     one = invocation(["python3", "-c", "print(1)"], Limits())
     tried = subprocess.run(one.argv, capture_output=True, text=True, **one.options)
     if tried.stdout != "1\n":
         raise UserError(
-            f"sandbox: bubblewrap cannot make its namespaces here ({tried.stderr.strip()[-200:]}); allow unprivileged user "
-            "namespaces (in Docker: --security-opt seccomp=unconfined --security-opt systempaths=unconfined), or run without a "
+            f"sandbox: bubblewrap cannot make its namespaces here ({tried.stderr.strip()[-200:]}); allow "
+            "unprivileged user "
+            "namespaces (in Docker: --security-opt seccomp=unconfined --security-opt "
+            "systempaths=unconfined), or run without a "
             "sandbox at your own risk: sandbox: none"
         )
 
@@ -79,10 +83,22 @@ def invocation(command: list[str], limits: Limits, workspace: Path | None = None
     found = executable()
     assert found is not None, "check() comes first"
     argv = [
-        found, *(f"--unshare-{name}" for name in ("user", "ipc", "pid", "net", "uts", "cgroup-try")), "--disable-userns",
-        "--uid", "1000", "--gid", "1000", "--die-with-parent", "--new-session", "--hostname", "sandbox",
-        "--proc", "/proc", "--dev", "/dev",
-    ]  # fmt: skip
+        found,
+        *(f"--unshare-{name}" for name in ("user", "ipc", "pid", "net", "uts", "cgroup-try")),
+        "--disable-userns",
+        "--uid",
+        "1000",
+        "--gid",
+        "1000",
+        "--die-with-parent",
+        "--new-session",
+        "--hostname",
+        "sandbox",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+    ]
     for memory in ("/tmp", "/dev/shm"):
         argv += ["--size", str(limits.disk_mb << 20), "--tmpfs", memory]
     python, packages = _python()
@@ -100,7 +116,14 @@ def invocation(command: list[str], limits: Limits, workspace: Path | None = None
         argv += ["--ro-bind", packages, "/opt/packages", "--setenv", "PYTHONPATH", "/opt/packages"]
     if workspace is not None:
         argv += ["--bind", str(workspace), "/workspace"]
-    argv += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp" if workspace is None else "/workspace"]
+    argv += [
+        "--remount-ro",
+        "/dev",
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/tmp" if workspace is None else "/workspace",
+    ]
     argv += ["--setenv", "PATH", path, "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]
     sizes = (limits.cpu_s, limits.memory_mb << 20, limits.processes, limits.disk_mb << 20)
     launcher = "/usr/bin/python3" if python is None else "/opt/python/bin/python3"
@@ -134,12 +157,15 @@ def own(workspace: Path) -> None:
 
 @functools.cache
 def _python() -> tuple[str | None, str | None]:
-    """Our Python's directory (None: the system's serves) and that of its packages (None: they cannot be shown)."""
+    """Our Python's directory (None: the system's serves) and that of its packages (None: they cannot be
+    shown).
+    """
     ours, packages = sys.base_prefix, site.getsitepackages()[0]
     own_python = not Path(ours).is_relative_to("/usr") and _readable(Path(ours) / "bin")
     if not own_python and not Path("/usr/bin/python3").exists():
         raise UserError(
-            f"sandbox: {ours} cannot be read by others and there is no /usr/bin/python3; install one of them for all"
+            f"sandbox: {ours} cannot be read by others and there is no /usr/bin/python3; install one of "
+            "them for all"
         )
     return ours if own_python else None, packages if _readable(Path(packages)) else None
 

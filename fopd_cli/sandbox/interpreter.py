@@ -8,8 +8,8 @@ import time
 from fopd_cli.sandbox.limits import Limits, Outcome
 from fopd_cli.sandbox.process import Jail
 
-# Reads "marker size\n" and so many bytes of source; after each snippet prints the marker and its status. What a snippet
-# does to this loop it does to its own episode only.
+# Reads "marker size\n" and so many bytes of source; after each snippet prints the marker and its status. What
+# a snippet does to this loop it does to its own episode only.
 DRIVER = """
 import ast, os, sys, traceback
 commands = os.fdopen(os.dup(0), "rb")
@@ -54,7 +54,9 @@ class PythonSession:
         """After any reason but `exit` the interpreter is gone; the next snippet finds a new one."""
         began = time.monotonic()
         if self._jail is None:
-            self._jail = await Jail.start(["python3", "-u", "-c", DRIVER], self.limits, sandboxed=self.sandboxed)
+            self._jail = await Jail.start(
+                ["python3", "-u", "-c", DRIVER], self.limits, sandboxed=self.sandboxed
+            )
         marker, data = secrets.token_hex(16).encode(), source.encode(errors="replace")
         await self._jail.send(marker + b" " + str(len(data)).encode() + b"\n" + data)
         output, line, reason = await self._jail.read(marker)

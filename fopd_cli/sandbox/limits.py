@@ -8,7 +8,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one sandbox. Times are of each command, the rest of all its processes together unless said otherwise."""
+    """Of one sandbox. Times are of each command, the rest of all its processes together unless said
+    otherwise.
+    """
 
     wall_s: float = 15.0
     cpu_s: int = 10  # of each process
@@ -23,8 +25,8 @@ class Limits:
 class Outcome:
     """What a command printed (stdout and stderr as they came) and why it ended.
 
-    `exit`: by itself, with `code` (for a Python session 0, or 1 after an exception); all others: stopped, and everything
-    that it had started with it.
+    `exit`: by itself, with `code` (for a Python session 0, or 1 after an exception); all others: stopped, and
+    everything that it had started with it.
     """
 
     output: str

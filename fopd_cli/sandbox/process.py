@@ -22,7 +22,9 @@ Reason = Literal["exit", "timeout", "memory", "disk", "output", "died"]
 class Jail:
     """A running sandbox. `kill` ends every process in it, daemons included: their namespace goes."""
 
-    def __init__(self, process: asyncio.subprocess.Process, limits: Limits, workspace: Path | None = None) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, limits: Limits, workspace: Path | None = None
+    ) -> None:
         self.process, self.limits, self.workspace = process, limits, workspace
         self._buffer = b""
 
@@ -33,9 +35,12 @@ class Jail:
         make = bubblewrap.invocation if sandboxed else bubblewrap.unprotected
         one = make(command, limits, workspace)
         process = await asyncio.create_subprocess_exec(
-            *one.argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            *one.argv,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
             **one.options,
-        )  # fmt: skip
+        )
         return cls(process, limits, workspace)
 
     async def send(self, data: bytes) -> None:
@@ -46,14 +51,17 @@ class Jail:
             await self.process.stdin.drain()
 
     async def read(self, until: bytes | None) -> tuple[bytes, bytes, Reason]:
-        """(output before the marker, rest of the marker's line, why it ended); without `until`, all up to the end.
+        """(output before the marker, rest of the marker's line, why it ended); without `until`, all up to the
+        end.
 
         At the first limit that is passed everything in the sandbox is killed.
         """
         reading = asyncio.ensure_future(self._read(until))
         watching = asyncio.ensure_future(self._watch())
         try:
-            await asyncio.wait({reading, watching}, timeout=self.limits.wall_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {reading, watching}, timeout=self.limits.wall_s, return_when=asyncio.FIRST_COMPLETED
+            )
             if reading.done():
                 output, line, reason = reading.result()
             else:
@@ -107,7 +115,8 @@ class Jail:
 def holds_more(pid: int, limit: int) -> bool:
     """Whether a process and all its descendants together hold more bytes of memory than that.
 
-    Pages that a fork shares with its parent are told apart only where the cheap sum, which counts them in each, is over.
+    Pages that a fork shares with its parent are told apart only where the cheap sum, which counts them in
+    each, is over.
     """
     family = processes(pid)
     return sum(map(resident, family)) > limit and sum(map(proportional, family)) > limit
@@ -130,7 +139,9 @@ def resident(pid: int) -> int:
 
 
 def proportional(pid: int) -> int:
-    """Bytes of memory that are a process's own, with its part of what it shares; what it can see where the kernel won't say."""
+    """Bytes of memory that are a process's own, with its part of what it shares; what it can see where the
+    kernel won't say.
+    """
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -148,7 +159,9 @@ def occupied(folder: Path) -> int:
     return total
 
 
-async def run(command: list[str], limits: Limits, workspace: Path | None = None, sandboxed: bool = True) -> Outcome:
+async def run(
+    command: list[str], limits: Limits, workspace: Path | None = None, sandboxed: bool = True
+) -> Outcome:
     """One command from start to end, and nothing of it afterwards."""
     began = time.monotonic()
     jail = await Jail.start(command, limits, workspace, sandboxed)

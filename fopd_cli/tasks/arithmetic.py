@@ -1,8 +1,9 @@
 """Generated arithmetic modulo 10 with its steps written out: as many dependent steps as the recipe asks for.
 
-Prompt `7+5-9=`, response `7+5=2,2-9=3.3`: every step repeats the running value, applies the next operation and
-writes the result; the answer stands behind the full stop. One wrong step spoils the answer, so exact match falls
-with the horizon as (accuracy per step) ** horizon: that is what makes a student's compounding errors visible.
+Prompt `7+5-9=`, response `7+5=2,2-9=3.3`: every step repeats the running value, applies the next operation
+and writes the result; the answer stands behind the full stop. One wrong step spoils the answer, so exact
+match falls with the horizon as (accuracy per step) ** horizon: that is what makes a student's compounding
+errors visible.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ class Arithmetic:
         self.seed = seed
         if train_prompts < 1 or train_prompts + eval_prompts > space // 2:
             raise UserError(
-                f"task: {max(train_prompts, 1)} training and {eval_prompts} held-out prompts are more than half of the {space} "
-                f"questions with horizon {horizon} and difficulty {difficulty}; raise task.horizon or ask for fewer"
+                f"task: {max(train_prompts, 1)} training and {eval_prompts} held-out prompts are more "
+                f"than half of the {space} "
+                f"questions with horizon {horizon} and difficulty {difficulty}; raise task.horizon or ask "
+                "for fewer"
             )
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
@@ -56,7 +59,9 @@ class Arithmetic:
                 if question not in held_out:
                     questions[question] = None
         return [
-            Prompt(index=i, text=question, payload={"answer": solve(question)[1], "solution": worked(question)})
+            Prompt(
+                index=i, text=question, payload={"answer": solve(question)[1], "solution": worked(question)}
+            )
             for i, question in enumerate(questions)
         ]
 

@@ -1,8 +1,9 @@
 """What a task is. A user's own task is any class with these methods, named in the recipe by import path.
 
 Its module lies beside the recipe, in the current folder, or among the installed packages. A prompt is
-`Prompt(index, messages=[{"role": "user", "content": ...}])`, which goes through the student's chat template, or
-`Prompt(index, text=...)`, which does not: the student reads it as it stands. Whatever the class raises is told with its line.
+`Prompt(index, messages=[{"role": "user", "content": ...}])`, which goes through the student's chat template,
+or `Prompt(index, text=...)`, which does not: the student reads it as it stands. Whatever the class raises is
+told with its line.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from fopd_cli.samples import Prompt
 
 
 class Task(Protocol):
-    """Built once in the conductor (for prompts) and once in the grader (for grades), from the same recipe keys."""
+    """Built once in the conductor (for prompts) and once in the grader (for grades), from the same recipe
+    keys.
+    """
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
-        """All prompts of a split, in a fixed order; `Prompt.index` is the position. Held-out means disjoint."""
+        """All prompts of a split, in a fixed order; `Prompt.index` is the position. Held-out means
+        disjoint.
+        """
         ...
 
     def grade(self, prompt: Prompt, response: str) -> float | Grade:
-        """Score of one response in [0, 1]; must not raise on anything a model can write. Of an episode: of its answer, or its
-        last turn."""
+        """Score of one response in [0, 1]; must not raise on anything a model can write. Of an episode: of
+        its answer, or its last turn.
+        """
         ...
 
 
@@ -37,10 +43,11 @@ class Grade:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the environment answers to a turn. `text` None: the episode is over, and `answer` is what is to be graded (None: the
-    turn itself). Several texts are a message each, as the answers to parallel calls.
+    """What the environment answers to a turn. `text` None: the episode is over, and `answer` is what is to be
+    graded (None: the turn itself). Several texts are a message each, as the answers to parallel calls.
 
-    `calls` describe what was executed: `tool`, `ok` (it could be run to its end), `seconds`, `input`, `output`.
+    `calls` describe what was executed: `tool`, `ok` (it could be run to its end), `seconds`, `input`,
+    `output`.
     """
 
     text: str | Sequence[str] | None
@@ -50,7 +57,9 @@ class Observation:
 
 
 class Episode(Protocol):
-    """One conversation with an environment; single use. Hundreds run in one process, so whatever waits must `await`."""
+    """One conversation with an environment; single use. Hundreds run in one process, so whatever waits must
+    `await`.
+    """
 
     async def observe(self, turn: str) -> Observation:
         """Execute what the student wrote (special tokens left out)."""
@@ -65,5 +74,7 @@ class EpisodicTask(Task, Protocol):
     """A task whose prompts begin a conversation. It may have a `replay`, see `replay.py`."""
 
     def episode(self, prompt: Prompt, now: int) -> Episode:
-        """A fresh environment, as it is when the student's version is `now`: what real ones, with a time of their own, ignore."""
+        """A fresh environment, as it is when the student's version is `now`: what real ones, with a time of
+        their own, ignore.
+        """
         ...

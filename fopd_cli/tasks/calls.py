@@ -1,6 +1,8 @@
-"""What a turn asks to be executed: fenced blocks of code, or tool calls in the notations of models' chat templates.
+"""What a turn asks to be executed: fenced blocks of code, or tool calls in the notations of models' chat
+templates.
 
-What a model only thinks is not executed: `<think>` ... `</think>`, or up to the first `</think>` where the template opened it.
+What a model only thinks is not executed: `<think>` ... `</think>`, or up to the first `</think>` where the
+template opened it.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from typing import Any, NamedTuple
 THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 MARKS = {*THOUGHTS, *THOUGHTS.values(), "<tool_call>", "</tool_call>", "[TOOL_CALLS]"}
 
-# Fences and thoughts side by side, the leftmost first: a fence inside a thought is a thought, and a mark inside a fence is code.
-# One without a language must begin its line: what ends an inline ```7``` opens nothing.
+# Fences and thoughts side by side, the leftmost first: a fence inside a thought is a thought, and a mark
+# inside a fence is code. One without a language must begin its line: what ends an inline ```7``` opens
+# nothing.
 FENCE = r"(?:(?<![^\n])[ \t]*```|```(?=[^\s`]))(?P<language>[^\n`]*)\n(?P<code>.*?)```"
 THOUGHT = "|".join(rf"{re.escape(a)}.*?(?:{re.escape(b)}|\Z)" for a, b in THOUGHTS.items())
 PIECES = re.compile(rf"{THOUGHT}|{FENCE}", re.DOTALL)
@@ -21,7 +24,9 @@ PYTHON = {"", "python", "py", "python3"}
 
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 LIST = re.compile(r"\[TOOL_CALLS\]\s*(\[.*|\{.*)", re.DOTALL)
-FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)(?:</function>|\Z)|<invoke name=\"([^\"]+)\">(.*?)(?:</invoke>|\Z)", re.DOTALL)  # fmt: skip
+FUNCTION = re.compile(
+    r"<function=([^>\n]+)>(.*?)(?:</function>|\Z)|<invoke name=\"([^\"]+)\">(.*?)(?:</invoke>|\Z)", re.DOTALL
+)
 PARAMETER = re.compile(
     r"<parameter=([^>\n]+)>(.*?)</parameter>|<parameter name=\"([^\"]+)\">(.*?)</parameter>"
     r"|<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>",
@@ -47,11 +52,17 @@ def spoken(turn: str) -> str:
 def fenced(turn: str) -> list[str]:
     """Python code in fenced blocks, in their order."""
     found = PIECES.finditer(_after_opened_thought(turn))
-    return [p["code"] for p in found if p["code"] is not None and (p["language"].split() or [""])[0].lower() in PYTHON]
+    return [
+        p["code"]
+        for p in found
+        if p["code"] is not None and (p["language"].split() or [""])[0].lower() in PYTHON
+    ]
 
 
 def native(turn: str) -> list[Call]:
-    """All tool calls of a turn, parallel ones in their order: JSON or XML in `<tool_call>`, XML alone, or Mistral's list."""
+    """All tool calls of a turn, parallel ones in their order: JSON or XML in `<tool_call>`, XML alone, or
+    Mistral's list.
+    """
     text = spoken(turn)
     if (listed := LIST.search(text)) is not None:
         return _of_json(listed[1])
@@ -97,7 +108,9 @@ def _of_json(body: str) -> list[Call]:
             if calls:
                 break  # words after the last call
             return [Call(body, problem=f"not a call of a tool: {type(error).__name__}: {error}")]
-        calls += [_of_value(v, body[at:end]) for v in (value if isinstance(value, list) and value else [value])]
+        calls += [
+            _of_value(v, body[at:end]) for v in (value if isinstance(value, list) and value else [value])
+        ]
         at = end + len(body[end:]) - len(body[end:].lstrip(" \t\r\n,;"))
     return calls or [Call(body, problem="not a call of a tool: it is empty")]
 

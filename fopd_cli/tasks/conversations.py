@@ -7,7 +7,13 @@ import json
 import re
 from typing import Any, NamedTuple
 
-SHARE_GPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_response": "tool", "observation": "tool"}  # fmt: skip
+SHARE_GPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
 
 
 class Asked(NamedTuple):
@@ -37,7 +43,9 @@ def asked(value: Any) -> Asked:
 
 
 def _messages_in(text: str) -> Any:
-    """What JSON, or a list that Python printed (so pandas writes csv files), says; a text that is neither as it is."""
+    """What JSON, or a list that Python printed (so pandas writes csv files), says; a text that is neither as
+    it is.
+    """
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)

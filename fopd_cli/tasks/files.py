@@ -22,27 +22,35 @@ SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z
 
 
 class Row(NamedTuple):
-    """`place` is for errors: "row 3 of 'x.jsonl'"; a jsonl file's rows are its lines, a csv file's come after the header."""
+    """`place` is for errors: "row 3 of 'x.jsonl'"; a jsonl file's rows are its lines, a csv file's come after
+    the header.
+    """
 
     place: str
     values: dict[str, Any]
 
 
 def read_rows(source: str, key: str) -> list[Row]:
-    """All rows of a file, a directory, or `hf:owner/name[@config][:split]`; at least one. `key` names it in errors."""
+    """All rows of a file, a directory, or `hf:owner/name[@config][:split]`; at least one. `key` names it in
+    errors.
+    """
     if source.startswith("hf:"):
         rows = _of_hub(source, key)
     else:
         path = Path(source)
         files = _files(path, key) if path.is_dir() else [path]
-        rows = [Row(f"row {n} of {str(file)!r}", values) for file in files for n, values in _of_file(file, key)]
+        rows = [
+            Row(f"row {n} of {str(file)!r}", values) for file in files for n, values in _of_file(file, key)
+        ]
     if not rows:
         raise UserError(f"{key}: {source!r} has no rows")
     return rows
 
 
 def column(row: Row, name: str, source_key: str, key: str) -> Any:
-    """The value of a column; `a.b` is one with this very name, else b in a. A text on the way is read as JSON."""
+    """The value of a column; `a.b` is one with this very name, else b in a. A text on the way is read as
+    JSON.
+    """
     if name in row.values:
         return row.values[name]
     value: Any = row.values
@@ -82,7 +90,8 @@ def _files(folder: Path, key: str) -> list[Path]:
     splits = {found for p in files for found in SPLIT.findall(str(p.relative_to(folder)).lower())}
     if len(splits) > 1:
         raise UserError(
-            f"{key}: {str(folder)!r} holds files of several splits ({', '.join(sorted(splits))}); name a file, "
+            f"{key}: {str(folder)!r} holds files of several splits ({', '.join(sorted(splits))}); name a "
+            "file, "
             "or a directory of one split"
         )
     return files
@@ -93,14 +102,17 @@ def _of_file(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.exists():
         raise UserError(f"{key}: there is no file {str(path)!r}{paths.similar(path)}")
     if reader is None:
-        raise UserError(f"{key}: {str(path)!r} is of no known kind; fopd reads {', '.join(READERS)}, and directories")
+        raise UserError(
+            f"{key}: {str(path)!r} is of no known kind; fopd reads {', '.join(READERS)}, and directories"
+        )
     try:
         yield from reader(path, key)
     except ImportError:
         raise UserError(f"{key}: {str(path)!r} needs the pyarrow package: {NEEDS_DATA}") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{key}: {str(path)!r} is not text in UTF-8 (byte {error.start}); save it as UTF-8, or unpack it if it is compressed"
+            f"{key}: {str(path)!r} is not text in UTF-8 (byte {error.start}); save it as UTF-8, or unpack "
+            "it if it is compressed"
         ) from None
     except RecursionError:
         raise UserError(f"{key}: cannot read {str(path)!r}: its values are nested too deeply") from None
@@ -149,7 +161,8 @@ def _json(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _csv(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """With a header. An empty cell is null, as a csv file has no other way to say so.
 
-    Where the header has no comma but semicolons, these part the cells: so spreadsheets write csv in half of the world.
+    Where the header has no comma but semicolons, these part the cells: so spreadsheets write csv in half of
+    the world.
     """
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -163,7 +176,8 @@ def _csv(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, cells in enumerate(filter(None, rows), 1):
             if len(cells) != len(header):
                 raise UserError(
-                    f"{key}: row {number} of {str(path)!r} has {len(cells)} cells, its header has {len(header)}; "
+                    f"{key}: row {number} of {str(path)!r} has {len(cells)} cells, its header has "
+                    f"{len(header)}; "
                     'put texts with commas or line breaks between "quotes"'
                 )
             yield number, {name: cell or None for name, cell in zip(header, cells, strict=True)}
@@ -187,7 +201,9 @@ def _arrow(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _texts(table: Any) -> Any:
-    """Columns of bytes as the texts that they are, where they are: some writers leave out that they mean text."""
+    """Columns of bytes as the texts that they are, where they are: some writers leave out that they mean
+    text.
+    """
     import pyarrow as pa
 
     for number, field in enumerate(table.schema):
@@ -198,8 +214,14 @@ def _texts(table: Any) -> Any:
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[tuple[int, dict[str, Any]]]]] = {
-    ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet, ".arrow": _arrow,
-}  # fmt: skip
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
 
 
 def _of_hub(source: str, key: str) -> list[Row]:

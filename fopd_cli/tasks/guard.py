@@ -1,4 +1,6 @@
-"""Around a task of the user's own: whatever it raises becomes one line that names the method, the error and the line it is in."""
+"""Around a task of the user's own: whatever it raises becomes one line that names the method, the error and
+the line it is in.
+"""
 
 from __future__ import annotations
 
@@ -60,13 +62,18 @@ def _check(found: Any, name: str, called: str) -> None:
         )
     if called == "prompts":
         if isinstance(found, str) or not hasattr(found, "__len__") or not hasattr(found, "__getitem__"):
-            raise UserError(f"task.name: {name}: prompts() returned {_of_kind(found)}; it must be a list of Prompt")
+            raise UserError(
+                f"task.name: {name}: prompts() returned {_of_kind(found)}; it must be a list of Prompt"
+            )
         for number, prompt in enumerate(found):
             if not isinstance(prompt, Prompt):
-                raise UserError(f"task.name: {name}: prompts()[{number}] is {_of_kind(prompt)}; it must be a Prompt")
+                raise UserError(
+                    f"task.name: {name}: prompts()[{number}] is {_of_kind(prompt)}; it must be a Prompt"
+                )
             if prompt.index != number:
                 raise UserError(
-                    f"task.name: {name}: prompts()[{number}] has the index {prompt.index}; it must be its position, {number}"
+                    f"task.name: {name}: prompts()[{number}] has the index {prompt.index}; it must be its "
+                    f"position, {number}"
                 )
 
 
@@ -79,7 +86,9 @@ def blamed(error: Exception, name: str, what: str) -> UserError:
     if isinstance(error, UserError):
         return error
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if OURS not in Path(f.filename).resolve().parents and "importlib" not in f.filename]
+    theirs = [
+        f for f in frames if OURS not in Path(f.filename).resolve().parents and "importlib" not in f.filename
+    ]
     own = [f for f in theirs if "site-packages" not in f.filename and "lib/python" not in f.filename]
     at = next(reversed(own or theirs), None)
     if isinstance(error, SyntaxError):

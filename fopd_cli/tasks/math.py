@@ -1,6 +1,7 @@
 """Maths questions from files, graded by math-verify.
 
-`\\boxed{}`, `#### answer` (GSM8K) and a plain final expression are understood, in the reference and in the response.
+`\\boxed{}`, `#### answer` (GSM8K) and a plain final expression are understood, in the reference and in the
+response.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ class Math(Questions):
     ) -> None:
         if answer is not None and importlib.util.find_spec("math_verify") is None:
             raise UserError(
-                "task: grading needs the math-verify package: pip install 'fopd[data]' (or set task.answer: null)"
+                "task: grading needs the math-verify package: pip install 'fopd[data]' (or set "
+                "task.answer: null)"
             )
         super().__init__(train, eval, question, answer, **options)
 
     def grade(self, prompt: Prompt, response: str) -> float:
-        """1 if math-verify finds the response's final answer equal to the reference, else 0; nan without one."""
+        """1 if math-verify finds the response's final answer equal to the reference, else 0; nan without
+        one.
+        """
         if prompt.payload.get("answer") is None:
             return math.nan
         gold, answer = final_answer(str(prompt.payload["answer"])), final_answer(response)
@@ -48,7 +52,9 @@ class Math(Questions):
 
 
 def final_answer(text: str) -> str:
-    """What stands behind the last `####`, else the whole text (math-verify finds boxes and plain expressions)."""
+    """What stands behind the last `####`, else the whole text (math-verify finds boxes and plain
+    expressions).
+    """
     return text.rpartition("####")[2] if "####" in text else text
 
 

@@ -14,8 +14,8 @@ FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 def told(prompt: Prompt, template: str) -> Prompt:
     """The prompt as the teacher sees it: its text, or its last user message, put through the template.
 
-    `{question}` is what the student is asked; every other field is a column of the prompt's payload. Braces around anything
-    else (LaTeX, code) stay. Raises `UserError` for a column that the prompt does not have.
+    `{question}` is what the student is asked; every other field is a column of the prompt's payload. Braces
+    around anything else (LaTeX, code) stay. Raises `UserError` for a column that the prompt does not have.
     """
     values = {k: v for k, v in prompt.payload.items() if v is not None}
 
@@ -24,7 +24,8 @@ def told(prompt: Prompt, template: str) -> Prompt:
             name = match[1]
             if name != "question" and name not in values:
                 raise UserError(
-                    f"teacher.context: {prompt.where} has no column {name!r}; it has {', '.join(['question', *values])}"
+                    f"teacher.context: {prompt.where} has no column {name!r}; it has "
+                    f"{', '.join(['question', *values])}"
                 )
             return question if name == "question" else str(values[name])
 

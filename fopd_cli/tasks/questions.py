@@ -18,19 +18,29 @@ Split = Literal["train", "eval"]
 
 
 class Questions:
-    """`train` and `eval` as of `files.read_rows`; without `eval` some of `train` are held out. A column may be nested
-    (`reward_model.ground_truth`).
+    """`train` and `eval` as of `files.read_rows`; without `eval` some of `train` are held out. A column may
+    be nested (`reward_model.ground_truth`).
 
-    A question is a text or a list of chat messages. An assistant's answer at its end is what the student is to write, so it
-    is left out of the prompt; `solution` is that answer, unless a column is named for it. `notices` say, once the prompts
-    were read, what was done to how many rows.
+    A question is a text or a list of chat messages. An assistant's answer at its end is what the student is
+    to write, so it is left out of the prompt; `solution` is that answer, unless a column is named for it.
+    `notices` say, once the prompts were read, what was done to how many rows.
     """
 
     def __init__(
-        self, train: str, eval: str | None = None, question: str = "question", answer: str | None = "answer", eval_question: str | None = None,
-        eval_answer: str | None = None, solution: str | None = None, teacher: str | None = None, template: str = "{question}",
-        system: str | None = None, chat: bool = True, eval_prompts: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        train: str,
+        eval: str | None = None,
+        question: str = "question",
+        answer: str | None = "answer",
+        eval_question: str | None = None,
+        eval_answer: str | None = None,
+        solution: str | None = None,
+        teacher: str | None = None,
+        template: str = "{question}",
+        system: str | None = None,
+        chat: bool = True,
+        eval_prompts: int | None = None,
+    ) -> None:
         self.split_off = eval is None
         self.sources: dict[Split, str] = {"train": train, "eval": train if eval is None else eval}
         self.questions: dict[Split, str] = {"train": question, "eval": eval_question or question}
@@ -47,7 +57,9 @@ class Questions:
         return [notice for split in self._notices.values() for notice in split]
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
-        """The distinct questions in file order; the first `eval_prompts` of the held-out source, which training skips."""
+        """The distinct questions in file order; the first `eval_prompts` of the held-out source, which
+        training skips.
+        """
         kept = self._split_off() if self.split_off else self._held_out()
         if split == "eval":
             return kept
@@ -71,13 +83,18 @@ class Questions:
         found = [p for p in everyone if self.answers["train"] is None or p.payload["answer"] is not None]
         if not found:
             raise UserError(
-                f"task.train: no row of {self.sources['train']!r} has an answer, so none can be held out to be graded; "
+                f"task.train: no row of {self.sources['train']!r} has an answer, so none can be held out "
+                "to be graded; "
                 "set task.answer: null (task.name: chat)"
             )
         count = held_out.size(self.eval_prompts, len(found), shared=True)
         chosen = held_out.drawn([_identity(p) for p in found], count)
         self._notices["eval"] = [
-            f"task.eval: not given; {len(chosen)} of the {len(everyone)} questions of task.train are held out, drawn by their text"
+            (
+                f"task.eval: not given; {len(chosen)} of the {len(everyone)} questions of task.train are "
+                "held "
+                "out, drawn by their text"
+            )
         ]
         return [replace(found[i], index=number) for number, i in enumerate(chosen)]
 
@@ -103,29 +120,37 @@ class Questions:
         counts["said"] += said is not None
         columns = {"answer": self.answers[split], "solution": self.solution, "teacher": self.teacher}
         found = {
-            key: None if name is None else column(row, name, source_key, f"task.{key}") for key, name in columns.items()
+            key: None if name is None else column(row, name, source_key, f"task.{key}")
+            for key, name in columns.items()
         }
         if self.answers[split] is not None and _blank(found["answer"]):
             found["answer"] = None
             if split == "eval":
                 raise UserError(
-                    f"{source_key}: {row.place}: column {self.answers[split]!r} is null or empty, so nothing can be graded; leave the "
+                    f"{source_key}: {row.place}: column {self.answers[split]!r} is null or empty, so "
+                    "nothing can be graded; leave the "
                     "row out, or set task.answer: null (task.name: chat)"
                 )
             counts["no answer"] += 1
         if isinstance(found["answer"], dict | list):
             raise UserError(
-                f"{source_key}: {row.place}: column {self.answers[split]!r} holds several values, and an answer is one; name it, for "
-                f"example task.answer: {self.answers[split]}.{next(iter(found['answer']), 0) if isinstance(found['answer'], dict) else 0}"
+                f"{source_key}: {row.place}: column {self.answers[split]!r} holds several values, and an "
+                "answer is one; name it, for "
+                "example task.answer: "
+                f"{self.answers[split]}.{next(iter(found['answer']), 0) if isinstance(found['answer'], dict) else 0}"
             )
-        payload = {"answer": found["answer"], "solution": said if self.solution is None else found["solution"]}
+        payload = {
+            "answer": found["answer"],
+            "solution": said if self.solution is None else found["solution"],
+        }
         teacher = None if found["teacher"] is None else str(found["teacher"])
         messages = self._messages(question) if isinstance(question, str) else question
         if self.chat:
             return Prompt(index, messages=messages, payload=payload, teacher=teacher, place=row.place)
         if len(messages) > 1:
             raise UserError(
-                f"{source_key}: {row.place} holds {len(messages)} messages, and without a chat template (task.chat: false) "
+                f"{source_key}: {row.place} holds {len(messages)} messages, and without a chat template "
+                "(task.chat: false) "
                 "there is no telling how they become one text; set task.chat: true"
             )
         return Prompt(index, text=messages[0]["content"], payload=payload, teacher=teacher, place=row.place)
@@ -149,10 +174,13 @@ def _notices(key: str, rows: int, counts: Counter[str], as_solution: bool) -> Se
     if counts["said"]:
         use = "; it is {solution} for teacher.context" if as_solution else ""
         found.append(
-            f"{key}: {counts['said']} of {rows} rows end with the assistant's answer, left out of the prompt{use}"
+            f"{key}: {counts['said']} of {rows} rows end with the assistant's answer, left out of the "
+            f"prompt{use}"
         )
     if counts["repeated"]:
         found.append(f"{key}: {counts['repeated']} of {rows} rows repeat a question; each is used once")
     if counts["no answer"]:
-        found.append(f"{key}: {counts['no answer']} of {rows} rows have no answer; they are trained on, and not graded")
+        found.append(
+            f"{key}: {counts['no answer']} of {rows} rows have no answer; they are trained on, and not graded"
+        )
     return found

@@ -21,8 +21,9 @@ BUILT_IN = {
 
 
 def load_task(name: str, options: dict[str, Any], folder: str | None = None) -> Task:
-    """Build the task; `options` are the recipe's keys. A plug-in's module is looked up in `folder` first; whatever is wrong with
-    it is the user's mistake, and says where."""
+    """Build the task; `options` are the recipe's keys. A plug-in's module is looked up in `folder` first;
+    whatever is wrong with it is the user's mistake, and says where.
+    """
     module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
     if name in BUILT_IN:
         built_in: Task = getattr(importlib.import_module(module_name), attribute)(**options)

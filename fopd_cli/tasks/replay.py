@@ -1,7 +1,8 @@
-"""What a stored conversation would look like today: the current context c_ih, on which supervision drift is measured.
+"""What a stored conversation would look like today: the current context c_ih, on which supervision drift is
+measured.
 
-The student's turns are given; what the environment says between them may have changed. A task whose world can be looked up
-more cheaply than by doing everything again (retrieval, memory) has a method of its own,
+The student's turns are given; what the environment says between them may have changed. A task whose world can
+be looked up more cheaply than by doing everything again (retrieval, memory) has a method of its own,
 
     async def replay(self, prompt: Prompt, turns: list[str], now: int) -> Replay
 
@@ -24,7 +25,8 @@ from fopd_cli.tasks.base import Observation
 class Replay:
     """The question as it would be asked today, and what would be answered to each turn but the last.
 
-    If there are fewer answers than that, the environment did not go along to the end, and later turns have no context.
+    If there are fewer answers than that, the environment did not go along to the end, and later turns have no
+    context.
     """
 
     prompt: Prompt
@@ -67,7 +69,9 @@ def realigned(rollout: Rollout, prompt_ids: np.ndarray, observations: Sequence[n
 
 
 def cached(rollout: Rollout, told: np.ndarray | None) -> Context:
-    """The context on which it was judged first; `told` is the prompt as the teacher saw it, if not as the student did."""
+    """The context on which it was judged first; `told` is the prompt as the teacher saw it, if not as the
+    student did.
+    """
     if told is None:
         return rollout.judged
     ids = np.concatenate([told, rollout.response_ids]).astype(np.int32)

@@ -1,9 +1,11 @@
-"""Questions to be answered with a Python interpreter: the student writes code, sees what it prints, and goes on.
+"""Questions to be answered with a Python interpreter: the student writes code, sees what it prints, and goes
+on.
 
-In the style of ReTool, in two notations: blocks of code fenced as ```python, answered by the user's next message, or native calls
-of the chat template (`<tool_call>{"name": "python", "arguments": {"code": ...}}</tool_call>`, or XML), each answered as the tool's.
-All calls of a turn are executed, in their order; what the student only thinks is none.
-The interpreter keeps its state within an episode and runs in the sandbox. A turn without a call is the answer.
+In the style of ReTool, in two notations: blocks of code fenced as ```python, answered by the user's next
+message, or native calls of the chat template (`<tool_call>{"name": "python", "arguments": {"code":
+...}}</tool_call>`, or XML), each answered as the tool's. All calls of a turn are executed, in their order;
+what the student only thinks is none. The interpreter keeps its state within an episode and runs in the
+sandbox. A turn without a call is the answer.
 """
 
 from __future__ import annotations
@@ -30,25 +32,46 @@ PYTHON_TOOL = {
     "type": "function",
     "function": {
         "name": "python",
-        "description": "Run Python code; what it prints, or the value of its last line, comes back. State is kept between calls.",
+        "description": (
+            "Run Python code; what it prints, or the value of its last line, comes back. State "
+            "is kept between calls."
+        ),
         "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]},
     },
 }
 STOPPED = {
-    "timeout": "stopped: it took longer than {limits.wall_s:g} s", "memory": "stopped: it used more than {limits.memory_mb} MB",
-    "disk": "stopped: its disk is full", "output": "stopped: it printed more than {limits.output_kb} kB", "died": "the interpreter died; its state is lost",
-}  # fmt: skip
+    "timeout": "stopped: it took longer than {limits.wall_s:g} s",
+    "memory": "stopped: it used more than {limits.memory_mb} MB",
+    "disk": "stopped: its disk is full",
+    "output": "stopped: it printed more than {limits.output_kb} kB",
+    "died": "the interpreter died; its state is lost",
+}
 
 
 class Tool:
-    """`train` and `eval` as of the math task; without them, sums and products of numbers that one does not do in one's head."""
+    """`train` and `eval` as of the math task; without them, sums and products of numbers that one does not do
+    in one's head.
+    """
 
     def __init__(
-        self, train: str | None = None, eval: str | None = None, notation: Literal["code", "native"] = "code", max_calls: int = 6,
-        max_turns: int = 10, observation_chars: int = 2000, wall_s: float = 10.0, memory_mb: int = 512,
-        sandbox: Literal["bubblewrap", "none"] = "bubblewrap", digits: int = 2, terms: int = 3, train_prompts: int = 20_000,
-        eval_prompts: int | None = None, seed: int = 0, drift: float = 0.0, **questions: Any,
-    ) -> None:  # fmt: skip
+        self,
+        train: str | None = None,
+        eval: str | None = None,
+        notation: Literal["code", "native"] = "code",
+        max_calls: int = 6,
+        max_turns: int = 10,
+        observation_chars: int = 2000,
+        wall_s: float = 10.0,
+        memory_mb: int = 512,
+        sandbox: Literal["bubblewrap", "none"] = "bubblewrap",
+        digits: int = 2,
+        terms: int = 3,
+        train_prompts: int = 20_000,
+        eval_prompts: int | None = None,
+        seed: int = 0,
+        drift: float = 0.0,
+        **questions: Any,
+    ) -> None:
         if train is None and eval is not None:
             raise UserError("task.train: give it, too, or neither it nor task.eval for generated questions")
         if sandbox != "none":
@@ -116,7 +139,9 @@ class ToolEpisode:
         return Observation("\n".join(seen) if self.chat else "".join(seen), "user", calls)
 
     async def _execute(self, code: str, problem: str | None) -> dict[str, Any]:
-        """One call, in the order in which they were written: a later one may need what an earlier one left behind."""
+        """One call, in the order in which they were written: a later one may need what an earlier one left
+        behind.
+        """
         call: dict[str, Any] = {"tool": "python", "input": code, "ok": False, "seconds": 0.0}
         if self.calls >= self.task.max_calls:
             problem = f"no more than {self.task.max_calls} calls are allowed; give the answer"
@@ -136,7 +161,9 @@ class ToolEpisode:
         if self.shift:
             text = NUMBER.sub(lambda found: str(int(found[0]) + self.shift), text)
         if len(text) > most:
-            text = f"{text[: most // 2]}\n... {len(text) - most} characters left out ...\n{text[-(most // 2) :]}"
+            text = (
+                f"{text[: most // 2]}\n... {len(text) - most} characters left out ...\n{text[-(most // 2) :]}"
+            )
         if outcome.reason != "exit":
             why = STOPPED[outcome.reason].format(limits=self.task.limits)
             text = f"{text}\n{why}" if text else why
@@ -175,7 +202,8 @@ class Calculations:
         space = (9 * 10 ** (digits - 1)) ** terms * 3 ** (terms - 1)
         if train_prompts + eval_prompts > space // 2:
             raise UserError(
-                f"task: there are only {space} questions with task.digits {digits} and task.terms {terms}; raise one of them"
+                f"task: there are only {space} questions with task.digits {digits} and task.terms "
+                f"{terms}; raise one of them"
             )
 
     def prompts(self, split: Literal["train", "eval"]) -> list[Prompt]:
@@ -189,7 +217,9 @@ class Calculations:
             while len(questions) < self.sizes["train"]:
                 if (question := self._question(rng)) not in held_out:
                     questions[question] = None
-        return [Prompt(index=i, text=f"{q}=", payload={"answer": str(eval(q))}) for i, q in enumerate(questions)]
+        return [
+            Prompt(index=i, text=f"{q}=", payload={"answer": str(eval(q))}) for i, q in enumerate(questions)
+        ]
 
     def _question(self, rng: random.Random) -> str:
         low, high = 10 ** (self.digits - 1), 10**self.digits
@@ -200,7 +230,9 @@ class Calculations:
 
 
 def scripted(question: str) -> tuple[str, str, str]:
-    """What an expert writes to a generated question: the turn with the call, the observation, the turn with the answer."""
+    """What an expert writes to a generated question: the turn with the call, the observation, the turn with
+    the answer.
+    """
     expression = question.removesuffix("=")
     value = eval(expression)
     return f"```python\nprint({expression})\n```", f"\n```output\n{value}\n```\n", f"\\boxed{{{value}}}"

@@ -1,1 +1,3 @@
-"""Coding agents: repositories with a bug, mini-SWE-agent's scaffold, the instance's own tests as the judge."""
+"""Coding agents: repositories with a bug, mini-SWE-agent's scaffold, the instance's own tests as the
+judge.
+"""

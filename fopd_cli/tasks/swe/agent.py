@@ -1,8 +1,9 @@
 """mini-SWE-agent's own agent, its loop and its prompts, with our student behind its model interface.
 
-The agent asks its model and waits; our runtime brings turns and takes observations. So the agent runs in a thread of its own
-and its model is a pair of queues: what the agent would send to a model is the observation, what the student wrote is the
-model's answer. Tokens never pass through here, only what the agent sees of them: the text of a turn.
+The agent asks its model and waits; our runtime brings turns and takes observations. So the agent runs in a
+thread of its own and its model is a pair of queues: what the agent would send to a model is the observation,
+what the student wrote is the model's answer. Tokens never pass through here, only what the agent sees of
+them: the text of a turn.
 """
 
 from __future__ import annotations
@@ -32,26 +33,37 @@ INSTALL = "pip install 'fopd[swe]' && pip install --no-deps mini-swe-agent==2.4.
 
 
 def require() -> None:
-    """Raises `UserError` unless the scaffold can be imported. Importing it makes a folder in one's home and prints; not so here."""
+    """Raises `UserError` unless the scaffold can be imported. Importing it makes a folder in one's home and
+    prints; not so here.
+    """
     if importlib.util.find_spec("minisweagent") is None:
         raise UserError(
-            f"task: the swe task needs mini-swe-agent: {INSTALL} (without its own requirements: litellm would replace packages that transformers needs)"
+            f"task: the swe task needs mini-swe-agent: {INSTALL} (without its own requirements: litellm "
+            "would replace packages that transformers needs)"
         )
     os.environ.setdefault("MSWEA_SILENT_STARTUP", "1")
     os.environ.setdefault("MSWEA_GLOBAL_CONFIG_DIR", str(Path(tempfile.gettempdir()) / "fopd-mswea"))
 
 
 class Scaffold:
-    """A configuration of mini-SWE-agent: one that comes with it, by name (`swebench_backticks`), or a YAML file of one's own."""
+    """A configuration of mini-SWE-agent: one that comes with it, by name (`swebench_backticks`), or a YAML
+    file of one's own.
+    """
 
     def __init__(self, name: str, notation: Literal["code", "native"], max_turns: int) -> None:
         require()
         from minisweagent.config import builtin_config_dir
 
-        places = [builtin_config_dir / "benchmarks" / f"{name}.yaml", builtin_config_dir / f"{name}.yaml", Path(name)]
+        places = [
+            builtin_config_dir / "benchmarks" / f"{name}.yaml",
+            builtin_config_dir / f"{name}.yaml",
+            Path(name),
+        ]
         found = next((p for p in places if p.is_file()), None)
         if found is None:
-            raise UserError(f"task.scaffold: {name!r} is neither a configuration of mini-swe-agent nor a file")
+            raise UserError(
+                f"task.scaffold: {name!r} is neither a configuration of mini-swe-agent nor a file"
+            )
         config = yaml.safe_load(found.read_text(encoding="utf-8"))
         try:
             self.agent = {**config["agent"], "step_limit": max_turns, "cost_limit": 0.0}
@@ -80,7 +92,9 @@ class _Stopped(BaseException):
 
 
 class TurnModel:
-    """minisweagent's `Model`: `send` tells the student what it would be sent, `said` brings the student's turn (None: give up)."""
+    """minisweagent's `Model`: `send` tells the student what it would be sent, `said` brings the student's
+    turn (None: give up).
+    """
 
     def __init__(self, scaffold: Scaffold, send: Any) -> None:
         from minisweagent.models.utils import actions_text, actions_toolcall
@@ -123,7 +137,9 @@ class TurnModel:
             return found
         calls = [_tool_call(call, str(i)) for i, call in enumerate(native(turn))]
         parsed: list[dict[str, Any]] = self._toolcall.parse_toolcall_actions(
-            calls, format_error_template=config["format_error_template"], template_kwargs={"finish_reason": "stop"}
+            calls,
+            format_error_template=config["format_error_template"],
+            template_kwargs={"finish_reason": "stop"},
         )
         return parsed
 
@@ -131,7 +147,10 @@ class TurnModel:
         return message
 
     def format_observation_messages(
-        self, message: dict[str, Any], outputs: list[dict[str, Any]], template_vars: dict[str, Any] | None = None
+        self,
+        message: dict[str, Any],
+        outputs: list[dict[str, Any]],
+        template_vars: dict[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         template = self.scaffold.model["observation_template"]
         if self.scaffold.notation == "code":
@@ -194,14 +213,20 @@ class PlaceEnvironment(_Nowhere):
         if first.strip() == "COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT" and outcome.code == 0:
             extra = {"exit_status": "Submitted", "submission": rest}
             raise Submitted({"role": "exit", "content": rest, "extra": extra})
-        return {"output": text, "returncode": -1 if outcome.code is None else outcome.code, "exception_info": ""}
+        return {
+            "output": text,
+            "returncode": -1 if outcome.code is None else outcome.code,
+            "exception_info": "",
+        }
 
     def serialize(self) -> dict[str, Any]:
         return {}
 
 
 class AgentEpisode:
-    """Implements `base.Episode`. `make_place` is called in the agent's thread: checking out may take a while."""
+    """Implements `base.Episode`. `make_place` is called in the agent's thread: checking out may take a
+    while.
+    """
 
     def __init__(self, scaffold: Scaffold, task: str, make_place: Any, limits: Limits) -> None:
         self.scaffold, self.task, self.make_place, self.limits = scaffold, task, make_place, limits
@@ -213,9 +238,8 @@ class AgentEpisode:
     async def observe(self, turn: str) -> Observation:
         if self._heard is None:
             self._start()
-            first = (
-                await self._next()
-            )  # the prompt, which the student has had already; or the reason why there is no place
+            # the prompt, which the student has had already; or the reason why there is no place
+            first = await self._next()
             if isinstance(first, BaseException):
                 raise first
         assert self._model is not None

@@ -4,7 +4,8 @@
     def mul(x,y):             def test_mul():                    mul(7,3) is 10, not 21
         return x+y                assert mul(7,3) == 21
 
-One or two modules with two functions each. Every function has a test; the wrong one's fails, the others' pass.
+One or two modules with two functions each. Every function has a test; the wrong one's fails, the others'
+pass.
 """
 
 from __future__ import annotations
@@ -42,9 +43,13 @@ def instance(rng: random.Random) -> Instance:
         for module, own in zip(MODULES, modules, strict=False)
     }
     imports = [
-        f"from {m.removesuffix('.py')} import {', '.join(own)}" for m, own in zip(MODULES, modules, strict=False)
+        f"from {m.removesuffix('.py')} import {', '.join(own)}"
+        for m, own in zip(MODULES, modules, strict=False)
     ]
-    tests = [f"def test_{name}():\n    assert {name}({x},{y}) == {_value(OPERATORS[name], x, y)}\n" for name in names]
+    tests = [
+        f"def test_{name}():\n    assert {name}({x},{y}) == {_value(OPERATORS[name], x, y)}\n"
+        for name in names
+    ]
     files[TESTS] = "\n".join(imports) + "\n\n\n" + "\n\n".join(tests)
     files["conftest.py"] = ""  # so that pytest finds the modules
     return Instance(

@@ -1,9 +1,10 @@
-"""Whether a patch resolves its instance: the instance's own tests, on a fresh checkout, with the model's patch and no other
-trace of the model.
+"""Whether a patch resolves its instance: the instance's own tests, on a fresh checkout, with the model's
+patch and no other trace of the model.
 
-Who passed is read in pytest's own report file, of a name that is drawn anew each time, and not in what the tests print: a patch
-may print what it likes. The patch still runs in pytest's process, and one that is written to cheat can replace the report, or
-pytest. Whoever trains on the score looks at patches (samples.jsonl) before believing it.
+Who passed is read in pytest's own report file, of a name that is drawn anew each time, and not in what the
+tests print: a patch may print what it likes. The patch still runs in pytest's process, and one that is
+written to cheat can replace the report, or pytest. Whoever trains on the score looks at patches
+(samples.jsonl) before believing it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ IN_DIFF = re.compile(r"^\+\+\+ b/(\S+)", re.MULTILINE)
 def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
     """Score 1 if all FAIL_TO_PASS and PASS_TO_PASS tests pass with the patch.
 
-    Figures: `submitted` (there is a patch), `applied`, and for those that apply `regression`: a test that passed before fails now
-    (the paper's post-patch regression). Tests that the patch touches are put back first.
+    Figures: `submitted` (there is a patch), `applied`, and for those that apply `regression`: a test that
+    passed before fails now (the paper's post-patch regression). Tests that the patch touches are put back
+    first.
     """
     if not patch.lstrip().startswith("diff "):
         return Grade(0.0, {"submitted": 0.0})
@@ -43,7 +45,9 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
         return Grade(0.0, {"submitted": 1.0, "applied": 0.0})
     # One command from here on: each starts a sandbox of its own.
     tests = [*instance.fail_to_pass, *instance.pass_to_pass]
-    own = dict.fromkeys([*(t.split("::")[0] for t in tests), *IN_DIFF.findall(instance.test_patch), "conftest.py"])
+    own = dict.fromkeys(
+        [*(t.split("::")[0] for t in tests), *IN_DIFF.findall(instance.test_patch), "conftest.py"]
+    )
     steps = [f"git checkout -q HEAD -- {shlex.quote(path)} 2>/dev/null" for path in own]
     if instance.test_patch:
         write(place, PATCH, instance.test_patch)
@@ -64,8 +68,9 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
 
 
 def passed_tests(report: str) -> set[str]:
-    """The node ids of tests that passed, or failed as expected, in a report of pytest's (JUnit XML, family xunit1); a test that
-    stands there twice has passed if it did both times. None of a file that is no report."""
+    """The node ids of tests that passed, or failed as expected, in a report of pytest's (JUnit XML, family
+    xunit1); a test that stands there twice has passed if it did both times. None of a file that is no report.
+    """
     passed, failed = set[str](), set[str]()
     try:
         cases = ElementTree.fromstring(report).iter("testcase")
@@ -77,23 +82,40 @@ def passed_tests(report: str) -> set[str]:
         classes = [part for part in path.removeprefix(module).split(".") if part]
         name = "::".join([file, *classes, case.get("name") or ""])
         bad = [
-            e for e in case if e.tag in ("failure", "error") or (e.tag == "skipped" and e.get("type") != "pytest.xfail")
+            e
+            for e in case
+            if e.tag in ("failure", "error") or (e.tag == "skipped" and e.get("type") != "pytest.xfail")
         ]
         (failed if bad else passed).add(name)
     return passed - failed
 
 
 def harness(instance: Instance, patch: str, dataset: str, split: str) -> Grade:
-    """By the official harness: the `swebench` package and Docker. Not yet run: no machine of ours has Docker."""
+    """By the official harness: the `swebench` package and Docker. Not yet run: no machine of ours has
+    Docker.
+    """
     if not patch.strip():
         return Grade(0.0, {"submitted": 0.0})
     with tempfile.TemporaryDirectory(prefix="fopd-swebench-") as folder:
         prediction = {"instance_id": instance.id, "model_name_or_path": "fopd", "model_patch": patch}
         (Path(folder) / "predictions.json").write_text(json.dumps([prediction]))
         command = [
-            sys.executable, "-m", "swebench.harness.run_evaluation", "-d", dataset, "-s", split, "-i", instance.id,
-            "-p", "predictions.json", "-id", "fopd", "--max_workers", "1",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "swebench.harness.run_evaluation",
+            "-d",
+            dataset,
+            "-s",
+            split,
+            "-i",
+            instance.id,
+            "-p",
+            "predictions.json",
+            "-id",
+            "fopd",
+            "--max_workers",
+            "1",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         report = Path(folder) / "logs" / "run_evaluation" / "fopd" / "fopd" / instance.id / "report.json"
         if not report.is_file():
@@ -102,4 +124,6 @@ def harness(instance: Instance, patch: str, dataset: str, split: str) -> Grade:
             return Grade(0.0, {"submitted": 1.0, "applied": 0.0})
         found = json.loads(report.read_text())[instance.id]
     broken = found.get("tests_status", {}).get("PASS_TO_PASS", {}).get("failure", [])
-    return Grade(float(found["resolved"]), {"submitted": 1.0, "applied": 1.0, "regression": float(bool(broken))})
+    return Grade(
+        float(found["resolved"]), {"submitted": 1.0, "applied": 1.0, "regression": float(bool(broken))}
+    )

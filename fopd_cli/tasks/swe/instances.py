@@ -15,8 +15,8 @@ from fopd_cli.tasks.files import read_rows
 class Instance:
     """A repository, what is wrong with it, and the tests that tell.
 
-    Where the repository is: `files` (path -> text, in the row itself), `directory` (on this machine), or a container `image`
-    that holds it under /testbed.
+    Where the repository is: `files` (path -> text, in the row itself), `directory` (on this machine), or a
+    container `image` that holds it under /testbed.
     """
 
     id: str
@@ -38,7 +38,11 @@ def load_instances(source: str, key: str) -> list[Instance]:
 
 def _instance(row: dict[str, Any], place: str, key: str, source: str) -> Instance:
     where = f"{key}: {place}"
-    missing = [name for name in ("instance_id", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS") if name not in row]
+    missing = [
+        name
+        for name in ("instance_id", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS")
+        if name not in row
+    ]
     if missing:
         raise UserError(f"{where} has no column {missing[0]!r}; an instance of SWE-bench has it")
     for name in ("instance_id", "problem_statement"):
@@ -52,16 +56,23 @@ def _instance(row: dict[str, Any], place: str, key: str, source: str) -> Instanc
         if not directory.is_dir():
             raise UserError(f"{where}: there is no directory {directory}")
     return Instance(
-        id=str(row["instance_id"]), problem=str(row["problem_statement"]), fail_to_pass=_names(row["FAIL_TO_PASS"], where),
-        pass_to_pass=_names(row["PASS_TO_PASS"], where), test_patch=row.get("test_patch") or "",
-        test_command=row.get("test_command"), files=_contents(row.get("files")), directory=directory,
+        id=str(row["instance_id"]),
+        problem=str(row["problem_statement"]),
+        fail_to_pass=_names(row["FAIL_TO_PASS"], where),
+        pass_to_pass=_names(row["PASS_TO_PASS"], where),
+        test_patch=row.get("test_patch") or "",
+        test_command=row.get("test_command"),
+        files=_contents(row.get("files")),
+        directory=directory,
         image=row.get("image_name") or row.get("docker_image") or official_image(str(row["instance_id"])),
         place=place,
-    )  # fmt: skip
+    )
 
 
 def _contents(files: Any) -> dict[str, str] | None:
-    """Path -> text. In a csv file it is JSON; a parquet file has a field for the paths of all rows, null in the others."""
+    """Path -> text. In a csv file it is JSON; a parquet file has a field for the paths of all rows, null in
+    the others.
+    """
     found = json.loads(files) if isinstance(files, str) else files
     return None if found is None else {path: text for path, text in found.items() if text is not None}
 

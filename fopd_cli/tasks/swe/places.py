@@ -1,4 +1,5 @@
-"""Where an instance's repository lives while an agent works on it, or its tests are run: a sandbox here, or a container.
+"""Where an instance's repository lives while an agent works on it, or its tests are run: a sandbox here, or a
+container.
 
 Commands block their thread (each episode has one); `stop` ends a running one from another thread.
 """
@@ -41,10 +42,12 @@ GIT = (
 MOST_READ = 50_000_000  # characters of a file
 STEP = 64_000  # characters of base64 a command: a single argument of Linux's may not be longer than 128 kB
 NOTES = {
-    "timeout": "stopped: it took longer than {0.wall_s:g} s", "memory": "stopped: it used more than {0.memory_mb} MB",
-    "output": "stopped: it printed more than {0.output_kb} kB", "disk": "stopped: it wrote more than {0.workspace_mb} MB",
+    "timeout": "stopped: it took longer than {0.wall_s:g} s",
+    "memory": "stopped: it used more than {0.memory_mb} MB",
+    "output": "stopped: it printed more than {0.output_kb} kB",
+    "disk": "stopped: it wrote more than {0.workspace_mb} MB",
     "died": "stopped",
-}  # fmt: skip
+}
 
 
 class Place(Protocol):
@@ -68,9 +71,13 @@ class Place(Protocol):
 
 
 class LocalPlace:
-    """Behind bubblewrap's walls, the repository on disk at /workspace. `slots` bounds the commands that run at once."""
+    """Behind bubblewrap's walls, the repository on disk at /workspace. `slots` bounds the commands that run
+    at once.
+    """
 
-    def __init__(self, instance: Instance, limits: Limits, slots: threading.Semaphore, sandboxed: bool = True) -> None:
+    def __init__(
+        self, instance: Instance, limits: Limits, slots: threading.Semaphore, sandboxed: bool = True
+    ) -> None:
         self.limits, self.slots, self.sandboxed = limits, slots, sandboxed
         self.path = Path(tempfile.mkdtemp(prefix="fopd-swe-"))
         self.directory = "/workspace" if sandboxed else str(self.path)
@@ -118,19 +125,26 @@ def _check_out(instance: Instance, path: Path) -> None:
     """The instance's files in a fresh git repository."""
     if instance.files is None and instance.directory is None:
         raise UserError(
-            f"task: instance {instance.id} has no files and no directory; it needs its container: set task.sandbox: docker or podman"
+            f"task: instance {instance.id} has no files and no directory; it needs its container: set "
+            "task.sandbox: docker or podman"
         )
     if instance.directory is not None:
         shutil.copytree(instance.directory, path, dirs_exist_ok=True, symlinks=True)
     for name, text in (instance.files or {}).items():
         target = (path / name).resolve()
         if not target.is_relative_to(path.resolve()):
-            raise UserError(f"task: instance {instance.id} names the file {name!r}, which is outside of its repository")
+            raise UserError(
+                f"task: instance {instance.id} names the file {name!r}, which is outside of its repository"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     if (path / ".git").exists():
         return
-    commands = [("init", "-q", "--template="), ("add", "-A", "-f"), ("commit", "-q", "--allow-empty", "-m", "base")]
+    commands = [
+        ("init", "-q", "--template="),
+        ("add", "-A", "-f"),
+        ("commit", "-q", "--allow-empty", "-m", "base"),
+    ]
     script = " && ".join(shlex.join([*GIT, *command]) for command in commands)
     done = subprocess.run(["sh", "-c", script], cwd=path, capture_output=True, text=True)
     if done.returncode == 127:
@@ -140,7 +154,8 @@ def _check_out(instance: Instance, path: Path) -> None:
 
 
 class ContainerPlace:
-    """A container of the instance's image without network or capabilities, by mini-SWE-agent's own Docker environment.
+    """A container of the instance's image without network or capabilities, by mini-SWE-agent's own Docker
+    environment.
 
     `executable` is docker or podman. Not yet run: no machine of ours has either.
     """
@@ -154,14 +169,31 @@ class ContainerPlace:
             raise UserError(f"task: instance {instance.id} names no container image")
         self.limits, self._name = limits, f"fopd-swe-{uuid.uuid4().hex[:12]}"
         arguments = [
-            "--rm", "--network", "none", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-            "--memory", f"{limits.memory_mb}m", "--pids-limit", str(limits.processes), "--label", self._name,
-        ]  # fmt: skip
+            "--rm",
+            "--network",
+            "none",
+            "--cap-drop",
+            "ALL",
+            "--security-opt",
+            "no-new-privileges",
+            "--memory",
+            f"{limits.memory_mb}m",
+            "--pids-limit",
+            str(limits.processes),
+            "--label",
+            self._name,
+        ]
         try:
             self._environment = DockerEnvironment(
-                image=instance.image, cwd=self.directory, executable=executable, run_args=arguments, interpreter=["bash", "-c"],
-                env={"BASH_ENV": "/root/.bashrc", "PAGER": "cat"}, timeout=int(limits.wall_s), pull_timeout=1800,
-            )  # fmt: skip
+                image=instance.image,
+                cwd=self.directory,
+                executable=executable,
+                run_args=arguments,
+                interpreter=["bash", "-c"],
+                env={"BASH_ENV": "/root/.bashrc", "PAGER": "cat"},
+                timeout=int(limits.wall_s),
+                pull_timeout=1800,
+            )
         except FileNotFoundError:
             raise UserError(f"task.sandbox: {executable} is not installed") from None
         except subprocess.SubprocessError as error:
@@ -176,7 +208,10 @@ class ContainerPlace:
             found = self._environment.execute({"command": command}, timeout=int(wall_s or self.limits.wall_s))
         except Submitted as submitted:  # it looks for the magic line itself; whoever called does that, too
             extra = submitted.messages[0]["extra"]
-            found = {"output": f"COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT\n{extra['submission']}", "returncode": 0}
+            found = {
+                "output": f"COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT\n{extra['submission']}",
+                "returncode": 0,
+            }
         seconds = time.monotonic() - began
         if found["returncode"] == -1:
             return Outcome(found["output"], "timeout", None, seconds)

@@ -21,20 +21,35 @@ from fopd_cli.tasks.swe.places import ContainerPlace, LocalPlace, Place
 
 
 class Swe:
-    """`train` and `eval` are jsonl files or hub datasets in SWE-bench's columns; without them, small repositories of ours."""
+    """`train` and `eval` are jsonl files or hub datasets in SWE-bench's columns; without them, small
+    repositories of ours.
+    """
 
     def __init__(
-        self, train: str | None = None, eval: str | None = None, scaffold: str = "swebench_backticks",
-        notation: Literal["code", "native"] = "code", max_turns: int = 50, chat: bool = True,
-        sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap", wall_s: float = 60.0, test_wall_s: float = 1800.0,
-        memory_mb: int = 2048, grader: Literal["tests", "swebench"] = "tests", train_prompts: int = 20_000, eval_prompts: int | None = None,
+        self,
+        train: str | None = None,
+        eval: str | None = None,
+        scaffold: str = "swebench_backticks",
+        notation: Literal["code", "native"] = "code",
+        max_turns: int = 50,
+        chat: bool = True,
+        sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap",
+        wall_s: float = 60.0,
+        test_wall_s: float = 1800.0,
+        memory_mb: int = 2048,
+        grader: Literal["tests", "swebench"] = "tests",
+        train_prompts: int = 20_000,
+        eval_prompts: int | None = None,
         seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if train is None and eval is not None:
-            raise UserError("task.train: give it, too, or neither it nor task.eval for generated repositories")
+            raise UserError(
+                "task.train: give it, too, or neither it nor task.eval for generated repositories"
+            )
         if grader == "swebench" and (eval is None or not eval.startswith("hf:")):
             raise UserError(
-                "task.grader: swebench judges instances of a dataset that it knows; set task.eval: hf:owner/name:split"
+                "task.grader: swebench judges instances of a dataset that it knows; set task.eval: "
+                "hf:owner/name:split"
             )
         require()
         if sandbox == "bubblewrap":
@@ -62,7 +77,9 @@ class Swe:
         """Of a split; what is held out is not trained on."""
         train, own = self.sources["train"], self.sources["eval"]
         if train is None:
-            return generated.instances(split, self.train_prompts, self.seed, self.eval_prompts or held_out.DEFAULT)
+            return generated.instances(
+                split, self.train_prompts, self.seed, self.eval_prompts or held_out.DEFAULT
+            )
         ours = self._split_off(train) if own is None else load_instances(own, "task.eval")
         if own is not None:
             ours = ours[: held_out.size(self.eval_prompts, len(ours), shared=own == train)]
@@ -71,14 +88,21 @@ class Swe:
         known = {made.id for made in ours}
         rest = [made for made in load_instances(train, "task.train") if made.id not in known]
         if not rest:
-            raise UserError("task.train: all its instances are held out; give another file or lower task.eval_prompts")
+            raise UserError(
+                "task.train: all its instances are held out; give another file or lower task.eval_prompts"
+            )
         return rest
 
     def _split_off(self, source: str) -> list[Instance]:
         found = load_instances(source, "task.train")
-        chosen = held_out.drawn([made.id for made in found], held_out.size(self.eval_prompts, len(found), shared=True))
+        chosen = held_out.drawn(
+            [made.id for made in found], held_out.size(self.eval_prompts, len(found), shared=True)
+        )
         self.notices = [
-            f"task.eval: not given; {len(chosen)} of the {len(found)} instances of task.train are held out, drawn by their ids"
+            (
+                f"task.eval: not given; {len(chosen)} of the {len(found)} instances of task.train are held "
+                "out, drawn by their ids"
+            )
         ]
         return [found[i] for i in chosen]
 
@@ -120,5 +144,9 @@ class Swe:
         if self.chat:
             return Prompt(index, messages=messages, payload=payload, tools=tools, place=instance.place)
         return Prompt(
-            index, text="".join(m["content"] for m in messages), payload=payload, tools=tools, place=instance.place
+            index,
+            text="".join(m["content"] for m in messages),
+            payload=payload,
+            tools=tools,
+            place=instance.place,
         )

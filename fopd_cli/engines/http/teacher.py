@@ -1,0 +1,399 @@
+"""A remote teacher: an OpenAI-compatible server that returns prompt log-probs for token ids, as `vllm serve`
+does.
+
+One request a sample: its token ids as the prompt, `prompt_logprobs: k`, one token generated because none is
+refused. Requests go out side by side, at most `concurrency` of them; what can pass (a refused connection, a
+time-out, status 408, 429 and 5xx) is tried again with doubling pauses, what cannot (a wrong key, an unknown
+model, a redirect, a web page, a k over the server's limit) is the user's to mend and says so. A time-out is
+that of the whole request: a server that sends a byte now and then is as lost as one that sends none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import math
+import re
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fopd_cli.engines.tokens.topk import first_k, log_shared
+from fopd_cli.errors import UserError
+from fopd_cli.samples import Rollout, TeacherTargets
+
+FIRST_PAUSE_S = 0.5
+CHECK_S = 10.0  # for all requests of the check at the start, with its own few retries
+CHECK_RETRIES = 2
+MODELS_S = 3.0  # for the question how long its context is, which it need not answer
+MOST_BYTES = 1 << 30  # of an answer
+MASS_TOLERANCE = 0.01
+TOO_LONG = re.compile(
+    r"context length|max_model_len|too (?:long|many tokens)|maximum (?:input|model|sequence) length", re.I
+)
+TRANSIENT = {408, 429, 500, 502, 503, 504}
+PROBES = ("2+2=4, é ß 中文 🙂\n\n\tif x >= 10: return 'done'", "The answer is \\boxed{42}.  <|im_end|> </s>")
+
+
+class Unreachable(Exception):
+    """The server failed so often that it is given up; in the middle of a run the worker fails and is started
+    again.
+    """
+
+
+class TooLong(UserError):
+    """A sample is longer than the server's context."""
+
+
+@dataclass(frozen=True)
+class HttpServer:
+    """Where it is and how to talk to it; `url` ends before `/completions`."""
+
+    url: str
+    model: str
+    api_key: str | None
+    concurrency: int
+    timeout_s: float
+    retries: int
+
+
+class HttpTeacher:
+    """Implements `protocols.Teacher`. Ids from `vocab` on are padding that the student does not have."""
+
+    def __init__(self, server: HttpServer, vocab: int) -> None:
+        self.server, self.vocab = server, vocab
+        self._until: float | None = None  # of the check: when it must be over
+        self._pool = ThreadPoolExecutor(server.concurrency)
+
+    def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
+        list(self._pool.map(self._score, rollouts, targets))
+
+    def head(self) -> None:
+        """It stays with the server."""
+
+    def sleep(self) -> None:
+        """It holds nothing here."""
+
+    def wake(self) -> None:
+        pass
+
+    def check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
+        """Raises `UserError` unless the server answers, has our token ids and gives prompt log-probs for
+        them.
+
+        `probe` is as long as the longest sample that there can be. Takes `CHECK_S` seconds at most, whatever
+        the server does: nobody waits minutes to learn that it is down.
+        """
+        self._until = time.monotonic() + CHECK_S
+        try:
+            self._check(tokenizer, probe, k)
+        except Unreachable as error:
+            raise UserError(f"{error}; is the server up, and is this its address?") from None
+        finally:
+            self._until = None
+
+    def _check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
+        for text in PROBES:
+            ours = list(map(int, tokenizer(text)["input_ids"]))
+            theirs = self._choice(self._post({"prompt": text, "return_token_ids": True})).get(
+                "prompt_token_ids"
+            )
+            if theirs is None:
+                raise UserError(
+                    f"teacher.http.url: {self.server.url} does not say its token ids (return_token_ids), "
+                    "so it cannot be "
+                    "checked that its tokenizer is the student's; use a server that does (vLLM 0.10 and "
+                    "later)"
+                )
+            if ours != theirs:
+                raise UserError(
+                    f"teacher.http.url: {self.server.url} has another tokenizer than the student: "
+                    f"{text!r} is {theirs[:12]} "
+                    f"there and {ours[:12]} here; choose a teacher of the student's family"
+                )
+        self._prompt_logprobs(probe, k)
+
+    def context(self) -> int | None:
+        """Tokens that the server's model takes, if the server says; None also while it cannot be reached,
+        which `check` tells.
+        """
+        server = self.server
+        headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+        request = urllib.request.Request(f"{server.url}/models", headers=headers)
+        try:
+            models = ask(request, min(server.timeout_s, MODELS_S))["data"]
+            return next((int(m["max_model_len"]) for m in models if m["id"] == server.model), None)
+        except (NoAnswer, _Refused, ValueError, KeyError, TypeError):
+            return None
+
+    def _score(self, rollout: Rollout, target: TeacherTargets) -> None:
+        wanted = 0 if target.topk_ids is None else target.topk_ids.shape[-1]
+        context = rollout.judged
+        found = self._prompt_logprobs(context.token_ids, wanted)
+        # a position that the context does not have gets some row; nobody reads it
+        at = context.positions.clip(min=1)
+        entries, tokens = [found[i] for i in at], context.token_ids[at]
+        assert target.logprobs is not None
+        try:
+            own = [entry[str(token)]["logprob"] for entry, token in zip(entries, tokens, strict=True)]
+        except KeyError as error:
+            raise UserError(
+                f"teacher.http.url: {self.server.url} gives no log-prob of the prompt's own token "
+                f"{error}; fopd needs those "
+                "of vLLM's `prompt_logprobs`, which has them beside the likeliest"
+            ) from None
+        target.logprobs.copy_(torch.tensor(own))
+        if target.topk_logprobs is not None and target.topk_ids is not None:
+            # The sampled token stands among them even if it is not likely; the others are the k likeliest.
+            likely = [[e for e in entry.items() if e[1]["rank"] <= wanted] for entry in entries]
+            ids = torch.tensor([[int(token) for token, _ in row] for row in likely])
+            logprobs = torch.tensor([[found["logprob"] for _, found in row] for row in likely])
+            values, top = first_k(ids, logprobs, self.vocab, wanted)
+            shared = log_shared(ids, logprobs, self.vocab)
+            target.logprobs.sub_(shared)
+            target.topk_logprobs.copy_(values - shared[:, None])
+            target.topk_ids.copy_(top)
+
+    def _prompt_logprobs(self, ids: np.ndarray, k: int) -> list[dict[str, Any]]:
+        """One entry a token: id -> log-prob and rank; the first one's is empty."""
+        body = {"prompt": ids.tolist(), "prompt_logprobs": k}
+        found = self._choice(self._post(body)).get("prompt_logprobs")
+        if found is None or len(found) != len(ids):
+            raise UserError(
+                f"teacher.http.url: {self.server.url} returned no prompt log-probs; fopd needs a server "
+                "that knows "
+                "`prompt_logprobs` on /completions, such as vllm serve"
+            )
+        entries = [entry or {} for entry in found]
+        self._check_normalised(entries, k)
+        return entries
+
+    def _check_normalised(self, entries: list[dict[str, Any]], k: int) -> None:
+        """The k likeliest of `vocab` tokens have a mass between k / vocab and 1; logits or scores of another
+        kind do not.
+        """
+        for entry in entries[1:]:
+            logprobs = [math.nan if e["logprob"] is None else float(e["logprob"]) for e in entry.values()]
+            mass = sum(math.exp(min(value, 700.0)) for value in logprobs)
+            # the server may have more tokens than we
+            too_little = k > 0 and len(logprobs) >= k and mass < k / self.vocab / 2
+            if not mass < 1 + MASS_TOLERANCE or too_little:  # nan is neither
+                raise UserError(
+                    f"teacher.http.url: {self.server.url} gives values that are no log-probs: its "
+                    f"{len(logprobs)} likeliest "
+                    f"tokens of a position have a probability of {mass:.4g} together; it must return "
+                    "those of the whole "
+                    "distribution at temperature 1 (vllm serve: --logprobs-mode raw_logprobs)"
+                )
+
+    def _choice(self, answer: Any) -> dict[str, Any]:
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise UserError(
+                f"teacher.http.url: {self.server.url} does not answer like an OpenAI-compatible server"
+            )
+        return choices[0]
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        """The server's answer. Raises `UserError` for what cannot pass, `Unreachable` when it has failed too
+        often.
+        """
+        server, pause, tries, began = self.server, FIRST_PAUSE_S, 0, time.monotonic()
+        retries = server.retries if self._until is None else min(server.retries, CHECK_RETRIES)
+        payload = {"model": server.model, "max_tokens": 1, "temperature": 1.0, **body}
+        headers = {"Content-Type": "application/json"}
+        if server.api_key:
+            headers["Authorization"] = f"Bearer {server.api_key}"
+        request = urllib.request.Request(f"{server.url}/completions", json.dumps(payload).encode(), headers)
+        while True:
+            tries += 1
+            try:
+                return ask(request, self._seconds())
+            except _Refused as refused:
+                if refused.code not in TRANSIENT:
+                    kind = TooLong if TOO_LONG.search(refused.said) else UserError
+                    raise kind(_refusal(server, refused, len(body["prompt"]))) from None
+                trouble = f"status {refused.code}: {refused.said}"
+            except NoAnswer as error:
+                trouble = str(error)
+            if tries > retries or (self._until is not None and time.monotonic() + pause >= self._until):
+                break
+            time.sleep(pause)
+            pause *= 2
+        how_often = "once" if tries == 1 else f"{tries} times"
+        seconds = time.monotonic() - began
+        raise Unreachable(
+            f"teacher.http.url: {server.url} failed {how_often} in {seconds:.0f} s, last with: {trouble}"
+        )
+
+    def _seconds(self) -> float:
+        """What the next request may take."""
+        left = self.server.timeout_s if self._until is None else self._until - time.monotonic()
+        return min(self.server.timeout_s, max(0.1, left))
+
+
+class NoAnswer(Exception):
+    """What happened instead of an answer; it may pass."""
+
+
+class _Refused(Exception):
+    """An answer that says no."""
+
+    def __init__(self, code: int, said: str, location: str | None) -> None:
+        super().__init__(said)
+        self.code, self.said, self.location = code, said, location
+
+
+def ask(request: urllib.request.Request, seconds: float) -> Any:
+    """The JSON that a server answers within so many seconds, all told."""
+    with _Watch(seconds) as watch:
+        try:
+            opener = urllib.request.build_opener(_NoRedirects(), _Http(watch), _Https(watch))
+            with opener.open(request, timeout=seconds) as response:
+                watch.answered = not watch.expired
+                raw = response.read(MOST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            said = b""
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                said = error.read(10_000)
+            raise _Refused(error.code, _message(said), error.headers.get("Location")) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: TLS that was cut off
+            if watch.expired or isinstance(getattr(error, "reason", error), TimeoutError):
+                raise NoAnswer(watch.verdict) from None
+            raise NoAnswer(
+                " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
+            ) from None
+    if watch.expired:
+        raise NoAnswer(watch.verdict)
+    if len(raw) > MOST_BYTES:
+        raise _Refused(200, f"an answer of more than {MOST_BYTES >> 20} MB", None)
+    try:
+        return json.loads(raw)
+    except ValueError:
+        if raw.lstrip()[:1] == b"<":
+            raise _Refused(200, "a web page", None) from None
+        raise NoAnswer(f"an answer that is no JSON: {raw[:80]!r}") from None
+
+
+class _Watch:
+    """Ends a request at its time, however busily the server sends: the time-outs of a socket are those of
+    each byte.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.expired, self.answered = seconds, False, False
+        self._socket: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Watch:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._timer.cancel()
+
+    def take(self, connected: socket.socket) -> None:
+        self._socket = connected
+        if self.expired:
+            self._expire()
+
+    def _expire(self) -> None:
+        self.expired = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    @property
+    def verdict(self) -> str:
+        if self.answered:
+            return f"an answer that was not complete after {self.seconds:.0f} s"
+        connected = "it accepts connections, but" if self._socket is not None else "there was"
+        return f"{connected} no answer within {self.seconds:.0f} s"
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_watched(http.client.HTTPConnection, self.watch), req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_watched(http.client.HTTPSConnection, self.watch), req)
+
+
+def _watched(base: Any, watch: _Watch) -> Any:
+    """A kind of connection that hands its socket to the watch."""
+
+    class Watched(base):
+        def connect(self) -> None:
+            super().connect()
+            watch.take(self.sock)
+
+    return Watched
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """urllib would follow with a GET, without what we asked, and with the key to whoever is there."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _refusal(server: HttpServer, refused: _Refused, length: int) -> str:
+    code, said = refused.code, refused.said
+    if code in (401, 403):
+        return f"teacher.http.api_key_env: {server.url} refuses the API key ({code}: {said})"
+    if code == 404:
+        return (
+            f"teacher.model: {server.url} knows no model {server.model!r} there, or has no "
+            f"/completions ({said})"
+        )
+    if TOO_LONG.search(said):
+        return (
+            f"teacher.http.url: {server.url} refuses a sample of {length} tokens as too long ({code}: "
+            f"{said}); lower "
+            "sampler.max_new_tokens, shorten the prompts, or serve the teacher with a longer context "
+            "(vllm serve: --max-model-len)"
+        )
+    if 300 <= code < 400:
+        return (
+            f"teacher.http.url: {server.url} redirects to {refused.location or 'nowhere'} ({code}); "
+            "give the address where it really is"
+        )
+    if code == 200:
+        return (
+            f"teacher.http.url: {server.url} answers with {said}, not like an OpenAI-compatible "
+            "server; does its address end in /v1?"
+        )
+    hint = "; is teacher.k over the server's max_logprobs?" if "logprobs" in said else ""
+    return f"teacher.http: {server.url} refuses the request ({code}: {said}){hint}"
+
+
+def _message(raw: bytes) -> str:
+    """What a server says in the body of an error, in one line."""
+    text = raw.decode(errors="replace")
+    with contextlib.suppress(ValueError, AttributeError):
+        answer = json.loads(text)
+        text = str((answer.get("error") or {}).get("message") or answer.get("message") or text)
+    if text.lstrip().startswith("<"):
+        return "a web page"
+    return " ".join(text.split())[:300]

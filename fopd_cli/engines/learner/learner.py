@@ -1,0 +1,507 @@
+"""The student, learning: FSDP2, fp32 master weights, AdamW, exact losses from hidden states, freshness in the
+same pass.
+
+One optimizer step on a batch of B samples:
+
+    1. every rank takes a share of the samples (balanced by squared lengths) and splits it under a token budget
+    2. per micro-batch: one forward gives drifts D_roll_i, from these f_i and w_i, losses and the head's gradients; then backward
+    3. the gradient is summed over ranks, divided by the batch's mean weight if weights are normalised, clipped, applied
+
+A micro-batch's weights need only its own forward pass; what needs the whole batch (normalisation, the
+learning rate's
+`step_scale`) is a common factor, and is applied to the summed gradient or the learning rate afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from fopd_cli.engines.learner import dcp, lora
+from fopd_cli.engines.learner.micro_batch import MicroBatch, placeholder
+from fopd_cli.engines.models.heads import HeadRule
+from fopd_cli.engines.models.hf import blocks, head_rule, modules_in_fp32
+from fopd_cli.engines.tokens import rope
+from fopd_cli.engines.tokens.batching import balanced_shares, by_token_budget
+from fopd_cli.engines.tokens.packing import check_packing
+from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
+from fopd_cli.freshness import drift, score
+from fopd_cli.freshness.policies import Policy
+from fopd_cli.losses.chunked import Weighting, chunked_objective
+from fopd_cli.losses.head import Head
+from fopd_cli.losses.objective import shares, weighting
+from fopd_cli.losses.terms import LossSpec, TokenTerms
+from fopd_cli.samples import Sample, SampleStats, StepReport
+
+TRAINABLE = StateDictOptions(
+    ignore_frozen_params=True, strict=False
+)  # what a checkpoint holds of the student
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """The recipe's learner, loss and freshness sections, as the learner needs them."""
+
+    loss: LossSpec
+    policy: Policy
+    alpha: float
+    beta: float
+    xi: float
+    anchor: float  # lambda; 0: none
+    weights: Literal["raw", "normalized"]
+    labels: Literal["cached", "current"]  # of replayed samples
+    step_scale: Literal["none", "freshness"]
+    average: Literal["sample", "token"]
+    lr: float
+    warmup_steps: int
+    decay: Literal["constant", "cosine", "linear"]
+    min_lr_ratio: float
+    steps: int
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+    micro_tokens: int
+    packing: bool
+    compute_dtype: torch.dtype
+    activation_checkpointing: bool
+    compile: bool
+    offload: bool
+    optimizer_dtype: torch.dtype  # of AdamW's states between steps
+    adapter_only: bool  # what is published of a LoRA student
+    vocab: int
+    longest: int  # tokens of the longest sample that there can be
+
+
+def sharded(compute_dtype: torch.dtype, offload: bool, world: int) -> bool:
+    """Whether the learner is under FSDP2, and so in a process group."""
+    return world > 1 or offload or compute_dtype != torch.float32
+
+
+def lr_factor(config: LearnerConfig, step: int) -> float:
+    """Warm-up from 1/warmup to 1, then the decay, which is at `min_lr_ratio` in the last step, `steps - 1`,
+    even if the warm-up is not over by then. A pure function of the step.
+    """
+    last = config.steps - 1
+    if step < config.warmup_steps and (step < last or config.decay == "constant"):
+        return (step + 1) / config.warmup_steps
+    if config.decay == "constant":
+        return 1.0
+    progress = 1.0 if step >= last else (step - config.warmup_steps) / (last - config.warmup_steps)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+
+
+class _Student(nn.Module):
+    """The model and its loss as one forward, so that a sharded head is whole while the loss needs it."""
+
+    def __init__(self, lm: Any, rule: HeadRule) -> None:
+        super().__init__()
+        self.lm, self.rule = lm, rule
+
+    def forward(
+        self, batch: MicroBatch, spec: LossSpec, vocab: int, teacher_head: Head | None, weighting: Weighting
+    ) -> tuple[Tensor, ...]:
+        hidden = batch.tokens.hidden(self.lm).index_select(0, batch.index)
+        head = self.rule.head(self.lm).first(vocab)
+        value, terms = chunked_objective(spec, hidden, batch.at, head, teacher_head, weighting)
+        # A tuple: FSDP hooks on tensors that it can see.
+        return (value, *(getattr(terms, f.name) for f in fields(TokenTerms)))
+
+    def hidden(self, tokens: TokenBatch) -> Tensor:
+        """Post-norm hidden states `(tokens, width)` alone; where the model is sharded, a forward of its
+        own.
+        """
+        return tokens.hidden(self.lm)
+
+
+class FsdpLearner:
+    """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_heads` stand in the order of
+    the teachers, none where the targets are log-probs.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_heads: Sequence[Head | Tensor],
+        config: LearnerConfig,
+        device: torch.device,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.version = 0
+        self.floor = drift.NoiseFloor()
+        self.teacher_heads = [Head.of(head).first(config.vocab).to(device) for head in teacher_heads]
+        self.shared = not rope.by_length(model.config)
+        if config.packing:
+            enable_packing(model, config.compile)
+        # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
+        self.student = _Student(model.eval(), head_rule(model.config, "student.model"))
+        self._shard()
+        if config.packing:
+            self._check_packing()
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.student.parameters() if p.requires_grad],
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+
+    def _shard(self) -> None:
+        """One rank that computes in fp32 has nothing to shard or cast; otherwise FSDP2 keeps the fp32
+        masters.
+        """
+        lm, config = self.student.lm, self.config
+        if config.activation_checkpointing:
+            block_type = type(blocks(lm)[0])
+            apply_activation_checkpointing(
+                lm, checkpoint_wrapper, check_fn=lambda m: isinstance(m, block_type)
+            )
+        if config.compile:
+            for block in blocks(lm):
+                block.compile()
+        if not sharded(config.compute_dtype, config.offload, self.world):
+            self.student.to(self.device)
+            return
+        mesh = dist.init_device_mesh(self.device.type, (self.world,))
+        policy: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=config.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+            "offload_policy": OffloadPolicy(),
+        }
+        if config.offload:
+            policy["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+        narrow = policy["mp_policy"]
+        # samplers keep them so, and a router's choice hangs on it
+        for module in modules_in_fp32(lm, config.compute_dtype):
+            fully_shard(module, **{**policy, "mp_policy": replace(narrow, param_dtype=None)})
+        for block in blocks(lm):
+            fully_shard(block, **policy)
+        fully_shard(self.student, reshard_after_forward=False, **policy)
+        register_fsdp_forward_method(self.student, "hidden")
+
+    def _check_packing(self) -> None:
+        """On the weights as they are sharded, on their device."""
+        config, student = self.config, self.student
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled for the probe's few lengths
+            check_packing(
+                student.hidden, student.lm, config.vocab, config.longest, self.device, "learner.packing"
+            )
+        if isinstance(student, FSDPModule):
+            # the optimizer wants the shards, and a forward without a backward leaves them gathered
+            student.reshard()
+
+    # ---- one optimizer step --------------------------------------------------------------------------------
+
+    def train(self, step: int, samples: Sequence[Sample]) -> StepReport:
+        if step != self.version:
+            raise RuntimeError(
+                f"asked for optimizer step {step}, but the student is at version {self.version}"
+            )
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        micro, stats, loss, anchor = self._batches(samples), [], 0.0, 0.0
+        for number, indices in enumerate(micro):
+            self._sync_gradients(last=number == len(micro) - 1)
+            part, objective_value, anchor_value = self._forward(samples, indices)
+            objective_value.backward()
+            loss, anchor = loss + objective_value.item() / self.world, anchor + anchor_value
+            if indices:
+                stats.append((indices, part))
+        merged = self._gather(stats, len(samples))
+        loss, anchor = self._sum(loss), self._sum(anchor)
+        mean_weight = float(merged.weight.mean())
+        if config.weights == "normalized" and mean_weight > 0:
+            loss, anchor = loss / mean_weight, anchor / mean_weight
+            self._scale_gradients(1 / mean_weight)
+        grad_norm = self._clip()
+        lr = config.lr * lr_factor(config, step) * (mean_weight if config.step_scale == "freshness" else 1.0)
+        skipped = mean_weight == 0
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(
+                f"the gradient of optimizer step {step} is not finite ({grad_norm}); nothing was updated"
+            )
+        if not skipped:
+            self._update(lr)
+        floor = self.floor.value
+        self.floor.update(
+            [float(d) for d, lag in zip(merged.drift_roll, merged.lag, strict=True) if lag == 0]
+        )
+        self.version = step + 1
+        lengths = [len(s.rollout.token_ids) for s in samples]
+        return StepReport(
+            step=step,
+            stats=merged,
+            loss=loss,
+            anchor=anchor,
+            grad_norm=grad_norm,
+            clipped=0 < config.clip < grad_norm,
+            lr=lr,
+            skipped=skipped,
+            noise_floor=floor,
+            tokens=sum(lengths),
+            padded_tokens=self._padded(samples, micro),
+            publish_seconds=0.0,
+            publish_bytes=0,
+        )
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._cast_states(torch.float32)
+        self.optimizer.step()
+        self._rest_states()
+
+    def _rest_states(self) -> None:
+        self._cast_states(self.config.optimizer_dtype)
+
+    def _cast_states(self, dtype: torch.dtype) -> None:
+        """AdamW always computes in fp32; narrower states only rest, while activations need the memory."""
+        for state in self.optimizer.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(dtype)
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[Sample]) -> SampleStats:
+        parts = []
+        for indices in self._batches(samples):
+            part, _, _ = self._forward(samples, indices)
+            if indices:
+                parts.append((indices, part))
+        return self._gather(parts, len(samples))
+
+    def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """This rank's micro-batches; every rank gets equally many, the missing ones are empty."""
+        lengths = [len(s.rollout.token_ids) for s in samples]
+        split = []
+        for share in balanced_shares(lengths, self.world):
+            groups = []
+            for teacher in sorted({samples[i].targets.teacher for i in share}):  # each has a head of its own
+                own = [i for i in share if samples[i].targets.teacher == teacher]
+                found = by_token_budget(
+                    [lengths[i] for i in own], self.config.micro_tokens, self.config.packing
+                )
+                groups += [[own[i] for i in group] for group in found]
+            split.append(groups)
+        most = max(len(groups) for groups in split)
+        return split[self.rank] + [[] for _ in range(most - len(split[self.rank]))]
+
+    def _forward(self, samples: Sequence[Sample], indices: list[int]) -> tuple[SampleStats, Tensor, float]:
+        """One micro-batch: its samples' figures, its share of the objective, its share of the anchor term.
+
+        An empty one runs a placeholder of weight zero, because sharded ranks must all run the same forwards.
+        """
+        config = self.config
+        chosen = [samples[i] for i in indices] or [placeholder(samples[0])]
+        batch, n = MicroBatch.of(chosen, config.packing, self.device, self.shared), len(chosen)
+        sample, lag, lengths = batch.sample, batch.lag, batch.lengths
+        # A cached label is of the context that the student has read, whether or not that one still exists.
+        still_there = batch.sampled & batch.current
+        mask = batch.sampled if config.labels == "cached" else still_there
+        aligned = torch.isfinite(batch.at.behaviour)
+        _, coverage = drift.per_sample(
+            torch.zeros_like(batch.at.behaviour), aligned, batch.sampled, sample, n
+        )
+        # The teacher is frozen: where the context did not change, D_sup is exactly 0 and all of it aligned.
+        drift_sup, coverage_sup = drift.per_sample(batch.drift_sup, still_there, batch.sampled, sample, n)
+
+        def freshness(of: Tensor, drift_roll: Tensor) -> Tensor:
+            above = self.floor.subtract(drift_roll)
+            return score.freshness(
+                lag[of], above, drift_sup[of], coverage[of], coverage_sup[of], config.alpha, config.beta
+            )
+
+        def weigh(of: Tensor, drift_roll: Tensor) -> Tensor:
+            return score.weights(config.policy, freshness(of, drift_roll), lag[of], config.xi)
+
+        total = sum(int(s.rollout.loss_mask.sum()) for s in samples)
+        share = shares(lengths, config.average, len(samples), total) * bool(indices)
+        # FSDP averages gradients over ranks, but shares are of the whole batch: hence the factor.
+        coefficients = weighting(
+            sample,
+            mask,
+            aligned,
+            share * self.world,
+            config.anchor,
+            None if config.policy.weights == "one" else weigh,
+        )
+        teacher_head = self.teacher_heads[chosen[0].targets.teacher] if self.teacher_heads else None
+        value, *found = self.student(batch, config.loss, config.vocab, teacher_head, coefficients)
+        terms = TokenTerms(*found)
+        loss, _ = drift.per_sample(terms.loss, mask, mask, sample, n)
+        drift_roll, _ = drift.per_sample(terms.drift, aligned, mask, sample, n)
+        everyone = torch.arange(n, device=self.device)
+        f, w = freshness(everyone, drift_roll), weigh(everyone, drift_roll)
+        anchor = (share * w * drift_roll).sum()
+
+        def mean(term: Tensor) -> np.ndarray:
+            return _numpy(drift.per_sample(term, mask, mask, sample, n)[0])
+
+        stats = SampleStats(
+            keys=np.array([s.rollout.key for s in chosen]),
+            lag=_numpy(lag).astype(np.int64),
+            length=_numpy(lengths).astype(np.int64),
+            loss=_numpy(loss),
+            kl=mean(terms.kl),
+            forward_kl=mean(terms.forward_kl),
+            entropy=mean(terms.entropy),
+            kl_quartiles=_quartiles(terms.kl, batch, mask),
+            student_mass=mean(terms.student_mass),
+            teacher_mass=mean(terms.teacher_mass),
+            clamped=mean(terms.clamped),
+            drift_roll=_numpy(drift_roll),
+            drift_sup=_numpy(drift_sup),
+            coverage_roll=_numpy(coverage),
+            coverage_sup=_numpy(coverage_sup),
+            freshness=_numpy(f),
+            weight=_numpy(w),
+        )
+        return stats, value, anchor.item()
+
+    # ---- ranks ---------------------------------------------------------------------------------------------
+
+    def _sync_gradients(self, last: bool) -> None:
+        if isinstance(self.student, FSDPModule):
+            self.student.set_requires_gradient_sync(last)
+
+    def _sum(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def _gather(self, parts: list[tuple[list[int], SampleStats]], count: int) -> SampleStats:
+        """Figures of the whole batch, in batch order, on every rank."""
+        everyone: list[Any] = [parts]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, parts)
+        flat = [part for rank in everyone for part in rank]
+        order = np.argsort(np.concatenate([np.array(indices) for indices, _ in flat]))
+        assert len(order) == count
+        return SampleStats(
+            **{
+                f.name: np.concatenate([getattr(p, f.name) for _, p in flat])[order]
+                for f in fields(SampleStats)
+            }
+        )
+
+    def _padded(self, samples: Sequence[Sample], micro: list[list[int]]) -> int:
+        lengths = [[len(samples[i].rollout.token_ids) for i in group] for group in micro if group]
+        own = sum(sum(group) if self.config.packing else max(group) * len(group) for group in lengths)
+        return int(self._sum(own))
+
+    def _scale_gradients(self, factor: float) -> None:
+        torch._foreach_mul_([p.grad for p in self.student.parameters() if p.grad is not None], factor)
+
+    def _clip(self) -> float:
+        clip = self.config.clip if self.config.clip > 0 else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip, foreach=True)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    # ---- weights and state ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def publish(self) -> Iterator[tuple[str, Tensor]]:
+        """Full weights under Hugging Face names, tied ones once, adapters merged (or they alone, if the
+        recipe says so); a collective on several ranks.
+        """
+        yield from (lora.adapters if self.config.adapter_only else lora.merged)(self.student.lm)
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        begun = bool(self.optimizer.state)
+        model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)
+        dcp.save({"model": model, "optimizer": optimizer}, folder, alone=self.world == 1)
+        if not begun:
+            self._unmake_states()
+        floor = {"value": self.floor.value, "samples": self.floor.samples}
+        return {"version": self.version, "optimizer_begun": begun, "noise_floor": floor}
+
+    def restore(self, folder: Path, extra: dict[str, Any]) -> None:
+        model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        dcp.load(state, folder, alone=self.world == 1)
+        set_state_dict(
+            self.student,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=TRAINABLE,
+        )
+        for group in self.optimizer.param_groups:  # the recipe may have changed since
+            group.update(betas=self.config.betas, weight_decay=self.config.weight_decay)
+        if extra.get("optimizer_begun", True):
+            self._rest_states()
+        else:
+            self._unmake_states()
+        self.version = extra["version"]
+        self.floor = drift.NoiseFloor(**extra["noise_floor"])
+
+    def _unmake_states(self) -> None:
+        """Before its first step AdamW has none. torch makes them, to save or to load, by a step that counts
+        as one.
+        """
+        self.optimizer.state.clear()
+
+    def sleep(self) -> None:
+        self._move("cpu")
+
+    def wake(self) -> None:
+        self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.device.type == "cpu":
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self.config.offload:  # offloaded, all this is on the host at all times
+            self.student.to(device)
+            self._move_states(device)
+        self.teacher_heads = [head.to(device) for head in self.teacher_heads]
+        with torch.cuda.device(self.device) if device == "cpu" else nullcontext():
+            torch.cuda.empty_cache()
+
+    def _move_states(self, device: torch.device | str) -> None:
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    state[name] = value.to(device)
+
+
+def _quartiles(term: Tensor, batch: MicroBatch, mask: Tensor) -> np.ndarray:
+    """(samples, 4): the term's mean over each quarter of a sample's loss-bearing positions; nan where there
+    is none.
+    """
+    bucket = 4 * batch.sample + batch.quarter
+    empty = torch.zeros(4 * len(batch.lag), device=term.device)
+    total = empty.index_add(0, bucket, torch.where(mask, term, 0.0))
+    return _numpy(total / empty.index_add(0, bucket, mask.to(term.dtype))).reshape(-1, 4)
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(np.float64)

@@ -1,0 +1,164 @@
+"""LoRA students (peft): the base stays frozen, low-rank adapters learn.
+
+What is exported, and as a rule published, is W + (alpha / rank) B A under the names of the base, so that
+samplers never hear of it; vLLM can also be given A and B alone. There is no dropout: with it, the student
+that learns would not be the one that sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fopd_cli.engines.learner.lora_targets import choose
+from fopd_cli.engines.models import hf
+from fopd_cli.errors import UserError
+
+ADAPTER = "default"  # peft's name for the only one
+
+
+def add_adapters(
+    lm: Any,
+    rank: int,
+    alpha: float,
+    targets: Literal["all-linear"] | Sequence[str],
+    seed: int,
+    frozen_dtype: torch.dtype,
+    router: bool = False,
+) -> None:
+    """Freeze the base, keep it in `frozen_dtype`, and give it adapters in fp32; B starts at 0, so nothing
+    changes yet.
+
+    The same seed gives the same A on every rank. `router`: of a mixture of experts, those that choose them
+    learn, too. Raises
+    `UserError` for target names that the model does not have.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("student.lora: needs peft: pip install 'fopd[lora]'") from None
+    wanted = choose(lm, targets, router)
+    lm.requires_grad_(False)
+    hf.cast(lm, frozen_dtype)
+    # Under a parent that has no configuration, peft takes these names as they are; else it would translate a
+    # mixture's names from those of older checkpoints, lose dense layers of the same name, and adapt routers
+    # unasked.
+    parent = nn.Module()
+    parent.lm = lm
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.simplefilter("ignore")  # that one of the two lists is empty
+        try:
+            inject_adapter_in_model(
+                LoraConfig(
+                    r=rank,
+                    lora_alpha=alpha,
+                    target_modules=[f"lm.{n}" for n in wanted.layers],
+                    target_parameters=[f"lm.{n}" for n in wanted.parameters],
+                ),
+                parent,
+                ADAPTER,
+            )
+        except ValueError as error:
+            raise UserError(f"student.lora.targets: {str(error).splitlines()[0]}") from None
+    if hasattr(lm.get_output_embeddings(), "lora_A"):  # the losses take the head as one matrix
+        raise UserError("student.lora.targets: the output head cannot have an adapter; leave its name out")
+    for name, parameter in lm.named_parameters():
+        if is_adapter(name):
+            parameter.data = parameter.data.float()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every distinct weight, whole, under its Hugging Face name, adapters added in; a model without any as it
+    is.
+
+    A collective where the weights are sharded.
+    """
+    layers = {_adapted(name, m): m for name, m in lm.named_modules() if hasattr(m, "lora_A")}
+    seen: set[int] = set()
+    for name, tensor in lm.state_dict(keep_vars=True).items():
+        if id(tensor) in seen or is_adapter(name):
+            continue
+        seen.add(id(tensor))
+        full, own = whole(tensor), _plain(name).replace(".base_layer", "")
+        if own in layers:
+            full = full.float() + _delta(layers[own])
+        yield own, full
+
+
+def _adapted(name: str, layer: Any) -> str:
+    """The base's name of what an adapter adapts: a layer's weight, or one of the parameters of a module
+    (fused experts).
+    """
+    return f"{_plain(name).replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
+
+
+def _plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def check_adapter_alone(lm: nn.Module, key: str) -> None:
+    """Raise `UserError` if the adapters cannot leave without their base: those of fused experts have no
+    common format.
+    """
+    for name, module in lm.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
+            raise UserError(
+                f"{key}: {_adapted(name, module)} is no layer of its own, and its adapter can only be "
+                "merged; publish merged "
+                "weights, or name other student.lora.targets"
+            )
+
+
+def adapters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A and B of every adapted layer, whole, under peft's names. A collective where they are sharded."""
+    for name, tensor in lm.state_dict(keep_vars=True).items():
+        if is_adapter(name):
+            yield "base_model.model." + _plain(name).replace(f".{ADAPTER}.", "."), whole(tensor)
+
+
+def write_adapter(
+    folder: Path, weights: Iterable[tuple[str, Tensor]], alpha: float, base: str | None = None
+) -> None:
+    """What `adapters` gave, as a directory in peft's format; `base` is the model that they belong to."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "lora_alpha": alpha,
+        "base_model_name_or_path": base,
+        "r": next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name),
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _delta(layer: Any) -> Tensor:
+    a, b = whole(layer.lora_A[ADAPTER].weight).float(), whole(layer.lora_B[ADAPTER].weight).float()
+    experts = getattr(layer, "num_experts", 1)
+    if experts == 1:
+        product = b @ a
+        return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
+    # peft's layout: A of all experts below each other, B's columns by rank and then by expert.
+    a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
+    product = torch.einsum("ore,eri->eoi", b, a) * layer.scaling[ADAPTER]
+    return product if layer._did_swap_in_out_features else product.transpose(1, 2)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard (a collective), detached."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()

@@ -1,0 +1,139 @@
+"""Some samples as the learner's forward takes them: token ids, and one row for each position that bears loss.
+
+Positions that bear none (prompts, tool output, padding) go through the model, where others attend to them,
+and no further: neither their logits nor their teacher's are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fopd_cli.engines.tokens.token_batch import TokenBatch
+from fopd_cli.losses.terms import Positions
+from fopd_cli.samples import Rollout, Sample, TeacherTargets
+
+OF_ROLLOUT = {  # field of `Positions` -> field of `Rollout`, dtype
+    "tokens": ("response_ids", torch.int64),
+    "behaviour": ("logprobs", torch.float32),
+    "behaviour_topk": ("topk_logprobs", torch.float32),
+    "behaviour_topk_ids": ("topk_ids", torch.int64),
+    "draw_ids": ("draw_ids", torch.int64),
+    "draw_behaviour": ("draw_logprobs", torch.float32),
+}
+OF_TARGETS = {  # field of `Positions` -> field of `TeacherTargets`, dtype (None: its own)
+    "teacher_hidden": ("hidden", None),
+    "teacher_logprobs": ("logprobs", torch.float32),
+    "teacher_topk": ("topk_logprobs", torch.float32),
+    "teacher_topk_ids": ("topk_ids", torch.int64),
+}
+SUPERVISION = {
+    "drift_sup": ("drift", torch.float32),
+    "current": ("aligned", torch.bool),
+}  # likewise, of `MicroBatch`
+
+
+@dataclass
+class MicroBatch:
+    """`n` samples with `N` loss-bearing positions between them; a sample without any has one, of weight 0."""
+
+    tokens: TokenBatch
+    index: Tensor  # int64 (N,): the place in `tokens` whose hidden state predicts the position
+    at: Positions
+    sample: Tensor  # int64 (N,)
+    sampled: Tensor  # bool (N,): by the student
+    current: Tensor  # bool (N,): in the teacher's current context
+    drift_sup: Tensor  # float32 (N,): KL of the teacher's label now against the first one
+    quarter: Tensor  # int64 (N,): of the sample's loss-bearing positions, 0 to 3
+    lag: Tensor  # int64 (n,)
+    lengths: Tensor  # float32 (n,): sampled positions
+
+    @classmethod
+    def of(
+        cls, samples: Sequence[Sample], packed: bool, device: torch.device, shared: bool = True
+    ) -> MicroBatch:
+        """All on the device; `packed` and `shared` as of `TokenBatch`."""
+        rollouts = [s.rollout for s in samples]
+        rows = [
+            np.flatnonzero(r.loss_mask) if r.loss_mask.any() else np.zeros(1, dtype=np.int64)
+            for r in rollouts
+        ]
+        counts = np.array([len(own) for own in rows])
+        tokens = TokenBatch.of([r.token_ids for r in rollouts], packed, device, shared)
+        index = [
+            p[r.prompt_length - 1 + own] for p, r, own in zip(tokens.places, rollouts, rows, strict=True)
+        ]
+        found = {name: _of_rollouts(rollouts, rows, *source) for name, source in OF_ROLLOUT.items()}
+        found |= {
+            name: _of_targets([s.targets for s in samples], rows, *source)
+            for name, source in OF_TARGETS.items()
+        }
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        def array(parts: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+            joined = parts if isinstance(parts, np.ndarray) else np.concatenate(parts)
+            return torch.from_numpy(joined).to(device, non_blocking=True)
+
+        positions: dict[str, Any] = {name: move(tensor) for name, tensor in found.items()}
+        sampled = array([r.loss_mask[own] for r, own in zip(rollouts, rows, strict=True)])
+        labels = {
+            name: move(_of_targets([s.targets for s in samples], rows, *source))
+            for name, source in SUPERVISION.items()
+        }
+        current, drift_sup = labels["current"], labels["drift_sup"]
+        return cls(
+            tokens=tokens,
+            index=array(index),
+            at=Positions(**positions),
+            sample=array(np.repeat(np.arange(len(samples)), counts)),
+            sampled=sampled,
+            current=torch.ones_like(sampled) if current is None else current,
+            drift_sup=torch.zeros(len(sampled), device=device) if drift_sup is None else drift_sup,
+            quarter=array([4 * np.arange(n) // n for n in counts]),
+            lag=array(np.array([s.lag for s in samples])),
+            lengths=array(np.array([r.loss_mask.sum() for r in rollouts], dtype=np.float32)),
+        )
+
+
+def _of_rollouts(
+    rollouts: Sequence[Rollout], rows: Sequence[np.ndarray], name: str, dtype: torch.dtype
+) -> Tensor | None:
+    arrays = [getattr(r, name) for r in rollouts]
+    if any(a is None for a in arrays):
+        return None
+    return torch.from_numpy(np.concatenate([a[own] for a, own in zip(arrays, rows, strict=True)])).to(dtype)
+
+
+def _of_targets(
+    targets: Sequence[TeacherTargets], rows: Sequence[np.ndarray], name: str, dtype: torch.dtype | None
+) -> Tensor | None:
+    tensors = [getattr(t, name) for t in targets]
+    if any(t is None for t in tensors):
+        return None
+    kept = [
+        t if len(own) == len(t) else t[torch.from_numpy(own)] for t, own in zip(tensors, rows, strict=True)
+    ]
+    return torch.cat(kept).to(dtype or kept[0].dtype)
+
+
+def placeholder(sample: Sample) -> Sample:
+    """The first response token of a sample, alone: what a rank without samples joins in with."""
+
+    def first(data: Any) -> Any:
+        arrays = {
+            f.name: getattr(data, f.name)[:1]
+            for f in fields(data)
+            if f.name != "token_ids" and isinstance(getattr(data, f.name), np.ndarray | Tensor)
+        }
+        return replace(data, **arrays)
+
+    rollout = sample.rollout
+    short = replace(first(rollout), token_ids=rollout.token_ids[: rollout.prompt_length + 1])
+    return replace(sample, rollout=short, targets=first(sample.targets))

@@ -1,0 +1,1 @@
+"""Sampler and teacher on vLLM."""

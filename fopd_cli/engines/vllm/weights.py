@@ -1,0 +1,112 @@
+"""The receiving end of live weight updates inside vLLM: its weight-transfer API over our shared memory.
+
+The same three calls drive it as vLLM's NCCL and IPC engines (start, update, finish). vLLM's layerwise reload
+takes weights in checkpoint format and repacks, fuses and shards them as it did at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from fopd_cli.engines.models.checkpoint_format import in_checkpoint_format
+
+
+@dataclass
+class WithAliases:
+    """Weights as the student's checkpoint names them, and tied ones once more under their other names
+    (picklable if `weights` is).
+
+    vLLM may keep a copy of its own for a tied head, and without its name the head would stay at the old
+    weights.
+    """
+
+    weights: Iterable[tuple[str, Tensor]]
+    aliases: dict[str, str]  # other name -> published name
+    model: str  # the student's directory or hub id
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return in_checkpoint_format(self.model, self._named())
+
+    def known_to(self, model: Any) -> WithAliases:
+        """Without names of modules that vLLM's model does not have: some have no head of their own where it
+        is tied.
+        """
+        modules = {name.rpartition(".")[2] for name, _ in model.named_modules(remove_duplicate=False)}
+        aliases = {other: name for other, name in self.aliases.items() if other.split(".")[-2] in modules}
+        return replace(self, aliases=aliases)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        others = {name: other for other, name in self.aliases.items()}
+        for name, tensor in self.weights:
+            yield name, tensor
+            if name in others:
+                yield others[name], tensor
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    weights: Iterable[tuple[str, Tensor]]
+
+
+class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """One whole version a call. Raises if a parameter of the model got no new value."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        self._expected = {name for name, _ in self.model.named_parameters()}
+        _repack_experts(self.model)
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        model: Any = self.model
+        weights = update_info.weights
+        loaded = model.load_weights(
+            iter(weights.known_to(model) if isinstance(weights, WithAliases) else weights)
+        )
+        missing = self._expected - loaded if loaded is not None else set()
+        if missing:
+            raise RuntimeError(
+                f"the update lacks weights of {sorted(missing)[:3]}; the engine is of no use any more"
+            )
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        pass
+
+
+def _repack_experts(model: Any) -> None:
+    """Have vLLM's CPU kernels for experts made anew from the new weights.
+
+    With one at hand vLLM takes an update for packed already and skips the packing (CUDA's kernels need none):
+    log-probs are then nats off, and nothing says so.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        weight = getattr(module, "w13_weight", None)
+        if weight is not None and not weight.is_cuda and getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None

@@ -1,0 +1,148 @@
+"""The environment worker: all running episodes' tools in one event loop, so that a slow one holds up
+nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+
+from fopd_cli.engines.models import hf
+from fopd_cli.engines.text.templates import Frame, encode_observation
+from fopd_cli.errors import UserError
+from fopd_cli.runtime.crew import messages as m
+from fopd_cli.samples import Prompt
+from fopd_cli.tasks.base import Episode, EpisodicTask, Observation
+from fopd_cli.tasks.privileged import told
+from fopd_cli.tasks.replay import cached, realigned, replay, same
+
+Answer = m.Observed | m.Replayed | m.Failed
+
+
+class Environments:
+    """Episodes by their life. `answer` is called with an `m.Observed` for every turn, unless the episode was
+    cancelled.
+    """
+
+    def __init__(self, task: EpisodicTask, frame: Frame, answer: Callable[[Answer], None]) -> None:
+        self.task, self.frame, self.answer = task, frame, answer
+        self.tokenizer = frame.tokenizer
+        self._episodes: dict[int, tuple[int, Episode]] = {}  # life -> key, episode
+        self._turns: dict[int, asyncio.Task[None]] = {}
+        self._replays: set[asyncio.Task[None]] = set()
+
+    def turn(self, command: m.TurnCommand) -> None:
+        """Start executing a turn; must be called from within the event loop."""
+        if command.life not in self._episodes:
+            self._episodes[command.life] = (command.key, self.task.episode(command.prompt, command.now))
+        self._turns[command.life] = asyncio.ensure_future(self._guarded(self._observe(command)))
+
+    def replay(self, command: m.ReplayCommand) -> None:
+        """Start rebuilding a stored episode's context; must be called from within the event loop."""
+        replaying = asyncio.ensure_future(self._guarded(self._replay(command)))
+        self._replays.add(replaying)
+        replaying.add_done_callback(self._replays.discard)
+
+    async def cancel(self, keys: list[int]) -> None:
+        """Give episodes up."""
+        for life in [life for life, (key, _) in self._episodes.items() if key in keys]:
+            if (running := self._turns.pop(life, None)) is not None:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+            await self._close(life)
+
+    async def close(self) -> None:
+        for replaying in self._replays:
+            replaying.cancel()
+        await asyncio.gather(*self._replays, return_exceptions=True)
+        await self.cancel([key for key, _ in self._episodes.values()])
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:  # of the task's own making; the run ends with it
+            traceback.print_exc()
+            user = isinstance(error, UserError)
+            said = str(error) if user else f"{type(error).__name__}: {error}"
+            self.answer(m.Failed("user" if user else "worker", said))
+
+    async def _observe(self, command: m.TurnCommand) -> None:
+        start = time.time()
+        seen: Observation = await self._episodes[command.life][1].observe(command.text)
+        ids = self._encoded(seen, command.prompt, command.ended)
+        if ids is None:
+            await self._close(command.life)
+        self._turns.pop(command.life, None)
+        span = m.Span("tools", start, time.time(), {"calls": len(seen.calls)})
+        self.answer(m.Observed(command.key, command.life, ids, seen.calls, seen.answer, span))
+
+    async def _replay(self, command: m.ReplayCommand) -> None:
+        start, rollout = time.time(), command.rollout
+        texts = [hf.decode_turn(self.tokenizer, rollout.response_ids[a:b]) for a, b in rollout.turns]
+        found = await replay(self.task, command.prompt, texts, command.now)
+        ids = rollout.token_ids[: rollout.prompt_length] if command.told is None else command.told
+        if found.prompt != command.prompt:
+            prompt = found.prompt if command.template is None else told(found.prompt, command.template)
+            ids = self.frame.prompt(prompt)
+        ends = [int(rollout.response_ids[b - 1]) for _, b in rollout.turns]
+        pairs = zip(found.observations, ends, strict=False)
+        seen = [e for o, ended in pairs if (e := self._encoded(o, command.prompt, ended)) is not None]
+        context = realigned(rollout, ids, seen)
+        unchanged = same(context, cached(rollout, command.told))
+        span = m.Span("replay", start, time.time(), {"turns": len(seen)})
+        self.answer(m.Replayed(rollout.key, None if unchanged else context, span))
+
+    def _encoded(self, seen: Observation, prompt: Prompt, ended: int) -> np.ndarray | None:
+        if seen.text is None:
+            return None
+        chat = prompt.messages is not None
+        return encode_observation(self.tokenizer, seen.text, seen.role, chat, ended, self.frame.variables)
+
+    async def _close(self, life: int) -> None:
+        await self._episodes.pop(life)[1].close()
+
+
+class LocalEnvironments:
+    """The same in this process, its loop in a thread: for `fopd eval`. Use as a context manager."""
+
+    def __init__(self, task: EpisodicTask, frame: Frame) -> None:
+        self.answers: queue.Queue[Answer] = queue.Queue()
+        self._loop = asyncio.new_event_loop()
+        self._environments = Environments(task, frame, self.answers.put)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> LocalEnvironments:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        asyncio.run_coroutine_threadsafe(self._environments.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def turn(self, command: m.TurnCommand) -> None:
+        self._loop.call_soon_threadsafe(self._environments.turn, command)
+
+    def cancel(self, keys: list[int]) -> None:
+        asyncio.run_coroutine_threadsafe(self._environments.cancel(keys), self._loop)
+
+    def receive(self, block: bool) -> list[m.Observed]:
+        """All answers at hand; if there is none and `block`, the next one. Raises what a task failed with."""
+        found: list[m.Observed] = []
+        while True:
+            try:
+                answer = self.answers.get(block and not found)
+            except queue.Empty:
+                return found
+            if isinstance(answer, m.Failed):
+                raise UserError(f"task: {answer.message}")
+            assert isinstance(answer, m.Observed)
+            found.append(answer)

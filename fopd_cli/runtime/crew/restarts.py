@@ -1,0 +1,65 @@
+"""Which lost engine is started again, how often, and when there is nobody left. Counts only; the conductor
+acts.
+
+A sampler replica, the grader and the environment stand for themselves; the ranks of a teacher compute
+together and go together. A learner is never started again here: its state is in the checkpoint, `fopd resume`
+takes it up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from fopd_cli.runtime.crew.fleet import WorkerSpec
+from fopd_cli.runtime.placement import Plan
+
+REPLACEABLE = ("sampler", "teacher", "grader", "environment")
+
+
+class Restarts:
+    """At most `limit` new starts of each engine."""
+
+    def __init__(self, plan: Plan, limit: int) -> None:
+        self.plan, self.limit = plan, limit
+        self._lives: Counter[str] = Counter()  # by name of the engine's first rank
+        self._missing: Counter[str] = Counter()  # its ranks that are not ready yet
+        self._gone: set[str] = set()
+
+    def ranks(self, spec: WorkerSpec) -> tuple[WorkerSpec, ...]:
+        """All processes of the engine that a process belongs to."""
+        return self.plan.teachers[spec.index] if spec.role == "teacher" else (spec,)
+
+    def known(self, spec: WorkerSpec) -> bool:
+        """Whether this loss was counted already, with another rank of the same engine."""
+        return spec.life < self._lives[self._name(spec)]
+
+    def again(self, spec: WorkerSpec) -> list[WorkerSpec]:
+        """The processes to start instead; none if it was started too often, and stays away."""
+        name = self._name(spec)
+        self._lives[name] += 1
+        if self._lives[name] > self.limit:
+            self._gone.add(name)
+            return []
+        ranks = [replace(s, life=self._lives[name]) for s in self.ranks(spec)]
+        self._missing[name] = len(ranks)
+        return ranks
+
+    def nobody_left(self, role: str) -> bool:
+        """Whether the run cannot go on: all samplers are gone, or any other engine."""
+        if role == "sampler":
+            return all(s.name in self._gone for s in self.plan.samplers)
+        return bool(self._gone)
+
+    def ready(self, spec: WorkerSpec) -> bool:
+        """A process that was started again stands; True with the engine's last one."""
+        name = self._name(spec)
+        self._missing[name] -= 1
+        return self._missing[name] <= 0
+
+    def count(self, spec: WorkerSpec) -> int:
+        """How often its engine was lost."""
+        return self._lives[self._name(spec)]
+
+    def _name(self, spec: WorkerSpec) -> str:
+        return self.ranks(spec)[0].name

@@ -1,0 +1,63 @@
+"""Workers that are born with torch and transformers imported, where no GPU forbids it.
+
+A worker on a CPU spends most of its first seconds on imports, and there are three or four of them. One
+process does them once, beside the command's own imports, and the workers are forked from it
+(multiprocessing's fork server). Where there is a GPU's driver every worker is a Python of its own: a process
+that may have touched a driver must not be forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # CUDA's, CUDA's under WSL, ROCm's
+
+_begun = False
+
+
+def begin() -> None:
+    """Start importing, in a process of its own. The command that calls this is about to start workers, or to
+    be refused.
+    """
+    global _begun
+    if sys.platform != "linux" or any(map(os.path.exists, DRIVERS)):
+        return
+    _begun = True
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["fopd_cli.runtime.crew.preload"])
+    track()
+    with signals_blocked():
+        forkserver.ensure_running()
+
+
+def track() -> None:
+    """Start Python's tracker of semaphores, by itself: it leaves SIGINT and SIGTERM unblocked, and a SIGHUP
+    would kill it.
+    """
+    with signals_blocked():
+        resource_tracker.ensure_running()
+
+
+def context() -> BaseContext:
+    """How processes are started: forked if `begin` was called, and it was possible, else spawned."""
+    return multiprocessing.get_context("forkserver" if _begun else "spawn")
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """A process that is started meanwhile begins with them blocked: it imports for seconds before it can say
+    what it makes of them. To this process they come a moment later.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,243 @@
+"""Checkpoints: whole or absent. Written beside their final name, hashed, synced to disk, renamed; then old
+ones go.
+
+checkpoints/step-000100/   learner/ (torch.distributed.checkpoint: any number of ranks reads it)
+                           buffer.safetensors (rollouts in flight with their teacher targets)
+                           published.bin (weights of the version before, where a fixed lag still samples with them)
+                           state.json (recipe, schedule, accounting, refresh, noise floor, evaluations, totals)
+                           MANIFEST.json (size and SHA-256 of every other file)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fopd_cli.errors import UserError
+from fopd_cli.samples import Rollout
+
+FORMAT = 2
+SUPERSEDED = ".superseded"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ARRAYS = ("token_ids", "loss_mask", "logprobs", "topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")
+
+
+class Rhythm:
+    """When the next checkpoint is due: every so many optimizer steps, and so many minutes after the last one.
+
+    A save that failed counts: a full disk is tried again later, not at once.
+    """
+
+    def __init__(self, every: int, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every, self.minutes, self.clock = every, minutes, clock
+        self._last = clock()
+
+    def due(self, step: int) -> bool:
+        """After this optimizer step; 0 switches either rhythm off."""
+        by_steps = self.every > 0 and step % self.every == 0
+        return by_steps or (self.minutes > 0 and self.clock() - self._last >= 60 * self.minutes)
+
+    def saved(self) -> None:
+        self._last = self.clock()
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        self.folder, self.keep = folder, keep
+
+    def state(self, step: int) -> dict[str, Any]:
+        """All of a checkpoint but the learner's part, the buffer and the weights."""
+        return dict(json.loads((self.path(step) / "state.json").read_text()))
+
+    def open(self, step: int | None) -> None:
+        """For the process that trains: make room to write. A run that goes on from `step` leaves later ones
+        behind.
+
+        They are put aside, not lost, until it has got as far itself: else the next plain resume would take
+        them for its own.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        for later in self.steps():
+            if step is not None and later > step:
+                aside = self.path(later).with_suffix(SUPERSEDED)
+                if aside.exists():
+                    shutil.rmtree(aside)
+                self.path(later).rename(aside)
+
+    def begin(self, step: int) -> Path:
+        """A fresh folder to write into."""
+        temporary = self.folder / f"step-{step:06d}.tmp"
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        return temporary
+
+    def commit(self, temporary: Path) -> Path:
+        """Make it final, then remove those past `keep`. Raises OSError, leaving the older ones as they
+        are.
+        """
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        entries = {
+            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
+        }
+        write_synced(temporary / "MANIFEST.json", json.dumps({"format": FORMAT, "files": entries}, indent=1))
+        for path in files:
+            _sync(path)
+        for folder in {p.parent for p in files} | {temporary}:
+            _sync(folder)
+        final = temporary.with_suffix("")
+        temporary.rename(final)
+        _sync(self.folder)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old))
+        newest = self.steps()[-1]
+        for aside in self.folder.glob(f"step-*{SUPERSEDED}"):
+            if int(aside.stem.removeprefix("step-")) <= newest:
+                shutil.rmtree(aside)
+        return final
+
+    def discard(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        names = (p.name.removeprefix("step-") for p in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def newest_sound(self) -> tuple[int, list[str]]:
+        """(step, what is wrong with newer ones) of the newest checkpoint that verifies."""
+        problems: list[str] = []
+        for step in reversed(self.steps()):
+            problem = verify(self.path(step))
+            if problem is None:
+                return step, problems
+            problems.append(problem)
+        detail = f": {'; '.join(problems)}" if problems else ""
+        raise UserError(f"{self.folder}: there is no complete checkpoint to resume from{detail}")
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+    except (OSError, ValueError):
+        return f"{folder} has no readable MANIFEST.json"
+    if manifest.get("format") != FORMAT:
+        return f"{folder} has format {manifest.get('format')}, this fopd reads {FORMAT}"
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{path} is damaged (its SHA-256 is not the manifest's)"
+    return None
+
+
+def disk_error(error: BaseException) -> str | None:
+    """The text of a full or refusing disk somewhere in an exception's history, or None."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        e = pending.pop()
+        if e is None or id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, OSError) and e.errno in NO_SPACE:
+            return str(e)
+        pending += [e.__cause__, e.__context__, *(a for a in e.args if isinstance(a, BaseException))]
+        failures = getattr(e, "failures", None)  # torch's CheckpointException: rank -> (exception, traceback)
+        if isinstance(failures, dict):
+            pending += [f[0] for f in failures.values()]
+    text = str(error)
+    # torch's file writer is C++ and reports a short write in words alone.
+    return text.splitlines()[0] if "No space left" in text or "PytorchStreamWriter failed" in text else None
+
+
+def save_buffer(
+    path: Path, rollouts: Iterable[Rollout], targets: dict[int, np.ndarray]
+) -> list[dict[str, Any]]:
+    """Write rollouts and the raw bytes of their targets; returns what else must be remembered of them, as
+    JSON.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    described = []
+    for r in rollouts:
+        for name in ARRAYS:
+            value = getattr(r, name)
+            if value is not None:
+                arrays[f"{r.key}.{name}"] = np.ascontiguousarray(value)
+        if r.key in targets:
+            arrays[f"{r.key}.targets"] = targets[r.key]
+        described.append(
+            {
+                "key": r.key,
+                "prompt_length": r.prompt_length,
+                "spans": r.spans,
+                "finish": r.finish,
+                "turns": r.turns,
+                "calls": r.calls,
+                "answer": r.answer,
+            }
+        )
+    save_file(arrays, str(path))
+    return described
+
+
+def load_buffer(path: Path, described: list[dict[str, Any]]) -> tuple[list[Rollout], dict[int, np.ndarray]]:
+    """The inverse of `save_buffer`."""
+    try:
+        arrays = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    rollouts, targets = [], {}
+    for d in described:
+        fields = {name: arrays.get(f"{d['key']}.{name}") for name in ARRAYS}
+        spans, turns = [tuple(s) for s in d["spans"]], [tuple(t) for t in d["turns"]]
+        rollouts.append(Rollout(**{**d, "spans": spans, "turns": turns, **fields}))
+        if f"{d['key']}.targets" in arrays:
+            targets[d["key"]] = arrays[f"{d['key']}.targets"]
+    return rollouts, targets
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Replace a small file, wholly or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,261 @@
+"""From a learner's report to what is written down: one place where metrics are named."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fopd_cli.collapse import collapse
+from fopd_cli.runtime.journal.sinks import mean_and_error
+from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
+
+if TYPE_CHECKING:
+    from fopd_cli.runtime.conductor import Totals
+    from fopd_cli.runtime.scheduling.schedule import Schedule
+
+MANY_TRUNCATED = 0.5  # share of responses
+
+
+def outcome(weight: float) -> Literal["trained", "gated"]:
+    """A sample whose weight is 0 was consumed and taught nothing."""
+    return "trained" if weight > 0 else "gated"
+
+
+def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[float]) -> dict[str, Any]:
+    """The record of an optimizer step; nothing in it depends on the clock."""
+    s = report.stats
+    return {
+        "kind": "step",
+        "step": step,
+        "loss": report.loss,
+        "score": _mean(np.array(grades)),
+        "kl": _token_mean(s.kl, s.length),
+        "entropy": _token_mean(s.entropy, s.length),
+        "kl_by_quartile": [_mean(column) for column in s.kl_quartiles.T],
+        "student_mass": _mean(s.student_mass),
+        "teacher_mass": _mean(s.teacher_mass),
+        "clamped": _token_mean(s.clamped, s.length),
+        "lag_mean": float(s.lag.mean()),
+        "lag_max": int(s.lag.max()),
+        "freshness": float(s.freshness.mean()),
+        "weight": float(s.weight.mean()),
+        "gated": int((s.weight <= 0).sum()),
+        "drift_roll": float(s.drift_roll.mean()),
+        "drift_sup": float(s.drift_sup.mean()),
+        "noise_floor": report.noise_floor,
+        "coverage_roll": float(s.coverage_roll.mean()),
+        "coverage_sup": float(s.coverage_sup.mean()),
+        "anchor": report.anchor,
+        "grad_norm": report.grad_norm,
+        "clipped": report.clipped,
+        "lr": report.lr,
+        "skipped": report.skipped,
+        "response_length": float(s.length.mean()),
+        "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
+        "versions_per_rollout": float(np.mean([len(r.spans) for r in rollouts])),
+        **episodes(rollouts),
+        "tokens": report.tokens,
+        "padding": 1 - report.tokens / max(1, report.padded_tokens),
+    }
+
+
+def ledger(
+    step: int, samples: dict[int, SampleId], outcomes: dict[int, Literal["trained", "gated"]]
+) -> dict[str, Any]:
+    """Which samples a step consumed, by id."""
+    ids: dict[str, list[str]] = {"trained": [], "gated": []}
+    for key, what in outcomes.items():
+        ids[what].append(str(samples[key]))
+    return {"step": step, **ids}
+
+
+def evaluation(
+    version: int,
+    stats: list[SampleStats],
+    samples: list[tuple[SampleId, float, Rollout]],
+    figures: list[dict[str, float]],
+) -> dict[str, Any]:
+    """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over
+    tokens.
+
+    `samples` come in the order of `stats`. Without a grade the score is nan, and the KL alone is the measure;
+    its error is over prompts, too.
+    """
+    by_prompt: dict[int, list[float]] = defaultdict(list)
+    kl_by_prompt: dict[int, list[float]] = defaultdict(list)
+    for (sample, grade, _), kl in zip(samples, np.concatenate([s.kl for s in stats]), strict=True):
+        by_prompt[sample.prompt].append(grade)
+        kl_by_prompt[sample.prompt].append(float(kl))
+    score, error = mean_and_error(by_prompt.values())
+    rollouts = [r for _, _, r in samples]
+
+    def tokens_mean(name: str) -> float:
+        return _token_mean(
+            np.concatenate([getattr(s, name) for s in stats]), np.concatenate([s.length for s in stats])
+        )
+
+    return {
+        "kind": "eval",
+        "step": version,
+        "score": score,
+        "score_error": error,
+        "prompts": len(by_prompt),
+        **mean_figures(figures),
+        "kl": tokens_mean("kl"),
+        "kl_error": mean_and_error(kl_by_prompt.values())[1],
+        "forward_kl": tokens_mean("forward_kl"),
+        "entropy": tokens_mean("entropy"),
+        "kl_by_quartile": [_mean(column) for column in np.concatenate([s.kl_quartiles for s in stats]).T],
+        "response_length": float(np.mean([r.response_length for r in rollouts])),
+        "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
+        **episodes(rollouts),
+    }
+
+
+def mean_figures(figures: list[dict[str, float]]) -> dict[str, float]:
+    """What graders said beside the score, over the samples of which they said it."""
+    names = sorted({name for found in figures for name in found})
+    return {name: _mean(np.array([found.get(name, np.nan) for found in figures])) for name in names}
+
+
+def episodes(rollouts: list[Rollout]) -> dict[str, float]:
+    """Means over episodes, and the share of calls that could not be run to their end; nothing for single
+    turns.
+    """
+    if not any(r.turns for r in rollouts):
+        return {}
+    calls = [call for r in rollouts for call in r.calls]
+    return {
+        "turns": float(np.mean([len(r.turns) for r in rollouts])),
+        "calls": len(calls) / len(rollouts),
+        "invalid_calls": float(np.mean([not call["ok"] for call in calls])) if calls else 0.0,
+    }
+
+
+def tool_seconds(rollouts: list[Rollout]) -> dict[str, float]:
+    """Seconds of executed calls, a mean over episodes: apart from the other figures, because it depends on
+    the clock.
+    """
+    if not any(r.turns for r in rollouts):
+        return {}
+    return {"tool_seconds": sum(call["seconds"] for r in rollouts for call in r.calls) / len(rollouts)}
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    """For people; a score only where there is one."""
+    kl = f"KL to the teacher {measured(record['kl'], record['kl_error'], 4)}"
+    if math.isfinite(record["score"]):
+        figures = (
+            f"score {measured(record['score'], record['score_error'], 3)} ({record['prompts']} prompts), {kl}"
+        )
+    else:
+        figures = f"{kl} ({record['prompts']} prompts)"
+    cut_off = ""
+    if record["truncated"] > MANY_TRUNCATED:
+        cut_off = f"; {record['truncated']:.0%} of the responses were cut off at max_new_tokens"
+    return f"held-out at step {record['step']}: {figures}{cut_off}"
+
+
+def measured(value: float, error: float, digits: int) -> str:
+    """A figure with its standard error, where there is one (of a single prompt there is none)."""
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
+
+
+def scalars(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, float]:
+    """For TensorBoard."""
+    flat = {f"train/{k}": float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+    flat |= {f"train/kl_quarter_{i}": value for i, value in enumerate(record["kl_by_quartile"], 1)}
+    flat |= {f"busy/{role}": share for role, share in timing["busy"].items()}
+    flat |= {f"idle/{role}": 1 - share for role, share in timing["busy"].items()}
+    names = ("seconds", "buffer_samples", "buffer_bytes", "in_flight", "publish_seconds", "publish_gb_per_s")
+    return flat | {f"runtime/{name}": float(timing[name]) for name in names}
+
+
+def histograms(stats: SampleStats) -> dict[str, np.ndarray]:
+    names = ("freshness", "lag", "weight", "drift_roll", "drift_sup", "length", "loss")
+    return {f"samples/{name}": getattr(stats, name) for name in names}
+
+
+def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
+    """The figures that matter, for the progress bar."""
+    score = {"score": f"{record['score']:.2f}"} if math.isfinite(record["score"]) else {}
+    figures = {
+        **score,
+        "loss": f"{record['loss']:.4f}",
+        "kl": f"{record['kl']:.4f}",
+        "lag": f"{record['lag_mean']:.1f}",
+        "fresh": f"{record['freshness']:.2f}",
+        "tok/s": f"{record['tokens'] / max(timing['seconds'], 1e-9):.0f}",
+    }
+    busy = timing["busy"]
+    figures["busy"] = "/".join(
+        f"{role[0].upper()}{busy[role]:.0%}" for role in ("sampler", "teacher", "learner") if role in busy
+    )
+    return figures
+
+
+def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[str, Any]:
+    """summary.json."""
+    evaluations = [totals.evaluations[v] for v in sorted(totals.evaluations, key=int)]
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    counts = schedule.counts
+    curve = [(int(e["step"]), e["score"]) for e in evaluations if np.isfinite(e["score"])]
+    found = collapse(curve, schedule.config.steps) if curve else None
+    return {
+        "steps": schedule.step,
+        "score_first": _plain(first.get("score")),
+        "score_last": _plain(last.get("score")),
+        "score_last_error": _plain(last.get("score_error")),
+        "score_peak": None if found is None else found.peak,
+        "collapsed": None if found is None else found.collapsed,
+        "kl_first": _plain(first.get("kl")),
+        "kl_last": _plain(last.get("kl")),
+        "kl_last_error": _plain(last.get("kl_error")),
+        "max_lag": totals.max_lag,
+        "mean_freshness": totals.freshness_sum / max(1, totals.samples),
+        "wall_seconds": round(totals.wall_seconds, 3),
+        "generated_tokens": totals.generated_tokens,
+        "trained_tokens": totals.trained_tokens,
+        "skipped_steps": totals.skipped_steps,
+        "refreshes": schedule.refreshes,
+        "restarts": totals.restarts,
+        "prompts": {
+            "drawn": counts["drawn"],
+            "trained": counts["trained"],
+            "gated": counts["gated"],
+            "refreshed": counts["refreshed"],
+            "in_flight": schedule.in_flight,
+        },
+        "busy": {role: round(share, 3) for role, share in sorted(busy.items())},
+        "advice": advice(busy),
+    }
+
+
+def advice(busy: dict[str, float]) -> str | None:
+    """Where a device would be better used, if some role idles much more than another."""
+    shares = {role: busy[role] for role in ("sampler", "teacher", "learner") if role in busy}
+    if len(shares) < 3:
+        return None
+    idle, full = min(shares, key=lambda r: shares[r]), max(shares, key=lambda r: shares[r])
+    if shares[full] < 0.7 or shares[idle] > 0.5:
+        return None
+    return (
+        f"{idle} was idle {1 - shares[idle]:.0%} of the time and {full} {1 - shares[full]:.0%}: move a "
+        f"device (or threads) from {idle} to {full}"
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+def _token_mean(values: np.ndarray, lengths: np.ndarray) -> float:
+    return float((values * lengths).sum() / max(1, lengths.sum()))
+
+
+def _plain(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None

@@ -1,0 +1,170 @@
+"""The run directory: made once, locked while in use, never overwritten.
+
+runs/NAME/  recipe.yaml (resolved)  recipe-history.jsonl (what was changed at which step)  metrics.jsonl
+ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/
+            checkpoints/step-000100/  best/ (weights of eval.keep_best)  student/ (Hugging Face format)  summary.json  logs/WORKER.log
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fopd_cli import paths
+from fopd_cli.errors import UserError
+from fopd_cli.recipe import Recipe, dump_recipe, load_recipe
+from fopd_cli.runtime.journal.checkpoint import verify, write_synced
+
+LOCK = "run.lock"
+RECORDS = ("metrics.jsonl", "ledger.jsonl", "samples.jsonl", "warnings.jsonl")
+
+
+class RunDir:
+    """Paths of a run, and the lock that keeps two processes out of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+        self.student = path / "student"
+        self.best = path / "best"
+        self.recipe = path / "recipe.yaml"
+        self.history = path / "recipe-history.jsonl"
+        self.summary = path / "summary.json"
+        self._lock: Any = None
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> RunDir:
+        """Refuses a directory that holds anything but a start that came to nothing, whose place it takes."""
+        run = cls(path)
+        run._make()
+        write_synced(run.recipe, dump_recipe(recipe))
+        return run
+
+    def _make(self) -> None:
+        """The directory, locked."""
+        path = self.path
+        if paths.exists(path) and (
+            not path.is_dir() or (any(path.iterdir()) and not self._came_to_nothing())
+        ):
+            raise UserError(
+                f"--run-dir: {path} exists and is not empty; {self._hint()}give another --run-dir"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            if self.logs.exists():
+                shutil.rmtree(self.logs)
+            self.logs.mkdir()
+        except OSError as error:
+            raise UserError(f"--run-dir: cannot make {path}: {error.strerror}") from None
+
+    def _came_to_nothing(self) -> bool:
+        """Refused by a worker, interrupted or killed before all workers stood: records begin after that."""
+        held = {p.name for p in self.path.iterdir() if not p.name.startswith(".rendezvous-")}
+        return self.recipe.name in held and held <= {self.recipe.name, LOCK, self.logs.name}
+
+    def _hint(self) -> str:
+        if not self.recipe.is_file():
+            return ""
+        if any(self.checkpoints.glob("step-*/MANIFEST.json")):
+            return f"go on with it (fopd resume {self.path}) or "
+        return "it is a run that ended before its first checkpoint: delete it, or "
+
+    def fork(self, new: Path, step: int) -> RunDir:
+        """A new directory with this run's checkpoint and records up to that step. Checkpoints are never
+        written to again, so that the two may share files.
+        """
+        run = RunDir(new)
+        run._make()
+        try:
+            at = run.checkpoints / f"step-{step:06d}"
+            shutil.copytree(self.checkpoints / at.name, at, copy_function=_linked)
+            if damage := verify(at):  # the run that goes on has just removed it
+                raise UserError(f"--step: {damage}; take another checkpoint")
+            for name in (self.recipe.name, self.history.name, *RECORDS):
+                if (self.path / name).exists():
+                    _copy_until(self.path / name, new / name, step)
+            for file in self.best.glob("step-*.safetensors"):
+                if int(file.stem.removeprefix("step-")) <= step:
+                    run.best.mkdir(exist_ok=True)
+                    _linked(str(file), str(run.best / file.name))
+            if (self.path / "tensorboard").is_dir():
+                shutil.copytree(self.path / "tensorboard", new / "tensorboard")
+            origin = {"run": str(self.path.resolve()), "step": step}
+            write_synced(new / "forked-from.json", json.dumps(origin) + "\n")
+        except OSError as error:
+            shutil.rmtree(new)
+            raise UserError(
+                f"--run-dir: cannot fork {self.path} to {new}: {error.strerror or error}"
+            ) from None
+        except UserError:
+            shutil.rmtree(new)
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """An existing run."""
+        run = cls(path)
+        if not paths.is_file(run.recipe):
+            raise UserError(f"{path}: is no run directory (it has no recipe.yaml){paths.similar(path)}")
+        return run
+
+    def load_recipe(self, overrides: list[str]) -> Recipe:
+        return load_recipe(self.recipe, overrides)
+
+    def changed(self) -> list[tuple[int, dict[str, list[Any]]]]:
+        """The history: (step, key -> [value before, value since]), oldest first."""
+        found = []
+        for line in self.history.read_text(encoding="utf-8").splitlines() if self.history.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
+                record = json.loads(line)
+                found.append((int(record["step"]), dict(record["changed"])))
+        return found
+
+    def lock(self) -> None:
+        """Hold the directory for this process; the kernel lets go when it dies, however it dies."""
+        if self._lock is not None:
+            return
+        file = (self.path / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise UserError(
+                f"{self.path}: is in use by the live process {file.read().strip() or '?'}; wait for it or "
+                "stop it first"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._lock = file
+
+
+def _linked(source: str, target: str) -> None:
+    """A file under a second name; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _copy_until(source: Path, target: Path, step: int) -> None:
+    """Records up to a step; other files, and the history (whose later changes a resume takes back), as they
+    are.
+    """
+    text = source.read_text(encoding="utf-8")
+    if source.name in RECORDS:
+        kept = []
+        for line in text.splitlines(keepends=True):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        text = "".join(kept)
+    target.write_text(text, encoding="utf-8")

@@ -1,0 +1,201 @@
+"""What a run leaves for people to look at. All files are append-only and survive a crash.
+
+metrics.jsonl   one record a step, an evaluation, a refresh; what depends on the clock stands under "timing"
+ledger.jsonl    which samples each step trained, gated, and which a refresh dropped: the accounting, by sample id
+samples.jsonl   a few rollouts as text
+warnings.jsonl  what the run said is going wrong, by step
+trace.json      a timeline for Perfetto or chrome://tracing, one track a worker
+tensorboard/    scalars and histograms
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fopd_cli.runtime.crew.messages import Span
+from fopd_cli.runtime.journal.trace import Trace
+
+BUSY = ("generate", "score", "train", "publish", "measure", "grade")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a resumed run takes up: the step, and the versions whose evaluation is complete."""
+
+    step: int
+    evaluated: frozenset[int]
+
+
+class JsonLines:
+    """An append-only file of records; on resume, records of what will be redone are moved aside, not lost."""
+
+    def __init__(self, path: Path, resume: Resume | None) -> None:
+        self.path = path
+        if resume is not None and path.exists():
+            self._rewind(resume)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _rewind(self, resume: Resume) -> None:
+        kept: list[str] = []
+        redone: list[str] = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                again = record["step"] > resume.step
+            except (ValueError, KeyError):
+                continue  # a line cut short by the crash
+            if record.get("kind") == "eval" and record["step"] not in resume.evaluated:
+                again = True  # a checkpoint is written before the evaluation of the same step
+            (redone if again else kept).append(line)
+        if redone:
+            with self.path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as aside:
+                aside.write("".join(line + "\n" for line in redone))
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+class Telemetry:
+    """All of a run's output files and its progress bar."""
+
+    def __init__(self, run_dir: Path, progress: Progress, resume: Resume | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.metrics = JsonLines(run_dir / "metrics.jsonl", resume)
+        self.ledger = JsonLines(run_dir / "ledger.jsonl", resume)
+        self.samples = JsonLines(run_dir / "samples.jsonl", resume)
+        self.warnings = JsonLines(run_dir / "warnings.jsonl", resume)
+        self.trace = Trace(run_dir / "trace.json")
+        self.board = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=None if resume is None else resume.step + 1
+        )
+        self.progress = progress
+        self._busy: dict[str, float] = defaultdict(float)
+        self._busy_total: dict[str, float] = defaultdict(float)
+        self._window = self._began = time.time()
+
+    def span(self, worker: str, span: Span) -> None:
+        """Note what a worker did; waiting and loading do not count as busy."""
+        self.trace.add(worker, span)
+        if span.name in BUSY:
+            self._busy[worker] += span.end - span.start
+            self._busy_total[worker] += span.end - span.start
+
+    def busy_shares(self) -> dict[str, float]:
+        """Each role's busy share since the last call, averaged over its workers."""
+        now = time.time()
+        shares = _by_role(self._busy, now - self._window)
+        self._window = now
+        for worker in self._busy:
+            self._busy[worker] = 0.0
+        return shares
+
+    def busy_shares_total(self) -> dict[str, float]:
+        """The same since the start."""
+        return _by_role(self._busy_total, time.time() - self._began)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                self.board.add_scalar(name, value, step)
+
+    def histograms(self, values: dict[str, np.ndarray], step: int) -> None:
+        for name, array in values.items():
+            finite = array[np.isfinite(array)]
+            if len(finite):
+                self.board.add_histogram(name, finite, step)
+
+    def warn(self, step: int, text: str) -> None:
+        """Say what is going wrong, and keep it for those who look later."""
+        self.progress.say(f"step {step}: {text}")
+        self.warnings.write({"step": step, "text": text})
+
+    def close(self) -> None:
+        for file in (self.metrics, self.ledger, self.samples, self.warnings, self.trace, self.board):
+            file.close()
+
+
+class Progress:
+    """One tqdm bar on a terminal; plain lines, at most one every few seconds, elsewhere.
+
+    A terminal that was closed, or a pipe that nobody reads, is no reason for a run to end: it goes on in
+    silence.
+    """
+
+    EVERY_S = 5.0
+
+    def __init__(self, steps: int, initial: int) -> None:
+        self.steps, self._last, self._bar = steps, 0.0, None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=initial, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, figures: dict[str, str]) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.update(step - self._bar.n)
+                self._bar.set_postfix(figures, refresh=False)
+        elif time.time() - self._last > self.EVERY_S or step == self.steps:
+            self._last = time.time()
+            self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in figures.items()))
+
+    def say(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.close()
+
+
+def mean_and_error(grades: Iterable[Iterable[float]]) -> tuple[float, float]:
+    """mean@k over prompts and its standard error: samples of one prompt are averaged first, since they
+    correlate.
+    """
+    per_prompt = np.array([np.mean(list(g)) for g in grades])
+    per_prompt = per_prompt[np.isfinite(per_prompt)]
+    if len(per_prompt) == 0:
+        return math.nan, math.nan
+    spread = float(per_prompt.std(ddof=1)) if len(per_prompt) > 1 else math.nan
+    return float(per_prompt.mean()), spread / math.sqrt(len(per_prompt))
+
+
+def _by_role(busy: dict[str, float], seconds: float) -> dict[str, float]:
+    workers: dict[str, list[float]] = defaultdict(list)
+    for worker, value in busy.items():
+        workers[worker.partition("-")[0]].append(value / max(seconds, 1e-9))
+    return {role: min(1.0, sum(values) / len(values)) for role, values in workers.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan: null stands for what could not be measured."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value

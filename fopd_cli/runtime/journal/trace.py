@@ -1,0 +1,78 @@
+"""The timeline of a run, for Perfetto, chrome://tracing and `fopd report`: one track a worker. Needs no
+torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fopd_cli.runtime.crew.messages import Span
+
+
+class Trace:
+    """Chrome trace events, a JSON list that is whole at any moment: each event is written together with the
+    list's end, over the end that stood there. A run that goes on adds to it, and each worker keeps its track.
+    """
+
+    END = "\n]\n"
+
+    def __init__(self, path: Path) -> None:
+        events = _events(path)
+        self._tracks = {e["args"]["name"]: e["tid"] for e in events if e.get("ph") == "M"}
+        if not events:
+            path.write_text("[" + self.END, encoding="utf-8")
+        self._file = path.open("r+b", buffering=0)
+        self._empty = not events
+        self._at = path.stat().st_size - len(self.END)  # where the list ends
+
+    def add(self, track: str, span: Span) -> None:
+        if track not in self._tracks:
+            self._tracks[track] = len(self._tracks) + 1
+            tid = self._tracks[track]
+            self._write({"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": track}})
+        self._write(
+            {
+                "name": span.name,
+                "ph": "X",
+                "pid": 1,
+                "tid": self._tracks[track],
+                "ts": round(span.start * 1e6),
+                "dur": max(1, round((span.end - span.start) * 1e6)),
+                "args": span.args,
+            }
+        )
+
+    def _write(self, event: dict[str, Any]) -> None:
+        text = ("\n" if self._empty else ",\n") + json.dumps(event)
+        self._file.seek(self._at)
+        self._file.write((text + self.END).encode())  # one call: kill -9 leaves all of it or none
+        self._empty = False
+        self._at += len(text.encode())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _events(path: Path) -> list[dict[str, Any]]:
+    """What stands in a trace. One that a full disk cut short is put in order first."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    events = read_trace(text)
+    whole = ("[\n" + ",\n".join(map(json.dumps, events)) if events else "[") + Trace.END
+    if events and text != whole:
+        path.write_text(whole, encoding="utf-8")
+    return events
+
+
+def read_trace(text: str) -> list[dict[str, Any]]:
+    """The events of a trace, an event a line; a last one that was cut short is left out."""
+    events = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line.strip().rstrip(","))
+            if isinstance(event, dict):
+                events.append(event)
+    return events

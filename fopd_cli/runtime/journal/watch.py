@@ -1,0 +1,82 @@
+"""What a run's own figures say is going wrong, while there is still time to act. Each thing is said once.
+
+clipping   a threshold that acts at every step guards against nothing: it sets the size of every step. Where the
+           gradient shrinks as the student learns, AdamW's steps shrink with it; clipped to one norm, they do not,
+           and a rate that was right at the start is too high later (docs/real-pair.md: this, not staleness, undid a run)
+climbing   the KL to the teacher on the training samples is far above where it was
+silence    what is left of the KL stands at the beginning of answers. A student that only repeats itself is agreed with: after ten
+           equal lines the teacher expects the eleventh, and the mean over all tokens falls (docs/real-pair.md)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+WINDOW = 20  # optimizer steps
+RISEN = 1.3  # times the lowest mean over a window
+SMALL_KL = 0.02  # nats a token: below it a rise by a third is noise
+UNEVEN = 3.0  # times the KL of an answer's last quarter: its first
+FAR = 0.5  # nats a token, of the first quarter: a teacher that does not know either is that far from anyone
+
+
+class Watch:
+    """Sees every optimizer step; a resumed run begins to look anew."""
+
+    def __init__(self, clip: float) -> None:
+        self._clip = clip
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._kls: deque[float] = deque(maxlen=WINDOW)
+        self._quarters: deque[Sequence[float]] = deque(maxlen=WINDOW)
+        self._lowest = float("inf")
+        self._said: set[str] = set()
+
+    def step(self, grad_norm: float, kl: float, quarters: Sequence[float]) -> list[str]:
+        """What is to be said after this step: `grad_norm` before clipping, `kl` in nats a token (nan: not
+        known), and the same for each quarter of an answer.
+        """
+        self._norms.append(grad_norm)
+        self._kls.append(kl)
+        self._quarters.append(quarters)
+        if len(self._kls) < WINDOW:
+            return []
+        mean = sum(self._kls) / WINDOW
+        self._lowest = min(self._lowest, mean)
+        found = {"clipping": self._clipping(), "climbing": self._climbing(mean), "silence": self._silence()}
+        new = {name: text for name, text in found.items() if text and name not in self._said}
+        self._said |= set(new)
+        return list(new.values())
+
+    def _clipping(self) -> str | None:
+        if not 0 < self._clip < min(self._norms):
+            return None
+        return (
+            f"learner.clip: all of the last {WINDOW} gradients were clipped to {self._clip:g} (norms "
+            f"{min(self._norms):.3g} to "
+            f"{max(self._norms):.3g}): every step has the same size, however little is left to learn; "
+            "raise it above them "
+            "or set it to 0, or lower learner.lr"
+        )
+
+    def _climbing(self, mean: float) -> str | None:
+        if not mean > max(RISEN * self._lowest, SMALL_KL):
+            return None
+        return (
+            f"the KL to the teacher climbs: {mean:.3g} over the last {WINDOW} steps, {self._lowest:.3g} "
+            "at best; "
+            "lower learner.lr or let it decay (learner.decay: linear); fopd export RUN OUT --step N takes "
+            "an earlier checkpoint"
+        )
+
+    def _silence(self) -> str | None:
+        first, *_, last = np.mean(list(self._quarters), axis=0)
+        if not first > max(UNEVEN * last, FAR):
+            return None
+        return (
+            f"what is left of the KL stands at the beginning of answers ({first:.2g} nats a token in "
+            f"their first quarter, {last:.2g} in "
+            "their last): a student that repeats itself is agreed with; read what it says (samples.jsonl, "
+            "or fopd report RUN)"
+        )

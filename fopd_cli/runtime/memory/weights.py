@@ -1,0 +1,139 @@
+"""Learner weights -> samplers: two slots in shared memory, each one whole version under Hugging Face names.
+
+    learner: gather, cast, write slot (t + 1) % 2   ->   conductor: Load   ->   sampler: read it, entirely or not at all
+
+The memory belongs to the conductor, is inherited by the workers, and has no name in the file system. A
+sampler that splits its model over processes of its own (vLLM, tensor parallel) hands them the slot by the
+path of its file descriptor, so that the weights are never copied through a queue.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fopd_cli.runtime.memory.arena import aligned, shared_bytes, view
+
+Layout = list[tuple[str, tuple[int, ...], torch.dtype]]  # name, shape and dtype of each tensor
+
+
+class SharedWeights:
+    """One version's weights where they lie: iterate for `(name, view)`. Pickles as a path into this
+    process.
+    """
+
+    def __init__(self, memory: Tensor, offset: int, layout: Layout) -> None:
+        self.memory, self.offset, self.layout = memory, offset, layout
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        offset = self.offset
+        for name, shape, dtype in self.layout:
+            yield name, view(self.memory, offset, dtype, shape)
+            offset += aligned(dtype.itemsize * int(np.prod(shape)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fd, size = self.memory.untyped_storage()._share_fd_cpu_()
+        return _open, (f"/proc/{os.getpid()}/fd/{fd}", size, self.offset, self.layout)
+
+
+def _open(path: str, size: int, offset: int, layout: Layout) -> SharedWeights:
+    return SharedWeights(torch.from_file(path, shared=True, size=size, dtype=torch.uint8), offset, layout)
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Of one version."""
+    return sum(aligned(dtype.itemsize * int(np.prod(shape))) for _, shape, dtype in layout)
+
+
+@dataclass
+class WeightChannel:
+    """The two slots. The schedule never lets a slot be overwritten while a sampler may still read it; the
+    version stamped before and after the copy proves it, and a mismatch raises.
+    """
+
+    layout: Layout
+    memory: Tensor
+    stamps: Tensor  # int64 (2 slots, 2): version when writing began, version when it was complete
+
+    @classmethod
+    def create(cls, layout: Layout) -> WeightChannel:
+        channel = cls(layout, torch.empty(0), torch.full((2, 2), -1, dtype=torch.int64).share_memory_())
+        channel.memory = shared_bytes(2 * channel.slot_bytes)
+        return channel
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one version."""
+        return layout_bytes(self.layout)
+
+    def page_lock(self) -> None:
+        """For a process with a CUDA device: copies between it and the slots then go at the bus's speed,
+        without a detour through a buffer of the driver's. Where the kernel refuses to lock so much, they are
+        slower, and the worker's log says so.
+        """
+        # 1: portable
+        error = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 1))
+        if error:
+            print(
+                f"the weight slots ({self.memory.nbytes / 1e9:.1f} GB) could not be page-locked (CUDA "
+                f"error {error}); updates of weights "
+                "will be slower; raise the limit on locked memory (ulimit -l)",
+                file=sys.stderr,
+            )
+
+    def write(self, version: int, weights: Iterator[tuple[str, Tensor]], keep: bool = True) -> int:
+        """Copy all weights into the version's slot, each cast to its dtype in the layout; returns bytes
+        written.
+
+        Ranks that only take part in gathering the weights pass `keep=False`.
+        """
+        stamps, views, written = self.stamps[version % 2], dict(self._slot(version)), 0
+        if keep:
+            stamps[0] = version
+        for name, tensor in weights:
+            slot = views.pop(name)
+            if keep:
+                slot.copy_(tensor)
+                written += slot.nbytes
+        if views:
+            raise RuntimeError(f"version {version} lacks the weights {sorted(views)[:3]}")
+        if keep:
+            stamps[1] = version
+        return written
+
+    def read(self, version: int) -> SharedWeights:
+        """All weights of one version, where they lie; call `check` when done with them."""
+        self.check(version)
+        return self._slot(version)
+
+    def check(self, version: int) -> None:
+        """Raises if the slot does not hold all of this version (any more)."""
+        found = self.stamps[version % 2].tolist()
+        if found != [version, version]:
+            raise RuntimeError(
+                f"weights of version {version} were overwritten while they were read (stamps {found})"
+            )
+
+    def save(self, version: int, path: Path) -> None:
+        """One version's slot as it lies in memory."""
+        self.check(version)
+        start = (version % 2) * self.slot_bytes
+        with path.open("wb") as file:
+            file.write(self.memory[start : start + self.slot_bytes].numpy().data)
+
+    def load(self, version: int, path: Path, dtypes: Sequence[torch.dtype]) -> None:
+        """Take up what `save` wrote of the same tensors, in their dtypes of then."""
+        saved = [(name, shape, dtype) for (name, shape, _), dtype in zip(self.layout, dtypes, strict=True)]
+        memory = torch.from_file(str(path), shared=False, size=layout_bytes(saved), dtype=torch.uint8)
+        self.write(version, iter(SharedWeights(memory, 0, saved)))
+
+    def _slot(self, version: int) -> SharedWeights:
+        return SharedWeights(self.memory, (version % 2) * self.slot_bytes, self.layout)

@@ -1,0 +1,167 @@
+"""Episodes between the sampler and the environment: whose turn it is, and their tokens, which are only ever
+appended.
+
+    request ──> sampler ──turn──> environment ──observation──> next request ... ──> one Rollout of all turns
+
+Token in, token out: what was sampled is never rendered or tokenised again. An observation is encoded by
+itself, as what a chat template puts between two turns of the assistant, so a template that drops earlier
+reasoning changes nothing. Its tokens bear no loss. All turns and observations together stay within the
+sampler's `max_new_tokens`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fopd_cli.samples import PER_TOKEN, Request, Rollout
+
+
+@dataclass
+class Running:
+    """One episode. `life` tells it from an earlier one of the same sample that was given up."""
+
+    first: Request
+    replica: int
+    life: int
+    turns: list[Rollout] = field(default_factory=list)
+    observations: list[np.ndarray] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    answer: str | None = None
+    sampling: bool = True  # else it waits, for its environment or for the others of its group
+
+    @property
+    def spent(self) -> int:
+        """Response tokens so far."""
+        return sum(t.response_length for t in self.turns) + sum(map(len, self.observations))
+
+
+class Episodes:
+    """All running episodes of a run."""
+
+    def __init__(self) -> None:
+        self.running: dict[int, Running] = {}
+        self._lives = 0
+
+    def start(self, request: Request, replica: int) -> None:
+        """The sampler is given the first turn of an episode."""
+        self._lives += 1
+        self.running[request.key] = Running(request, replica, self._lives)
+
+    def on_turn(self, turn: Rollout) -> Running | None:
+        """The sampler wrote a turn; None if the episode was given up meanwhile."""
+        episode = self.running.get(turn.key)
+        if episode is not None:
+            episode.turns.append(turn)
+            episode.sampling = False
+        return episode
+
+    def on_observed(
+        self,
+        key: int,
+        life: int,
+        token_ids: np.ndarray | None,
+        calls: list[dict[str, Any]],
+        answer: str | None = None,
+    ) -> Running | None:
+        """The environment answered, None: the episode is over. Returns None if it was given up meanwhile."""
+        episode = self.running.get(key)
+        if episode is None or episode.life != life:
+            return None
+        episode.calls += calls
+        episode.answer = answer
+        if token_ids is not None:
+            episode.observations.append(token_ids)
+        return episode
+
+    def next_turn(self, episode: Running) -> Request | None:
+        """What the sampler is to go on with; None if no token is left for it."""
+        left = episode.first.params.max_new_tokens - episode.spent
+        if left <= 0:
+            return None
+        tokens = [episode.first.token_ids]
+        for turn, observation in zip(episode.turns, episode.observations, strict=True):
+            tokens += [turn.response_ids, observation]
+        return replace(
+            episode.first,
+            token_ids=np.concatenate(tokens).astype(np.int32),
+            seed=_seed(episode.first.seed, len(episode.turns)),
+            params=replace(episode.first.params, max_new_tokens=left),
+        )
+
+    def finish(self, episode: Running) -> Rollout:
+        """The whole episode as one sample; ends with a turn of the student."""
+        del self.running[episode.first.key]
+        return joined(episode)
+
+    def drop(self, keys: Iterable[int]) -> list[int]:
+        """Give some up; returns those that there were."""
+        return [key for key in list(keys) if self.running.pop(key, None) is not None]
+
+    def waiting(self, replica: int) -> int:
+        """Episodes of a replica that it has nothing to do for."""
+        return sum(e.replica == replica and not e.sampling for e in self.running.values())
+
+
+def _seed(seed: int, turn: int) -> int:
+    """Of a later turn; depends on the sample and the turn alone."""
+    digest = hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def joined(episode: Running) -> Rollout:
+    """Turns and the observations between them, end to end. What no student sampled has no loss and log-prob
+    nan.
+    """
+    turns, observations = episode.turns, episode.observations[: len(episode.turns) - 1]
+    ids, mask, spans, places = [episode.first.token_ids], [], [], []
+    arrays: dict[str, list[np.ndarray]] = {
+        name: [] for name in PER_TOKEN if getattr(turns[0], name) is not None
+    }
+    at = 0
+    for number, turn in enumerate(turns):
+        n = turn.response_length
+        ids.append(turn.response_ids)
+        mask.append(turn.loss_mask)
+        spans += [(version, at + start, at + stop) for version, start, stop in turn.spans]
+        places.append((at, at + n))
+        for name, parts in arrays.items():
+            parts.append(getattr(turn, name))
+        at += n
+        if number < len(observations):
+            n = len(observations[number])
+            ids.append(observations[number])
+            mask.append(np.zeros(n, dtype=bool))
+            spans.append((spans[-1][0], at, at + n))
+            for name, parts in arrays.items():
+                filler = np.nan if name == "logprobs" else 0
+                parts.append(np.full((n, *parts[-1].shape[1:]), filler, dtype=parts[-1].dtype))
+            at += n
+    whole: dict[str, Any] = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    return Rollout(
+        key=episode.first.key,
+        token_ids=np.concatenate(ids).astype(np.int32),
+        prompt_length=len(episode.first.token_ids),
+        loss_mask=np.concatenate(mask),
+        spans=_merged(spans),
+        finish=turns[-1].finish,
+        turns=places,
+        calls=episode.calls,
+        answer=episode.answer,
+        **whole,
+    )
+
+
+def _merged(spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Neighbours of one version as one span."""
+    out: list[tuple[int, int, int]] = []
+    for version, start, stop in spans:
+        if out and out[-1][0] == version:
+            out[-1] = (version, out[-1][1], stop)
+        elif stop > start:
+            out.append((version, start, stop))
+    return out

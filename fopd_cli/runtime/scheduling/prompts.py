@@ -1,0 +1,195 @@
+"""The order of prompts: which sample is the n-th, for ever, without state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fopd_cli.engines.text.templates import Frame
+from fopd_cli.errors import UserError
+from fopd_cli.freshness.policies import POLICIES
+from fopd_cli.recipe import Recipe, Teacher
+from fopd_cli.runtime.scheduling.tickets import ScheduleConfig
+from fopd_cli.samples import Prompt, SampleId
+from fopd_cli.tasks import Task
+from fopd_cli.tasks.privileged import told
+
+SPLITS = ("train", "eval")
+
+
+class PromptStream:
+    """Each epoch is a fresh permutation of the training prompts; each prompt is sampled `samples_per_prompt`
+    times in a row.
+
+    `kept` are the prompts of each split that are used, by their indices; all of them unless some were
+    dropped. `frames` turn prompts into tokens for teachers that read them in a frame of their own.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        frame: Frame,
+        seed: int,
+        samples_per_prompt: int,
+        teachers: Sequence[Teacher] = (),
+        frames: Mapping[str, Frame] | None = None,
+    ) -> None:
+        self.prompts: dict[str, Sequence[Prompt]] = {
+            "train": task.prompts("train"),
+            "eval": task.prompts("eval"),
+        }
+        self.kept: dict[str, list[int]] = {
+            split: list(range(len(found))) for split, found in self.prompts.items()
+        }
+        self.notices: list[str] = list(getattr(task, "notices", ()))
+        self.frame, self.seed, self.samples_per_prompt = frame, seed, samples_per_prompt
+        self.episodic = hasattr(task, "episode")  # prompts begin conversations with an environment
+        self.replayable = self.episodic or hasattr(task, "replay")  # contexts can change
+        self._teachers = {t.name: i for i, t in enumerate(teachers)}
+        self._contexts = [t.context for t in teachers]
+        self._frames = [(frames or {}).get(t.name) for t in teachers]
+        self._check_teachers()
+        self._orders: dict[int, list[int]] = {}
+        self._ids: dict[tuple[str, int], np.ndarray] = {}
+        self._told: dict[tuple[str, int], np.ndarray] = {}
+
+    def drop(self, split: str, indices: Iterable[int]) -> None:
+        """Leave prompts out. Those that stay keep their index, and with it their random numbers."""
+        gone = set(indices)
+        self.kept[split] = [i for i in self.kept[split] if i not in gone]
+        self._orders = {}
+
+    def train_id(self, number: int) -> SampleId:
+        """The `number`-th training sample of the run."""
+        group, replica = divmod(number, self.samples_per_prompt)
+        epoch, position = divmod(group, len(self.kept["train"]))
+        if epoch not in self._orders:
+            rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            used = set(self.kept["train"])
+            self._orders = {
+                epoch: [i for i in rng.permutation(len(self.prompts["train"])).tolist() if i in used]
+            }
+        return SampleId("train", epoch, self._orders[epoch][position], replica)
+
+    def teacher(self, sample: SampleId) -> int:
+        """Number of the teacher that judges a sample: the one that its prompt names, else the first."""
+        return self._number(self.prompt(sample))
+
+    def _number(self, prompt: Prompt) -> int:
+        return self._teachers.get(prompt.teacher or "", 0)
+
+    def teacher_name(self, split: str, index: int) -> str | None:
+        """Of the teacher that judges it; None if no teachers are known here."""
+        return list(self._teachers)[self._number(self.prompts[split][index])] if self._teachers else None
+
+    def told(self, sample: SampleId) -> np.ndarray | None:
+        """int32 token ids of the prompt as its teacher sees it; None if that is what the student sees."""
+        return self.as_told(sample.split, sample.prompt)
+
+    def as_told(self, split: str, index: int) -> np.ndarray | None:
+        """The same for a prompt."""
+        prompt, key = self.prompts[split][index], (split, index)
+        number = self._number(prompt)
+        template, frame = (self._contexts[number], self._frames[number]) if self._contexts else (None, None)
+        if template is None and frame is None:
+            return None
+        if key not in self._told:
+            prompt = prompt if template is None else told(prompt, template)
+            if frame is not None and prompt.messages is None:
+                prompt = replace(prompt, text=None, messages=[{"role": "user", "content": prompt.text or ""}])
+            self._told[key] = (frame or self.frame).prompt(prompt)
+        return self._told[key]
+
+    def _check_teachers(self) -> None:
+        for split, prompts in self.prompts.items():
+            for p in prompts:
+                if p.teacher is not None and self._teachers and p.teacher not in self._teachers:
+                    raise UserError(
+                        f"task: {p.place or f'{split} prompt {p.index}'} names the teacher {p.teacher!r}; "
+                        f"there are {', '.join(self._teachers)}"
+                    )
+
+    def prompt(self, sample: SampleId) -> Prompt:
+        return self.prompts[sample.split][sample.prompt]
+
+    def token_ids(self, sample: SampleId) -> np.ndarray:
+        """int32 (prompt_length,), encoded once."""
+        return self.encoded(sample.split, sample.prompt)
+
+    def encoded(self, split: str, index: int) -> np.ndarray:
+        key = (split, index)
+        if key not in self._ids:
+            self._ids[key] = self.frame.prompt(self.prompts[split][index])
+        return self._ids[key]
+
+    def largest_id(self, split: str, index: int) -> int:
+        """The largest token id of a prompt, as the student or its teacher sees it."""
+        seen = [self.encoded(split, index), self.as_told(split, index)]
+        return max((int(ids.max()) for ids in seen if ids is not None and len(ids)), default=-1)
+
+    def tokens(self, split: str, index: int, judged: bool) -> int:
+        """Of a prompt as the student sees it, or as its teacher does."""
+        seen = self.as_told(split, index) if judged else None
+        return len(self.encoded(split, index) if seen is None else seen)
+
+    def longest(self, split: str, judged: bool) -> int:
+        """Tokens of the longest prompt in use."""
+        return max(self.tokens(split, i, judged) for i in self.kept[split])
+
+
+def context_tokens(recipe: Recipe, stream: PromptStream, judged: bool) -> int:
+    """Tokens of the longest sample that there can be, as the student has it, or as teachers judge it."""
+    new = {
+        "train": recipe.sampler.max_new_tokens,
+        "eval": recipe.eval.max_new_tokens or recipe.sampler.max_new_tokens,
+    }
+    return max(stream.longest(split, judged) + new[split] for split in SPLITS)
+
+
+def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
+    """All held-out samples; the same ids, hence the same random numbers, at every version and in `fopd
+    eval`.
+    """
+    return [
+        SampleId("eval", 0, prompt, replica)
+        for prompt in stream.kept["eval"]
+        for replica in range(recipe.eval.samples)
+    ]
+
+
+@dataclass(frozen=True)
+class EvalVersions:
+    """Before the first step, after the last, and every so often (0: not) in between."""
+
+    steps: int
+    every: int
+
+    def __contains__(self, version: object) -> bool:
+        if not isinstance(version, int) or not 0 <= version <= self.steps:
+            return False
+        return version in (0, self.steps) or (self.every > 0 and version % self.every == 0)
+
+
+def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: bool) -> ScheduleConfig:
+    """The recipe as the schedule wants it."""
+    replay = recipe.freshness.replay
+    wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or replay.labels == "current"
+    eval_versions = EvalVersions(recipe.learner.steps, recipe.eval.every)
+    return ScheduleConfig(
+        steps=recipe.learner.steps,
+        batch=recipe.learner.batch_samples,
+        depth=recipe.schedule.depth,
+        lag=recipe.schedule.lag,
+        inflight=recipe.schedule.inflight,
+        replicas=replicas,
+        concurrency=recipe.sampler.concurrency,
+        score_batch=tuple(t.batch_samples for t in recipe.teachers),
+        exclusive=exclusive,
+        eval_versions=eval_versions,
+        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable and wanted else 0,
+        replay_lag=replay.min_lag,
+        replay_ahead=replay.labels == "cached",
+    )

@@ -1,0 +1,135 @@
+"""The schedule's vocabulary: what a sample on its way is, what the recipe says, what the conductor is told to
+do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from fopd_cli.samples import SampleId
+
+Role = Literal["sampler", "teacher", "learner"]
+
+
+class State(StrEnum):
+    """Where a sample is. TRAINED, GATED and REFRESHED are final; such tickets are only counted."""
+
+    PLANNED = "planned"  # its prompt is to be sampled again (after a refresh or a restart)
+    SAMPLING = "sampling"
+    SAMPLED = "sampled"
+    SCORING = "scoring"
+    SCORED = "scored"
+    REPLAYING = "replaying"  # scored, but its context is being looked at again
+    REPLAYED = "replayed"  # its context has changed: to be scored again
+    TRAINING = "training"
+
+
+@dataclass
+class Ticket:
+    """One sample on its way. `version` is the oldest that sampled any of its tokens (at admission: the
+    sampler's).
+    """
+
+    key: int  # unique in a run; training tickets are numbered in the order of the prompt stream
+    sample: SampleId
+    state: State = State.PLANNED
+    version: int = -1
+    graded: bool = False
+    drawn: bool = False  # counted in `drawn` already (a restart does not draw again)
+    teacher: int = 0  # who judges it
+    replayed: bool = False  # it was looked whether its context has changed
+
+    @property
+    def evaluation(self) -> bool:
+        return self.sample.split == "eval"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What the recipe says about scheduling, resolved."""
+
+    steps: int
+    batch: int
+    depth: int
+    lag: int | None  # fixed lag; depth is then ignored
+    inflight: Literal["keep", "wait"]
+    replicas: int
+    concurrency: int  # running samples a replica
+    score_batch: tuple[int, ...]  # samples a call, at most, of each teacher
+    exclusive: bool  # time-sliced: one role at a time
+    eval_versions: Container[int]
+    score_ahead: int = 2  # calls under way at once, of each teacher
+    replays: int = 0  # samples whose contexts are replayed before an optimizer step, at most
+    replay_lag: int = 1  # only samples so many versions old
+    replay_ahead: bool = False  # while the learner is at the step before
+
+    @property
+    def max_lag(self) -> int:
+        return self.depth if self.lag is None else self.lag
+
+    @property
+    def deterministic(self) -> bool:
+        """Groups are then formed by number instead of by arrival, so that two runs compute the same."""
+        return self.max_lag == 0 or self.lag is not None
+
+
+@dataclass(frozen=True)
+class Generate:
+    replica: int
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    replica: int
+    version: int
+
+
+@dataclass(frozen=True)
+class Abort:
+    replica: int
+
+
+@dataclass(frozen=True)
+class Score:
+    teacher: int
+    keys: tuple[int, ...]
+    again: bool = False  # on changed contexts
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Find out whether the contexts of these samples have changed since they were scored, in the world of
+    step `now`.
+    """
+
+    keys: tuple[int, ...]
+    now: int
+
+
+@dataclass(frozen=True)
+class Train:
+    step: int
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measure some held-out samples with the learner's version."""
+
+    version: int
+    keys: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Time-sliced: put `sleeper` to sleep, then wake `waker`."""
+
+    sleeper: Role | None
+    waker: Role
+
+
+Action = Generate | Load | Abort | Score | Replay | Train | Measure | Lease

@@ -1,0 +1,152 @@
+"""benchmarks/staleness.py: its tasks, its arithmetic, and a cut of it; never who wins."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import calibration
+import horizons
+import staleness
+import staleness_report as report
+
+
+def test_the_experts_solve_the_tasks() -> None:
+    recurrence, rng = horizons.Recurrence(), random.Random(0)
+    assert horizons.continued("1230").startswith("136670")  # 0 + 1, 1 + 2, 3 + 3, 6 + 0, 6 + 1, 7 + 3
+    prompt = recurrence.prompts("eval")[0]
+    beginning, response = (text for text, _ in horizons.recurrence_solved(rng, 0))
+    assert len(response.removesuffix("<eos>")) == horizons.FURTHER
+    assert len(beginning) == 5
+    assert recurrence.grade(prompt, horizons.continued((prompt.text or "")[:4])) == 1
+    assert recurrence.grade(prompt, "0" * horizons.FURTHER) == 0
+    assert not {p.text for p in recurrence.prompts("train")} & {p.text for p in recurrence.prompts("eval")}
+
+
+def test_lookups_answer_letters_and_move_on_with_the_version() -> None:
+    task = horizons.Lookups(drift=0.5)
+    train, held_out = task.prompts("train")[0], task.prompts("eval")[0]
+
+    async def episode(prompt: Any, now: int) -> list[str | None]:
+        asking = task.episode(prompt, now)
+        return [(await asking.observe(turn)).text for turn in ("a?", "b?", "a?", "1+2=3.3")]
+
+    first = asyncio.run(episode(train, 0))
+    assert first[0] == first[2]
+    assert first[3] is None
+    assert first == asyncio.run(episode(train, 0)), "seeded"
+    assert any(asyncio.run(episode(train, now)) != first for now in range(1, 20))
+    assert all(asyncio.run(episode(held_out, now)) == asyncio.run(episode(held_out, 0)) for now in range(20))
+    assert task.grade(held_out, horizons.added(task.values(held_out, 0))[0]) == 1
+    assert horizons.added([4, 7, 9]) == ("4+7=1,1+9=0.0", "0")
+
+
+def test_ranks_and_their_correlation() -> None:
+    assert calibration.ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [3.5, 1.0, 3.5, 2.0]
+    assert calibration.spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
+    assert calibration.spearman([1, 2, 3], [3, 1, 2]) == pytest.approx(-0.5)  # 1 - 6 * 6 / (3 * 8)
+
+
+def result(
+    policy: str, lag: str, seed: int, curve: list[list[float]], seconds: float, collapsed: bool = False
+) -> dict[str, Any]:
+    zero = dict.fromkeys(("freshness", "lag_mean", "drift_roll", "drift_sup", "refreshes"), 0.0)
+    return {
+        "task": "short",
+        "loss": "pg_cached",
+        "policy": policy,
+        "lag": lag,
+        "seed": seed,
+        "extra": (),
+        "optimizer": "adamw",
+        "kl": 0.5,
+        "score": curve[-1][1],
+        "curve": curve,
+        "drop": 0.0,
+        "collapsed": collapsed,
+        "modelled_seconds": seconds,
+        **zero,
+    }
+
+
+def test_a_row_is_what_its_runs_say() -> None:
+    runs = [
+        result("sync", "0", 0, [[0, 0.2], [10, 0.6], [20, 0.8]], 100),
+        result("sync", "0", 1, [[0, 0.2], [10, 0.5], [20, 0.6]], 100),
+        result("async", "8", 0, [[0, 0.2], [10, 0.7], [20, 0.3]], 50, collapsed=True),
+        result("async", "8", 1, [[0, 0.2], [10, 0.1], [20, 0.1]], 50),
+    ]
+    sync, late = report.rows(runs)
+    assert (sync["score"], sync["of_sync"], sync["of_gain"], sync["throughput"]) == pytest.approx(
+        (0.7, 1, 1, 1)
+    )
+    assert sync["error"] == pytest.approx(0.1)  # sample deviation 0.1414 / sqrt(2)
+    assert late["of_sync"] == pytest.approx(0.2 / 0.7)
+    assert late["of_gain"] == pytest.approx(0)
+    assert late["throughput"] == pytest.approx(2)
+    assert (late["collapsed"], late["seeds"]) == (1, 2)
+    assert late["steps_to_90"] == float("inf"), "one of two seeds reaches 0.63"
+    assert "never" in report.markdown([late])
+    done = dict((policy, (steps, score)) for policy, steps, score in report.equal_time(runs))
+    assert done["async"] == pytest.approx((20, 0.2))
+    assert done["sync"] == pytest.approx((10, 0.55)), "half of its steps"
+
+
+def test_every_cell_is_a_valid_recipe_of_its_own() -> None:
+    from fopd_cli.recipe import load_recipe
+
+    cells = [c for study in staleness.STUDIES.values() for c in study(0)]
+    for cell in cells:
+        load_recipe(staleness.RECIPES / f"{cell.task}.yaml", cell.overrides)
+
+
+@pytest.mark.slow
+def test_a_cut_of_the_benchmark(tmp_path: Path) -> None:
+    """Three optimizer steps a cell: rows exist and add up, nothing is run twice, a seed gives the same
+    figures.
+    """
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "staleness.py",
+        "--study",
+        "headline",
+        "--seeds",
+        "1",
+        "--steps",
+        "3",
+        "--out",
+        tmp_path,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    wanted = [c.key for c in staleness.headline(0)]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert sorted(r["key"] for r in rows) == sorted(wanted)
+    assert all(r["lag_max"] <= int(r["lag"]) for r in rows)
+    table = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert len(table) == len(wanted)
+    assert all(int(r["collapsed"]) <= int(r["seeds"]) == 1 for r in table)
+    for row in rows:
+        (own,) = [r for r in table if r["policy"] == row["policy"]]
+        assert float(own["score"]) == pytest.approx(row["score"])
+    before = (tmp_path / "results.jsonl").read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert done.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
+    (cell,) = [c for c in staleness.headline(0) if c.policy == staleness.BEST]
+    (first,) = [r for r in rows if r["key"] == cell.key]
+    second = json.loads(json.dumps(staleness.measure(cell, steps=3)))
+    assert {k: v for k, v in second.items() if k != "wall_seconds"} == {
+        k: v for k, v in first.items() if k != "wall_seconds"
+    }

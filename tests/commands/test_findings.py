@@ -1,0 +1,93 @@
+"""What doctor and run say of numbers, sizes and prompts that do not go together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY, small_recipe
+
+from fopd_cli import doctor
+from fopd_cli.recipe import load_recipe
+from fopd_cli.runtime.placement import place
+
+PLAIN = """
+from fopd_cli.samples import Prompt
+class Plain:
+    def __init__(self, messages): self.messages = messages
+    def prompts(self, split):
+        if self.messages:
+            return [Prompt(i, messages=[{"role": "user", "content": f"{split} {i}"}]) for i in range(64)]
+        return [Prompt(i, text=f"{split} {i}") for i in range(64)]
+    def grade(self, prompt, response): return 0.0
+"""
+
+
+def said(folder: Path, **changes: Any) -> list[str]:
+    path = folder / "recipe.yaml"
+    path.write_text(
+        yaml.safe_dump(small_recipe(TINY) | changes if "task" in changes else small_recipe(TINY, **changes))
+    )
+    recipe = load_recipe(path)
+    return [str(f) for f in doctor.findings(doctor.load_inputs(recipe, place(recipe, 0)), folder)]
+
+
+def test_a_sound_recipe_has_none(tmp_path: Path) -> None:
+    assert said(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"student": {"model": str(TINY / "teacher")}, "teacher": {"model": str(TINY / "student")}},
+            "are not exchanged",
+        ),
+        (
+            {"learner": {"steps": 4, "warmup_steps": 9}},
+            "9 of 4 steps are warm-up, so learner.lr is never reached",
+        ),
+        ({"learner": {"steps": 4, "warmup_steps": 4}}, "reached in the last one only"),
+        (
+            {
+                "learner": {"batch_samples": 512},
+                "task": {"name": "arithmetic", "horizon": 2, "eval_prompts": 8, "train_prompts": 100},
+            },
+            "a batch of 512 is larger than the data (100 samples of all training prompts)",
+        ),
+    ],
+)
+def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    if "task" in changes:
+        changes = {
+            "learner": {**small_recipe(TINY)["learner"], **changes["learner"]},
+            "task": changes["task"],
+        }
+    assert any(message in line for line in said(tmp_path, **changes))
+
+
+def test_plain_prompts_of_a_task_of_ones_own_are_asked_about(tmp_path: Path) -> None:
+    (tmp_path / "plain_prompts.py").write_text(PLAIN)
+
+    def found(messages: bool, **more: Any) -> list[str]:
+        task = {"name": "plain_prompts:Plain", "options": {"messages": messages}, **more}
+        return [line for line in said(tmp_path, task=task) if "chat template" in line]
+
+    (line,) = found(False)
+    assert "gives prompts as plain text, so the student's chat template is not applied" in line
+    assert found(False, chat=False) == []
+    assert found(True) == []
+
+
+def test_one_thing_is_said_once(tmp_path: Path) -> None:
+    """Three teachers of one model: what is wrong with it is one finding."""
+    teachers = [{"model": str(TINY / "student"), "name": f"t{i}"} for i in range(3)]
+    recipe = small_recipe(TINY)
+    recipe["teacher"] = teachers
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    parsed = load_recipe(path)
+    lines = [str(f) for f in doctor.findings(doctor.load_inputs(parsed, place(parsed, 0)), tmp_path)]
+    assert len([line for line in lines if "the same model: every loss is 0" in line]) == 1

@@ -1,0 +1,71 @@
+"""What a run writes for people: whole at any moment, and the same after a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fopd_cli.runtime.crew.messages import Span
+from fopd_cli.runtime.journal.sinks import JsonLines, Progress, Resume, Telemetry
+from fopd_cli.runtime.journal.trace import Trace
+
+
+def test_the_timeline_is_a_json_list_at_any_moment(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    trace = Trace(path)
+    assert json.loads(path.read_text()) == []
+    for i in range(3):
+        trace.add("sampler-0", Span("generate", 10.0 + i, 10.5 + i, {"text": "ü ⟦a⟧"}))
+        events = json.loads(path.read_text())  # nothing was closed or flushed
+        assert [e["ts"] for e in events if e["ph"] == "X"] == [round((10.0 + j) * 1e6) for j in range(i + 1)]
+    assert events[-1]["dur"] == 500_000
+
+
+def test_a_run_that_goes_on_keeps_every_worker_in_its_track(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    first = Trace(path)
+    first.add("sampler-0", Span("generate", 1.0, 2.0))
+    first.add("learner-0", Span("train", 2.0, 3.0))
+    first.close()
+    again = Trace(path)
+    again.add("learner-0", Span("train", 5.0, 6.0))  # the other one comes first this time
+    again.add("teacher-0", Span("score", 6.0, 7.0))
+    events = json.loads(path.read_text())
+    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert sorted(names.values()) == ["learner-0", "sampler-0", "teacher-0"]
+    work = [(names[e["tid"]], e["ts"]) for e in events if e["ph"] == "X"]
+    assert work == [("sampler-0", 1e6), ("learner-0", 2e6), ("learner-0", 5e6), ("teacher-0", 6e6)]
+
+
+def test_a_timeline_that_was_cut_short_is_put_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    trace = Trace(path)
+    for i in range(3):
+        trace.add("sampler-0", Span("generate", float(i), i + 0.5))
+    trace.close()
+    path.write_text(path.read_text()[:-20])  # as a full disk does
+    Trace(path).add("sampler-0", Span("generate", 9.0, 9.5))
+    assert [e["ts"] for e in json.loads(path.read_text()) if e["ph"] == "X"] == [0, 1e6, 9e6]
+
+
+def test_warnings_are_said_and_kept_and_those_that_are_redone_put_aside(tmp_path: Path) -> None:
+    first = Telemetry(tmp_path, Progress(10, 0), None)
+    first.warn(2, "the KL climbs")
+    first.warn(7, "it still climbs")
+    first.close()
+    Telemetry(tmp_path, Progress(10, 5), Resume(5, frozenset())).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "warnings.jsonl").read_text().splitlines()] == [
+        2
+    ]
+    aside = (tmp_path / "warnings.superseded.jsonl").read_text()
+    assert json.loads(aside) == {"step": 7, "text": "it still climbs"}
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    records = JsonLines(tmp_path / "metrics.jsonl", None)
+    records.write({"step": 1, "score": float("nan"), "of": [float("inf"), 1.5]})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "score": None,
+        "of": [None, 1.5],
+    }

@@ -1,0 +1,124 @@
+"""The fleet with small real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import wait_for
+
+from fopd_cli.errors import UserError
+from fopd_cli.runtime.crew import fleet as workers
+from fopd_cli.runtime.crew import warm
+from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, Worker, WorkerSpec
+from fopd_cli.runtime.crew.messages import Lost, Ready, StopCommand
+
+SPEC = WorkerSpec("sampler", 0, 1, (), 1)
+
+
+def echo(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    mailbox.send(Ready())
+    while not isinstance(command := mailbox.receive(block=True), StopCommand):
+        mailbox.send(command)
+
+
+def heard(fleet: Fleet, count: int) -> list[tuple[Worker, object]]:
+    messages: list[tuple[Worker, object]] = []
+    deadline = time.monotonic() + 60
+    while len(messages) < count and time.monotonic() < deadline:
+        messages += fleet.receive(timeout=0.5)
+    return messages
+
+
+def test_a_lost_worker_is_reported_after_its_last_words_and_sent_nothing_more(tmp_path: Path) -> None:
+    """Whoever handles the messages in order sends before coming to the one that says so: no error, and no
+    answer.
+    """
+    with Fleet(tmp_path, 60, 60) as fleet:
+        worker = fleet.start(SPEC, echo, replaceable=True)
+        heard(fleet, 1)
+        fleet.send("sampler-0", "last words")
+        time.sleep(1)
+        worker.process.kill()
+        worker.process.join()
+        (first, second) = (message for _, message in heard(fleet, 2))
+        assert first == "last words"
+        assert isinstance(second, Lost)
+        assert "SIGKILL" in second.reason
+        fleet.send("sampler-0", "are you there?")
+        assert fleet.receive(timeout=0.2) == []
+
+
+def refusing(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    raise UserError(f"{spec.role}.packing: this architecture cannot be packed")
+
+
+def test_all_that_keeps_workers_from_starting_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "REFUSAL_WAIT_S", 120.0)  # a busy machine starts them far apart
+    with Fleet(tmp_path, 60, 60) as fleet:
+        fleet.start(WorkerSpec("learner", 0, 1, (), 1), refusing)
+        fleet.start(WorkerSpec("teacher", 0, 1, (), 1), refusing, replaceable=True)
+        fleet.start(SPEC, echo, replaceable=True)
+        with pytest.raises(UserError) as caught:
+            heard(fleet, 9)
+    said = str(caught.value).split(" | ")
+    assert sorted(said) == [
+        f"{role}.packing: this architecture cannot be packed" for role in ("learner", "teacher")
+    ]
+    log = (tmp_path / "learner-0.log").read_text()
+    assert "learner-0 starts: pid" in log
+    assert "learner-0 gives up: learner.packing" in log
+
+
+def mistaken(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    mailbox.send(Ready())
+    mailbox.receive(block=True)
+    raise UserError("task.name: mine:Mine: grade() raised KeyError")
+
+
+def test_a_mistake_of_the_users_is_told_apart_from_a_worker_that_broke(tmp_path: Path) -> None:
+    with Fleet(tmp_path, 60, 60) as fleet:
+        fleet.start(SPEC, mistaken, replaceable=True)
+        heard(fleet, 1)
+        fleet.send("sampler-0", "go")
+        ((_, lost),) = heard(fleet, 1)
+    assert lost == Lost("task.name: mine:Mine: grade() raised KeyError", mistake=True)
+    assert "ready after" in (tmp_path / "sampler-0.log").read_text()
+
+
+def describe(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    mailbox.send(
+        (os.environ["OMP_NUM_THREADS"], torch.get_num_threads(), "transformers.modeling_utils" in sys.modules)
+    )
+    mailbox.receive(block=True)
+
+
+def test_forked_workers_have_their_own_environment_and_die_with_their_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warm, "_begun", False)  # as it is again afterwards
+    warm.begin()
+    try:
+        with Fleet(tmp_path, 60, 60) as fleet:
+            for index, threads in enumerate((1, 2)):
+                fleet.start(WorkerSpec("sampler", index, 2, (), threads), describe, replaceable=True)
+            assert sorted(message for _, message in heard(fleet, 2)) == [("1", 1, True), ("2", 2, True)]
+            forked = [psutil.Process(worker.process.pid) for worker in fleet.workers.values()]
+            (server,) = {worker.ppid() for worker in forked}
+            assert server == forkserver._forkserver._forkserver_pid != os.getpid()  # type: ignore[attr-defined]
+            os.kill(server, signal.SIGKILL)
+            wait_for(lambda: not any(worker.is_running() for worker in forked), "the workers to follow", 10)
+            assert {type(message) for _, message in heard(fleet, 2)} == {Lost}
+            fleet.start(SPEC, echo)  # another server
+            assert isinstance(heard(fleet, 1)[0][1], Ready)
+    finally:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
