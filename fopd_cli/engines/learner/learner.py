@@ -183,14 +183,15 @@ class FsdpLearner:
         masters.
         """
         lm, config = self.student.lm, self.config
+        if config.compile:
+            # What is inside a checkpoint, or else nothing would be compiled; and without the hooks around a block.
+            for block in blocks(lm):
+                block.forward = torch.compile(block.forward)
         if config.activation_checkpointing:
             block_type = type(blocks(lm)[0])
             apply_activation_checkpointing(
                 lm, checkpoint_wrapper, check_fn=lambda m: isinstance(m, block_type)
             )
-        if config.compile:
-            for block in blocks(lm):
-                block.compile()
         if not sharded(config.compute_dtype, config.offload, self.world):
             self.student.to(self.device)
             return

@@ -35,12 +35,16 @@ def laid_out(row: dict[str, Any]) -> Iterator[None]:
 class MaskPattern:
     """One kind of layer's mask. `make` is transformers' own function for the attention that the model has
     when it is not packed.
+
+    `sees` is its `window` where it was made for a packed row.
     """
 
     def __init__(self, make: Callable[..., Tensor | None], rule: dict[str, Any]) -> None:
         self._make, self._rule = make, rule
         self.row = _ROW.get()
         self._made: dict[tuple[int, int], Tensor | None] = {}
+        # Asked here, once, and not by each layer, whose compiled code could not look into a tensor.
+        self.sees = None if self.row is None else self.window(self.row["max_length_q"])
 
     def of(self, queries: int, keys: int) -> Tensor | None:
         """`(1, 1, queries, keys)`, the queries being the last of the keys; None: plain causal attention of a

@@ -113,7 +113,8 @@ def enable_packing(lm: Any, compiled: bool = False) -> None:
     """Give the model attention that knows of packed rows; `check_packing` says whether the rest of it bears
     them.
 
-    `compiled`: the model will be, and must not look into a loop over as many sequences as there happen to be.
+    `compiled`: its blocks will be. The variable-length kernel becomes part of their graphs; a loop over as many
+    sequences as there happen to be cannot.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
@@ -121,9 +122,10 @@ def enable_packing(lm: Any, compiled: bool = False) -> None:
     own = own_attention(type(lm), lm.config)
     attention = packed_attention if own == "sdpa" else packed_eager_attention
     make = sdpa_mask if own == "sdpa" else eager_mask
-    AttentionInterface.register(
-        PACKED_ATTENTION[own], torch.compiler.disable(attention) if compiled else attention
-    )
+    if compiled and own == "eager":
+        attention = torch.compiler.disable(attention)
+    _varlen_attention()  # a compiled block takes it as it finds it
+    AttentionInterface.register(PACKED_ATTENTION[own], attention)
     AttentionMaskInterface.register(PACKED_ATTENTION[own], functools.partial(keep_rule, make))
     lm.set_attn_implementation(PACKED_ATTENTION[own])
 
@@ -151,13 +153,12 @@ def packed_attention(
     row = _Row.of(attention_mask, told)
     window = None
     if _varlen_fits(query, value) and row.prefixes is None:
-        window = 0 if attention_mask is None else attention_mask.window(row.longest)
+        window = 0 if attention_mask is None else attention_mask.sees
     if window is not None:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         out = _varlen_attention()(
-            q,
-            k,
-            v,
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
             row.bounds,
             row.bounds,
             row.longest,
@@ -167,10 +168,25 @@ def packed_attention(
         )
         return out[None], None
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return cpu_attention.attention(module, q, k, v, mask, scaling=scaling, is_causal=True)[0]
+    return _one_by_one(row, module, query, key, value, attention_mask, scaling), None
 
-    return row.by_segment(attend, query, key, value, attention_mask), None
+
+@torch.compiler.disable
+def _one_by_one(
+    row: _Row,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: MaskPattern | None,
+    scaling: float | None,
+) -> Tensor:
+    """Where there is no variable-length kernel: segment by segment."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        return cpu_attention.attention(module, q, k, v, visible, scaling=scaling, is_causal=True)[0]
+
+    return row.by_segment(attend, query, key, value, mask)
 
 
 def packed_eager_attention(
@@ -247,13 +263,17 @@ def _varlen_fits(query: Tensor, value: Tensor) -> bool:
     return narrow and query.shape[-1] == value.shape[-1] <= VARLEN_WIDTH
 
 
-@functools.cache
+_VARLEN: list[Callable[..., Tensor]] = []  # no functools.cache: a compiled block would look behind it
+
+
 def _varlen_attention() -> Callable[..., Tensor]:
     """PyTorch's, told that there may be fewer key than query heads where its version wants to be told (2.13;
     2.11 not).
     """
-    from torch.nn.attention import varlen
+    if not _VARLEN:
+        from torch.nn.attention import varlen
 
-    plain: Any = varlen.varlen_attn
-    told = "enable_gqa" in inspect.signature(plain).parameters
-    return functools.partial(plain, enable_gqa=True) if told else plain
+        plain: Any = varlen.varlen_attn
+        told = "enable_gqa" in inspect.signature(plain).parameters
+        _VARLEN.append(functools.partial(plain, enable_gqa=True) if told else plain)
+    return _VARLEN[0]
