@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inline import CPU, Inline
+from inline import Inline
 from torch import Tensor
 
 from fopd_cli.engines.learner.micro_batch import MicroBatch
@@ -77,7 +77,7 @@ def judged(run: Kept, rollouts: list[Rollout], lag: int) -> list[Sample]:
 def gradient(run: Kept, samples: list[Sample], loss: LossSpec) -> Tensor:
     """Of the samples' mean loss by all of the student's weights, flat."""
     lm = run.learner.student.lm
-    batch = MicroBatch.of(samples, True, CPU)
+    batch = MicroBatch.of(samples, True)
     share = 1 / (len(samples) * batch.lengths[batch.sample])
     nothing = torch.zeros_like(share)
     hidden = batch.tokens.hidden(lm).index_select(0, batch.index)
@@ -96,7 +96,7 @@ def gradient(run: Kept, samples: list[Sample], loss: LossSpec) -> Tensor:
 @torch.no_grad()
 def drifts(run: Kept, sample: Sample) -> dict[str, float]:
     """D_roll of one sample by every estimator."""
-    batch = MicroBatch.of([sample], True, CPU)
+    batch = MicroBatch.of([sample], True)
     lm = run.learner.student.lm
     hidden = batch.tokens.hidden(lm).index_select(0, batch.index)
     new = torch.log_softmax(hidden @ lm.get_output_embeddings().weight.T, -1)

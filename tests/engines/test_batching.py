@@ -26,9 +26,9 @@ def test_packed_groups_are_filled(lengths: list[int], budget: int) -> None:
     assert len(sizes) < 2 or sizes[0] + sizes[1] > budget
 
 
-@given(LENGTHS, st.integers(1, 5))
-def test_shares_are_balanced(lengths: list[int], ranks: int) -> None:
-    shares = balanced_shares(lengths, ranks)
+@given(LENGTHS, st.integers(1, 5), st.sampled_from([1, 2]))
+def test_shares_are_balanced(lengths: list[int], ranks: int, power: int) -> None:
+    shares = balanced_shares(lengths, ranks, power)
     assert sorted(i for s in shares for i in s) == list(range(len(lengths)))
-    cost = [sum(lengths[i] ** 2 for i in share) for share in shares]
-    assert max(cost) - min(cost) <= max(n**2 for n in lengths)
+    cost = [sum(lengths[i] ** power for i in share) for share in shares]
+    assert max(cost) - min(cost) <= max(n**power for n in lengths)

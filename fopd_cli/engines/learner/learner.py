@@ -15,7 +15,7 @@ learning rate's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from torch.distributed.fsdp import (
 
 from fopd_cli.engines.learner import dcp, lora
 from fopd_cli.engines.learner.micro_batch import MicroBatch, placeholder
+from fopd_cli.engines.learner.prefetch import Lane, Prefetched
 from fopd_cli.engines.models.heads import HeadRule
 from fopd_cli.engines.models.hf import blocks, head_rule, modules_in_fp32
 from fopd_cli.engines.tokens import rope
@@ -154,7 +155,9 @@ class FsdpLearner:
         self.version = 0
         self.floor = drift.NoiseFloor()
         self.teacher_heads = [Head.of(head).first(config.vocab).to(device) for head in teacher_heads]
-        self.shared = not rope.by_length(model.config)
+        # what samples begin with lies in a row once
+        self.shared = device.type == "cpu" and not rope.by_length(model.config)
+        self.lane = Lane(device)
         if config.packing:
             enable_packing(model, config.compile)
         # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
@@ -237,12 +240,14 @@ class FsdpLearner:
         micro, stats, loss, anchor = self._batches(samples), [], 0.0, 0.0
         # Sharded gradients are scattered after each micro-batch: to do it once at the end would save the bus some
         # work, and keep 4 bytes of every parameter, whole, on every rank until then.
-        for indices in micro:
-            part, objective_value, anchor_value = self._forward(samples, indices)
+        batches = self._prefetched(samples, micro)
+        for indices, batch in zip(micro, batches, strict=True):
+            figures, objective_value, anchor_value = self._forward(samples, indices, batch)
             objective_value.backward()
-            loss, anchor = loss + objective_value.item() / self.world, anchor + anchor_value
+            batches.ahead()  # before the first look at a figure, which waits for the device
+            loss, anchor = loss + objective_value.item() / self.world, anchor + anchor_value.item()
             if indices:
-                stats.append((indices, part))
+                stats.append((indices, _stats(samples, indices, figures)))
         merged = self._gather(stats, len(samples))
         loss, anchor = self._sum(loss), self._sum(anchor)
         mean_weight = float(merged.weight.mean())
@@ -298,11 +303,13 @@ class FsdpLearner:
 
     @torch.no_grad()
     def measure(self, samples: Sequence[Sample]) -> SampleStats:
-        parts = []
-        for indices in self._batches(samples):
-            part, _, _ = self._forward(samples, indices)
+        parts, micro = [], self._batches(samples)
+        batches = self._prefetched(samples, micro)
+        for indices, batch in zip(micro, batches, strict=True):
+            figures, _, _ = self._forward(samples, indices, batch)
+            batches.ahead()
             if indices:
-                parts.append((indices, part))
+                parts.append((indices, _stats(samples, indices, figures)))
         return self._gather(parts, len(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
@@ -321,14 +328,25 @@ class FsdpLearner:
         most = max(len(groups) for groups in split)
         return split[self.rank] + [[] for _ in range(most - len(split[self.rank]))]
 
-    def _forward(self, samples: Sequence[Sample], indices: list[int]) -> tuple[SampleStats, Tensor, float]:
-        """One micro-batch: its samples' figures, its share of the objective, its share of the anchor term.
-
-        An empty one runs a placeholder of weight zero, because sharded ranks must all run the same forwards.
+    def _prefetched(self, samples: Sequence[Sample], micro: list[list[int]]) -> Prefetched[MicroBatch]:
+        """The micro-batches on the device. An empty one is a placeholder, because sharded ranks must all run the
+        same forwards.
         """
-        config = self.config
-        chosen = [samples[i] for i in indices] or [placeholder(samples[0])]
-        batch, n = MicroBatch.of(chosen, config.packing, self.device, self.shared), len(chosen)
+        pinned = self.device.type == "cuda"
+
+        def maker(indices: list[int]) -> Callable[[], MicroBatch]:
+            chosen = [samples[i] for i in indices] or [placeholder(samples[0])]
+            return lambda: MicroBatch.of(chosen, self.config.packing, self.shared, pinned)
+
+        return Prefetched(self.lane, [maker(indices) for indices in micro])
+
+    def _forward(
+        self, samples: Sequence[Sample], indices: list[int], batch: MicroBatch
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One micro-batch: its samples' figures, its share of the objective, its share of the anchor term; all of
+        them still being computed. A placeholder's weight is zero.
+        """
+        config, n = self.config, len(batch.lag)
         sample, lag, lengths = batch.sample, batch.lag, batch.lengths
         # A cached label is of the context that the student has read, whether or not that one still exists.
         still_there = batch.sampled & batch.current
@@ -360,7 +378,11 @@ class FsdpLearner:
             config.anchor,
             None if config.policy.weights == "one" else weigh,
         )
-        teacher_head = self.teacher_heads[chosen[0].targets.teacher] if self.teacher_heads else None
+        teacher_head = (
+            self.teacher_heads[samples[indices[0] if indices else 0].targets.teacher]
+            if self.teacher_heads
+            else None
+        )
         value, *found = self.student(batch, config.loss, config.vocab, teacher_head, coefficients)
         terms = TokenTerms(*found)
         loss, _ = drift.per_sample(terms.loss, mask, mask, sample, n)
@@ -369,29 +391,28 @@ class FsdpLearner:
         f, w = freshness(everyone, drift_roll), weigh(everyone, drift_roll)
         anchor = (share * w * drift_roll).sum()
 
-        def mean(term: Tensor) -> np.ndarray:
-            return _numpy(drift.per_sample(term, mask, mask, sample, n)[0])
+        def mean(term: Tensor) -> Tensor:
+            return drift.per_sample(term, mask, mask, sample, n)[0]
 
-        stats = SampleStats(
-            keys=np.array([s.rollout.key for s in chosen]),
-            lag=_numpy(lag).astype(np.int64),
-            length=_numpy(lengths).astype(np.int64),
-            loss=_numpy(loss),
-            kl=mean(terms.kl),
-            forward_kl=mean(terms.forward_kl),
-            entropy=mean(terms.entropy),
-            kl_quartiles=_quartiles(terms.kl, batch, mask),
-            student_mass=mean(terms.student_mass),
-            teacher_mass=mean(terms.teacher_mass),
-            clamped=mean(terms.clamped),
-            drift_roll=_numpy(drift_roll),
-            drift_sup=_numpy(drift_sup),
-            coverage_roll=_numpy(coverage),
-            coverage_sup=_numpy(coverage_sup),
-            freshness=_numpy(f),
-            weight=_numpy(w),
-        )
-        return stats, value, anchor.item()
+        figures = {
+            "lag": lag,
+            "length": lengths,
+            "loss": loss,
+            "kl": mean(terms.kl),
+            "forward_kl": mean(terms.forward_kl),
+            "entropy": mean(terms.entropy),
+            "kl_quartiles": _quartiles(terms.kl, batch, mask),
+            "student_mass": mean(terms.student_mass),
+            "teacher_mass": mean(terms.teacher_mass),
+            "clamped": mean(terms.clamped),
+            "drift_roll": drift_roll,
+            "drift_sup": drift_sup,
+            "coverage_roll": coverage,
+            "coverage_sup": coverage_sup,
+            "freshness": f,
+            "weight": w,
+        }
+        return figures, value, anchor
 
     # ---- ranks ---------------------------------------------------------------------------------------------
 
@@ -499,14 +520,22 @@ class FsdpLearner:
                     state[name] = value.to(device)
 
 
-def _quartiles(term: Tensor, batch: MicroBatch, mask: Tensor) -> np.ndarray:
+def _stats(samples: Sequence[Sample], indices: list[int], figures: dict[str, Tensor]) -> SampleStats:
+    """What `_forward` gave of these samples; waits for it."""
+    found = {name: _numpy(value) for name, value in figures.items()}
+    for name in ("lag", "length"):
+        found[name] = found[name].astype(np.int64)
+    return SampleStats(keys=np.array([samples[i].rollout.key for i in indices]), **found)
+
+
+def _quartiles(term: Tensor, batch: MicroBatch, mask: Tensor) -> Tensor:
     """(samples, 4): the term's mean over each quarter of a sample's loss-bearing positions; nan where there
     is none.
     """
     bucket = 4 * batch.sample + batch.quarter
     empty = torch.zeros(4 * len(batch.lag), device=term.device)
     total = empty.index_add(0, bucket, torch.where(mask, term, 0.0))
-    return _numpy(total / empty.index_add(0, bucket, mask.to(term.dtype))).reshape(-1, 4)
+    return (total / empty.index_add(0, bucket, mask.to(term.dtype))).reshape(-1, 4)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fopd_cli.engines.tokens.token_batch import TokenBatch
 from fopd_cli.losses.terms import Positions
 from fopd_cli.samples import Rollout, Sample, TeacherTargets
 
+HOST = torch.device("cpu")
 OF_ROLLOUT = {  # field of `Positions` -> field of `Rollout`, dtype
     "tokens": ("response_ids", torch.int64),
     "behaviour": ("logprobs", torch.float32),
@@ -55,36 +57,32 @@ class MicroBatch:
 
     @classmethod
     def of(
-        cls, samples: Sequence[Sample], packed: bool, device: torch.device, shared: bool = True
+        cls, samples: Sequence[Sample], packed: bool, shared: bool = True, pinned: bool = False
     ) -> MicroBatch:
-        """All on the device; `packed` and `shared` as of `TokenBatch`."""
+        """All on the host, targets in page-locked memory if `pinned`; `packed` and `shared` as of `TokenBatch`."""
         rollouts = [s.rollout for s in samples]
         rows = [
             np.flatnonzero(r.loss_mask) if r.loss_mask.any() else np.zeros(1, dtype=np.int64)
             for r in rollouts
         ]
         counts = np.array([len(own) for own in rows])
-        tokens = TokenBatch.of([r.token_ids for r in rollouts], packed, device, shared)
+        tokens = TokenBatch.of([r.token_ids for r in rollouts], packed, HOST, shared)
         index = [
             p[r.prompt_length - 1 + own] for p, r, own in zip(tokens.places, rollouts, rows, strict=True)
         ]
         found = {name: _of_rollouts(rollouts, rows, *source) for name, source in OF_ROLLOUT.items()}
         found |= {
-            name: _of_targets([s.targets for s in samples], rows, *source)
+            name: _of_targets([s.targets for s in samples], rows, *source, pinned)
             for name, source in OF_TARGETS.items()
         }
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
         def array(parts: Sequence[np.ndarray] | np.ndarray) -> Tensor:
-            joined = parts if isinstance(parts, np.ndarray) else np.concatenate(parts)
-            return torch.from_numpy(joined).to(device, non_blocking=True)
+            return torch.from_numpy(parts if isinstance(parts, np.ndarray) else np.concatenate(parts))
 
-        positions: dict[str, Any] = {name: move(tensor) for name, tensor in found.items()}
+        positions: dict[str, Any] = found
         sampled = array([r.loss_mask[own] for r, own in zip(rollouts, rows, strict=True)])
         labels = {
-            name: move(_of_targets([s.targets for s in samples], rows, *source))
+            name: _of_targets([s.targets for s in samples], rows, *source, pinned)
             for name, source in SUPERVISION.items()
         }
         current, drift_sup = labels["current"], labels["drift_sup"]
@@ -95,7 +93,7 @@ class MicroBatch:
             sample=array(np.repeat(np.arange(len(samples)), counts)),
             sampled=sampled,
             current=torch.ones_like(sampled) if current is None else current,
-            drift_sup=torch.zeros(len(sampled), device=device) if drift_sup is None else drift_sup,
+            drift_sup=torch.zeros(len(sampled)) if drift_sup is None else drift_sup,
             quarter=array([4 * np.arange(n) // n for n in counts]),
             lag=array(np.array([s.lag for s in samples])),
             lengths=array(np.array([r.loss_mask.sum() for r in rollouts], dtype=np.float32)),
@@ -112,15 +110,30 @@ def _of_rollouts(
 
 
 def _of_targets(
-    targets: Sequence[TeacherTargets], rows: Sequence[np.ndarray], name: str, dtype: torch.dtype | None
+    targets: Sequence[TeacherTargets],
+    rows: Sequence[np.ndarray],
+    name: str,
+    dtype: torch.dtype | None,
+    pinned: bool,
 ) -> Tensor | None:
     tensors = [getattr(t, name) for t in targets]
     if any(t is None for t in tensors):
         return None
-    kept = [
-        t if len(own) == len(t) else t[torch.from_numpy(own)] for t, own in zip(tensors, rows, strict=True)
-    ]
-    return torch.cat(kept).to(dtype or kept[0].dtype)
+    runs = [t[run] for t, own in zip(tensors, rows, strict=True) for run in _runs(own)]
+    # Each run is copied once, from where the teacher wrote it to where it leaves from.
+    count, shape = sum(len(own) for own in rows), tensors[0].shape[1:]
+    out = torch.empty(count, *shape, dtype=dtype or tensors[0].dtype, pin_memory=pinned)
+    place = 0
+    for run in runs:
+        out[place : place + len(run)] = run
+        place += len(run)
+    return out
+
+
+def _runs(rows: np.ndarray) -> list[slice]:
+    """Rising row numbers as slices: the turns of an episode."""
+    bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return [slice(int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(bounds)]
 
 
 def placeholder(sample: Sample) -> Sample:

@@ -37,14 +37,14 @@ def by_token_budget(lengths: Sequence[int], budget: int, packed: bool) -> list[l
     return groups
 
 
-def balanced_shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices for each rank, balancing the sum of squared lengths (attention's cost); each share in rising
-    order.
+def balanced_shares(lengths: Sequence[int], ranks: int, power: int = 2) -> list[list[int]]:
+    """Indices for each rank, balancing the sum of squared lengths (attention's cost), or of another power (1: of
+    tokens); each share in rising order.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     cost = [0] * ranks
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         rank = min(range(ranks), key=lambda r: (cost[r], len(shares[r]), r))
         shares[rank].append(index)
-        cost[rank] += lengths[index] ** 2
+        cost[rank] += lengths[index] ** power
     return [sorted(share) for share in shares]

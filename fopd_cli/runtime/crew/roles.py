@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Learner, Teacher
+from fopd_cli.engines.tokens.batching import balanced_shares
 from fopd_cli.freshness import supervision
 from fopd_cli.recipe import Labels
 from fopd_cli.runtime.build import (
@@ -99,8 +100,10 @@ def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
         command = mailbox.receive(block=True)
         if isinstance(command, m.ScoreCommand):
             start = time.time()
-            share = slice(spec.rank, None, spec.world)
-            rollouts, targets = command.rollouts[share], _targets(setup, command.slots)[share]
+            lengths = [len(r.judged.token_ids) for r in command.rollouts]
+            share = balanced_shares(lengths, spec.world, power=1)[spec.rank]
+            rollouts = [command.rollouts[i] for i in share]
+            targets = _targets(setup, [command.slots[i] for i in share])
             score(engine, rollouts, targets, labels if command.again else None)
             time.sleep(delay_s * len(targets))
             tokens = sum(len(r.judged.token_ids) for r in rollouts)
