@@ -124,6 +124,8 @@ class Rollout:
     # response positions of each turn of an episode
     turns: list[tuple[int, int]] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)  # what an episode's environment executed
+    # tokens sampled over keys and values of an older version than their own; None: there never are any
+    stale_kv: int | None = None
     answer: str | None = None  # what is graded, where an episode's environment says so; None: the last turn
     context: Context | None = (
         None  # None: what the student saw. Never saved: it is made anew for each scoring

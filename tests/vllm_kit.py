@@ -92,13 +92,13 @@ def options(model: str, dtype: torch.dtype = torch.float32, **changes: Any) -> v
 
 
 @functools.cache
-def sampler(model: str, dtype: torch.dtype = torch.float32) -> Any:
+def sampler(model: str, stale_kv: bool = False) -> Any:
     """The one engine of this model in this process; whatever a test loaded into it stays there."""
     from fopd_cli.engines.vllm.sampler import VllmSampler
 
     config, tokenizer = hf.load_config(model, "m"), hf.load_tokenizer(model, "m")
     rules = hf.token_rules(model, tokenizer, config, "m")
-    return VllmSampler(options(model, dtype), rules, hf.tied_names(config))
+    return VllmSampler(options(model, stale_kv=stale_kv), rules, hf.tied_names(config))
 
 
 @functools.cache

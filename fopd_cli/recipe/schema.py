@@ -422,6 +422,10 @@ class Sampler(Section):
     """Responses to each prompt."""
     concurrency: Positive = 64
     """Running requests a replica."""
+    prefill_tokens: Positive = 16384
+    """Engine transformers: tokens of a forward pass, at most (one a running request are always computed together).
+    Prompts, and all running requests after an update, are computed in pieces of this size.
+    """
     dtype: Dtype = "auto"
     """Weights; auto: bf16 on CUDA, fp32 on a CPU."""
 
@@ -521,8 +525,11 @@ class Schedule(Section):
     """Largest lag in optimizer steps, kept by admission; 0 is synchronous."""
     lag: NonNegative | None = None
     """Fixed lag instead, for studies; depth is then ignored."""
-    inflight: Literal["keep", "wait"] = "keep"
-    """New weights in the middle of rollouts (keep: they go on with two versions) or between them (wait)."""
+    inflight: Literal["keep", "wait", "keep_stale_kv"] = "keep"
+    """New weights in the middle of rollouts (keep: they go on with two versions, all keys and values computed anew,
+    so that every token is one version's) or between them (wait). keep_stale_kv: as keep without computing anew; what
+    follows an update is then sampled by a policy that is neither version, whose log-probs are kept.
+    """
 
 
 class Refresh(Section):

@@ -290,20 +290,30 @@ def make_sampler(
             max_requests=section.concurrency,
             max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
             prefix_caching=prefixes,
+            stale_kv=recipe.schedule.inflight == "keep_stale_kv",
             live_weights=adapter is None,
             seeded=True,
             adapter=None if adapter is None else AdapterOptions(adapter.rank, adapter.alpha),
             **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device, vocab),
         )
         return VllmSampler(with_cpu_cache(options, model_path), rules, hf.tied_names(config))
-    return transformers_sampler(model_path, dtype, device, section.concurrency, vocab)
+    stale_kv = recipe.schedule.inflight == "keep_stale_kv"
+    return transformers_sampler(
+        model_path, dtype, device, section.concurrency, vocab, section.prefill_tokens, stale_kv
+    )
 
 
 def transformers_sampler(
-    model_path: str, dtype: torch.dtype, device: torch.device, concurrency: int, vocab: int | None = None
+    model_path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    concurrency: int,
+    vocab: int | None = None,
+    prefill_tokens: int | None = None,
+    stale_kv: bool = False,
 ) -> Sampler:
     """The reference engine, which runs anywhere."""
-    from fopd_cli.engines.transformers.sampler import TransformersSampler
+    from fopd_cli.engines.transformers.sampler import PREFILL_TOKENS, TransformersSampler
 
     config, tokenizer = (
         hf.load_config(model_path, "student.model"),
@@ -311,7 +321,13 @@ def transformers_sampler(
     )
     rules = hf.token_rules(model_path, tokenizer, config, "student.model")
     return TransformersSampler(
-        hf.load_model(model_path, "student.model", dtype), rules, device, concurrency, vocab
+        hf.load_model(model_path, "student.model", dtype),
+        rules,
+        device,
+        concurrency,
+        vocab,
+        prefill_tokens or PREFILL_TOKENS,
+        stale_kv,
     )
 
 

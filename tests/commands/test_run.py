@@ -93,15 +93,18 @@ def test_fixed_lag(fopd: Fopd, pair: Path) -> None:
     check_accounts(run)
 
 
-def test_updates_in_flight_give_rollouts_of_several_versions(fopd: Fopd, pair: Path) -> None:
+@pytest.mark.parametrize("inflight", ["keep", pytest.param("keep_stale_kv", marks=pytest.mark.slow)])
+def test_updates_in_flight_give_rollouts_of_several_versions(fopd: Fopd, pair: Path, inflight: str) -> None:
     recipe = small_recipe(
         pair,
-        schedule={"depth": 3, "inflight": "keep"},
+        schedule={"depth": 3, "inflight": inflight},
         sampler={"max_new_tokens": 200, "concurrency": 4},
         learner={"steps": 8, "batch_samples": 4},
     )
     run = fopd.run(recipe)
-    assert max(r["versions_per_rollout"] for r in metrics(run) if r["kind"] == "step") > 1
+    steps = [r for r in metrics(run) if r["kind"] == "step"]
+    assert max(r["versions_per_rollout"] for r in steps) > 1
+    assert any(r.get("stale_kv", 0) > 0 for r in steps) == (inflight == "keep_stale_kv")
     assert summary(run)["max_lag"] <= 3
     check_accounts(run)
 

@@ -352,6 +352,48 @@ def test_an_update_in_the_middle_opens_a_span_and_is_whole(host: kit.Host, stude
             np.testing.assert_allclose(rollout.logprobs[start:end], expected[start:end], atol=1e-5)
 
 
+def _over_stale_keys(student: str) -> tuple[list[Rollout], list[Rollout]]:
+    """What an update met in the middle, and what began after it with the same prompts."""
+    engine = kit.original(kit.sampler(student, stale_kv=True), student)
+    wanted = requests(4, SamplingParams(max_new_tokens=14), longest=300)
+    engine.submit(wanted)
+    early = [r for _ in range(5) for r in engine.step()]
+    engine.load(3, through_shared_memory(student, 3, perturbed(student, 3)))
+    early += kit.drain(engine).values()
+    engine.submit(wanted)
+    return early, list(kit.drain(engine).values())
+
+
+def test_stale_keys_and_values_are_kept_if_so_told_and_never_shared(host: kit.Host, pair: Path) -> None:
+    """Tokens after the update are those of the new weights over what the old ones left; whoever begins after it
+    has nothing of theirs.
+    """
+    student = str(pair / "student")
+    old, new = hf.load_model(student, "m", torch.float32), fresh(student, perturbed(student, 3))
+    met, later = host(_over_stale_keys, student)
+    assert len(met) == len(later) == 4
+    for rollout in later:
+        assert rollout.stale_kv == 0
+        np.testing.assert_allclose(
+            rollout.logprobs, of_sampled(model_logprobs(new, rollout), rollout), atol=2e-5
+        )
+    spanning = [r for r in met if len(r.spans) == 2]
+    assert spanning
+    for rollout in spanning:
+        start = rollout.spans[1][1]
+        assert rollout.stale_kv == rollout.response_length - start
+        kept = rollout.prompt_length + start - 1  # the last token sampled before was not yet computed
+        ids = torch.from_numpy(rollout.token_ids).long()[None]
+        with torch.no_grad():
+            cache = old(ids[:, :kept], use_cache=True).past_key_values
+            logits = new(ids[:, kept:], past_key_values=cache).logits[0, :-1].double()
+        logprobs = torch.log_softmax(logits, -1)
+        found = logprobs.gather(-1, ids[0, kept + 1 :, None])[:, 0].numpy()
+        np.testing.assert_allclose(rollout.logprobs[start:], found, atol=5e-5)
+        exact = of_sampled(model_logprobs(new, rollout), rollout)[start:]
+        assert abs(rollout.logprobs[start:] - exact).max() > 1e-2
+
+
 def _partial(student: str) -> str:
     engine = kit.original(kit.sampler(student), student)
     some = kit.published(perturbed(student, 1), student)[:-2]

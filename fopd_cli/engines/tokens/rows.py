@@ -35,7 +35,8 @@ class Row:
         else:
             self.spans.append((version, n, n + 1))
 
-    def rollout(self, finish: Literal["stop", "length"]) -> Rollout:
+    def rollout(self, finish: Literal["stop", "length"], stale_kv: bool = False) -> Rollout:
+        """`stale_kv`: what came before a token was not computed anew when its version came."""
         prompt = self.request.token_ids
         extras: dict[str, Any] = {
             name: np.stack(rows) if (rows := getattr(self, name)) else None for name in EXTRAS
@@ -48,5 +49,6 @@ class Row:
             logprobs=np.asarray(self.logprobs, dtype=np.float32),
             spans=self.spans,
             finish=finish,
+            stale_kv=len(self.ids) - self.spans[0][2] if stale_kv else None,
             **extras,
         )

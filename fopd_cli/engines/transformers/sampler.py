@@ -1,14 +1,21 @@
 """The student sampler on plain transformers: runs anywhere, and is the reference for the vLLM one.
 
 Requests are decoded in batches of up to `batch_size` rows with a KV cache. A row that finishes leaves at once
-and the batch shrinks around those that go on; waiting requests join when it is empty. New weights can be
-loaded between any two tokens: the cache is recomputed with them, so that every token's log-prob is that of
-one whole version. So it is where a row grows past a switch of its rotary embedding: its older keys were made
-with other factors.
+and the batch shrinks around those that go on; waiting requests join them as soon as an eighth of the batch is
+free. New weights can be loaded between any two tokens: the cache is recomputed with them, so that every token's
+log-prob is that of one whole version (unless `stale_kv` says to go on with the old keys and values). So it is
+where a row grows past a switch of its rotary embedding: its older keys were made with other factors.
+
+No forward pass is over more than `prefill_tokens` tokens (or one a row): what is longer, the prompts of a batch
+or all its rows after an update, is computed some columns at a time.
+
+    ids      . . a b c d e|    columns of a batch, padded on the left
+             . f g h i j k|
+    cache    [ 1 ][ 2 ][3] ^   the last column is the ordinary step
 
 Rows of several lengths are padded on the left. Where a model does not bear that (`support.py`: a state from
-token to token, say, which padding would be part of), its rows are decoded in batches of one length. What has
-no cache that we know runs over all tokens each time.
+token to token, say, which padding would be part of), its rows are decoded in batches of one length that nothing
+joins, whole. What has no cache that we know runs over all tokens each time.
 
 Each row draws from its own generator (one uniform a token, inverse transform), so a rollout depends on its
 seed, prompt and weights, not on its neighbours (up to the kernels' rounding for a batch of another shape).
@@ -32,6 +39,8 @@ from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.rows import Row
 from fopd_cli.engines.transformers import cpu_attention
 from fopd_cli.samples import Request, Rollout, SamplingParams
+
+PREFILL_TOKENS = 16384
 
 
 @dataclass
@@ -59,8 +68,16 @@ class TransformersSampler:
     """
 
     def __init__(
-        self, model: Any, rules: TokenRules, device: torch.device, batch_size: int, vocab: int | None = None
+        self,
+        model: Any,
+        rules: TokenRules,
+        device: torch.device,
+        batch_size: int,
+        vocab: int | None = None,
+        prefill_tokens: int = PREFILL_TOKENS,
+        stale_kv: bool = False,
     ) -> None:
+        self.prefill_tokens, self.stale_kv = prefill_tokens, stale_kv
         if device.type == "cpu":
             cpu_attention.enable(model)
         self.vocab = vocab
@@ -75,6 +92,8 @@ class TransformersSampler:
         self._takes = set(inspect.signature(model.forward).parameters)
         self._one_length = bears_no_padding(model.config)
         self._by_length = rope.by_length(model.config)
+        # A state is made of whole prompts, and a piece of a sequence does not tell its length.
+        self._in_pieces = not (self._one_length or self._by_length) and "past_key_values" in self._takes
         self._factors: list[
             tuple[int, ...]
         ] = []  # of each row's rotary embedding, when the cache was written
@@ -100,7 +119,9 @@ class TransformersSampler:
         own = self.model.state_dict(keep_vars=True)
         for name, tensor in weights:
             own[name].copy_(tensor)
-        self.version, self._cache = version, None
+        self.version = version
+        if not self.stale_kv:
+            self._cache = None
 
     def sleep(self) -> None:
         self._cache = None
@@ -113,28 +134,55 @@ class TransformersSampler:
 
     @torch.inference_mode()
     def step(self) -> list[Rollout]:
+        self._admit()
         if not self._rows:
-            if not self._waiting:
-                return []
-            self._start()
+            return []
         logits = self._forward()
         chosen = self._choose(logits)
         finished = self._finish(chosen)
         self._shrink()
         return finished
 
-    def _start(self) -> None:
-        requests = self._next_batch()
+    def _admit(self) -> None:
+        """Let waiting requests start, or join."""
+        if not self._waiting:
+            return
+        if not self._rows:
+            self._start(self._next_batch())
+        elif self.batch_size - len(self._rows) >= max(1, self.batch_size // 8) and self._joinable():
+            self._join(self._next_batch())
+
+    def _start(self, requests: Sequence[Request]) -> None:
         self._rows = [_Row.of(r) for r in requests]
+        self._ids, self._mask = self._padded(requests)
+        self._cache = None
+
+    def _joinable(self) -> bool:
+        """Whether rows can be put beside those that run: a cache of plain keys and values, or none at all."""
+        if self._one_length:
+            return False
+        return self._cache is None or (self._in_pieces and _plain(self._cache))
+
+    def _join(self, requests: Sequence[Request]) -> None:
+        """Rows beside those that run, whose last column is the next that is computed."""
+        ids, mask = self._padded(requests)
+        width = max(int(self._mask.sum(-1).max()), ids.shape[1])
+        if self._cache is not None:
+            beside = self._filled(ids, mask)
+            _put_beside(self._cache, beside, len(requests), width - 1)
+        self._rows += [_Row.of(r) for r in requests]
+        self._ids = torch.cat([_fitted(x, width, self.rules.pad) for x in (self._ids, ids)])
+        self._mask = torch.cat([_fitted(x, width) for x in (self._mask, mask)])
+
+    def _padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
+        """Prompts as ids and mask `(rows, longest)`."""
         width = max(len(r.token_ids) for r in requests)
         ids = np.full((len(requests), width), self.rules.pad, dtype=np.int64)
         mask = np.zeros((len(requests), width), dtype=np.int64)
         for i, request in enumerate(requests):
             ids[i, width - len(request.token_ids) :] = request.token_ids
             mask[i, width - len(request.token_ids) :] = 1
-        self._ids = torch.from_numpy(ids).to(self.device)
-        self._mask = torch.from_numpy(mask).to(self.device)
-        self._cache = None
+        return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def _next_batch(self) -> list[Request]:
         """The requests that have waited longest; of one length, if they must be."""
@@ -142,32 +190,51 @@ class TransformersSampler:
         batch: list[Request] = []
         left: deque[Request] = deque()
         for request in self._waiting:
-            fits = len(batch) < self.batch_size and (wanted is None or len(request.token_ids) == wanted)
+            fits = len(batch) + len(self._rows) < self.batch_size and (
+                wanted is None or len(request.token_ids) == wanted
+            )
             (batch if fits else left).append(request)
         self._waiting = left
         return batch
 
     def _forward(self) -> Tensor:
         """Logits `(rows, V)` of the next token over the ids that the pair shares, in float32."""
-        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)
         if self._by_length:
             lengths = [len(row.request.token_ids) + len(row.ids) for row in self._rows]
             factors = [rope.factors_of(self.model.config, length) for length in lengths]
             if factors != self._factors:
                 self._cache = None
             self._factors = factors
-        fresh, cached = self._cache is None, "past_key_values" in self._takes
-        inputs = {
-            "input_ids": self._ids if fresh else self._ids[:, -1:],
-            "attention_mask": self._mask,
-            "position_ids": positions if fresh else positions[:, -1:],
-            "past_key_values": self._cache,
-            "use_cache": cached,
-            "logits_to_keep": 1,
-        }
-        out = self.model(**{name: value for name, value in inputs.items() if name in self._takes})
+        if self._cache is None and self._in_pieces and self._ids.numel() > self.prefill_tokens:
+            self._cache = self._filled(self._ids, self._mask)
+        start = 0 if self._cache is None else self._ids.shape[1] - 1
+        out = self._run(self._ids, self._mask, start, self._ids.shape[1], self._cache)
         self._cache = getattr(out, "past_key_values", None)
         return out.logits[:, -1, : self.vocab].float()
+
+    def _filled(self, ids: Tensor, mask: Tensor) -> Any:
+        """The cache of all columns but the last; None if there is no other, or none that can be made in pieces."""
+        cache, last = None, ids.shape[1] - 1
+        columns = max(1, self.prefill_tokens // len(ids))
+        for start in range(0, last, columns):
+            out = self._run(ids, mask, start, min(start + columns, last), cache)
+            cache = getattr(out, "past_key_values", None)
+            if not _by_columns(cache):
+                return None
+        return cache
+
+    def _run(self, ids: Tensor, mask: Tensor, start: int, stop: int, cache: Any) -> Any:
+        """The model over some columns; `cache` is of those before them."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = {
+            "input_ids": ids[:, start:stop],
+            "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+            "past_key_values": cache,
+            "use_cache": "past_key_values" in self._takes,
+            "logits_to_keep": 1,
+        }
+        return self.model(**{name: value for name, value in inputs.items() if name in self._takes})
 
     def _choose(self, logits: Tensor) -> np.ndarray:
         """Sample one token a row and note its log-prob; returns the ids `(rows,)`."""
@@ -211,9 +278,9 @@ class TransformersSampler:
         finished = []
         for row, token in zip(self._rows, chosen, strict=True):
             if int(token) in self.rules.eos:
-                finished.append(row.rollout("stop"))
+                finished.append(row.rollout("stop", self.stale_kv))
             elif len(row.ids) == row.request.params.max_new_tokens:
-                finished.append(row.rollout("length"))
+                finished.append(row.rollout("length", self.stale_kv))
         return finished
 
     def _shrink(self) -> None:
@@ -247,6 +314,41 @@ def _kept_rows(cache: Any, index: Tensor) -> Any:
     else:
         cache.batch_select_indices(index)
     return cache
+
+
+def _plain(cache: Any) -> bool:
+    """Whether it is keys and values of every column, and nothing else."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if type(cache) is not DynamicCache:
+        return False
+    return all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
+
+
+def _by_columns(cache: Any) -> bool:
+    """Whether it is keys and values of the last columns at least, to which any number can be added."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
+
+
+def _put_beside(cache: Any, other: Any, rows: int, width: int) -> None:
+    """Add the rows of another cache (None: they have no column yet) and make both so many columns wide."""
+    for i, layer in enumerate(cache.layers):
+        for name in ("keys", "values"):
+            own = getattr(layer, name)
+            new = own.new_zeros(rows, *own.shape[1:]) if other is None else getattr(other.layers[i], name)
+            both = [_fitted(x.movedim(2, 1), width).movedim(1, 2) for x in (own, new)]
+            setattr(layer, name, torch.cat(both))
+
+
+def _fitted(columns: Tensor, width: int, padding: int = 0) -> Tensor:
+    """`(rows, columns, ...)` cut off or padded on the left."""
+    missing = width - columns.shape[1]
+    if missing <= 0:
+        return columns[:, -missing:]
+    return torch.cat([columns.new_full((len(columns), missing, *columns.shape[2:]), padding), columns], 1)
 
 
 def behaviour_logprobs(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

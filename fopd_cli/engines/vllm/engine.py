@@ -58,6 +58,7 @@ class VllmOptions:
     max_batched_tokens: int | None = None
     prefix_caching: bool = False
     live_weights: bool = False  # whether `load` will be called
+    stale_kv: bool = False  # whether running requests keep their keys and values at an update
     seeded: bool = False  # whether requests have seeds of their own
     adapter: AdapterOptions | None = None
     vocab: int | None = None  # ids from here on have no probability; None: the pair shares all
@@ -112,6 +113,7 @@ class VllmEngine:
         self._engine = engine  # keeps the core alive
         self._running: set[str] = set()
         self._names = itertools.count()
+        self._updates = 0
         self._adapter: Any = None  # vLLM's name of the one that requests are to use
         if options.vocab is not None:
             self._rpc("share_vocabulary", options.vocab)
@@ -143,7 +145,9 @@ class VllmEngine:
                 pooling_params=None,
                 arrival_time=0.0,
                 lora_request=self._adapter,
-                cache_salt=None,
+                cache_salt=str(self._updates)
+                if self.options.stale_kv
+                else None,  # of a prefix that can be shared
                 data_parallel_rank=None,
             )
         )
@@ -182,7 +186,8 @@ class VllmEngine:
 
         Running requests go on afterwards. All cached keys and values are dropped, of running requests and of
         prefixes: kept, they would make a policy that is neither the old nor the new one (measured: up to 12
-        nats off).
+        nats off). With `stale_kv` those of running requests are kept all the same; what begins later shares
+        none of them.
         """
         with self._between_steps() as late:
             self._rpc("start_weight_update")
@@ -205,10 +210,13 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _between_steps(self) -> Iterator[list[Any]]:
-        """Within it nothing runs, and no key or value computed before outlives it."""
+        """Within it nothing runs, and no key or value computed before outlives it, or is shared after it."""
         self._core.pause_scheduler("keep", clear_cache=False)
         yield list(self._drain())
-        self._core.reset_prefix_cache(reset_running_requests=True)
+        if self.options.stale_kv:
+            self._updates += 1
+        else:
+            self._core.reset_prefix_cache(reset_running_requests=True)
         self._core.resume_scheduler()
 
     def sleep(self) -> None:

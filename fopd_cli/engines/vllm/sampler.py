@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -92,7 +92,10 @@ class VllmSampler:
             self._append(row, output)
             if output.finished:
                 del self._rows[output.request_id]
-                finished.append(row.rollout("stop" if str(output.finish_reason) == "stop" else "length"))
+                finish: Literal["stop", "length"] = (
+                    "stop" if str(output.finish_reason) == "stop" else "length"
+                )
+                finished.append(row.rollout(finish, self.engine.options.stale_kv))
         return finished
 
     def _append(self, row: Row, output: Any) -> None:

@@ -196,6 +196,7 @@ def save_buffer(
                 "finish": r.finish,
                 "turns": r.turns,
                 "calls": r.calls,
+                "stale_kv": r.stale_kv,
                 "answer": r.answer,
             }
         )

@@ -56,10 +56,19 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
         "response_length": float(s.length.mean()),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         "versions_per_rollout": float(np.mean([len(r.spans) for r in rollouts])),
+        **stale_kv(rollouts),
         **episodes(rollouts),
         "tokens": report.tokens,
         "padding": 1 - report.tokens / max(1, report.padded_tokens),
     }
+
+
+def stale_kv(rollouts: list[Rollout]) -> dict[str, float]:
+    """The share of sampled tokens that followed an update on keys and values of before it; nothing where these
+    are always computed anew.
+    """
+    stale = [r.stale_kv for r in rollouts if r.stale_kv is not None]
+    return {"stale_kv": sum(stale) / sum(int(r.loss_mask.sum()) for r in rollouts)} if stale else {}
 
 
 def ledger(

@@ -151,6 +151,7 @@ def joined(episode: Running) -> Rollout:
         finish=turns[-1].finish,
         turns=places,
         calls=episode.calls,
+        stale_kv=None if turns[0].stale_kv is None else sum(turn.stale_kv or 0 for turn in turns),
         answer=episode.answer,
         **whole,
     )

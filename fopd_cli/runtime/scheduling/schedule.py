@@ -615,7 +615,7 @@ class Schedule:
             return None
         idle = not replica.running
         if self.config.lag is None or replica.stale:
-            return self.step if idle or self.config.inflight == "keep" else None
+            return self.step if idle or self.config.inflight != "wait" else None
         # Not while another replica samples for this version: if that one is lost, its samples must still find
         # it here.
         sampled = not any(r.running for r in self.replicas) and self._room(replica) <= 0

@@ -55,7 +55,7 @@ class ScheduleConfig:
     batch: int
     depth: int
     lag: int | None  # fixed lag; depth is then ignored
-    inflight: Literal["keep", "wait"]
+    inflight: Literal["keep", "wait", "keep_stale_kv"]
     replicas: int
     concurrency: int  # running samples a replica
     score_batch: tuple[int, ...]  # samples a call, at most, of each teacher
