@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fopd_cli.engines.learner import lora
-from fopd_cli.engines.models import hf, support
+from fopd_cli.engines.models import hf, shards, support
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.engines.renumbered_teacher import RenumberedTeacher, renumbered_head
 from fopd_cli.engines.text.templates import Frame
@@ -154,11 +154,18 @@ def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
         heads = [h if t is None else renumbered_head(h, t) for h, t in zip(heads, setup.tables, strict=True)]
-    model = load_student(recipe, compute)
+    # peft begins adapters on a base that is there, so a LoRA student is loaded whole.
+    read_later = spec.world > 1 and recipe.student.lora is None
+    found = shards.empty(recipe.student.model, "student.model", torch.float32) if read_later else None
+    model, unread = found or (None, None)
+    if model is None:
+        model = load_student(recipe, compute)
+    else:
+        hf.freeze_unused(model)
     as_sampled(model, setup, setup.context)
     if not spec.devices:
         hf.between_blocks(model, breathe)
-    learner = FsdpLearner(model, heads, config, device, spec.rank, spec.world)
+    learner = FsdpLearner(model, heads, config, device, spec.rank, spec.world, unread)
     if setup.restore:
         learner.restore(*setup.restore)
     return learner
@@ -219,7 +226,8 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
     from fopd_cli.engines.transformers.teacher import TransformersTeacher
 
     _join_group(spec, setup, always=False)
-    model = hf.load_model(teacher.model, "teacher.model", dtype)
+    found = shards.empty(teacher.model, "teacher.model", dtype) if spec.world > 1 else None
+    model, unread = found or (hf.load_model(teacher.model, "teacher.model", dtype), None)
     as_sampled(model, setup, setup.judged)
     if not spec.devices:
         hf.between_blocks(model, breathe)
@@ -232,6 +240,7 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
         setup.judged,
         teacher.packing,
         setup.recipe.loss.student_k,
+        unread,
     )
 
 

@@ -44,9 +44,10 @@ from fopd_cli.engines.learner.micro_batch import MicroBatch, placeholder
 from fopd_cli.engines.learner.prefetch import Lane, Prefetched
 from fopd_cli.engines.models.heads import HeadRule
 from fopd_cli.engines.models.hf import blocks, head_rule, modules_in_fp32
+from fopd_cli.engines.models.shards import Unread
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.batching import balanced_shares, by_token_budget
-from fopd_cli.engines.tokens.packing import check_packing
+from fopd_cli.engines.tokens.packing import check_looks_back, check_packing
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
 from fopd_cli.freshness import drift, score
 from fopd_cli.freshness.policies import Policy
@@ -139,7 +140,8 @@ class _Student(nn.Module):
 
 class FsdpLearner:
     """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_heads` stand in the order of
-    the teachers, none where the targets are log-probs.
+    the teachers, none where the targets are log-probs. `unread`: the model is on the meta device, and its weights
+    are to be read once it is sharded.
     """
 
     def __init__(
@@ -150,6 +152,7 @@ class FsdpLearner:
         device: torch.device,
         rank: int,
         world: int,
+        unread: Unread | None = None,
     ) -> None:
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.version = 0
@@ -163,8 +166,9 @@ class FsdpLearner:
         # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
         self.student = _Student(model.eval(), head_rule(model.config, "student.model"))
         self._shard()
-        if config.packing:
-            self._check_packing()
+        if unread is not None:
+            unread.fill(self.student, self.student.lm, torch.device("cpu") if config.offload else device)
+        self._probe(looks_back=unread is not None)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.student.parameters() if p.requires_grad],
             lr=config.lr,
@@ -217,13 +221,16 @@ class FsdpLearner:
         fully_shard(self.student, reshard_after_forward=False, **policy)
         register_fsdp_forward_method(self.student, "hidden")
 
-    def _check_packing(self) -> None:
-        """On the weights as they are sharded, on their device."""
+    def _probe(self, looks_back: bool) -> None:
+        """What only the weights as they are sharded, on their device, can tell."""
         config, student = self.config, self.student
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for the probe's few lengths
-            check_packing(
-                student.hidden, student.lm, config.vocab, config.longest, self.device, "learner.packing"
-            )
+            if looks_back:
+                check_looks_back(student.hidden, student.lm, self.device, "student.model")
+            if config.packing:
+                check_packing(
+                    student.hidden, student.lm, config.vocab, config.longest, self.device, "learner.packing"
+                )
         if isinstance(student, FSDPModule):
             # the optimizer wants the shards, and a forward without a backward leaves them gathered
             student.reshard()

@@ -95,6 +95,15 @@ class CheckpointFiles:
         with safe_open(str(path), "pt") as tensors:
             return tensors.get_tensor(name)
 
+    def part(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """So much of one of them, and no more of it, read."""
+        path, at = self.where[name], tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+        if path.suffix == ".bin" or not at:
+            return self.tensor(name)[at]
+        with safe_open(str(path), "pt") as tensors:
+            found: Tensor = tensors.get_slice(name)[at]
+            return found
+
     def differ(self, names: Iterable[str]) -> bool:
         """Whether those of some tensors that are there are not all the same."""
         first, *others = [self.tensor(name) for name in names if name in self.where] or [torch.empty(0)]

@@ -20,7 +20,7 @@ def in_checkpoint_format(model: str, weights: Iterable[tuple[str, Tensor]]) -> I
     """The weights of the model in this directory under the names of its files; as they are where these are
     the same.
     """
-    if not _converts(model):
+    if not converts(model):
         yield from weights
         return
     from transformers.core_model_loading import revert_weight_conversion
@@ -30,7 +30,7 @@ def in_checkpoint_format(model: str, weights: Iterable[tuple[str, Tensor]]) -> I
 
 
 @functools.cache
-def _converts(model: str) -> bool:
+def converts(model: str) -> bool:
     """Whether transformers gives anything another name or shape than the files do."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,9 @@ def _cached_folder(model: str) -> Path | None:
         return None
 
 
-def empty_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+def empty_model(config: Any, dtype: torch.dtype | None = None, buffers: bool = False) -> nn.Module:
     """The architecture on the meta device: shapes without memory. Without a dtype it is the
-    configuration's.
+    configuration's. `buffers`: these are there, and have the values that they are computed to have.
     """
     # a model writes its attention and dtype into it, and this one may be a living model's
     config = copy.deepcopy(config)
@@ -152,8 +152,15 @@ def empty_model(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
         "attn_implementation": own_attention(model_class(config), config),
         **({} if dtype is None else {"dtype": dtype}),
     }
-    with torch.device("meta"):
-        return _auto(config).from_config(config, **own)
+    if not buffers:
+        with torch.device("meta"):
+            return _auto(config).from_config(config, **own)
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = _auto(config).from_config(config, **own)
+    model.tie_weights()
+    return model
 
 
 def model_class(config: Any) -> Any:
@@ -278,7 +285,7 @@ def load_head(model: str, key: str, dtype: torch.dtype) -> Head:
     for name, tensor in empty.state_dict(keep_vars=True).items():
         names.get(id(tensor), []).append(name)
     weight, bias = names[id(output.weight)], names[id(output.bias)]
-    files = CheckpointFiles.of(local_folder(model, key))
+    files = _files_of(model, key, [*weight, *bias])
     found = [name for name in weight if files is not None and name in files.where]
     if files is None or not found or not all(name in files.where for name in bias):
         lm: Any = load_model(model, key, dtype)
@@ -295,6 +302,28 @@ def load_head(model: str, key: str, dtype: torch.dtype) -> Head:
         wrong = f"{found[0]} {list(read.weight.shape)} instead of {list(output.weight.shape)}"
         LoadReport(mismatched=[wrong]).refuse(f"{key}: {model!r}")
     return read
+
+
+def _files_of(model: str, key: str, names: Sequence[str]) -> CheckpointFiles | None:
+    """A model's files; of a hub model that is not here yet those alone that hold these tensors are fetched."""
+    if Path(model).is_dir() or _cached_folder(model) is not None:
+        return CheckpointFiles.of(local_folder(model, key))
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        try:
+            index = Path(hf_hub_download(model, "model.safetensors.index.json"))
+        except EntryNotFoundError:
+            return CheckpointFiles.of(local_folder(model, key))
+        shards: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        wanted = {name: shards[name] for name in names if name in shards}
+        here = {shard: Path(hf_hub_download(model, shard)) for shard in sorted(set(wanted.values()))}
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{key}: cannot download the head of {model!r}: {_first_line(error)}") from None
+    return CheckpointFiles({name: here[shard] for name, shard in wanted.items()})
 
 
 def model_file(model: str, name: str) -> Path | None:

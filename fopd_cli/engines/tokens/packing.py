@@ -71,6 +71,18 @@ def check_packing(
             )
 
 
+@torch.no_grad()
+def check_looks_back(hidden: Callable[[TokenBatch], Tensor], lm: Any, device: torch.device, key: str) -> None:
+    """`hf.check_causal` by hidden states, for a model that is sharded; `hidden` as of `check_packing`."""
+    with _own_attention(lm):
+        rows = TokenBatch.of([np.array([0, 1, 2]), np.array([0, 1, 3])], False, device)
+        first, other = hidden(rows).float().unflatten(0, (2, 3))[:, :2]
+    if _relative(first, other, slice(None)) > NARROW_TOLERANCE:
+        raise UserError(
+            f"{key}: {type(lm).__name__} looks ahead, and only causal language models can be distilled"
+        )
+
+
 def _probe(
     hidden: Callable[[TokenBatch], Tensor],
     lm: Any,

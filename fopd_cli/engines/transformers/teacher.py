@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from fopd_cli.engines.models.heads import HeadRule
 from fopd_cli.engines.models.hf import blocks, head_rule
+from fopd_cli.engines.models.shards import Unread
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.batching import by_token_budget
-from fopd_cli.engines.tokens.packing import check_packing
+from fopd_cli.engines.tokens.packing import check_looks_back, check_packing
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
 from fopd_cli.losses.head import Head
 from fopd_cli.samples import Rollout, TeacherTargets
@@ -48,7 +49,9 @@ class _HiddenAndHead(nn.Module):
 
 
 class TransformersTeacher:
-    """Implements `protocols.Teacher`."""
+    """Implements `protocols.Teacher`. `unread`: on several ranks the model may be on the meta device; its weights
+    are then read once it is sharded.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class TransformersTeacher:
         longest: int,
         packing: bool = True,
         student_k: int = 0,
+        unread: Unread | None = None,
     ) -> None:
         self.device, self.world, self.micro_tokens, self.packing = device, world, micro_tokens, packing
         self.vocab = vocab  # logits past it are padding and are cut off
@@ -75,6 +79,9 @@ class TransformersTeacher:
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
             register_fsdp_forward_method(self.model, "hidden")
+            if unread is not None:
+                unread.fill(self.model, model, device)
+                check_looks_back(self.model.hidden, model, device, "teacher.model")
         else:
             self.model.to(device)
         if packing:

@@ -1,0 +1,87 @@
+"""Weights read straight into the shards of a model: no rank ever holds the whole of it.
+
+    empty     the architecture, its parameters on the meta device: shapes without memory
+    sharded   by whoever runs it, as such
+    filled    each rank makes memory for its shards, and reads its own rows of each tensor from the files
+
+Files that name or shape a weight otherwise than the model does (experts one by one, say) have to be put together
+by transformers, whole; such models are loaded as ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from fopd_cli.engines.models import hf
+from fopd_cli.engines.models.checkpoint_files import CheckpointFiles
+from fopd_cli.engines.models.checkpoint_format import converts
+from fopd_cli.engines.tokens import rope
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A model's weights that still lie in its files."""
+
+    files: CheckpointFiles
+    names: dict[str, str]  # of each parameter and persistent buffer -> in the files
+
+    @torch.no_grad()
+    def fill(self, root: nn.Module, lm: nn.Module, device: torch.device) -> None:
+        """Give the parameters of `lm`, which is part of `root`, memory on `device` and their values. `root` is
+        what was sharded.
+        """
+        root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
+        for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
+            found = self.names.get(name.replace("_checkpoint_wrapped_module.", ""))
+            if found is not None:
+                local, start = _own_part(tensor)
+                local.copy_(self.files.part(found, start, tuple(local.shape)))
+
+
+def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None:
+    """The causal language model in `dtype`, in evaluation mode, without its weights; None where they have to be
+    loaded whole. Raises `UserError` as `hf.load_model` does, but does not see whether the model looks ahead.
+    """
+    config, folder = hf.load_config(model, key), hf.local_folder(model, key)
+    report = hf.load_report(str(folder), config, key)
+    if report is not None:
+        report.refuse(f"{key}: {model!r}")
+    files = CheckpointFiles.of(folder)
+    names = None if files is None or converts(str(folder)) else _names(files, config)
+    if files is None or names is None:
+        return None
+    lm: Any = hf.empty_model(config, dtype, buffers=True)
+    hf.cast(lm, dtype)
+    rope.by_sequence(lm)
+    return lm.eval(), Unread(files, names)
+
+
+def _names(files: CheckpointFiles, config: Any) -> dict[str, str] | None:
+    """Where each tensor of the model lies in its files; None if one of them does not, or in another shape."""
+    lm, there = hf.empty_model(config), files.empty()
+    others: dict[str, list[str]] = {}
+    for other, name in hf.tied_names(config).items():
+        others.setdefault(name, []).append(other)
+    found = {}
+    for name, tensor in lm.state_dict().items():
+        own = next((n for n in (name, *others.get(name, ())) if n in there), None)
+        if own is None or there[own].shape != tensor.shape:
+            if name not in hf.tied_names(config):
+                return None
+            continue
+        found[name] = own
+    return found
+
+
+def _own_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """This rank's part, and where in the whole tensor it begins."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.dim()
+    _, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), tuple(start)
