@@ -174,7 +174,7 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
             yield (
                 f"teacher.name: {t.name!r} must be letters, digits, '_' or '.'; prompts and log files use it"
             )
-        if t.engine != "transformers" and "hidden" in (t.targets, recipe.targets):
+        if t.engine == "http" and "hidden" in (t.targets, recipe.targets):
             why = (
                 "loss.teacher_temperature sampler"
                 if recipe.support == "sampled"

@@ -139,8 +139,8 @@ class Teacher(Section):
     tokenizer must give the same ids.
     """
     engine: Literal["transformers", "vllm", "http"] = "transformers"
-    """What runs the teacher. transformers: hidden states, hence exact losses; vllm and http: top-k or sampled
-    log-probs.
+    """What runs the teacher. transformers: hidden states, hence exact losses; vllm: the same if targets asks for
+    them, else top-k or sampled log-probs; http: log-probs.
     """
     vllm: Vllm = Vllm()
     http: Http = Http()
@@ -753,7 +753,8 @@ class Recipe(Section):
         """loss.support, resolved: exact where all teachers give hidden states."""
         if self.loss.support != "auto":
             return self.loss.support
-        exact = all(t.engine == "transformers" and t.targets in ("auto", "hidden") for t in self.teachers)
+        usual = {"transformers": ("auto", "hidden"), "vllm": ("hidden",), "http": ()}
+        exact = all(t.targets in usual[t.engine] for t in self.teachers)
         return "full" if exact else "topk"
 
     @property

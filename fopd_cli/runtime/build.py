@@ -222,7 +222,10 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
             **_vllm_options("teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec), setup.vocab),
         )
         capped = replace(options, max_batched_tokens=options.max_batched_tokens or TEACHER_BATCHED_TOKENS)
-        return VllmTeacher(with_cpu_cache(capped, teacher.model))
+        hidden = setup.target_specs[spec.index].kind == "hidden"
+        capped = replace(capped, hidden=hidden)
+        head = hf.load_head(teacher.model, "teacher.model", dtype).first(setup.vocab) if hidden else None
+        return VllmTeacher(with_cpu_cache(capped, teacher.model), head)
     from fopd_cli.engines.transformers.teacher import TransformersTeacher
 
     _join_group(spec, setup, always=False)

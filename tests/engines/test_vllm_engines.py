@@ -609,6 +609,38 @@ def _score(teacher: str, kind: Any, k: int, rollouts: list[Rollout], vocab: int)
 _TEACHERS: dict[str, Any] = {}
 
 
+def _hidden(teacher: str, rollouts: list[Rollout]) -> list[TeacherTargets]:
+    from fopd_cli.engines.vllm.teacher import VllmTeacher
+
+    opts = kit.options(
+        teacher, prefix_caching=False, live_weights=False, seeded=False, max_batched_tokens=64, hidden=True
+    )
+    head = hf.load_head(teacher, "m", torch.float32)
+    engine = VllmTeacher(opts, head)
+    targets = [
+        TeacherTargets("hidden", hidden=torch.zeros(r.response_length, head.weight.shape[1]))
+        for r in rollouts
+    ]
+    for several in (slice(0, 5), slice(5, None)):
+        engine.score(rollouts[several], targets[several])
+    assert engine.head() is head
+    assert engine.engine._core.model_executor.driver_worker.worker._kept == {}
+    return targets
+
+
+def test_hidden_states_are_the_models(host: kit.Host, student: str) -> None:
+    """Of prompts in one piece and in several, post-norm, as the learner's teacher head takes them."""
+    wanted = requests(9, SamplingParams(max_new_tokens=20), longest=90)
+    rollouts = list(host(generate, student, wanted).values())
+    path = str(Path(student).parent / "teacher")
+    model = hf.load_model(path, "m", torch.float32)
+    for rollout, target in zip(rollouts, host(_hidden, path, rollouts), strict=True):
+        ids = torch.from_numpy(rollout.token_ids).long()[None]
+        with torch.no_grad():
+            states = hf.backbone(model)(ids).last_hidden_state[0, rollout.prompt_length - 1 : -1]
+        torch.testing.assert_close(target.hidden, states, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["topk", "sampled"])
 def test_teacher_targets_are_the_models(host: kit.Host, student: str, kind: str) -> None:
     rollouts = list(

@@ -119,7 +119,7 @@ def test_anchor_and_drift_follow_the_loss(
             "set teacher.targets: hidden",
         ),
         (
-            ["loss.teacher_temperature=sampler", "loss.support=sampled", "teacher.engine=vllm"],
+            ["loss.teacher_temperature=sampler", "loss.support=sampled", "teacher.engine=http"],
             "not the hidden states that loss.teacher",
         ),
         (

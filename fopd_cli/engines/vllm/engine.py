@@ -61,6 +61,7 @@ class VllmOptions:
     stale_kv: bool = False  # whether running requests keep their keys and values at an update
     seeded: bool = False  # whether requests have seeds of their own
     adapter: AdapterOptions | None = None
+    hidden: bool = False  # whether the hidden states of prompts will be taken
     vocab: int | None = None  # ids from here on have no probability; None: the pair shares all
 
 
@@ -115,7 +116,9 @@ class VllmEngine:
         self._names = itertools.count()
         self._updates = 0
         self._adapter: Any = None  # vLLM's name of the one that requests are to use
-        if options.vocab is not None:
+        if options.hidden:
+            self._rpc("keep_hidden_states")
+        elif options.vocab is not None:
             self._rpc("share_vocabulary", options.vocab)
 
     @property
@@ -172,6 +175,11 @@ class VllmEngine:
                 if str(output.finish_reason) not in ("stop", "length"):
                     raise RuntimeError(f"vLLM ended request {output.request_id} with {output.finish_reason}")
         return outputs
+
+    def take_hidden(self, name: str) -> Tensor:
+        """Post-norm hidden states `(prompt, hidden)` of a request that has ended, on the host."""
+        found: Tensor = self._client.collective_rpc("take_hidden_states", args=(name,))[0]
+        return found
 
     def abort(self) -> None:
         """Forget every request."""
@@ -277,6 +285,8 @@ def _environment(options: VllmOptions) -> None:
         VLLM_HOST_IP="127.0.0.1",  # tensor-parallel ranks meet on this machine
         FOPD_ENGINE_PARENT=str(os.getpid()),
     )
+    if options.hidden:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # what fopd prints is for programs to read
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -318,7 +328,9 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
         sizes = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's buffers come in these
         fitting = next((size for size in sizes if size >= options.adapter.rank), options.adapter.rank)
         args |= {"enable_lora": True, "max_lora_rank": fitting, "max_loras": 1, "max_cpu_loras": 1}
-    if options.vocab is not None:
+    if options.hidden:  # logits are then somebody else's matter
+        args["worker_extension_cls"] = "fopd_cli.engines.vllm.hidden.HiddenStates"
+    elif options.vocab is not None:
         args["worker_extension_cls"] = "fopd_cli.engines.vllm.vocabulary.SharedVocabulary"
     if options.live_weights:
         args["weight_transfer_config"] = {"backend": "fopd"}

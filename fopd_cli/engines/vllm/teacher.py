@@ -1,6 +1,11 @@
-"""The frozen teacher on vLLM: top-k log-probs, or those of the sampled tokens, at every response position.
+"""The frozen teacher on vLLM: hidden states, top-k log-probs, or those of the sampled tokens, at every response
+position.
 
-vLLM calls them prompt log-probs: the whole sample is a prompt, and one token that nobody wants is generated.
+Hidden states are those that vLLM's own head would take (`hidden.py`). Whether the head in the model's files makes
+vLLM's log-probs of them is tried at start: what an architecture does in between on vLLM need not be what it does
+elsewhere.
+
+vLLM calls log-probs prompt log-probs: the whole sample is a prompt, and one token that nobody wants is generated.
 They are computed per chunk of `max_batched_tokens`, whose `[tokens, vocab]` logits vLLM's memory profile does
 not foresee: the cap is what keeps long contexts from killing the engine. Prefix caching is off, because a
 cached position has none.
@@ -11,10 +16,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fopd_cli.engines.vllm.engine import VllmEngine, VllmOptions
+from fopd_cli.errors import UserError
+from fopd_cli.losses.head import Head
 from fopd_cli.samples import Rollout, TeacherTargets
+
+PROBE = 24  # tokens
+PROBE_TOLERANCE = {torch.float32: 1e-3}  # nats
 
 
 class VllmTeacher:
@@ -22,23 +34,30 @@ class VllmTeacher:
     so.
     """
 
-    def __init__(self, options: VllmOptions) -> None:
-        self.engine = VllmEngine(options)
+    def __init__(self, options: VllmOptions, head: Head | None = None) -> None:
+        self.engine, self._head = VllmEngine(options), head
+        if head is not None:
+            self._check(head)
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         asked = {}
         for rollout, target in zip(rollouts, targets, strict=True):
             k = 0 if target.topk_logprobs is None else target.topk_logprobs.shape[-1]
-            name = self.engine.add(
-                rollout.judged.token_ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True
-            )
+            name = self._ask(rollout.judged.token_ids, None if target.hidden is not None else k)
             asked[name] = rollout, target
         while self.engine.busy:
             for output in self.engine.step():
-                self._fill(output.new_prompt_logprobs_tensors, *asked[output.request_id])
+                rollout, target = asked[output.request_id]
+                # A position that the context does not have gets some row; nobody reads it.
+                rows = torch.from_numpy(rollout.judged.positions.clip(min=1) - 1)
+                if target.hidden is not None:
+                    target.hidden.copy_(self.engine.take_hidden(output.request_id)[rows])
+                else:
+                    self._fill(output.new_prompt_logprobs_tensors, rows, target)
 
-    def head(self) -> None:
-        """vLLM's stays inside."""
+    def head(self) -> Head | None:
+        """Only where hidden states are handed over."""
+        return self._head
 
     def sleep(self) -> None:
         self.engine.sleep()
@@ -46,12 +65,30 @@ class VllmTeacher:
     def wake(self) -> None:
         self.engine.wake()
 
-    def _fill(self, found: Any, rollout: Rollout, target: TeacherTargets) -> None:
+    def _ask(self, ids: np.ndarray, k: int | None) -> str:
+        return self.engine.add(ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True)
+
+    def _check(self, head: Head) -> None:
+        """Raise `UserError` unless hidden states and head make vLLM's own log-probs."""
+        options = self.engine.options
+        ids = np.arange(min(PROBE, options.max_tokens - 1), dtype=np.int32) % head.vocab
+        name, outputs = self._ask(ids, 0), []
+        while self.engine.busy:
+            outputs += self.engine.step()
+        own = torch.as_tensor(outputs[0].new_prompt_logprobs_tensors.logprobs)[:, 0]
+        # vLLM's head is in the engine's dtype, and so its logits are rounded
+        logits = head.to(options.dtype).logits(self.engine.take_hidden(name)[:-1])
+        made = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(ids[1:, None]).long())[:, 0]
+        if float((made - own).abs().max()) > PROBE_TOLERANCE.get(options.dtype, 0.1):
+            raise UserError(
+                f"{options.key.removesuffix('.vllm')}.engine: vllm does something between the hidden states of "
+                f"{options.model!r} and its logits that fopd does not know; set engine: transformers, or targets: topk"
+            )
+
+    def _fill(self, found: Any, rows: Tensor, target: TeacherTargets) -> None:
         """`found` has a row for every token but the first: the token's own log-prob, then the likeliest
         tokens'.
         """
-        # A position that the context does not have gets some row; nobody reads it.
-        rows = torch.from_numpy(rollout.judged.positions.clip(min=1) - 1)
         assert target.logprobs is not None
         target.logprobs.copy_(found.logprobs[rows, 0])
         if target.topk_logprobs is not None and target.topk_ids is not None:
