@@ -304,8 +304,8 @@ def test_a_users_mistakes() -> None:
 def test_a_coding_agent_in_training(fopd: Fopd) -> None:
     """Ten steps of the recipe; and `fopd eval` in two halves gives the run's own score.
 
-    Whether it learns takes 60 steps and more than one run to see: the KL rises before it falls
-    (docs/benchmarks.md).
+    Whether it learns takes 60 steps and more than one run to see: the KL of a few episodes that ramble
+    outweighs all others (docs/benchmarks.md).
     """
     run = fopd.folder / "run"
     steps = ("--set", "learner.steps=10")
