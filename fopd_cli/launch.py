@@ -24,7 +24,7 @@ def run(recipe: Recipe, path: Path) -> dict[str, Any]:
     inputs = check(recipe, path)
     run_dir = RunDir.create(path, recipe)
     say(f"recipe: {run_dir.recipe}")
-    return Conductor(inputs, run_dir).run()
+    return _train(Conductor(inputs, run_dir))
 
 
 def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]
     With `step`, changes of the recipe that were made later are undone, like all else that came later. A
     resume that is refused leaves everything as it was.
     """
-    return _resuming(RunDir.open(path), step, overrides).run()
+    return _train(_resuming(RunDir.open(path), step, overrides))
 
 
 def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[
         raise
     # Should a worker fail at its start, a plain resume of the fork still knows what was asked for.
     write_synced(forked.recipe, dump_recipe(conductor.recipe))
-    return conductor.run()
+    return _train(conductor)
 
 
 def fork_name(path: Path, step: int | None) -> Path:
@@ -132,3 +132,29 @@ def check(recipe: Recipe, path: Path) -> Inputs:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _train(conductor: Conductor) -> dict[str, Any]:
+    """To the end, then export the student; returns the summary. Ctrl-C, SIGTERM or a closed terminal:
+    checkpoint and stop; again: stop now.
+    """
+    with conductor.signals, conductor.journal as journal:
+        conductor.run()
+        student = {**_export(conductor), "stopped_early": conductor.stopped_early}
+        return journal.summary(conductor.schedule, student)
+
+
+def _export(conductor: Conductor) -> dict[str, Any]:
+    """The last student, or the best, in Hugging Face's format; returns which."""
+    from fopd_cli.export import export_kept, export_student
+
+    run_dir, saver, best = conductor.run_dir, conductor.saver, conductor.saver.best
+    if run_dir.student.exists():  # of an end before this one
+        shutil.rmtree(run_dir.student)
+    step = None if best is None else best.of_kept(conductor.journal.totals.evaluations)
+    if best is None or step is None:
+        step, why = export_student(run_dir, run_dir.student, None), "last"
+    else:
+        export_kept(run_dir, run_dir.student, step, best.file(step), saver.student_dtype)
+        why = best.metric
+    return {"student_step": step, "student_chosen_by": why}

@@ -11,47 +11,26 @@ messages, handle each. What a handler consumes and unblocks is said at the handl
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import shutil
-import signal
-import time
 import uuid
 from collections import deque
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fopd_cli.engines.models import hf
 from fopd_cli.errors import Interrupted, UserError, WorkerError
-from fopd_cli.freshness.depth import Depth
-from fopd_cli.freshness.policies import POLICIES
-from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.inputs import Inputs
-from fopd_cli.recipe import dump_recipe
+from fopd_cli.runtime.buffer import Buffer, Entry
 from fopd_cli.runtime.build import Setup, sampler_dtype
+from fopd_cli.runtime.control import Control
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew import roles
 from fopd_cli.runtime.crew.fleet import STARTERS, Fleet, Worker, WorkerSpec
 from fopd_cli.runtime.crew.restarts import REPLACEABLE, Restarts
-from fopd_cli.runtime.crew.warm import STOPPING
 from fopd_cli.runtime.journal import records
-from fopd_cli.runtime.journal.best import Best
-from fopd_cli.runtime.journal.checkpoint import (
-    CheckpointStore,
-    Rhythm,
-    disk_error,
-    load_buffer,
-    save_buffer,
-    write_synced,
-)
+from fopd_cli.runtime.journal.journal import Changes, Journal
 from fopd_cli.runtime.journal.rundir import RunDir
-from fopd_cli.runtime.journal.sinks import JsonLines, Progress, Resume, Telemetry
-from fopd_cli.runtime.journal.watch import Watch
-from fopd_cli.runtime.memory.arena import Arena
+from fopd_cli.runtime.journal.saving import Saver
 from fopd_cli.runtime.memory.sizes import arena_bytes
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.scheduling.episodes import Episodes
@@ -70,8 +49,8 @@ from fopd_cli.runtime.scheduling.tickets import (
     Score,
     Train,
 )
-from fopd_cli.samples import Request, Rollout, SampleId, SampleStats
-from fopd_cli.tasks.replay import cached
+from fopd_cli.runtime.signals import Signals
+from fopd_cli.samples import Request, Rollout, SampleStats, StepReport
 
 MAINS = {
     "learner": roles.learner_main,
@@ -80,26 +59,7 @@ MAINS = {
     "grader": roles.grader_main,
     "environment": roles.environment_main,
 }
-PUBLISHED = "published.bin"
 ENVIRONMENT = WorkerSpec("environment", 0, 1, (), 1)
-# `timeout` sends its signal to the command and then to the whole group: what comes so soon after the first is
-# the same.
-SAME_SIGNAL_S = 0.3
-
-
-@dataclass
-class Totals:
-    """Sums over the whole run, restarts included; saved with the checkpoint."""
-
-    wall_seconds: float = 0.0
-    generated_tokens: int = 0
-    trained_tokens: int = 0
-    freshness_sum: float = 0.0
-    samples: int = 0
-    max_lag: int = 0
-    skipped_steps: int = 0
-    restarts: int = 0  # of everyone but the learner
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by version
 
 
 class Conductor:
@@ -108,48 +68,41 @@ class Conductor:
     def __init__(self, inputs: Inputs, run_dir: RunDir) -> None:
         recipe, plan, stream = inputs.recipe, inputs.plan, inputs.stream
         self.recipe, self.run_dir, self.plan, self.stream = recipe, run_dir, plan, stream
-        self.tokenizer, self.target_specs, self.layout = (
-            inputs.tokenizer,
-            inputs.target_specs,
-            inputs.published,
-        )
-        self.store = CheckpointStore(run_dir.checkpoints, recipe.checkpoint.keep)
-        self.arena = Arena(arena_bytes(recipe, self.target_specs))
-        policy = POLICIES[recipe.freshness.policy]
-        r = recipe.freshness.refresh
-        self.refresh = Refresh(
-            policy.refresh, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every
-        )
-        self.watch = Watch(recipe.learner.clip)
-        keep = recipe.eval.keep_best
-        self.best = None if keep is None else Best(keep, recipe.eval.patience, run_dir.best)
-        self._stopped_early: str | None = None
-        self.depth = Depth(recipe.max_lag, recipe.max_drift)
+        self.tokenizer = inputs.tokenizer
+        self.buffer = Buffer(inputs.target_specs, arena_bytes(recipe, inputs.target_specs))
+        self.control = Control(recipe)
         self.schedule = Schedule(
             schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable),
             stream.train_id,
             evaluation_ids(recipe, stream),
-            self._reserve,
-            self._release,
+            self.buffer.reserve,
+            self.buffer.release,
             stream.teacher,
         )
-        self.schedule.ahead = self.depth.now
+        self.schedule.ahead = self.control.ahead
         self.setup = Setup(
             recipe,
             inputs.vocab,
-            self.target_specs,
+            inputs.target_specs,
             inputs.tables,
             context_tokens(recipe, stream, judged=False),
             context_tokens(recipe, stream, judged=True),
-            self.arena.memory,
-            WeightChannel.create(self.layout),
+            self.buffer.arena.memory,
+            WeightChannel.create(inputs.published),
             run_dir.path / f".rendezvous-{uuid.uuid4().hex[:8]}",
         )
-        self.totals = Totals()
-        self.rollouts: dict[int, Rollout] = {}
-        self.slots: dict[int, m.Slot] = {}
-        self.grades: dict[int, float] = {}
-        self.figures: dict[int, dict[str, float]] = {}  # what graders said beside the grade
+        self.journal = Journal(recipe, run_dir, inputs.tokenizer)
+        self.saver = Saver(
+            recipe,
+            run_dir,
+            self.schedule,
+            self.buffer,
+            self.control,
+            self.journal,
+            self.setup.channel,
+            sampler_dtype(recipe, plan),
+        )
+        self.signals = Signals(self.journal.say)
         self.replays = Replays()
         self.episodes = Episodes() if stream.episodic else None
         self._held: dict[int, Request] = {}  # next turns that wait for the others of their group
@@ -166,105 +119,34 @@ class Conductor:
         self._answers_due = 0  # of the learner's or a lease's current command
         self._first_answer: Any = None
         self._saved: list[m.Saved] = []
-        self._load: dict[str, float] = {}  # a sampler's latest weight update
-        self._eval: dict[int, tuple[SampleId, float, Rollout]] = {}
-        self._eval_figures: list[dict[str, float]] = []
-        self._eval_stats: list[SampleStats] = []
-        self._interrupts = 0
-        self._interrupted_at = -math.inf
-        self._resume: Resume | None = None
-        self._recipe_changes: dict[str, tuple[Any, Any]] = {}
-        self._rhythm = Rhythm(recipe.checkpoint.every, recipe.checkpoint.minutes)
-        self._last_saved: int | None = None
-        self._step_began = time.time()
-        self._version_since = time.time()  # when the newest version was there, to be evaluated if that is due
+        self.stopped_early: str | None = None
 
     # ---- life ----------------------------------------------------------------------------------------------
 
-    def restore(
-        self, step: int, state: dict[str, Any], recipe_changes: dict[str, tuple[Any, Any]], anew: bool = False
-    ) -> None:
-        """Take up a checkpoint's state; the learner reads its own part when it starts. Nothing is written
-        yet.
+    def restore(self, step: int, state: dict[str, Any], changes: Changes, anew: bool = False) -> None:
+        """Take up a checkpoint's state, see `Saver.restore`."""
+        self.setup.restore = self.saver.restore(step, state, changes, anew)
 
-        `recipe_changes` go down in the history. `anew`: what was in flight is sampled again.
-        """
-        folder = self.store.path(step)
-        self.schedule.load_state_dict(state["schedule"], anew)
-        self.refresh.last = state["refresh_last"]
-        self.schedule.ahead = self.depth.resume(**state["depth"])
-        self.totals = Totals(**state["totals"])
-        self.grades = {} if anew else {int(k): v for k, v in state["grades"].items()}
-        rollouts, targets = load_buffer(folder / "buffer.safetensors", [] if anew else state["rollouts"])
-        for rollout in rollouts:
-            self.rollouts[rollout.key] = rollout
-        for key, raw in targets.items():
-            offset = self.arena.allocate(len(raw))
-            if offset is None:
-                raise UserError("teacher.buffer_gb: too small for the buffer in the checkpoint; raise it")
-            self.arena.memory[offset : offset + len(raw)] = torch.from_numpy(raw)
-            self.slots[key] = m.Slot(
-                offset, self.rollouts[key].response_length, self.schedule.tickets[key].teacher
-            )
-        self.setup.restore = (folder / "learner", state["learner"])
-        if (version := self.schedule.resume_version()) < step:
-            dtypes = [getattr(torch, name) for name in state["published_dtypes"]]
-            self.setup.channel.load(version, folder / PUBLISHED, dtypes)
-        self._recipe_changes = recipe_changes
-        self._resume = Resume(step, frozenset(self.schedule.evaluated))
-        self._last_saved = step
-
-    def run(self) -> dict[str, Any]:
-        """Train to the end; returns the summary. Ctrl-C, SIGTERM or a closed terminal: checkpoint and stop;
-        again: stop now.
-        """
-        began = time.time() - self.totals.wall_seconds
+    def run(self) -> None:
+        """Train to the end. Raises `Interrupted` after a signal, with a checkpoint written."""
         limits = self.recipe.runtime
-        self.progress = Progress(self.recipe.learner.steps, self._resume.step if self._resume else 0)
-        # With nohup a terminal that closes is none of our business.
-        ours = [s for s in STOPPING if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
-        previous = {s: signal.signal(s, self._on_signal) for s in ours}
         try:
             with Fleet(self.run_dir.logs, limits.timeout_s, limits.start_timeout_s) as self.fleet:
                 self._start_workers()
-                self.telemetry = self._records()
-                self._grade_the_rest()  # of a checkpoint's buffer
+                self.saver.begin()
+                self.journal.begin()
+                self._grade(self.buffer.ungraded())  # of a checkpoint's buffer
                 self.schedule.on_learner_ready()
-                while not self.schedule.done and self._stopped_early is None:
+                while not self.schedule.done and self.stopped_early is None:
                     self._advance()
-                    self.totals.wall_seconds = time.time() - began
-                    if self._interrupts or self._failure:
-                        self._leave(began)
-                if self._stopped_early is not None:
-                    self._come_to_rest(began)
-                self._save_checkpoint(final=True)
-            return self._finish(began)
+                    if self.signals.received or self._failure:
+                        self._leave()
+                if self.stopped_early is not None:
+                    self._come_to_rest()
+                self.saver.save(True, self._save_learner)
         finally:
-            self.progress.close()
-            if hasattr(self, "telemetry"):
-                self.telemetry.close()
-            for number, handler in previous.items():
-                # On the way out after a Ctrl-C another one must not turn a clean end into a torn one.
-                signal.signal(number, signal.SIG_IGN if self._interrupts else handler)
             for path in self.run_dir.path.glob(".rendezvous-*"):
                 path.unlink()
-
-    def _records(self) -> Telemetry:
-        """Everyone stands: from here on the directory says what this run does, not what the one before
-        did.
-        """
-        self.store.open(None if self._resume is None else self._resume.step)
-        if self._resume is not None:
-            text = dump_recipe(self.recipe)
-            if text != self.run_dir.recipe.read_text(encoding="utf-8"):
-                write_synced(self.run_dir.recipe, text)
-            if self._recipe_changes or self.run_dir.history.exists():
-                history = JsonLines(self.run_dir.history, self._resume)
-                if self._recipe_changes:
-                    history.write({"step": self._resume.step, "changed": self._recipe_changes})
-                history.close()
-        self._rhythm.saved()
-        return Telemetry(self.run_dir.path, self.progress, self._resume)
 
     def _advance(self, act: bool = True) -> None:
         """One turn of the loop."""
@@ -274,19 +156,7 @@ class Conductor:
         for worker, message in self.fleet.receive(timeout=0.5):
             self._handle(worker, message)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if now - self._interrupted_at < SAME_SIGNAL_S:
-            return
-        self._interrupts, self._interrupted_at = self._interrupts + 1, now
-        if self._interrupts > 1:
-            raise Interrupted("stopped at once; the last checkpoint stands")
-        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
-            self.progress.say(
-                "stopping: the running optimizer step is finished and a checkpoint written (again: stop now)"
-            )
-
-    def _come_to_rest(self, began: float) -> None:
+    def _come_to_rest(self) -> None:
         """Let the running step end; what is in flight goes into the checkpoint."""
         self.schedule.paused = True
         if self.plan.exclusive:
@@ -294,12 +164,11 @@ class Conductor:
             self._abort_all()
         while self.schedule.learner_busy or (self.plan.exclusive and self.schedule.lease != "learner"):
             self._advance()
-        self.totals.wall_seconds = time.time() - began
 
-    def _leave(self, began: float) -> None:
+    def _leave(self) -> None:
         """After Ctrl-C, or without samplers or a teacher: save and go."""
-        self._come_to_rest(began)
-        self._save_checkpoint(final=True)
+        self._come_to_rest()
+        self.saver.save(True, self._save_learner)
         self.fleet.stop(STARTERS)  # who started programs ends them
         if self._failure:
             if self._mistake:
@@ -314,7 +183,7 @@ class Conductor:
         """The learner first: it publishes the weights that all others start from. Sharing devices, one at a
         time.
         """
-        self.progress.say(f"starting {self.plan.describe()}")
+        self.journal.say(f"starting {self.plan.describe()}")
         waiting: set[str] = set()
         for role in ("learner", "teacher", "sampler", "grader", "environment"):
             specs = self._specs(role)
@@ -342,11 +211,11 @@ class Conductor:
         time, and after Ctrl-C nobody waits for one that is starting.
         """
         while names:
-            if self._interrupts and not self._changing_turns:
+            if self.signals.received and not self._changing_turns:
                 raise Interrupted(
                     "stopped before the first step; nothing was trained since the last checkpoint"
                 )
-            if self._interrupts and kind is m.Ready:
+            if self.signals.received and kind is m.Ready:
                 return
             for worker, message in self.fleet.receive(timeout=0.5):
                 if isinstance(message, kind) and worker.name in names:
@@ -374,9 +243,12 @@ class Conductor:
                 self._to_sampler(replica, m.AbortCommand())
                 self._give_up(replica)
             case Score(teacher, keys, again):
+                entries = [self.buffer[k] for k in keys]
                 command = m.ScoreCommand(
-                    [self._judged(k) for k in keys], [self.slots[k] for k in keys], again
+                    [self._judged(e) for e in entries], [e.targets for e in entries], again
                 )
+                for entry in entries:
+                    entry.scoring = True
                 self._score_answers.append([teacher, keys, len(self.plan.teachers[teacher])])
                 self._to_all(self.plan.teachers[teacher], command)
             case Replay(keys, now):
@@ -384,7 +256,7 @@ class Conductor:
                 for key in keys:
                     self._replay(key, now)
             case Train(step, keys):
-                self._step_began = time.time()
+                self.journal.step_begins()
                 self._learn(step, keys)
             case Measure(_, keys):
                 self._learn(None, keys)
@@ -397,25 +269,21 @@ class Conductor:
             key, self.stream.token_ids(sample), sample.seed(self.recipe.seed), self._params[sample.split]
         )
 
-    def _judged(self, key: int) -> Rollout:
-        """A rollout with the context on which its teacher is to judge it."""
-        rollout = self.rollouts[key]
-        told = self.stream.told(self.schedule.tickets[key].sample)
-        if (current := self.replays.contexts.get(key)) is None and told is not None:
-            current = cached(rollout, told)
-        return rollout if current is None else replace(rollout, context=current)
+    def _judged(self, entry: Entry) -> Rollout:
+        return entry.judged(self.stream.told(self.schedule.tickets[entry.key].sample))
 
     def _replay(self, key: int, now: int) -> None:
         ticket = self.schedule.tickets[key]
         sample, template = ticket.sample, self.recipe.teachers[ticket.teacher].context
         command = m.ReplayCommand(
-            self.rollouts[key], self.stream.prompt(sample), self.stream.told(sample), template, now
+            self.buffer[key].rollout, self.stream.prompt(sample), self.stream.told(sample), template, now
         )
         self.fleet.send(ENVIRONMENT.name, command, answers=0)
 
     def _learn(self, step: int | None, keys: tuple[int, ...]) -> None:
         lags = [self.schedule.step - self.schedule.tickets[k].version for k in keys]
-        command = m.TrainCommand(step, [self.rollouts[k] for k in keys], [self.slots[k] for k in keys], lags)
+        entries = [self.buffer[k] for k in keys]
+        command = m.TrainCommand(step, [e.rollout for e in entries], [e.targets for e in entries], lags)
         self._answers_due = len(self.plan.learners)
         self._to_all(self.plan.learners, command)
 
@@ -454,32 +322,10 @@ class Conductor:
         self._changing_turns = False
         self.schedule.on_leased(waker)
 
-    def _reserve(self, keys: tuple[int, ...]) -> bool:
-        """Room in the arena for the targets of all these samples, or for none."""
-        taken: list[int] = []
-        for key in keys:
-            positions = self.rollouts[key].response_length
-            teacher = self.schedule.tickets[key].teacher
-            offset = self.arena.allocate(self.target_specs[teacher].nbytes(positions))
-            if offset is None:
-                for other in taken:
-                    self._release(other)
-                return False
-            self.slots[key] = m.Slot(offset, positions, teacher)
-            taken.append(key)
-        return True
-
-    def _release(self, key: int) -> None:
-        self.arena.free(self.slots.pop(key).offset)
-
     def _forget(self, key: int) -> None:
         """A sample is done with, whatever became of it."""
-        self.rollouts.pop(key, None)
-        self.grades.pop(key, None)
-        self.figures.pop(key, None)
+        self.buffer.forget(key)
         self.replays.forget(key)
-        if key in self.slots:
-            self._release(key)
 
     # ---- messages ------------------------------------------------------------------------------------------
 
@@ -487,7 +333,7 @@ class Conductor:
         if not isinstance(message, m.Lost) and self.fleet.workers.get(worker.name) is not worker:
             return  # said before it was lost; what it had under way is done again
         for span in getattr(message, "spans", None) or ([message.span] if hasattr(message, "span") else []):
-            self.telemetry.span(worker.name, span)
+            self.journal.worked(worker.name, span)
         match message:
             case m.Sampled() if message.aborts < worker.aborts:
                 pass  # said before it knew that these are aborted; they may be under way anew
@@ -495,22 +341,20 @@ class Conductor:
                 finished = message.rollouts if self.episodes is None else self._on_turns(message.rollouts)
                 self._on_sampled(worker.spec.rank, finished)
                 self._next_turns(worker.spec.rank)
-            case m.Observed() | m.Replayed() | m.Graded() if self._interrupts:
+            case m.Observed() | m.Replayed() | m.Graded() if self.signals.received:
                 pass  # the programs behind it may have got the same signal; it is done again
             case m.Observed():
                 self._on_observed(message)
             case m.Loaded():
-                self._load = {f"load_{k}": message.span.args[k] for k in ("ms", "gb_per_s")}
+                self.journal.loaded(message.span)
                 self.schedule.on_loaded(worker.spec.rank, message.version)
                 self._sampler_owes(worker.spec.rank)
             case m.Replayed():
-                if message.key in self.rollouts:
-                    self.replays.end(message)
-                    self.schedule.on_replayed(message.key, message.context is not None)
+                self._on_replayed(message)
             case m.Graded():
-                for key, grade, figures in message.grades:
-                    if key in self.rollouts:
-                        self.grades[key], self.figures[key] = grade, figures
+                for key, grade, metrics in message.grades:
+                    if key in self.buffer:
+                        self.buffer[key].grade, self.buffer[key].metrics = grade, metrics
                         self.schedule.on_graded(key)
             case m.Scored():
                 self._on_scored(worker.spec.index, message.keys)
@@ -530,9 +374,8 @@ class Conductor:
         kept = []
         for rollout in rollouts:
             if self.schedule.on_sampled(replica, rollout.key, rollout.oldest_version):
-                self.totals.generated_tokens += _generated(rollout)
-                self.rollouts[rollout.key] = rollout
-                kept.append(rollout)
+                self.journal.sampled(rollout)
+                kept.append(self.buffer.add(rollout, self.schedule.tickets[rollout.key].teacher))
         self._grade(kept)
 
     def _on_turns(self, turns: list[Rollout]) -> list[Rollout]:
@@ -596,24 +439,25 @@ class Conductor:
             self._held.pop(key, None)
         self.fleet.send(ENVIRONMENT.name, m.CancelCommand(lost), answers=0)
 
-    def _grade_the_rest(self) -> None:
-        """All samples at hand that no grader has graded."""
-        self._grade([r for k, r in self.rollouts.items() if k not in self.grades])
-
-    def _grade(self, rollouts: list[Rollout]) -> None:
-        if not self.recipe.eval.training:
-            for rollout in rollouts:
-                if self.schedule.tickets[rollout.key].sample.split == "train":
-                    self.grades[rollout.key], self.figures[rollout.key] = math.nan, {}
-                    self.schedule.on_graded(rollout.key)
-            rollouts = [r for r in rollouts if r.key not in self.grades]
+    def _grade(self, entries: list[Entry]) -> None:
+        for entry in [] if self.recipe.eval.training else entries:
+            if self.schedule.tickets[entry.key].sample.split == "train":
+                entry.grade = math.nan
+                self.schedule.on_graded(entry.key)
+        entries = [entry for entry in entries if entry.grade is None]
         # else the run is ending, or it is told when it is back
-        if rollouts and "grader-0" in self.fleet.workers:
-            samples = [self.schedule.tickets[r.key].sample for r in rollouts]
-            items = [
-                (r.key, self.stream.prompt(s), self._text(r)) for r, s in zip(rollouts, samples, strict=True)
-            ]
+        if entries and "grader-0" in self.fleet.workers:
+            prompts = [self.stream.prompt(self.schedule.tickets[e.key].sample) for e in entries]
+            items = [(e.key, p, self._text(e.rollout)) for e, p in zip(entries, prompts, strict=True)]
             self.fleet.send("grader-0", m.GradeCommand(items))
+
+    def _on_replayed(self, message: m.Replayed) -> None:
+        """A context was looked at; the teacher is asked again if it has changed."""
+        if message.key in self.buffer:
+            changed = message.context is not None
+            self.buffer[message.key].context = message.context
+            self.replays.end(message.key, changed, message.span.end - message.span.start)
+            self.schedule.on_replayed(message.key, changed)
 
     def _on_scored(self, teacher: int, keys: list[int]) -> None:
         """A teacher call is complete when all its ranks have answered."""
@@ -621,6 +465,8 @@ class Conductor:
         entry[2] -= 1
         if entry[2] == 0:
             self._score_answers.remove(entry)
+            for key in keys:
+                self.buffer[key].scoring = False
             for key in self.schedule.on_scored(teacher, keys):
                 self._forget(key)
 
@@ -639,7 +485,7 @@ class Conductor:
                 self.fleet.remove(rank.name)
         if spec.role == "teacher":
             for key in self.schedule.on_teacher_lost(spec.index):
-                self._release(key)
+                self.buffer.release(key)
             self._drop_calls(spec.index)
         elif spec.role == "sampler":
             self.schedule.on_sampler_lost(spec.rank)
@@ -648,22 +494,22 @@ class Conductor:
             self.schedule.on_environment_lost()
             self.schedule.abandon()
             self._abort_all()
-        if self._interrupts:
-            self.progress.say(f"{reason}; the run is ending")
+        if self.signals.received:
+            self.journal.say(f"{reason}; the run is ending")
             return
         if lost.mistake:
             self._failure, self._mistake = reason, True
             return
         again = self.restarts.again(spec)
         if not again:
-            self.progress.say(
+            self.journal.say(
                 f"{reason}; started again {self.restarts.limit} times (runtime.restarts), it stays away"
             )
             if self.restarts.nobody_left(spec.role):
                 self._failure = f"{reason}; there is no other {spec.role}"
             return
-        self.totals.restarts += 1
-        self.progress.say(
+        self.journal.totals.restarts += 1
+        self.journal.say(
             f"{reason}; starting it again ({self.restarts.count(spec)} of {self.restarts.limit})"
         )
         awake = None if self._changing_turns else self.schedule.lease
@@ -675,7 +521,7 @@ class Conductor:
         for rank in again:
             self._spawn(rank)
         if spec.role == "grader":
-            self._grade_the_rest()
+            self._grade(self.buffer.ungraded())
 
     def _drop_calls(self, teacher: int) -> None:
         """Forget what a lost teacher was asked; samples that a refresh had dropped meanwhile are let go for
@@ -684,6 +530,7 @@ class Conductor:
         for entry in [e for e in self._score_answers if e[0] == teacher]:
             self._score_answers.remove(entry)
             for key in entry[1]:
+                self.buffer[key].scoring = False
                 if key not in self.schedule.tickets:
                     self._forget(key)
 
@@ -708,132 +555,52 @@ class Conductor:
         if isinstance(self._first_answer, m.Measured):
             self._on_measured(self._first_answer.stats)
         else:
-            self._on_trained(self._first_answer)
+            self._on_trained(self._first_answer.report)
         self.replays.hold()
 
     def _on_measured(self, stats: SampleStats) -> None:
-        version = self.schedule.step
-        self._eval_stats.append(stats)
-        for key in stats.keys.tolist():
-            self._eval[key] = (self.schedule.tickets[key].sample, self.grades[key], self.rollouts[key])
-            self._eval_figures.append(self.figures[key])
-            self._forget(key)
-        if self.schedule.on_measured(version, stats.keys.tolist()):
-            record = records.evaluation(
-                version, self._eval_stats, list(self._eval.values()), self._eval_figures
-            )
-            self.totals.evaluations[str(version)] = record
-            tools = records.tool_seconds([r for _, _, r in self._eval.values()])
-            seconds = time.time() - self._version_since
-            timing = {**tools, "seconds": seconds, "wall_seconds": self.totals.wall_seconds}
-            self.telemetry.metrics.write({**record, "timing": timing})
-            self.telemetry.scalars(
-                {f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version
-            )
-            for key in sorted(self._eval)[:2]:
-                sample, grade, rollout = self._eval[key]
-                self._write_sample(version, sample, grade, rollout)
-            self.progress.say(records.evaluation_line(record))
-            self._eval, self._eval_stats, self._eval_figures = {}, [], []
-            self._look_at_best(version)
-
-    def _look_at_best(self, version: int) -> None:
-        """After an evaluation, while the learner still holds still and its weights lie where they were
-        published.
-        """
-        evaluations = self.totals.evaluations
-        if self.best is None:
-            return
-        if self.best.of(evaluations) == version:
-            try:
-                self.best.keep(version, self.setup.channel)
-            except OSError as error:
-                self.telemetry.warn(
-                    version, f"the best student so far was NOT kept: {error}; training goes on"
-                )
-        if version < self.recipe.learner.steps and (why := self.best.out_of_patience(evaluations)):
-            self._stopped_early = why
-            self.telemetry.warn(version, why)
-
-    def _on_trained(self, message: m.Trained) -> None:
-        """An optimizer step and its publication are done: count its samples, write the step down, refresh if
-        stale.
-        """
-        report, stats = message.report, message.report.stats
-        keys = stats.keys.tolist()
-        outcomes = {k: records.outcome(w) for k, w in zip(keys, stats.weight, strict=True)}
-        samples = {k: self.schedule.tickets[k].sample for k in keys}
-        rollouts = [self.rollouts[k] for k in keys]
-        self._count(stats, report.skipped)
-        ahead = self.schedule.ahead
-        self.schedule.ahead = self.depth.update(stats.lag, report.drift_above_floor)
-        self.schedule.on_trained(report.step, outcomes)
-        self._version_since = time.time()
-        step = self.schedule.step
-        timing = {
-            "seconds": time.time() - self._step_began,
-            "busy": self.telemetry.busy_shares(),
-            "buffer_samples": len(self.rollouts) - len(keys),
-            "buffer_bytes": self.arena.used_bytes,
-            "in_flight": self.schedule.in_flight,
-            "ahead": ahead,
-            "memory_bytes": self.fleet.memory(),
-            "publish_seconds": report.publish_seconds,
-            "publish_bytes": report.publish_bytes,
-            "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
-            **self.replays.cost(),
-            **records.tool_seconds(rollouts),
-            "wall_seconds": self.totals.wall_seconds,
-            **self._load,
-        }
-        record = records.step(step, report, rollouts, [self.grades[k] for k in keys])
-        self.telemetry.metrics.write({**record, "timing": timing})
-        self.telemetry.ledger.write(records.ledger(step, samples, outcomes))
-        self.telemetry.scalars(records.scalars(record, timing), step)
-        self.telemetry.histograms(records.histograms(stats), step)
-        self.progress.step(step, records.bar(record, timing))
-        for warning in self.watch.step(report.grad_norm, record["kl"], record["kl_by_quartile"]):
-            self.telemetry.warn(step, warning)
-        if step % max(1, self.recipe.learner.steps // 20) == 0:
-            self._write_sample(step, samples[keys[0]], self.grades[keys[0]], rollouts[0])
+        """Held-out samples are measured; with the last of them the evaluation is written down."""
+        version, keys = self.schedule.step, stats.keys.tolist()
+        self.journal.measured(stats, [(self.schedule.tickets[k].sample, self.buffer[k]) for k in keys])
         for key in keys:
             self._forget(key)
-        self._maybe_refresh(stats)
-        if step < self.recipe.learner.steps and self._rhythm.due(step):
-            self._save_checkpoint(final=False)
+        if self.schedule.on_measured(version, keys):
+            self.journal.evaluated(version)
+            self.stopped_early = self.saver.keep_best(version)
 
-    def _count(self, stats: SampleStats, skipped: bool) -> None:
-        self.totals.trained_tokens += int(stats.length[stats.weight > 0].sum())
-        self.totals.freshness_sum += float(stats.freshness.sum())
-        self.totals.samples += len(stats.keys)
-        self.totals.max_lag = max(self.totals.max_lag, int(stats.lag.max()))
-        self.totals.skipped_steps += skipped
-
-    def _maybe_refresh(self, stats: SampleStats) -> None:
+    def _on_trained(self, report: StepReport) -> None:
+        """An optimizer step and its publication are done: write it down, let its samples go, refresh if
+        stale.
+        """
+        keys = report.stats.keys.tolist()
+        batch = [(self.schedule.tickets[k].sample, self.buffer[k]) for k in keys]
+        runtime = {
+            "ahead": self.schedule.ahead,
+            "buffer_samples": len(self.buffer) - len(keys),
+            "buffer_bytes": self.buffer.arena.used_bytes,
+            "memory_bytes": self.fleet.memory(),
+            **self.replays.cost(),
+        }
+        outcomes = {k: records.outcome(w) for k, w in zip(keys, report.stats.weight, strict=True)}
+        self.schedule.ahead = self.control.learned(report)
+        self.schedule.on_trained(report.step, outcomes)
+        self.journal.trained(report, batch, {**runtime, "in_flight": self.schedule.in_flight})
+        for key in keys:
+            self._forget(key)
         step = self.schedule.step
-        if step == self.recipe.learner.steps:
-            return
-        reason = self.refresh.reason(
-            step,
-            float(stats.freshness.mean()),
-            float(stats.coverage_roll.mean()),
-            float(stats.coverage_sup.mean()),
-        )
-        if reason is None:
-            return
-        self.refresh.last = step
-        scoring = {k for _, keys, _ in self._score_answers for k in keys}
+        if (reason := self.control.stale(step, report.stats)) is not None:
+            self._refresh(step, reason)
+        if self.saver.due(step):
+            self.saver.save(False, self._save_learner)
+
+    def _refresh(self, step: int, reason: str) -> None:
+        """Drop the buffer; what a teacher is at is let go when it answers."""
         dropped = self.schedule.refresh()
         self._abort_all()
         for key in dropped:
-            if key not in scoring:
+            if key in self.buffer and not self.buffer[key].scoring:
                 self._forget(key)
-        ids = [str(sample) for sample in dropped.values()]
-        self.telemetry.metrics.write(
-            {"kind": "refresh", "step": step, "reason": reason, "timing": {"dropped": len(ids)}}
-        )
-        self.telemetry.ledger.write({"step": step, "refreshed": ids})
-        self.progress.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
+        self.journal.refreshed(step, reason, dropped.values())
 
     def _abort_all(self) -> None:
         for spec in self.plan.samplers:
@@ -846,56 +613,7 @@ class Conductor:
             return rollout.answer
         return hf.decode(self.tokenizer, rollout.last_turn)
 
-    def _write_sample(self, step: int, sample: SampleId, grade: float, rollout: Rollout) -> None:
-        prompt = hf.decode(self.tokenizer, rollout.token_ids[: rollout.prompt_length])
-        self.telemetry.samples.write(
-            {
-                "kind": sample.split,
-                "step": step,
-                "sample": str(sample),
-                "versions": rollout.spans,
-                "prompt": prompt,
-                "response": hf.decode(self.tokenizer, rollout.response_ids),
-                "score": grade,
-                "finish": rollout.finish,
-                **({"turns": rollout.turns, "calls": rollout.calls} if rollout.turns else {}),
-            }
-        )
-
-    # ---- checkpoints and the end ---------------------------------------------------------------------------
-
-    def _save_checkpoint(self, final: bool) -> None:
-        """Learner first, while it holds still; then everything else as it stands when the learner's part is
-        on disk.
-
-        A disk that is full does not stop training: the older checkpoints stand, and it is said loudly. Only
-        the last save must succeed.
-        """
-        step = self.schedule.step
-        if final and step == self._last_saved:
-            return
-        temporary = self.store.begin(step)
-        try:
-            extra = self._save_learner(temporary / "learner")
-            self._save_state(temporary, extra)
-            self.store.commit(temporary)
-            self._last_saved = step
-            if self.best is not None:
-                known = (self.store.state(s)["totals"]["evaluations"] for s in self.store.steps())
-                self.best.tidy([self.totals.evaluations, *known])
-        except OSError as error:
-            self.store.discard(temporary)
-            text = disk_error(error) or str(error)
-            if final:
-                raise UserError(
-                    f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume "
-                    f"{self.run_dir.path} "
-                    f"(goes on from {self._last_saved if self._last_saved is not None else 'the start'})"
-                ) from None
-            self.telemetry.warn(
-                step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand"
-            )
-        self._rhythm.saved()
+    # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
         self._saved = []
@@ -909,62 +627,3 @@ class Conductor:
             if saved.error:
                 raise OSError(saved.error)
         return next(s.extra for s in self._saved if s.extra)
-
-    def _save_state(self, folder: Path, learner: dict[str, Any]) -> None:
-        schedule = self.schedule.state_dict()
-        known = {t["key"] for t in schedule["tickets"] if t["state"] != "planned"}
-        scored = {t["key"] for t in schedule["tickets"] if t["state"] == "scored"}
-        memory = self.arena.memory.numpy()
-        targets = {}
-        for key in sorted(scored):
-            slot = self.slots[key]
-            nbytes = self.target_specs[slot.teacher].nbytes(slot.positions)
-            targets[key] = memory[slot.offset : slot.offset + nbytes]
-        rollouts = [self.rollouts[k] for k in sorted(known)]
-        if schedule["resume_version"] < schedule["step"]:
-            self.setup.channel.save(schedule["resume_version"], folder / PUBLISHED)
-        lost = [r for k, r in self.rollouts.items() if k not in known] + [
-            r for _, _, r in self._eval.values()
-        ]
-        again = sum(map(_generated, lost))  # a half-done evaluation begins anew, too
-        state = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "schedule": schedule,
-            "refresh_last": self.refresh.last,
-            "depth": {"now": self.depth.now, "waited": self.depth.waited},
-            "learner": learner,
-            "student_dtype": str(sampler_dtype(self.recipe, self.plan)).removeprefix("torch."),
-            "published_dtypes": [str(dtype).removeprefix("torch.") for _, _, dtype in self.layout],
-            "totals": {**vars(self.totals), "generated_tokens": self.totals.generated_tokens - again},
-            "grades": {k: self.grades[k] for k in known if k in self.grades},
-            "rollouts": save_buffer(folder / "buffer.safetensors", rollouts, targets),
-        }
-        write_synced(folder / "state.json", json.dumps(state))
-
-    def _finish(self, began: float) -> dict[str, Any]:
-        from fopd_cli.export import export_kept, export_student
-
-        best = None if self.best is None else self.best.of_kept(self.totals.evaluations)
-        if self.run_dir.student.exists():  # of an end before this one
-            shutil.rmtree(self.run_dir.student)
-        if self.best is None or best is None:
-            step = export_student(self.run_dir, self.run_dir.student, None)
-        else:
-            step = best
-            dtype = sampler_dtype(self.recipe, self.plan)
-            export_kept(self.run_dir, self.run_dir.student, best, self.best.file(best), dtype)
-        self.totals.wall_seconds = time.time() - began
-        busy = self.telemetry.busy_shares_total()
-        chosen = {
-            "student_step": step,
-            "student_chosen_by": "last" if self.best is None or best is None else self.best.metric,
-            "stopped_early": self._stopped_early,
-        }
-        summary = {**records.summary(self.schedule, self.totals, busy), **chosen}
-        write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
-        return summary
-
-
-def _generated(rollout: Rollout) -> int:
-    """Tokens that the student sampled; in an episode observations stand between them."""
-    return int(rollout.loss_mask.sum())
