@@ -6,8 +6,10 @@ prompts.
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from fopd_cli.engines.text.vocabularies import Match, inverse, match
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.build import (
+    Setup,
     add_adapters,
     http_server,
     published_adapter,
@@ -29,10 +32,10 @@ from fopd_cli.runtime.build import (
     student_frame,
     task_arguments,
 )
-from fopd_cli.runtime.memory.weights import Layout
+from fopd_cli.runtime.memory.weights import Layout, WeightChannel
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
-from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream
+from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, context_tokens
 from fopd_cli.samples import TargetSpec
 from fopd_cli.tasks import load_task
 
@@ -129,6 +132,22 @@ class Inputs:
                 self.parameters * resolve_dtype(learner.dtype, bool(self.plan.learners[0].devices)).itemsize
             )
         return (4 + 4 + moments) * self.trainable + frozen  # fp32 masters, gradients, two moments
+
+    def setup(self, arena: torch.Tensor, folder: Path) -> Setup:
+        """What workers are given at their start: `arena` is the memory of teacher targets, `folder` where their
+        ranks meet.
+        """
+        return Setup(
+            self.recipe,
+            self.vocab,
+            self.target_specs,
+            self.tables,
+            context_tokens(self.recipe, self.stream, judged=False),
+            context_tokens(self.recipe, self.stream, judged=True),
+            arena,
+            WeightChannel.create(self.published),
+            folder / f".rendezvous-{uuid.uuid4().hex[:8]}",
+        )
 
 
 def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:

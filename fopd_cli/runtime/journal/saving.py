@@ -14,16 +14,13 @@ from typing import Any
 import torch
 
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import Recipe
-from fopd_cli.runtime.buffer import Buffer
-from fopd_cli.runtime.control import Control
 from fopd_cli.runtime.journal.best import Best
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, Rhythm, disk_error, write_synced
 from fopd_cli.runtime.journal.journal import Changes, Journal
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.sinks import Resume
 from fopd_cli.runtime.memory.weights import WeightChannel
-from fopd_cli.runtime.scheduling.schedule import Schedule
+from fopd_cli.runtime.state import State
 
 PUBLISHED = "published.bin"
 
@@ -33,17 +30,15 @@ class Saver:
 
     def __init__(
         self,
-        recipe: Recipe,
+        state: State,
         run_dir: RunDir,
-        schedule: Schedule,
-        buffer: Buffer,
-        control: Control,
         journal: Journal,
         channel: WeightChannel,
         student_dtype: torch.dtype,
     ) -> None:
-        self.recipe, self.run_dir = recipe, run_dir
-        self.schedule, self.buffer, self.control, self.journal = schedule, buffer, control, journal
+        recipe = state.inputs.recipe
+        self.recipe, self.run_dir, self.journal = recipe, run_dir, journal
+        self.schedule, self.buffer, self.control = state.schedule, state.buffer, state.control
         self.channel, self.student_dtype = channel, student_dtype
         self.store = CheckpointStore(run_dir.checkpoints, recipe.checkpoint.keep)
         keep = recipe.eval.keep_best
