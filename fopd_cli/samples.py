@@ -21,6 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fopd_cli.names import TargetKind
+
 PER_TOKEN = (
     "logprobs",
     "topk_logprobs",
@@ -28,7 +30,6 @@ PER_TOKEN = (
     "draw_ids",
     "draw_logprobs",
 )  # arrays of a rollout, a row a token
-TargetKind = Literal["hidden", "topk", "sampled"]
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,15 @@ written for reading.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fopd_cli.freshness import drift
 from fopd_cli.freshness.trust import spent
-from fopd_cli.losses.divergence import (
-    Advantage,
-    LossKind,
-    advantage_of,
-    divergence,
-    kl,
-    policy_gradient,
-    ratio,
-)
-
-Support = Literal["full", "topk", "sampled", "mc"]
-DriftKind = Literal["exact", "topk", "sampled", "quadratic"]
+from fopd_cli.losses.divergence import advantage_of, divergence, kl, policy_gradient, ratio
+from fopd_cli.names import Advantage, DriftKind, LossKind, Support
 
 
 @dataclass(frozen=True)
@@ -117,6 +107,7 @@ def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tens
         ours, theirs = student, torch.log_softmax(teacher_logits / spec.temperature, -1)
         masses = (torch.ones_like(entropy), torch.ones_like(entropy))
     else:
+        assert spec.support == "topk"
         assert at.teacher_topk is not None
         assert at.teacher_topk_ids is not None
         kept = student.gather(-1, at.teacher_topk_ids)
@@ -168,10 +159,14 @@ def _teacher_logprob(spec: LossSpec, at: Positions, teacher_logits: Tensor) -> T
 
 
 def _drift(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor) -> Tensor:
-    if spec.drift == "sampled" or spec.drift == "quadratic":
-        return drift.ONE_TOKEN[spec.drift](acting_y, at.behaviour)
+    if spec.drift in drift.ONE_TOKEN:
+        # Unknown log-probs stay out of the estimator: the gradient of what is weighed by 0 would be nan.
+        unknown = at.behaviour.isnan()
+        found = drift.ONE_TOKEN[spec.drift](acting_y, torch.where(unknown, acting_y.detach(), at.behaviour))
+        return torch.where(unknown, torch.nan, found)
     assert at.behaviour_topk is not None
     if spec.drift == "exact":
         return drift.exact(acting, at.behaviour_topk[:, : acting.shape[-1]])
+    assert spec.drift == "topk"
     assert at.behaviour_topk_ids is not None
     return drift.topk(acting.gather(-1, at.behaviour_topk_ids), at.behaviour_topk)

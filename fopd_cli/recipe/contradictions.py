@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fopd_cli.freshness.policies import POLICIES
+from fopd_cli.freshness.policies import POLICIES, largest_xi
 
 ADDRESS = re.compile(r"https?://[^\s/?#]+(/\S*)?", re.ASCII)
 
@@ -18,7 +18,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     """One sentence for each: the key, what is wrong, what to do."""
     loss, fresh, max_lag = recipe.loss, recipe.freshness, recipe.max_lag
     policy = POLICIES[fresh.policy]
-    largest = 1 / (max_lag + 1)  # the score's bound, freshness/score.py
+    largest = largest_xi(max_lag)
     if policy.weights != "one" and fresh.xi >= largest:
         yield (
             f"freshness.xi: {fresh.xi} gates out every sample of full lag, because f <= 1/(lag + 1) = "

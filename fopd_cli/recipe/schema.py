@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from fopd_cli.freshness.policies import POLICIES, PolicyName
+from fopd_cli.names import Advantage, DriftKind, LossKind, Support
 from fopd_cli.recipe.contradictions import contradictions
 
 # Bounds that no run comes near, so that nothing that is computed from a recipe overflows.
@@ -470,9 +471,9 @@ class Learner(Section):
 
 
 class Loss(Section):
-    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    kind: LossKind = "reverse_kl"
     """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
-    support: Literal["auto", "full", "topk", "sampled", "mc"] = "auto"
+    support: Literal["auto", Support] = "auto"
     """full vocabulary (exact); the teacher's top-k and a tail class; the sampled token alone (policy
     gradient); or several draws a position (mc). auto: full if all teachers give hidden states, else topk.
     Where sampler.temperature T is not 1, full and topk settle where the student is the teacher, pi_1 = p_1;
@@ -492,7 +493,7 @@ class Loss(Section):
     """
     tail: bool = True
     """The tail class of topk support; without it the student can hide mass, so false is refused."""
-    advantage: Literal["cached", "recomputed"] = "recomputed"
+    advantage: Advantage = "recomputed"
     """Of sampled support: log p - log pi with the pi that sampled (cached) or the pi of now."""
     importance: bool = False
     """Of sampled support: multiply by pi_now/pi_sampled. mc support always does."""
@@ -578,7 +579,7 @@ class Freshness(Section):
     (sampled, mc) 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which
     an anchor only slows (docs/staleness.md).
     """
-    drift: Literal["auto", "sampled", "quadratic", "topk", "exact"] = "auto"
+    drift: Literal["auto", DriftKind] = "auto"
     """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor),
     the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with
     sampler.top_p), else sampled, which is free.
@@ -731,18 +732,18 @@ class Recipe(Section):
         return ANCHORS[self._anchors_drift] if self.support in ("sampled", "mc") else 0.0
 
     @property
-    def drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
+    def drift(self) -> DriftKind:
         """freshness.drift, resolved."""
         return "sampled" if self.freshness.drift == "auto" and self.anchor == 0 else self._anchors_drift
 
     @property
-    def _anchors_drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
+    def _anchors_drift(self) -> DriftKind:
         if self.freshness.drift != "auto":
             return self.freshness.drift
         return "topk" if self.sampler.top_p == 1 else "quadratic"
 
     @property
-    def support(self) -> Literal["full", "topk", "sampled", "mc"]:
+    def support(self) -> Support:
         """loss.support, resolved: exact where all teachers give hidden states."""
         if self.loss.support != "auto":
             return self.loss.support
