@@ -11,8 +11,9 @@ from typing import Any
 
 from fopd_cli import doctor
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import Inputs, load_inputs
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
-from fopd_cli.runtime.conductor import Conductor, Model
+from fopd_cli.runtime.conductor import Conductor
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_synced
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.placement import cuda_devices, place
@@ -23,7 +24,7 @@ def run(recipe: Recipe, path: Path) -> dict[str, Any]:
     inputs = check(recipe, path)
     run_dir = RunDir.create(path, recipe)
     say(f"recipe: {run_dir.recipe}")
-    return _conductor(inputs, run_dir).run()
+    return Conductor(inputs, run_dir).run()
 
 
 def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> Conduc
     for at, changed in run_dir.changed():
         if at == step:  # made when it went on from this very checkpoint
             in_force.update({key: values[1] for key, values in changed.items()})
-    conductor = _conductor(check(recipe, path), run_dir)
+    conductor = Conductor(check(recipe, path), run_dir)
     say(f"resuming {path} from step {step}")
     if undone:
         say(f"the recipe goes back to what it was at step {step}: {', '.join(undone)}")
@@ -116,9 +117,9 @@ def _undone(run_dir: RunDir, step: int) -> list[str]:
     return [changes.as_override(key, value) for key, value in before.items()]
 
 
-def check(recipe: Recipe, path: Path) -> doctor.Inputs:
+def check(recipe: Recipe, path: Path) -> Inputs:
     """Preflight: warnings are printed, the first errors stop the run."""
-    inputs = doctor.load_inputs(recipe, place(recipe, cuda_devices()))
+    inputs = load_inputs(recipe, place(recipe, cuda_devices()))
     found = list(doctor.findings(inputs, path))
     for finding in found:
         if finding.level != "error":
@@ -131,8 +132,3 @@ def check(recipe: Recipe, path: Path) -> doctor.Inputs:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _conductor(inputs: doctor.Inputs, run_dir: RunDir) -> Conductor:
-    model = Model(inputs.tokenizer, inputs.vocab, inputs.target_specs, inputs.published, inputs.tables)
-    return Conductor(inputs.recipe, run_dir, inputs.plan, inputs.stream, model)

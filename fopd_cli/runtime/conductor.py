@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fopd_cli.engines.models import hf
@@ -31,7 +30,8 @@ from fopd_cli.errors import Interrupted, UserError, WorkerError
 from fopd_cli.freshness.depth import Depth
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
-from fopd_cli.recipe import Recipe, dump_recipe
+from fopd_cli.inputs import Inputs
+from fopd_cli.recipe import dump_recipe
 from fopd_cli.runtime.build import Setup, sampler_dtype
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew import roles
@@ -53,11 +53,10 @@ from fopd_cli.runtime.journal.sinks import JsonLines, Progress, Resume, Telemetr
 from fopd_cli.runtime.journal.watch import Watch
 from fopd_cli.runtime.memory.arena import Arena
 from fopd_cli.runtime.memory.sizes import arena_bytes
-from fopd_cli.runtime.memory.weights import Layout, WeightChannel
-from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.scheduling.episodes import Episodes
 from fopd_cli.runtime.scheduling.params import sampling_params
-from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens, evaluation_ids, schedule_config
+from fopd_cli.runtime.scheduling.prompts import context_tokens, evaluation_ids, schedule_config
 from fopd_cli.runtime.scheduling.replays import Replays
 from fopd_cli.runtime.scheduling.schedule import Schedule
 from fopd_cli.runtime.scheduling.tickets import (
@@ -71,7 +70,7 @@ from fopd_cli.runtime.scheduling.tickets import (
     Score,
     Train,
 )
-from fopd_cli.samples import Request, Rollout, SampleId, SampleStats, TargetSpec
+from fopd_cli.samples import Request, Rollout, SampleId, SampleStats
 from fopd_cli.tasks.replay import cached
 
 MAINS = {
@@ -103,26 +102,19 @@ class Totals:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by version
 
 
-@dataclass
-class Model:
-    """What the conductor knows of student and teachers without loading them."""
-
-    tokenizer: Any
-    vocab: int
-    target_specs: tuple[TargetSpec, ...]
-    layout: Layout
-    tables: tuple[np.ndarray | None, ...]  # of each teacher: the student's token id -> the teacher's
-
-
 class Conductor:
     """One run, from spawn to summary."""
 
-    def __init__(
-        self, recipe: Recipe, run_dir: RunDir, plan: Plan, stream: PromptStream, model: Model
-    ) -> None:
-        self.recipe, self.run_dir, self.plan, self.stream, self.model = recipe, run_dir, plan, stream, model
+    def __init__(self, inputs: Inputs, run_dir: RunDir) -> None:
+        recipe, plan, stream = inputs.recipe, inputs.plan, inputs.stream
+        self.recipe, self.run_dir, self.plan, self.stream = recipe, run_dir, plan, stream
+        self.tokenizer, self.target_specs, self.layout = (
+            inputs.tokenizer,
+            inputs.target_specs,
+            inputs.published,
+        )
         self.store = CheckpointStore(run_dir.checkpoints, recipe.checkpoint.keep)
-        self.arena = Arena(arena_bytes(recipe, model.target_specs))
+        self.arena = Arena(arena_bytes(recipe, self.target_specs))
         policy = POLICIES[recipe.freshness.policy]
         r = recipe.freshness.refresh
         self.refresh = Refresh(
@@ -144,13 +136,13 @@ class Conductor:
         self.schedule.ahead = self.depth.now
         self.setup = Setup(
             recipe,
-            model.vocab,
-            model.target_specs,
-            model.tables,
+            inputs.vocab,
+            self.target_specs,
+            inputs.tables,
             context_tokens(recipe, stream, judged=False),
             context_tokens(recipe, stream, judged=True),
             self.arena.memory,
-            WeightChannel.create(model.layout),
+            WeightChannel.create(self.layout),
             run_dir.path / f".rendezvous-{uuid.uuid4().hex[:8]}",
         )
         self.totals = Totals()
@@ -468,7 +460,7 @@ class Conductor:
         for key in keys:
             positions = self.rollouts[key].response_length
             teacher = self.schedule.tickets[key].teacher
-            offset = self.arena.allocate(self.model.target_specs[teacher].nbytes(positions))
+            offset = self.arena.allocate(self.target_specs[teacher].nbytes(positions))
             if offset is None:
                 for other in taken:
                     self._release(other)
@@ -557,7 +549,7 @@ class Conductor:
                 finished.append(self.episodes.finish(episode))
                 continue
             prompt = self.stream.prompt(self.schedule.tickets[turn.key].sample)
-            text = hf.decode_turn(self.model.tokenizer, turn.response_ids)
+            text = hf.decode_turn(self.tokenizer, turn.response_ids)
             now = self.schedule.tickets[turn.key].version
             command = m.TurnCommand(turn.key, episode.life, prompt, text, now, int(turn.response_ids[-1]))
             self.fleet.send(ENVIRONMENT.name, command)
@@ -852,10 +844,10 @@ class Conductor:
         """What is graded."""
         if rollout.answer is not None:
             return rollout.answer
-        return hf.decode(self.model.tokenizer, rollout.last_turn)
+        return hf.decode(self.tokenizer, rollout.last_turn)
 
     def _write_sample(self, step: int, sample: SampleId, grade: float, rollout: Rollout) -> None:
-        prompt = hf.decode(self.model.tokenizer, rollout.token_ids[: rollout.prompt_length])
+        prompt = hf.decode(self.tokenizer, rollout.token_ids[: rollout.prompt_length])
         self.telemetry.samples.write(
             {
                 "kind": sample.split,
@@ -863,7 +855,7 @@ class Conductor:
                 "sample": str(sample),
                 "versions": rollout.spans,
                 "prompt": prompt,
-                "response": hf.decode(self.model.tokenizer, rollout.response_ids),
+                "response": hf.decode(self.tokenizer, rollout.response_ids),
                 "score": grade,
                 "finish": rollout.finish,
                 **({"turns": rollout.turns, "calls": rollout.calls} if rollout.turns else {}),
@@ -926,7 +918,7 @@ class Conductor:
         targets = {}
         for key in sorted(scored):
             slot = self.slots[key]
-            nbytes = self.model.target_specs[slot.teacher].nbytes(slot.positions)
+            nbytes = self.target_specs[slot.teacher].nbytes(slot.positions)
             targets[key] = memory[slot.offset : slot.offset + nbytes]
         rollouts = [self.rollouts[k] for k in sorted(known)]
         if schedule["resume_version"] < schedule["step"]:
@@ -942,7 +934,7 @@ class Conductor:
             "depth": {"now": self.depth.now, "waited": self.depth.waited},
             "learner": learner,
             "student_dtype": str(sampler_dtype(self.recipe, self.plan)).removeprefix("torch."),
-            "published_dtypes": [str(dtype).removeprefix("torch.") for _, _, dtype in self.model.layout],
+            "published_dtypes": [str(dtype).removeprefix("torch.") for _, _, dtype in self.layout],
             "totals": {**vars(self.totals), "generated_tokens": self.totals.generated_tokens - again},
             "grades": {k: self.grades[k] for k in known if k in self.grades},
             "rollouts": save_buffer(folder / "buffer.safetensors", rollouts, targets),
