@@ -215,7 +215,6 @@ def evaluate(
     Interrupted, the same command with the same --out goes on.
     """
     from fopd_cli.recipe import load_recipe
-    from fopd_cli.runtime.placement import cuda_devices
 
     if generate_only and grade_only:
         raise UserError("--generate-only, --grade-only: choose one of them")
@@ -237,6 +236,7 @@ def evaluate(
     if step is not None and not is_run:
         raise UserError("--step: names a checkpoint of a run; MODEL is none")
     warm.begin()
+    from fopd_cli.evaluation import default_jobs
     from fopd_cli.evaluation import evaluate as score
     from fopd_cli.export import student_of
     from fopd_cli.inputs import check_model_name
@@ -245,7 +245,7 @@ def evaluate(
     path = str(student_of(RunDir.open(folder), step)) if is_run else recipe.student.model
     check_model_name(path, "MODEL")
     mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
-    typer.echo(json.dumps(score(path, recipe, out, mode, jobs or max(1, cuda_devices())), indent=1))
+    typer.echo(json.dumps(score(path, recipe, out, mode, jobs or default_jobs(recipe)), indent=1))
 
 
 @app.command()

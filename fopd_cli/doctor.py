@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame, remote_teacher
 from fopd_cli.recipe import PluginTask, Recipe, Vllm
+from fopd_cli.runtime import devices
 from fopd_cli.runtime.build import resolve_dtype
 from fopd_cli.runtime.memory.sizes import arena_bytes, available_memory, free_shared_memory
 from fopd_cli.runtime.memory.weights import layout_bytes
@@ -64,6 +64,7 @@ def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
 
 def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from (Finding("note", notice) for notice in inputs.stream.notices)
+    yield from _visible()
     yield from _vllm(inputs)
     yield from _packing(inputs)
     yield from _rope(inputs)
@@ -143,6 +144,16 @@ def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
             "ids that the models "
             "share; they are never sampled",
             "make sure that the output of tools never holds them",
+        )
+
+
+def _visible() -> Iterator[Finding]:
+    """Devices that were asked for and are not there would be left out without a word."""
+    if lost := devices.unusable():
+        yield Finding(
+            "warning",
+            f"{devices.VISIBLE}: CUDA finds {devices.count()} devices and none for {', '.join(lost)}",
+            "name devices that nvidia-smi -L shows",
         )
 
 
@@ -550,7 +561,7 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _device_memory(who: str, device: int, need: float) -> Iterator[Finding]:
-    free = device_memory(device)
+    free = devices.memory(device)
     if free is not None and need > free:
         yield Finding(
             "error",
@@ -558,18 +569,6 @@ def _device_memory(who: str, device: int, need: float) -> Iterator[Finding]:
             f"{free / GB:.1f} GB",
             "give that role more devices (placement) or use a smaller model",
         )
-
-
-def device_memory(device: int) -> float | None:
-    """Total bytes of a CUDA device, asked of nvidia-smi so that this process gets no CUDA context; None if
-    unknown.
-    """
-    command = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        return float(out.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
 
 
 def sanity(inputs: Inputs) -> Finding | None:

@@ -8,9 +8,10 @@ from typing import Literal
 
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Sampler, Teacher
+from fopd_cli.runtime import devices as visible
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 
-Devices = tuple[int, ...]  # CUDA ordinals of one process; empty: the CPU
+Devices = tuple[int, ...]  # of one process, counted among those visible here; empty: the CPU
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class Plan:
 
 def cuda_devices() -> int:
     """Visible CUDA devices, counted without making a context in this process."""
-    import torch
-
-    return torch.cuda.device_count()
+    return visible.count()
 
 
 def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
@@ -96,7 +95,7 @@ def _partition(recipe: Recipe, devices: int) -> _Groups:
             f"placement.mode: partition needs at least {fewest} CUDA devices, one a role, and there are "
             f"{devices}; set it to timeslice"
         )
-    split = _processes(recipe.sampler)
+    split = devices_of_a_replica(recipe.sampler)
     sampler = p.sampler or max(split, devices // 2 // split * split)
     teacher = (p.teacher or max(len(local), devices // 4)) if local else 0
     learner = p.learner or max(1, devices - sampler - teacher)
@@ -121,8 +120,8 @@ def _partition(recipe: Recipe, devices: int) -> _Groups:
     )
 
 
-def _processes(engine: Sampler | Teacher) -> int:
-    """Devices that one replica is split over."""
+def devices_of_a_replica(engine: Sampler | Teacher) -> int:
+    """That one replica is split over; on a CPU they are processes."""
     return engine.vllm.tensor_parallel if engine.engine == "vllm" else 1
 
 
@@ -130,7 +129,7 @@ def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[
     """One process per replica, each with the devices that it is split over; a remote teacher has none."""
     if engine.engine == "http":
         return [()]
-    split = _processes(engine)
+    split = devices_of_a_replica(engine)
     if len(devices) % split:
         raise UserError(
             f"{role}.vllm.tensor_parallel: {split} does not divide the {len(devices)} devices of the "
@@ -159,7 +158,7 @@ def _plan(
         index: int = 0,
         label: str = "",
     ) -> tuple[WorkerSpec, ...]:
-        n, split = len(devices), 1 if engine is None else _processes(engine)
+        n, split = len(devices), 1 if engine is None else devices_of_a_replica(engine)
         remote = engine is not None and engine.engine == "http"  # waits, and computes nothing
         fixed = 1 if remote else max(1, cores // (n if turns else workers) // split)
         share = wanted or (None if by_need and split == 1 and not remote else fixed)
