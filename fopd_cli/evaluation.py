@@ -26,6 +26,7 @@ import torch
 from fopd_cli import paths
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.engines.text.templates import check_variables
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
@@ -240,7 +241,7 @@ def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
     known.
     """
     tokenizer, config = hf.load_tokenizer(model, "MODEL"), hf.load_config(model, "MODEL")
-    local = [t for t in recipe.teachers if t.engine != "http" and t.template == "student"]
+    local = [t for t in recipe.teachers if not engine_of(t).remote and t.template == "student"]
     configs = {}
     for t in local:
         with contextlib.suppress(UserError):
@@ -271,7 +272,7 @@ def _job_devices(recipe: Recipe, mode: Mode) -> list[tuple[int, ...]]:
         return [()]
     if cuda < split:
         raise UserError(
-            f"sampler.vllm.tensor_parallel: a replica is split over {split} devices, there are {cuda}; lower it"
+            f"sampler.{engine_of(recipe.sampler).split_key}: a replica is split over {split} devices, there are {cuda}; lower it"
         )
     return [tuple(range(i, i + split)) for i in range(0, cuda - split + 1, split)]
 
@@ -351,7 +352,7 @@ def _vocab(model: str, recipe: Recipe) -> int:
     """
     found = [hf.vocab_size(hf.load_config(model, "MODEL"))]
     for teacher in recipe.teachers:
-        if teacher.engine != "http":
+        if not engine_of(teacher).remote:
             try:
                 found.append(hf.vocab_size(hf.load_config(teacher.model, "teacher.model")))
             except UserError as error:

@@ -17,10 +17,10 @@ import torch.multiprocessing as mp
 
 from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.models import hf
+from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
-from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 
 
     `width` is the teacher's hidden size.
     """
-    sampler = transformers_sampler(str(pair / "student"), torch.float32, CPU, count)
+    sampler = on_weights(str(pair / "student"), torch.float32, CPU, count)
     rng = np.random.Generator(np.random.PCG64(0))
     sampler.submit(
         [

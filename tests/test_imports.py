@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from fopd_cli.engines.registry import ENGINES
+from fopd_cli.recipe import Teacher
+
 PACKAGE = ROOT / "fopd_cli"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
+AN_ENGINE = {"engines.building", "engines.protocols", "engines.record"}
 # Room -> rooms, or single modules of them, that it may import from, besides itself. A module belongs to the
 # longest row that its path begins with, and one without a row fails: who adds a room says where it stands.
 ALLOWED: dict[str, set[str]] = {
@@ -27,12 +31,24 @@ ALLOWED: dict[str, set[str]] = {
     "samples": {"names"},
     "collapse": set(),
     # What is computed, and what is asked.
-    "recipe": {"errors", "paths", "freshness.policies", "names"},
+    "recipe": {"engines.registry", "errors", "freshness.policies", "names", "paths"},
     "freshness": {"tensors", "samples"},
     "losses": {"freshness", "names"},
     "sandbox": {"errors"},
     "tasks": {"samples", "errors", "paths", "sandbox"},
-    # Engines: models and tokens below, one folder an engine above, none of which knows another's.
+    # Engines: what all may know of them, without torch; models and tokens; one folder an engine, none of which
+    # knows another's. They are made from sections of the recipe, as they stand in it.
+    "engines.record": {"engines.building", "names"},  # a type alone
+    "engines.registry": {
+        "engines.http.record",
+        "engines.record",
+        "engines.transformers.record",
+        "engines.vllm.record",
+        "names",
+        "recipe",  # types alone
+    },
+    "engines.building": {"engines.protocols", "errors", "recipe"},
+    "engines.auto": {"engines.models.hf", "engines.record", "engines.registry", "errors", "recipe"},
     "engines.__init__": set(),
     "engines.preload": {"engines.learner", "engines.transformers"},
     "engines.protocols": {"losses.head", "samples"},
@@ -40,15 +56,24 @@ ALLOWED: dict[str, set[str]] = {
     "engines.models": {"engines.text", "engines.tokens", "errors", "losses.head", "tasks.calls"},
     "engines.tokens": {"engines.models", "engines.transformers.cpu_attention", "errors", "samples"},
     "engines.renumbered_teacher": {"engines.protocols", "engines.text", "losses.head", "samples"},
-    "engines.http": {"engines.tokens", "errors", "samples"},
-    "engines.transformers": {"engines.models", "engines.tokens", "losses.head", "samples"},
-    "engines.vllm": {"engines.learner.lora", "engines.models", "engines.tokens", "errors", "samples"},
+    "engines.http": {*AN_ENGINE, "engines.tokens", "errors", "recipe", "samples"},
+    "engines.transformers": {*AN_ENGINE, "engines.models", "engines.tokens", "losses.head", "samples"},
+    "engines.vllm": {
+        *AN_ENGINE,
+        "engines.learner.lora",
+        "engines.models",
+        "engines.tokens",
+        "errors",
+        "recipe",
+        "samples",
+    },
     "engines.learner": {"engines.models", "engines.tokens", "errors", "freshness", "losses", "samples"},
     # The runtime: the schedule knows neither workers nor disks, workers know no conductor.
     "runtime.__init__": set(),
     "runtime.memory": {"recipe", "samples"},
     "runtime.scheduling": {
         "engines.models.hf",
+        "engines.registry",
         "engines.text.templates",
         "errors",
         "freshness.policies",
@@ -58,7 +83,7 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
     },
     "runtime.devices": {"errors"},
-    "runtime.placement": {"errors", "recipe", "runtime.crew.fleet", "runtime.devices"},
+    "runtime.placement": {"engines.registry", "errors", "recipe", "runtime.crew.fleet", "runtime.devices"},
     "runtime.build": {
         "engines",
         "errors",
@@ -74,6 +99,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.crew": {
         "engines.models.hf",
         "engines.protocols",
+        "engines.registry",
         "engines.text",
         "errors",
         "freshness.supervision",
@@ -195,10 +221,40 @@ def test_every_row_is_of_a_room_that_there_is() -> None:
     assert not [room for room in rooms if not any(within(module, room) for module in NAMES)]
 
 
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['fopd', '--help']\nfrom fopd_cli.cli import main\ntry: main()\nexcept "
-        "SystemExit: pass\n"
-    )
+@pytest.mark.parametrize("command", ["--help", "recipe --template"])
+def test_a_command_that_computes_nothing_needs_no_torch(command: str) -> None:
+    code = f"import sys; sys.argv = 'fopd {command}'.split()\n"
+    code += "from fopd_cli.cli import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_nobody_outside_engines_asks_which_engine_it_is(path: Path) -> None:
+    """What there is to know of an engine stands in its record; a name in a comparison is a new engine's trap."""
+    if within(dotted(path), "engines"):
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = isinstance(node, ast.Constant) and node.value in ENGINES
+        asks = isinstance(node, ast.Compare) and any(
+            isinstance(side, ast.Attribute) and side.attr == "engine"
+            for side in [node.left, *node.comparators]
+        )
+        asks |= isinstance(node, ast.Match) and ast.unparse(node.subject).endswith(".engine")
+        assert not names, f"{path}:{node.lineno} names an engine"
+        assert not asks, f"{path}:{node.lineno} asks for an engine's name; engines/record.py has its facts"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_is_a_folder_with_what_its_record_promises(name: str) -> None:
+    engine = ENGINES[name]
+    wanted = {
+        "missing": True,
+        "refusals": True,
+        "sampler": engine.sampler is not None,
+        "teacher": engine.teacher is not None,
+        "remote": engine.remote,
+    }
+    assert {member for member in wanted if hasattr(engine.build, member)} == {m for m in wanted if wanted[m]}
+    for key in [key for key in (engine.split, *(key for key, _ in engine.required)) if key is not None]:
+        assert hasattr(engine.keys(Teacher(model="m")), key)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices as visible
@@ -71,7 +72,7 @@ def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
     else:
         p = recipe.placement
         teachers: list[list[Devices]] = [
-            [()] * (1 if t.engine == "http" else p.teacher or 1) for t in recipe.teachers
+            [()] * (1 if engine_of(t).remote else p.teacher or 1) for t in recipe.teachers
         ]
         groups = _Groups([()] * (p.sampler or 1), teachers, [()] * (p.learner or 1))
     return _plan(recipe, mode, groups, cores)
@@ -88,7 +89,7 @@ class _Groups:
 
 def _partition(recipe: Recipe, devices: int) -> _Groups:
     p = recipe.placement
-    local = [t for t in recipe.teachers if t.engine != "http"]
+    local = [t for t in recipe.teachers if not engine_of(t).remote]
     fewest = 2 + len(local)
     if devices < fewest:
         raise UserError(
@@ -122,17 +123,17 @@ def _partition(recipe: Recipe, devices: int) -> _Groups:
 
 def devices_of_a_replica(engine: Sampler | Teacher) -> int:
     """That one replica is split over; on a CPU they are processes."""
-    return engine.vllm.tensor_parallel if engine.engine == "vllm" else 1
+    return engine_of(engine).devices(engine)
 
 
 def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[Devices]:
     """One process per replica, each with the devices that it is split over; a remote teacher has none."""
-    if engine.engine == "http":
+    if engine_of(engine).remote:
         return [()]
     split = devices_of_a_replica(engine)
     if len(devices) % split:
         raise UserError(
-            f"{role}.vllm.tensor_parallel: {split} does not divide the {len(devices)} devices of the "
+            f"{role}.{engine_of(engine).split_key}: {split} does not divide the {len(devices)} devices of the "
             f"{role}; change it or placement.{role}"
         )
     return [tuple(devices[i : i + split]) for i in range(0, len(devices), split)]
@@ -147,7 +148,9 @@ def _plan(
     # order).
     turns = mode == "timeslice" or (mode == "cpu" and recipe.max_lag == 0)
     by_need = mode == "cpu" and recipe.schedule.lag is None and not turns
-    busy = [t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if engine.engine != "http"]
+    busy = [
+        t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if not engine_of(engine).remote
+    ]
     workers = len(groups.samplers) + sum(map(len, busy)) + len(groups.learners)
 
     def specs(
@@ -159,7 +162,7 @@ def _plan(
         label: str = "",
     ) -> tuple[WorkerSpec, ...]:
         n, split = len(devices), 1 if engine is None else devices_of_a_replica(engine)
-        remote = engine is not None and engine.engine == "http"  # waits, and computes nothing
+        remote = engine is not None and engine_of(engine).remote  # waits, and computes nothing
         fixed = 1 if remote else max(1, cores // (n if turns else workers) // split)
         share = wanted or (None if by_need and split == 1 and not remote else fixed)
         return tuple(WorkerSpec(role, rank, n, devices[rank], share, index, label) for rank in range(n))

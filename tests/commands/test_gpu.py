@@ -19,8 +19,8 @@ from conftest import TINY, Fopd, check_accounts, small_recipe, summary
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
+from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.vllm import engine as vllm_engine
-from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def test_the_sampler_gives_the_models_logprobs(pair: Path) -> None:
-    sampler = transformers_sampler(str(pair / "student"), torch.float32, torch.device("cuda"), concurrency=4)
+    sampler = on_weights(str(pair / "student"), torch.float32, torch.device("cuda"), concurrency=4)
     prompt = np.arange(4, 10, dtype=np.int32)
     sampler.submit([Request(i, prompt, i, SamplingParams(max_new_tokens=12)) for i in range(6)])
     rollouts: list[Rollout] = []

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fopd_cli.engines.building import TooLong
 from fopd_cli.engines.tokens.topk import first_k, log_shared
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Rollout, TeacherTargets
@@ -49,10 +50,6 @@ class Unreachable(Exception):
     """The server failed so often that it is given up; in the middle of a run the worker fails and is started
     again.
     """
-
-
-class TooLong(UserError):
-    """A sample is longer than the server's context."""
 
 
 @dataclass(frozen=True)

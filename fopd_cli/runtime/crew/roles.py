@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Learner, Teacher
+from fopd_cli.engines.registry import sampler_facts
 from fopd_cli.freshness import supervision
 from fopd_cli.recipe import Labels
 from fopd_cli.runtime.build import (
@@ -46,7 +47,7 @@ def _rest(engine: Any, mailbox: Mailbox, command: Any) -> None:
 def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """Take commands between tokens; finished rollouts leave at once."""
     engine = build_sampler(spec, setup)
-    if spec.devices and setup.recipe.sampler.engine == "transformers":  # vLLM copies in processes of its own
+    if spec.devices and sampler_facts(setup.recipe.sampler).copies:
         setup.channel.page_lock()
     mailbox.send(m.Ready())
     began: float | None = None  # of the span that is open
