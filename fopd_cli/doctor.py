@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -586,10 +586,10 @@ def sanity(inputs: Inputs) -> Finding | None:
         hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, longest, recipe.learner.packing
     )
     judge.score(rollouts, targets)
+    plain = recipe.learner.model_copy(update={"offload": False, "compile": False})
     config = learner_config(
-        recipe, torch.float32, vocab, longest, support="full", drift="sampled", compile=False
+        recipe.model_copy(update={"learner": plain}), dtype, vocab, longest, support="full", drift="sampled"
     )
-    config = replace(config, offload=False, compile=False)
     heads = [hf.load_head(path, "student.model", dtype)]
     learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)
     stats = learner.measure([Sample(r, t, lag=0) for r, t in zip(rollouts, targets, strict=True)])

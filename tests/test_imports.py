@@ -30,12 +30,13 @@ ALLOWED: dict[str, set[str]] = {
     "names": set(),
     "samples": {"names"},
     "collapse": set(),
-    # What is computed, and what is asked.
+    # What is asked, and what is computed: losses, tasks and engines take their sections of the recipe as they
+    # stand, so that no default is written twice.
     "recipe": {"engines.registry", "errors", "freshness.policies", "names", "paths"},
     "freshness": {"tensors", "samples"},
-    "losses": {"freshness", "names"},
+    "losses": {"freshness", "names", "recipe"},
     "sandbox": {"errors"},
-    "tasks": {"samples", "errors", "paths", "sandbox"},
+    "tasks": {"errors", "paths", "recipe", "samples", "sandbox"},
     # Engines: what all may know of them, without torch; models and tokens; one folder an engine, none of which
     # knows another's. They are made from sections of the recipe, as they stand in it.
     "engines.record": {"engines.building", "names"},  # a type alone
@@ -67,7 +68,15 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "samples",
     },
-    "engines.learner": {"engines.models", "engines.tokens", "errors", "freshness", "losses", "samples"},
+    "engines.learner": {
+        "engines.models",
+        "engines.tokens",
+        "errors",
+        "freshness",
+        "losses",
+        "recipe",
+        "samples",
+    },
     # The runtime: the schedule knows neither workers nor disks, workers know no conductor.
     "runtime.__init__": set(),
     "runtime.memory": {"recipe", "samples"},

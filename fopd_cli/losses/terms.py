@@ -14,25 +14,36 @@ from fopd_cli.freshness import drift
 from fopd_cli.freshness.trust import spent
 from fopd_cli.losses.divergence import advantage_of, divergence, kl, policy_gradient, ratio
 from fopd_cli.names import Advantage, DriftKind, LossKind, Support
+from fopd_cli.recipe import Loss
+
+DEFAULT = Loss()
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The recipe's loss, and the drift estimator that rides along."""
+    """The recipe's loss, resolved, and the drift estimator that rides along. Keys of the recipe's section are
+    explained there.
+    """
 
     kind: LossKind
     support: Support
-    beta: float = 0.5  # of jsd
-    temperature: float = 1.0  # of both distributions in the divergence (full support)
-    advantage: Advantage = "recomputed"  # sampled support
-    importance: bool = False  # sampled support
-    max_ratio: float | None = None  # cap on the importance ratio; sampled and mc support
+    beta: float = DEFAULT.beta
+    temperature: float = DEFAULT.temperature
+    advantage: Advantage = DEFAULT.advantage
+    importance: bool = DEFAULT.importance
+    max_ratio: float | None = DEFAULT.max_ratio
     trust: float | None = None  # width of the token's trust region in nats; sampled and mc support
     drift: DriftKind = "sampled"
     sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
     teacher_temperature: float = 1.0  # of sampled and mc support, where the teacher's logits are at hand
     chunk_bytes: int | None = None  # of one float32 [chunk, vocab] tensor; None: see `chunked.chunk_rows`
     compile: bool = False  # full support and drift of one token: formulas fused by torch.compile
+
+    @classmethod
+    def of(cls, section: Loss, **resolved: Any) -> LossSpec:
+        """The section's keys as they stand, but for those that are `resolved`."""
+        own = {f.name: getattr(section, f.name) for f in fields(cls) if f.name in Loss.model_fields}
+        return cls(**{**own, **resolved})
 
 
 @dataclass

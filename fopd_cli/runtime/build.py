@@ -86,52 +86,27 @@ def learner_config(
     """The learner's, loss's and freshness's sections as the learner wants them."""
     from fopd_cli.engines.learner.learner import LearnerConfig
 
-    loss, fresh, lrn = recipe.loss, recipe.freshness, recipe.learner
-    policy = POLICIES[fresh.policy]
-    spec = LossSpec(
-        kind=loss.kind,
+    loss, fresh = recipe.loss, recipe.freshness
+    spec = LossSpec.of(
+        loss,
         support=recipe.support,
-        beta=loss.beta,
-        temperature=loss.temperature,
-        advantage=loss.advantage,
-        importance=loss.importance,
-        max_ratio=loss.max_ratio,
-        trust=fresh.trust if policy.trust else None,
+        trust=fresh.trust if POLICIES[fresh.policy].trust else None,
         drift=recipe.drift,
         sampling_temperature=recipe.sampler.temperature,
         teacher_temperature=recipe.sampler.temperature if loss.teacher_temperature == "sampler" else 1.0,
         chunk_bytes=None if loss.chunk_mb is None else loss.chunk_mb << 20,
-        compile=lrn.compile,
+        compile=recipe.learner.compile,
     )
     return LearnerConfig(
+        learner=recipe.learner,
+        freshness=fresh,
         loss=replace(spec, **loss_overrides),
-        policy=policy,
-        alpha=fresh.alpha,
-        beta=fresh.beta,
-        xi=fresh.xi,
-        anchor=recipe.anchor,
-        weights=fresh.weights,
-        labels=fresh.replay.labels,
-        step_scale=fresh.step_scale,
         average=loss.average,
-        lr=lrn.lr,
-        warmup_steps=lrn.warmup_steps,
-        decay=lrn.decay,
-        min_lr_ratio=lrn.min_lr_ratio,
-        steps=lrn.steps,
-        betas=lrn.betas,
-        weight_decay=lrn.weight_decay,
-        clip=lrn.clip,
-        micro_tokens=lrn.micro_tokens,
-        packing=lrn.packing,
+        anchor=recipe.anchor,
         compute_dtype=compute,
-        activation_checkpointing=lrn.activation_checkpointing,
-        compile=lrn.compile,
-        offload=lrn.offload,
-        optimizer_dtype=hf.DTYPES[lrn.optimizer_dtype],
-        adapter_only=published_adapter(recipe) is not None,
         vocab=vocab,
         longest=longest,
+        adapter_only=published_adapter(recipe) is not None,
     )
 
 
