@@ -5,7 +5,7 @@ written for reading.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -46,20 +46,34 @@ class LossSpec:
         return cls(**{**own, **resolved})
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the learner finds an array of `Positions`: a field of a sample's rollout or of its targets."""
+
+    of: Literal["rollout", "targets"]
+    name: str
+    dtype: torch.dtype | None = None  # that it gets; None: its own
+
+
+I64, F32 = torch.int64, torch.float32
+
+
 @dataclass
 class Positions:
     """One row per response position (N of them), gathered from all samples of a micro-batch."""
 
-    tokens: Tensor  # int64 (N,)
-    behaviour: Tensor  # float32 (N,): log pi_r(y)
-    behaviour_topk: Tensor | None = None  # float32 (N, k), or (N, V) for the exact drift
-    behaviour_topk_ids: Tensor | None = None  # int64 (N, k)
-    draw_ids: Tensor | None = None  # int64 (N, draws - 1)
-    draw_behaviour: Tensor | None = None  # float32 (N, draws - 1): log pi_r of them
-    teacher_hidden: Tensor | None = None  # (N, teacher width)
-    teacher_logprobs: Tensor | None = None  # float32 (N,): log p(y)
-    teacher_topk: Tensor | None = None  # float32 (N, k)
-    teacher_topk_ids: Tensor | None = None  # int64 (N, k)
+    tokens: Annotated[Tensor, Source("rollout", "response_ids", I64)]  # (N,)
+    behaviour: Annotated[Tensor, Source("rollout", "logprobs", F32)]  # (N,): log pi_r(y)
+    # (N, k), or (N, V) for the exact drift
+    behaviour_topk: Annotated[Tensor | None, Source("rollout", "topk_logprobs", F32)] = None
+    behaviour_topk_ids: Annotated[Tensor | None, Source("rollout", "topk_ids", I64)] = None  # (N, k)
+    draw_ids: Annotated[Tensor | None, Source("rollout", "draw_ids", I64)] = None  # (N, draws - 1)
+    # (N, draws - 1): log pi_r of them
+    draw_behaviour: Annotated[Tensor | None, Source("rollout", "draw_logprobs", F32)] = None
+    teacher_hidden: Annotated[Tensor | None, Source("targets", "hidden")] = None  # (N, teacher width)
+    teacher_logprobs: Annotated[Tensor | None, Source("targets", "logprobs", F32)] = None  # (N,): log p(y)
+    teacher_topk: Annotated[Tensor | None, Source("targets", "topk_logprobs", F32)] = None  # (N, k)
+    teacher_topk_ids: Annotated[Tensor | None, Source("targets", "topk_ids", I64)] = None  # (N, k)
 
     def rows(self, start: int, stop: int) -> Positions:
         return Positions(**{f.name: _rows(getattr(self, f.name), start, stop) for f in fields(self)})
@@ -67,6 +81,11 @@ class Positions:
 
 def _rows(value: Any, start: int, stop: int) -> Any:
     return None if value is None else value[start:stop]
+
+
+SOURCES: dict[str, Source] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Positions, include_extras=True).items()
+}
 
 
 @dataclass

@@ -25,12 +25,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fopd_cli.errors import UserError
-from fopd_cli.samples import Rollout
+from fopd_cli.samples import PER_TOKEN, Rollout
 
 FORMAT = 2
 SUPERSEDED = ".superseded"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ARRAYS = ("token_ids", "loss_mask", "logprobs", "topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")
+ARRAYS = ("token_ids", *PER_TOKEN)  # of a rollout
 
 
 class Rhythm:
