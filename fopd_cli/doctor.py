@@ -8,6 +8,7 @@ its first batch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -234,8 +235,8 @@ def _servers(inputs: Inputs) -> Iterator[Finding]:
         probe = np.resize(stream.encoded(split, index), context_tokens(inputs.recipe, stream, judged=True))
         for section in remote:
             try:
-                server = engine_of(section).build.remote(section, inputs.vocab)
-                server.check(inputs.tokenizer, probe, section.k)
+                with contextlib.closing(engine_of(section).build.remote(section, inputs.vocab)) as server:
+                    server.check(inputs.tokenizer, probe, section.k)
             except TooLong as error:
                 where = stream.prompts[split][index].where
                 raise UserError(f"{error}; the longest sample that there can be is of {where}") from None

@@ -6,6 +6,7 @@ prompts.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -210,8 +211,11 @@ def own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:
 
 def _served(recipe: Recipe) -> dict[str, int]:
     """The context of each remote teacher that tells."""
-    servers = ((t, engine_of(t)) for t in recipe.teachers)
-    found = {t.name: engine.build.remote(t, 0).context() for t, engine in servers if engine.remote}
+    found = {}
+    for section in recipe.teachers:
+        if engine_of(section).remote:
+            with contextlib.closing(engine_of(section).build.remote(section, 0)) as server:
+                found[section.name] = server.context()
     return {name: context for name, context in found.items() if context is not None}
 
 

@@ -63,6 +63,9 @@ class RemoteTeacher(Teacher, Protocol):
         take so many tokens.
         """
 
+    def close(self) -> None:
+        """Of one that was only asked about itself."""
+
 
 class EngineBuild(Protocol):
     """The members of an engine's `build.py`; one that is no sampler, no teacher or not remote lacks those."""
