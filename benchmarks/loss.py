@@ -22,13 +22,13 @@ hidden]` and `[vocab, hidden]`).
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
@@ -168,8 +168,7 @@ class PeakMemory:
 
 
 def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.Process().memory_info().rss)
 
 
 def once(p: Problem, loss: Callable[[Problem, Tensor, Tensor], Tensor], device: str) -> dict[str, float]:
