@@ -2,8 +2,8 @@
 """Seconds to a quality: fopd at several depths and with both samplers against a plain loop and TRL, on one
 pair.
 
-    python benchmarks/end_to_end.py [--pair recipes/real-pair] [--questions recipes/questions.jsonl] [--steps 20]
-        [--to 0.63] [--only NAME ...] [--repeats 1] [--out runs/end-to-end.jsonl]
+    python benchmarks/end_to_end.py [--pair recipes/real-pair] [--questions recipes/questions.jsonl]
+        [--steps 20] [--to 0.63] [--only NAME ...] [--repeats 1] [--out runs/end-to-end.jsonl]
 
 Every contender has the machine to itself, one after the other, and gets the same pair, questions, batch,
 lengths, learning rate, AdamW (no clipping, no weight decay but TRL's and PyTorch's defaults) and loss:

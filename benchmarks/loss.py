@@ -4,11 +4,12 @@ peak memory.
 
     python benchmarks/loss.py [--quick | --largest] [--rounds 3] [--dtype fp32]
 
-ours            fopd_cli.losses.chunked, weights 1; with freshness weights and the anchor, which nobody else computes; and with
-                these fused by torch.compile
+ours            fopd_cli.losses.chunked, weights 1; with freshness weights and the anchor, which nobody else
+                computes; and with these fused by torch.compile
 naive           plain PyTorch: both logits, log_softmax, KL, backward
 TRL GKD         GKDTrainer.generalized_jsd_loss on the same logits, beta 1
-TRL chunked     the loss of DistillationTrainer, in tiles of tokens and vocabulary (Triton on a GPU, PyTorch on a CPU)
+TRL chunked     the loss of DistillationTrainer, in tiles of tokens and vocabulary (Triton on a GPU, PyTorch
+                on a CPU)
 Liger chunked   LigerFusedLinearJSDLoss, beta 1 (pip install --no-deps liger-kernel), compiled and not
 Liger fused     LigerFusedLinearJSD, Triton, on a GPU only
 

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/sampler.py [--rounds 5] [--models tiny,110m]
 
-generation   our sampler; bare `vllm.LLM.generate`, same sampling parameters; transformers' sampler of ours (continuous, and
-             plain `model.generate` without log-probs)
+generation   our sampler; bare `vllm.LLM.generate`, same sampling parameters; transformers' sampler of ours
+             (continuous, and plain `model.generate` without log-probs)
 scoring      our vLLM teacher; our transformers teacher (top-64 at every response position)
 publication  learner -> shared memory, shared memory -> running vLLM engine; a plain memcpy of the same bytes
 

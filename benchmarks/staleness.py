@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Does freshness control pay, where, and how much? The paper's tables at a scale that two CPU cores can run.
 
-    python benchmarks/staleness.py [--quick | --full | --study NAME ...] [--out docs/staleness] [--jobs 2] [--seeds N]
+    python benchmarks/staleness.py [--quick | --full | --study NAME ...] [--out docs/staleness] [--jobs 2]
+        [--seeds N]
 
 Every cell is a whole run of ours (`inline.py`: our schedule, engines, losses and freshness in one process, on
 a virtual clock) on a tiny pair, with an exact lag or with lags that mix. Cells that stand in

@@ -271,9 +271,8 @@ def _job_devices(recipe: Recipe, mode: Mode) -> list[tuple[int, ...]]:
     if cuda == 0 or mode == "grade":
         return [()]
     if cuda < split:
-        raise UserError(
-            f"sampler.{engine_of(recipe.sampler).split_key}: a replica is split over {split} devices, there are {cuda}; lower it"
-        )
+        key = f"sampler.{engine_of(recipe.sampler).split_key}"
+        raise UserError(f"{key}: a replica is split over {split} devices, there are {cuda}; lower it")
     return [tuple(range(i, i + split)) for i in range(0, cuda - split + 1, split)]
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Make a tiny teacher and a tinier student with one byte-level tokenizer, in Hugging Face format.
 
-    scripts/make_tiny_pair.py OUT [--task arithmetic|swe|tool] [--arch ARCHITECTURE] [--untrained] [--teacher-loss X] [--student-loss X]
+    scripts/make_tiny_pair.py OUT [--task arithmetic|swe|tool] [--arch ARCHITECTURE] [--untrained]
+        [--teacher-loss X] [--student-loss X]
 
 The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few
 steps, enough to know the format and to be wrong most of the time. `recipes/tiny/` was made by this script

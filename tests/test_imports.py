@@ -37,8 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"freshness", "names", "recipe"},
     "sandbox": {"errors"},
     "tasks": {"errors", "paths", "recipe", "samples", "sandbox"},
-    # Engines: what all may know of them, without torch; models and tokens; one folder an engine, none of which
-    # knows another's. They are made from sections of the recipe, as they stand in it.
+    # Engines: what all may know of them, without torch; models and tokens; one folder an engine, none of
+    # which knows another's.
     "engines.record": {"engines.building", "names"},  # a type alone
     "engines.registry": {
         "engines.http.record",
@@ -240,7 +240,7 @@ def test_a_command_that_computes_nothing_needs_no_torch(command: str) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_nobody_outside_engines_asks_which_engine_it_is(path: Path) -> None:
-    """What there is to know of an engine stands in its record; a name in a comparison is a new engine's trap."""
+    """What there is to know of an engine stands in its record; a comparison is a new engine's trap."""
     if within(dotted(path), "engines"):
         return
     for node in ast.walk(ast.parse(path.read_text())):

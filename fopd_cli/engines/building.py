@@ -59,8 +59,8 @@ class RemoteTeacher(Teacher, Protocol):
         """Tokens that its model takes; None where the server does not tell, or cannot be reached."""
 
     def check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
-        """Raises `UserError` unless it answers, has our token ids and judges the probe, `TooLong` if it cannot
-        take so many tokens.
+        """Raises `UserError` unless it answers, has our token ids and judges the probe; `TooLong` if that is
+        more than it takes.
         """
 
     def close(self) -> None:

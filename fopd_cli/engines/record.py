@@ -1,7 +1,7 @@
 """What the rest of fopd may know of an engine without importing it: plain facts, and where the rest is found.
 
-    registry.ENGINES[name] ──> Engine ──┬── sampler, teacher: what a recipe may ask of it (None: it is neither)
-                                        └── build: engines/<name>/build.py, which makes it; imported on demand
+    registry.ENGINES[name] ──> Engine ──┬── sampler, teacher: what a recipe may ask of it
+                                        └── build: engines/<name>/build.py, which makes it
 
 Importing this imports no torch.
 """
@@ -40,7 +40,7 @@ class TeacherFacts:
 
 @dataclass(frozen=True)
 class Engine:
-    """`name` is the value of `sampler.engine` and `teacher.engine`, the section of its keys, and its folder."""
+    """`name` is the value of `sampler.engine` and `teacher.engine`, the section of its keys, its folder."""
 
     name: str
     sampler: SamplerFacts | None = None

@@ -1,5 +1,5 @@
-"""The engines that there are. A new one is a folder beside this file, with a `record.py` and a `build.py`, and
-a line here. Importing this imports no torch.
+"""The engines that there are. A new one is a folder beside this file, with a `record.py` and a `build.py`,
+and a line here. Importing this imports no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How far the student (D_roll) and the teacher's context (D_sup) moved since a sample was made.
 
-    D_roll_i = mean_h KL( pi_t(.|x_ih) || pi_r(.|x_ih) )          student now against student when it sampled
-    D_sup_i  = mean_h KL( p(.|c_ih now) || p(.|c_ih labelled) )   frozen teacher, current against cached context
+    D_roll_i = mean_h KL( pi_t(.|x_ih) || pi_r(.|x_ih) )          the student now, and when it sampled
+    D_sup_i  = mean_h KL( p(.|c_ih now) || p(.|c_ih labelled) )   the frozen teacher, in both contexts
 
 The mean runs over the sample's aligned, loss-bearing positions. Each estimator below returns one KL per
 position, in nats, differentiable in its first argument; `per_sample` takes the mean and the coverage.

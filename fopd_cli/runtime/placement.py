@@ -133,8 +133,8 @@ def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[
     split = devices_of_a_replica(engine)
     if len(devices) % split:
         raise UserError(
-            f"{role}.{engine_of(engine).split_key}: {split} does not divide the {len(devices)} devices of the "
-            f"{role}; change it or placement.{role}"
+            f"{role}.{engine_of(engine).split_key}: {split} does not divide the {len(devices)} devices of "
+            f"the {role}; change it or placement.{role}"
         )
     return [tuple(devices[i : i + split]) for i in range(0, len(devices), split)]
 

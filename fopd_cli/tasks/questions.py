@@ -125,11 +125,10 @@ class Questions:
                 )
             counts["no answer"] += 1
         if isinstance(found["answer"], dict | list):
+            first = next(iter(found["answer"]), 0) if isinstance(found["answer"], dict) else 0
             raise UserError(
                 f"{source_key}: {row.place}: column {self.answers[split]!r} holds several values, and an "
-                "answer is one; name it, for "
-                "example task.answer: "
-                f"{self.answers[split]}.{next(iter(found['answer']), 0) if isinstance(found['answer'], dict) else 0}"
+                f"answer is one; name it, for example task.answer: {self.answers[split]}.{first}"
             )
         payload = {
             "answer": found["answer"],

@@ -25,7 +25,8 @@ class Mine:
         self.lines = Path(path).read_text().split()
 
     def prompts(self, split):
-        return [Prompt(i, text=line) for i, line in enumerate(self.lines[:4] if split == "eval" else self.lines[4:])]
+        lines = self.lines[:4] if split == "eval" else self.lines[4:]
+        return [Prompt(i, text=line) for i, line in enumerate(lines)]
 
     def grade(self, prompt, response):
         {grade}

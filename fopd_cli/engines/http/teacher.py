@@ -2,10 +2,11 @@
 does.
 
 One request a sample: its token ids as the prompt, `prompt_logprobs: k`, one token generated because none is
-refused. Requests go out side by side, at most `concurrency` of them, over connections that stay open; what can
-pass (a refused connection, a time-out, status 408, 429 and 5xx) is tried again with doubling pauses, what
-cannot (a wrong key, an unknown model, a redirect, a web page, a k over the server's limit) is the user's to
-mend and says so. How one request is made is in `request.py`.
+refused. Requests go out side by side, at most `concurrency` of them, over connections that stay open.
+
+What can pass (a refused connection, a time-out, status 408, 429 and 5xx) is tried again with doubling pauses.
+What cannot (a wrong key, an unknown model, a redirect, a web page, a k over the server's limit) is the user's
+to mend and says so. How one request is made is in `request.py`.
 """
 
 from __future__ import annotations
@@ -220,7 +221,7 @@ class HttpTeacher:
         return self._run(self._answer(body))
 
     async def _answer(self, body: dict[str, Any]) -> Any:
-        """The server's. Raises `UserError` for what cannot pass, `Unreachable` when it has failed too often."""
+        """Raises `UserError` for what cannot pass, `Unreachable` when the server has failed too often."""
         server, pause, tries, began = self.server, FIRST_PAUSE_S, 0, time.monotonic()
         retries = server.retries if self._until is None else min(server.retries, CHECK_RETRIES)
         payload = {"model": server.model, "max_tokens": 1, "temperature": 1.0, **body}

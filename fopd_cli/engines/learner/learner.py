@@ -3,13 +3,14 @@ same pass.
 
 One optimizer step on a batch of B samples:
 
-    1. every rank takes a share of the samples (balanced by squared lengths) and splits it under a token budget
-    2. per micro-batch: one forward gives drifts D_roll_i, from these f_i and w_i, losses and the head's gradients; then backward
-    3. the gradient is summed over ranks, divided by the batch's mean weight if weights are normalised, clipped, applied
+    1. every rank takes a share of the samples (balanced by squared lengths), split under a token budget
+    2. per micro-batch, one forward gives the drifts D_roll_i, from these f_i and w_i, then losses and the
+       head's gradients; backward follows
+    3. the gradient is summed over ranks, divided by the batch's mean weight if weights are normalised,
+       clipped, applied
 
-A micro-batch's weights need only its own forward pass; what needs the whole batch (normalisation, the
-learning rate's
-`step_scale`) is a common factor, and is applied to the summed gradient or the learning rate afterwards.
+A micro-batch's weights need only its own forward pass. What needs the whole batch (normalisation,
+`step_scale`) is a common factor: it is applied to the summed gradient or the learning rate afterwards.
 """
 
 from __future__ import annotations

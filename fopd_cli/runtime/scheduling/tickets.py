@@ -15,7 +15,7 @@ Role = Literal["sampler", "teacher", "learner"]
 
 
 class State(StrEnum):
-    """Where a sample is. One that was trained on, gated or refreshed has no ticket any more: it is counted."""
+    """Where a sample is. One that was trained on, gated or refreshed has no ticket: it is counted."""
 
     PLANNED = "planned"  # its prompt is to be sampled again (after a refresh or a restart)
     SAMPLING = "sampling"
