@@ -128,7 +128,7 @@ def test_a_time_sliced_run_on_one_gpu(fopd: Fopd, compute: str) -> None:
     recipe: dict[str, Any] = small_recipe(
         TINY,
         task={"horizon": 3, "eval_prompts": 64},
-        sampler={"max_new_tokens": 32, "concurrency": 64, "dtype": compute},
+        sampler={"engine": "transformers", "max_new_tokens": 32, "concurrency": 64, "dtype": compute},
         learner={"steps": 40, "batch_samples": 64, "lr": 2e-3, "dtype": compute},
         schedule={"depth": 1},
         placement={"mode": "timeslice"},
