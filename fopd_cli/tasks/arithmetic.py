@@ -15,6 +15,7 @@ from typing import Literal
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import ArithmeticTask
 from fopd_cli.samples import Prompt
+from fopd_cli.tasks.sections import takes
 
 DEFAULT_TRAIN_PROMPTS = 20_000
 OPERATORS = {1: "+", 2: "+-", 3: "+-*"}
@@ -23,6 +24,7 @@ OPERATORS = {1: "+", 2: "+-", 3: "+-*"}
 class Arithmetic:
     """`horizon` dependent steps; `difficulty` 1: sums, 2: and differences, 3: and products."""
 
+    @takes("arithmetic", ArithmeticTask)
     def __init__(self, options: ArithmeticTask) -> None:
         self.horizon, self.seed = options.horizon, options.seed
         self.operators = OPERATORS[options.difficulty]

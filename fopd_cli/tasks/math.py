@@ -15,6 +15,7 @@ from fopd_cli.errors import UserError
 from fopd_cli.recipe import MathTask, ToolTask
 from fopd_cli.samples import Prompt
 from fopd_cli.tasks.questions import Questions
+from fopd_cli.tasks.sections import takes
 
 GRADE_TIMEOUT_S = 5
 
@@ -25,6 +26,7 @@ class Math(Questions):
     Training needs none; every grade is then nan, and an evaluation's measure is the KL to the teacher.
     """
 
+    @takes("math", MathTask)
     def __init__(self, options: MathTask | ToolTask) -> None:
         if options.answer is not None and importlib.util.find_spec("math_verify") is None:
             raise UserError(

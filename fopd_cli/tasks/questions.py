@@ -14,6 +14,7 @@ from fopd_cli.samples import Prompt
 from fopd_cli.tasks import held_out
 from fopd_cli.tasks.conversations import asked
 from fopd_cli.tasks.files import Row, column, read_rows
+from fopd_cli.tasks.sections import takes
 
 Split = Literal["train", "eval"]
 
@@ -27,6 +28,7 @@ class Questions:
     `notices` say, once the prompts were read, what was done to how many rows.
     """
 
+    @takes("math", MathTask)
     def __init__(self, options: ChatTask | MathTask | ToolTask) -> None:
         train, own = options.train, options.eval
         assert train is not None  # else the tool task makes its questions itself

@@ -26,6 +26,7 @@ from fopd_cli.tasks import held_out
 from fopd_cli.tasks.base import Observation
 from fopd_cli.tasks.calls import Call, fenced, native
 from fopd_cli.tasks.math import Math
+from fopd_cli.tasks.sections import takes
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 NUMBER = re.compile(r"-?\d+")
@@ -54,6 +55,7 @@ class Tool:
     in one's head.
     """
 
+    @takes("tool", ToolTask)
     def __init__(self, options: ToolTask) -> None:
         if options.train is None and options.eval is not None:
             raise UserError("task.train: give it, too, or neither it nor task.eval for generated questions")

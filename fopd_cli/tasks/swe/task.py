@@ -14,6 +14,7 @@ from fopd_cli.sandbox import bubblewrap
 from fopd_cli.sandbox.limits import Limits
 from fopd_cli.tasks import held_out
 from fopd_cli.tasks.base import Grade
+from fopd_cli.tasks.sections import takes
 from fopd_cli.tasks.swe import generated
 from fopd_cli.tasks.swe.agent import AgentEpisode, Scaffold, require
 from fopd_cli.tasks.swe.grading import harness, judge
@@ -26,6 +27,7 @@ class Swe:
     repositories of ours.
     """
 
+    @takes("swe", SweTask)
     def __init__(self, options: SweTask) -> None:
         train, own = options.train, options.eval
         if train is None and own is not None:
