@@ -4,9 +4,9 @@
 
     python benchmarks/inline.py      measures the costs that `Costs` has as defaults
 
-What is sampled, judged and learnt is real; only *when* things end is made up, by the cost model below, so that a
-run is deterministic and lags mix as they do on a box where roles work side by side. With `schedule.lag` the
-clock changes nothing but the modelled throughput. Evaluations take no time.
+What is sampled, judged and learnt is real; only *when* things end is made up, by the cost model below, so
+that a run is deterministic and lags mix as they do on a box where roles work side by side. With
+`schedule.lag` the clock changes nothing but the modelled throughput. Evaluations take no time.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Costs:
 
 
 class CostModel:
-    """When everything ends. `uneven`: a rollout takes 0.5 to 16 times as long as its tokens say, as slow tools
-    make it. `held_out` tells which samples are an evaluation's.
+    """When everything ends. `uneven`: a rollout takes 0.5 to 16 times as long as its tokens say, as slow
+    tools make it. `held_out` tells which samples are an evaluation's.
     """
 
     def __init__(self, costs: Costs, recipe: Recipe, uneven: bool, held_out: Callable[[int], bool]) -> None:

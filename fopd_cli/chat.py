@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.engines.text.templates import Frame
 from fopd_cli.engines.text.vocabularies import exchanged, inverse, match
 from fopd_cli.engines.transformers.sampler import TransformersSampler
@@ -116,7 +117,7 @@ class Chat:
             "student", model, "MODEL", recipe.sampler.dtype, frame, self.tokenizer, devices[0]
         )
         self.teacher: Speaker | None = None
-        if teacher.engine != "http":
+        if not engine_of(teacher).remote:
             self.teacher = self._load_teacher(teacher, frame, devices[-1])
         self.params = SamplingParams(
             recipe.sampler.temperature if temperature is None else temperature,

@@ -88,9 +88,10 @@ def run(
     parsed = load_recipe(recipe, set_ or ())
     path = run_dir or Path("runs") / recipe.stem
     if dry_run:
+        from fopd_cli.inputs import with_engines
         from fopd_cli.runtime.placement import cuda_devices, place
 
-        devices = cuda_devices()
+        devices, parsed = cuda_devices(), with_engines(parsed)
         typer.echo(dump_recipe(parsed), nl=False)
         try:
             typer.echo(f"# here ({devices} CUDA devices): {place(parsed, devices).describe()}")
@@ -215,7 +216,6 @@ def evaluate(
     Interrupted, the same command with the same --out goes on.
     """
     from fopd_cli.recipe import load_recipe
-    from fopd_cli.runtime.placement import cuda_devices
 
     if generate_only and grade_only:
         raise UserError("--generate-only, --grade-only: choose one of them")
@@ -237,15 +237,17 @@ def evaluate(
     if step is not None and not is_run:
         raise UserError("--step: names a checkpoint of a run; MODEL is none")
     warm.begin()
+    from fopd_cli.evaluation import default_jobs
     from fopd_cli.evaluation import evaluate as score
     from fopd_cli.export import student_of
-    from fopd_cli.inputs import check_model_name
+    from fopd_cli.inputs import check_model_name, with_engines
     from fopd_cli.runtime.journal.rundir import RunDir
 
     path = str(student_of(RunDir.open(folder), step)) if is_run else recipe.student.model
     check_model_name(path, "MODEL")
+    recipe = with_engines(recipe)
     mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
-    typer.echo(json.dumps(score(path, recipe, out, mode, jobs or max(1, cuda_devices())), indent=1))
+    typer.echo(json.dumps(score(path, recipe, out, mode, jobs or default_jobs(recipe)), indent=1))
 
 
 @app.command()
@@ -317,11 +319,11 @@ def doctor_command(
     Prints each finding with its cure; exits 2 if there is any.
     """
     from fopd_cli import doctor
-    from fopd_cli.inputs import load_inputs
+    from fopd_cli.inputs import load_inputs, with_engines
     from fopd_cli.recipe import load_recipe
     from fopd_cli.runtime.placement import cuda_devices, place
 
-    parsed = load_recipe(recipe, set_ or ())
+    parsed = with_engines(load_recipe(recipe, set_ or ()))
     inputs = load_inputs(parsed, place(parsed, cuda_devices()))
     typer.echo(f"placement: {inputs.plan.describe()}")
     for section, spec in zip(parsed.teachers, inputs.target_specs, strict=True):

@@ -8,11 +8,11 @@ its first batch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +20,16 @@ import numpy as np
 import torch
 
 from fopd_cli import paths
+from fopd_cli.engines.building import TooLong
 from fopd_cli.engines.models import hf, support
+from fopd_cli.engines.registry import engine_of, sampler_facts, teacher_facts
 from fopd_cli.engines.text.templates import Frame, encode_observation, end_of_turn, readable
 from fopd_cli.engines.text.vocabularies import exchanged, inverse, listed
 from fopd_cli.engines.tokens import rope
-from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.errors import UserError
-from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame, remote_teacher
-from fopd_cli.recipe import PluginTask, Recipe, Vllm
+from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame
+from fopd_cli.recipe import PluginTask, Recipe, Sampler, Teacher
+from fopd_cli.runtime import devices
 from fopd_cli.runtime.build import resolve_dtype
 from fopd_cli.runtime.memory.sizes import arena_bytes, available_memory, free_shared_memory
 from fopd_cli.runtime.memory.weights import layout_bytes
@@ -61,7 +63,8 @@ def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
 
 def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from (Finding("note", notice) for notice in inputs.stream.notices)
-    yield from _vllm(inputs)
+    yield from _visible()
+    yield from _engines(inputs)
     yield from _packing(inputs)
     yield from _rope(inputs)
     yield from _compiler(inputs)
@@ -143,35 +146,29 @@ def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
         )
 
 
-def _vllm(inputs: Inputs) -> Iterator[Finding]:
-    """Whether vLLM is there, in the tested version, and can split the models as asked."""
-    engines: list[tuple[str, str, Vllm, Any]]
-    engines = [("sampler", inputs.recipe.sampler.engine, inputs.recipe.sampler.vllm, inputs.student_config)]
-    engines += [
-        (t.key.removesuffix(".model"), t.section.engine, t.section.vllm, t.config) for t in inputs.teachers
-    ]
-    wanted = [e for e in engines if e[1] == "vllm"]
-    problem = vllm_engine.problem() if wanted else None
-    if problem is not None:
-        what, _, cure = problem.partition(": ")
-        yield Finding("error", f"{wanted[0][0]}.engine: {what}", cure)
-    for key, _, section, config in wanted:
-        refused = support.vllm_refusal(config)
-        if refused is None and key == "sampler":
-            refused = support.publishing_refusal(config)
-        if refused is not None:
-            yield Finding(
-                "error", f"{key}.engine: {config.model_type} {refused}", f"set {key}.engine: transformers"
-            )
-        # a state-space model may have none
-        heads = getattr(hf.text_config(config), "num_attention_heads", None) or 1
-        if heads % section.tensor_parallel:
-            yield Finding(
-                "error",
-                f"{key}.vllm.tensor_parallel: {section.tensor_parallel} does not divide the model's "
-                f"{heads} attention heads",
-                f"set it to a divisor of {heads}",
-            )
+def _visible() -> Iterator[Finding]:
+    """Devices that were asked for and are not there would be left out without a word."""
+    if lost := devices.unusable():
+        yield Finding(
+            "warning",
+            f"{devices.VISIBLE}: CUDA finds {devices.count()} devices and none for {', '.join(lost)}",
+            "name devices that nvidia-smi -L shows",
+        )
+
+
+def _engines(inputs: Inputs) -> Iterator[Finding]:
+    """Whether each engine is there, and takes its model as asked."""
+    uses: list[tuple[str, Sampler | Teacher, Any]]
+    uses = [("sampler", inputs.recipe.sampler, inputs.student_config)]
+    uses += [(t.key.removesuffix(".model"), t.section, t.config) for t in inputs.teachers]
+    seen = set()
+    for key, section, config in uses:
+        engine = engine_of(section)
+        if engine.name not in seen and (problem := engine.build.missing()) is not None:
+            what, _, cure = problem.partition(": ")
+            yield Finding("error", f"{key}.engine: {what}", cure)
+        seen.add(engine.name)
+        yield from (Finding("error", *found) for found in engine.build.refusals(key, section, config))
 
 
 def _packing(inputs: Inputs) -> Iterator[Finding]:
@@ -180,7 +177,7 @@ def _packing(inputs: Inputs) -> Iterator[Finding]:
     models += [
         (f"{t.key.removesuffix('.model')}.packing", t.section.packing, t.config)
         for t in inputs.teachers
-        if t.section.engine == "transformers"
+        if teacher_facts(t.section).our_forward
     ]
     for key, wanted, config in models:
         if wanted and (refused := support.packing_refusal(config)) is not None:
@@ -191,7 +188,7 @@ def _rope(inputs: Inputs) -> Iterator[Finding]:
     """Samples that grow past a switch of the student's rotary embedding on the way."""
     recipe = inputs.recipe
     switch = rope.switch(inputs.student_config)
-    if switch is None or recipe.sampler.engine == "vllm":  # vLLM chooses once, and so does the learner then
+    if switch is None or sampler_facts(recipe.sampler).one_rotation:  # and so does the learner then
         return
     stream = inputs.stream
     shortest = min(len(stream.encoded("train", i)) for i in stream.kept["train"][:PROMPTS_LOOKED_AT])
@@ -226,10 +223,8 @@ def _servers(inputs: Inputs) -> Iterator[Finding]:
     """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs, of the
     longest sample too.
     """
-    remote = [t for t in inputs.recipe.teachers if t.engine == "http"]
+    remote = [t for t in inputs.recipe.teachers if engine_of(t).remote]
     if remote:
-        from fopd_cli.engines.http.teacher import TooLong
-
         stream = inputs.stream
         split, index = max(
             ((s, i) for s in SPLITS for i in stream.kept[s]), key=lambda at: stream.tokens(at[0], at[1], True)
@@ -237,7 +232,8 @@ def _servers(inputs: Inputs) -> Iterator[Finding]:
         probe = np.resize(stream.encoded(split, index), context_tokens(inputs.recipe, stream, judged=True))
         for section in remote:
             try:
-                remote_teacher(section, inputs.vocab).check(inputs.tokenizer, probe, section.k)
+                with contextlib.closing(engine_of(section).build.remote(section, inputs.vocab)) as server:
+                    server.check(inputs.tokenizer, probe, section.k)
             except TooLong as error:
                 where = stream.prompts[split][index].where
                 raise UserError(f"{error}; the longest sample that there can be is of {where}") from None
@@ -533,21 +529,16 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
         (plan.learners, 0 if recipe.learner.offload else learner / len(plan.learners)),
         (plan.samplers, sampler_bytes / len(plan.samplers[0].devices)),
     ]
-    for (
-        t,
-        workers,
-        total,
-    ) in teachers:  # transformers: sharded over its ranks; vllm: every rank holds all of it
-        groups.append(
-            (workers, total / len(workers if t.section.engine == "transformers" else workers[0].devices))
-        )
+    for t, workers, total in teachers:  # sharded over its ranks, or all of it in every rank
+        ours = teacher_facts(t.section).our_forward
+        groups.append((workers, total / len(workers if ours else workers[0].devices)))
     for workers, need in groups:
         for worker in workers:
             yield from _device_memory(f"{worker.name} on cuda:{worker.devices[0]}", worker.devices[0], need)
 
 
 def _device_memory(who: str, device: int, need: float) -> Iterator[Finding]:
-    free = device_memory(device)
+    free = devices.memory(device)
     if free is not None and need > free:
         yield Finding(
             "error",
@@ -555,18 +546,6 @@ def _device_memory(who: str, device: int, need: float) -> Iterator[Finding]:
             f"{free / GB:.1f} GB",
             "give that role more devices (placement) or use a smaller model",
         )
-
-
-def device_memory(device: int) -> float | None:
-    """Total bytes of a CUDA device, asked of nvidia-smi so that this process gets no CUDA context; None if
-    unknown.
-    """
-    command = ["nvidia-smi", f"--id={device}", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        return float(out.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
 
 
 def sanity(inputs: Inputs) -> Finding | None:
@@ -577,13 +556,14 @@ def sanity(inputs: Inputs) -> Finding | None:
     floor.
     """
     from fopd_cli.engines.learner.learner import FsdpLearner
+    from fopd_cli.engines.transformers.build import on_weights
     from fopd_cli.engines.transformers.teacher import TransformersTeacher
-    from fopd_cli.runtime.build import learner_config, transformers_sampler
+    from fopd_cli.runtime.build import learner_config
     from fopd_cli.samples import Request, Rollout, Sample, SampleId, SamplingParams, TeacherTargets
 
     recipe, dtype, cpu = inputs.recipe, torch.float32, torch.device("cpu")
     path = recipe.student.model
-    sampler = transformers_sampler(path, dtype, cpu, concurrency=4)
+    sampler = on_weights(path, dtype, cpu, concurrency=4)
     params = SamplingParams(recipe.sampler.temperature, 1.0, min(32, recipe.sampler.max_new_tokens))
     asked = inputs.stream.kept["train"][:4]
     sampler.submit(
@@ -604,10 +584,10 @@ def sanity(inputs: Inputs) -> Finding | None:
         hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, longest, recipe.learner.packing
     )
     judge.score(rollouts, targets)
+    plain = recipe.learner.model_copy(update={"offload": False, "compile": False})
     config = learner_config(
-        recipe, torch.float32, vocab, longest, support="full", drift="sampled", compile=False
+        recipe.model_copy(update={"learner": plain}), dtype, vocab, longest, support="full", drift="sampled"
     )
-    config = replace(config, offload=False, compile=False)
     heads = [hf.load_head(path, "student.model", dtype)]
     learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)
     stats = learner.measure([Sample(r, t, lag=0) for r, t in zip(rollouts, targets, strict=True)])

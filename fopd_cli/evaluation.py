@@ -26,6 +26,7 @@ import torch
 from fopd_cli import paths
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.engines.text.templates import check_variables
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
@@ -36,6 +37,7 @@ from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, WorkerSpec
 from fopd_cli.runtime.crew.roles import graded
 from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.sinks import mean_and_error
+from fopd_cli.runtime.placement import cuda_devices, devices_of_a_replica
 from fopd_cli.runtime.scheduling.conversations import Conversations
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
 from fopd_cli.runtime.scheduling.params import sampling_params
@@ -78,7 +80,7 @@ def evaluate(
         book.write(row)
 
     with book:
-        _work(_jobs(model, recipe, mode, jobs, book.rows), take)
+        _work(_jobs(model, recipe, mode, jobs, book.rows), _job_devices(recipe, mode), take)
         if mode != "generate":
             _judge(model, recipe, book)
     rows = sorted(book.rows.values(), key=lambda row: row["number"])
@@ -239,7 +241,7 @@ def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
     known.
     """
     tokenizer, config = hf.load_tokenizer(model, "MODEL"), hf.load_config(model, "MODEL")
-    local = [t for t in recipe.teachers if t.engine != "http" and t.template == "student"]
+    local = [t for t in recipe.teachers if not engine_of(t).remote and t.template == "student"]
     configs = {}
     for t in local:
         with contextlib.suppress(UserError):
@@ -258,18 +260,33 @@ def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
     return stream
 
 
-def _work(jobs: list[Job], take: Callable[[Row], None]) -> None:
+def default_jobs(recipe: Recipe) -> int:
+    """A replica of the sampler on each device, or on so many as one is split over."""
+    return max(1, cuda_devices() // devices_of_a_replica(recipe.sampler))
+
+
+def _job_devices(recipe: Recipe, mode: Mode) -> list[tuple[int, ...]]:
+    """The devices of the first job, the second, and so on, then from the first again; grading wants none."""
+    cuda, split = cuda_devices(), devices_of_a_replica(recipe.sampler)
+    if cuda == 0 or mode == "grade":
+        return [()]
+    if cuda < split:
+        key = f"sampler.{engine_of(recipe.sampler).split_key}"
+        raise UserError(f"{key}: a replica is split over {split} devices, there are {cuda}; lower it")
+    return [tuple(range(i, i + split)) for i in range(0, cuda - split + 1, split)]
+
+
+def _work(jobs: list[Job], devices: list[tuple[int, ...]], take: Callable[[Row], None]) -> None:
     """Do them, here if it is one, else a process each."""
-    cuda = torch.cuda.device_count()
     if len(jobs) <= 1:
         for job in jobs:
-            for row in _rows(job, torch.device("cuda" if cuda else "cpu")):
+            for row in _rows(job, torch.device("cuda" if devices[0] else "cpu")):
                 take(row)
         return
     threads = max(1, torch.get_num_threads() // len(jobs))
     with tempfile.TemporaryDirectory(prefix="fopd-eval-") as logs, Fleet(Path(logs), 3600.0, 3600.0) as fleet:
         for i, job in enumerate(jobs):
-            spec = WorkerSpec("eval", i, len(jobs), (i % cuda,) if cuda else (), threads)
+            spec = WorkerSpec("eval", i, len(jobs), devices[i % len(devices)], threads)
             fleet.start(spec, evaluation_main, job)
         left = len(jobs)
         while left:
@@ -334,7 +351,7 @@ def _vocab(model: str, recipe: Recipe) -> int:
     """
     found = [hf.vocab_size(hf.load_config(model, "MODEL"))]
     for teacher in recipe.teachers:
-        if teacher.engine != "http":
+        if not engine_of(teacher).remote:
             try:
                 found.append(hf.vocab_size(hf.load_config(teacher.model, "teacher.model")))
             except UserError as error:

@@ -6,18 +6,22 @@ prompts.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from fopd_cli import paths
+from fopd_cli.engines import auto
 from fopd_cli.engines.learner import lora
 from fopd_cli.engines.models import hf, support
+from fopd_cli.engines.registry import engine_of, teacher_facts
 from fopd_cli.engines.text.templates import Frame, check_variables
 from fopd_cli.engines.text.vocabularies import Match, inverse, match
 from fopd_cli.errors import UserError
@@ -25,7 +29,6 @@ from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.build import (
     Setup,
     add_adapters,
-    http_server,
     published_adapter,
     resolve_dtype,
     sampler_dtype,
@@ -33,14 +36,11 @@ from fopd_cli.runtime.build import (
     task_arguments,
 )
 from fopd_cli.runtime.memory.weights import Layout, WeightChannel
-from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.placement import Plan, cuda_devices
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
 from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, context_tokens
 from fopd_cli.samples import TargetSpec
 from fopd_cli.tasks import load_task
-
-if TYPE_CHECKING:
-    from fopd_cli.engines.http.teacher import HttpTeacher
 
 
 @dataclass
@@ -134,8 +134,8 @@ class Inputs:
         return (4 + 4 + moments) * self.trainable + frozen  # fp32 masters, gradients, two moments
 
     def setup(self, arena: torch.Tensor, folder: Path) -> Setup:
-        """What workers are given at their start: `arena` is the memory of teacher targets, `folder` where their
-        ranks meet.
+        """What workers are given at their start: `arena` is the memory of teacher targets, `folder` where
+        their ranks meet.
         """
         return Setup(
             self.recipe,
@@ -150,9 +150,19 @@ class Inputs:
         )
 
 
+def with_engines(recipe: Recipe) -> Recipe:
+    """The recipe with each engine by its name where it said `auto`; what was chosen is said. Comes before
+    anything else that a command does with a recipe.
+    """
+    recipe, chosen = auto.resolved(recipe, cuda_devices() > 0)
+    if chosen is not None:
+        print(chosen, file=sys.stderr, flush=True)
+    return recipe
+
+
 def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     """Raises `UserError` for the first thing that cannot be read."""
-    local = [t for t in recipe.teachers if t.engine != "http"]
+    local = [t for t in recipe.teachers if not engine_of(t).remote]
     keys = {
         t.name: f"teacher {t.name!r}: model" if len(recipe.teachers) > 1 else "teacher.model" for t in local
     }
@@ -167,7 +177,7 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     vocab = min(hf.vocab_size(c) for c in (config, *configs.values()))
     teachers = []
     for t in local:
-        if t.engine == "transformers":
+        if teacher_facts(t).our_forward:
             support.check_architecture(configs[t.name], keys[t.name])
         theirs = hf.load_tokenizer(t.model, keys[t.name])
         teachers.append(
@@ -220,14 +230,12 @@ def own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:
 
 def _served(recipe: Recipe) -> dict[str, int]:
     """The context of each remote teacher that tells."""
-    found = {t.name: remote_teacher(t, 0).context() for t in recipe.teachers if t.engine == "http"}
+    found = {}
+    for section in recipe.teachers:
+        if engine_of(section).remote:
+            with contextlib.closing(engine_of(section).build.remote(section, 0)) as server:
+                found[section.name] = server.context()
     return {name: context for name, context in found.items() if context is not None}
-
-
-def remote_teacher(section: Teacher, vocab: int) -> HttpTeacher:
-    from fopd_cli.engines.http.teacher import HttpTeacher
-
-    return HttpTeacher(http_server(section), vocab)
 
 
 def check_model_name(model: str, key: str) -> None:

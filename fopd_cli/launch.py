@@ -12,7 +12,7 @@ from typing import Any
 
 from fopd_cli import doctor
 from fopd_cli.errors import UserError
-from fopd_cli.inputs import Inputs, load_inputs
+from fopd_cli.inputs import Inputs, load_inputs, with_engines
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
 from fopd_cli.runtime.build import sampler_dtype
 from fopd_cli.runtime.conductor import Conductor
@@ -29,6 +29,7 @@ from fopd_cli.runtime.state import State
 
 def run(recipe: Recipe, path: Path) -> dict[str, Any]:
     """Check, then train; returns the summary."""
+    recipe = with_engines(recipe)
     inputs = check(recipe, path)
     run_dir = RunDir.create(path, recipe)
     say(f"recipe: {run_dir.recipe}")
@@ -77,7 +78,7 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
     undone = [] if step is None else _undone(run_dir, step)
     step = _sound(store, step)
     state = store.state(step)
-    recipe = run_dir.load_recipe([*undone, *overrides])
+    recipe = with_engines(run_dir.load_recipe([*undone, *overrides]))
     before = recorded_recipe(state["recipe"], store.path(step))
     if keys := changes.refused(before, recipe):
         raise UserError(

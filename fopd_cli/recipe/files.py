@@ -12,12 +12,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fopd_cli import paths
+from fopd_cli.engines.registry import ENGINES
 from fopd_cli.errors import UserError
 from fopd_cli.recipe.explain import fields_of, sections_of
 from fopd_cli.recipe.meant import meant, near_value
 from fopd_cli.recipe.plain import NotPlain, NotYaml, parse, shown, shown_key
 from fopd_cli.recipe.schema import Recipe
 
+REMOTE = [name for name, engine in ENGINES.items() if engine.remote]  # their models are no paths here
 MOST_PROBLEMS = 4  # in one message
 PATHS = ("path", "file", "folder", "dir", "directory")  # ends of keys that name one
 LONG_KEY = 60  # characters: longer ones are nobody's slip of the finger
@@ -114,7 +116,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     ):
         found = raw.get(section)
         for values in found if isinstance(found, list) else [found]:
-            if isinstance(values, dict) and values.get("engine") != "http":
+            if isinstance(values, dict) and values.get("engine") not in REMOTE:
                 for key in keys:
                     values.update(_resolved(values, key, folder))
     task = raw.get("task")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -17,7 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from fopd_cli.engines.registry import AUTO, SAMPLERS, TEACHERS, hands_over
 from fopd_cli.freshness.policies import POLICIES, PolicyName
+from fopd_cli.names import Advantage, DriftKind, LossKind, Support, TargetKind
 from fopd_cli.recipe.contradictions import contradictions
 
 # Bounds that no run comes near, so that nothing that is computed from a recipe overflows.
@@ -43,6 +45,11 @@ EvalTemperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_o
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 Labels = Literal["cached", "current"]
+if TYPE_CHECKING:
+    SamplerEngine: TypeAlias = str
+    TeacherEngine: TypeAlias = str
+else:  # as many as the registry has
+    SamplerEngine, TeacherEngine = Literal[(AUTO, *SAMPLERS)], Literal[(AUTO, *TEACHERS)]
 
 # A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds
 # 12 nats less likely moves by 0.6 nats before it is sampled anew. Each estimator's best at lag 8
@@ -138,13 +145,14 @@ class Teacher(Section):
     """Model directory or hub id of the frozen teacher (engine http: the model's name on the server); its
     tokenizer must give the same ids.
     """
-    engine: Literal["transformers", "vllm", "http"] = "transformers"
+    engine: TeacherEngine = AUTO
     """What runs the teacher. transformers: hidden states, hence exact losses; vllm and http: top-k or sampled
-    log-probs.
+    log-probs. auto: transformers for hidden states; for log-probs vllm on CUDA where it is installed, else
+    transformers.
     """
     vllm: Vllm = Vllm()
     http: Http = Http()
-    targets: Literal["auto", "hidden", "topk", "sampled"] = "auto"
+    targets: Literal["auto", TargetKind] = "auto"
     """What the teacher hands over: hidden states (exact losses), top-k log-probs, or one log-prob a token.
     auto: what loss.support needs.
     """
@@ -404,8 +412,10 @@ Task = Annotated[
 
 
 class Sampler(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates."""
+    engine: SamplerEngine = AUTO
+    """What generates. auto: vllm on CUDA where it is installed and takes the student, else transformers; the
+    choice is said at the start, and stands in the run's recipe.yaml.
+    """
     vllm: SamplerVllm = SamplerVllm()
     temperature: Temperature = 1.0
     """T of the behaviour policy pi_T; behaviour log-probs and drift are at this temperature. What the loss
@@ -470,9 +480,9 @@ class Learner(Section):
 
 
 class Loss(Section):
-    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    kind: LossKind = "reverse_kl"
     """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
-    support: Literal["auto", "full", "topk", "sampled", "mc"] = "auto"
+    support: Literal["auto", Support] = "auto"
     """full vocabulary (exact); the teacher's top-k and a tail class; the sampled token alone (policy
     gradient); or several draws a position (mc). auto: full if all teachers give hidden states, else topk.
     Where sampler.temperature T is not 1, full and topk settle where the student is the teacher, pi_1 = p_1;
@@ -492,7 +502,7 @@ class Loss(Section):
     """
     tail: bool = True
     """The tail class of topk support; without it the student can hide mass, so false is refused."""
-    advantage: Literal["cached", "recomputed"] = "recomputed"
+    advantage: Advantage = "recomputed"
     """Of sampled support: log p - log pi with the pi that sampled (cached) or the pi of now."""
     importance: bool = False
     """Of sampled support: multiply by pi_now/pi_sampled. mc support always does."""
@@ -578,7 +588,7 @@ class Freshness(Section):
     (sampled, mc) 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which
     an anchor only slows (docs/staleness.md).
     """
-    drift: Literal["auto", "sampled", "quadratic", "topk", "exact"] = "auto"
+    drift: Literal["auto", DriftKind] = "auto"
     """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor),
     the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with
     sampler.top_p), else sampled, which is free.
@@ -731,26 +741,26 @@ class Recipe(Section):
         return ANCHORS[self._anchors_drift] if self.support in ("sampled", "mc") else 0.0
 
     @property
-    def drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
+    def drift(self) -> DriftKind:
         """freshness.drift, resolved."""
         return "sampled" if self.freshness.drift == "auto" and self.anchor == 0 else self._anchors_drift
 
     @property
-    def _anchors_drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
+    def _anchors_drift(self) -> DriftKind:
         if self.freshness.drift != "auto":
             return self.freshness.drift
         return "topk" if self.sampler.top_p == 1 else "quadratic"
 
     @property
-    def support(self) -> Literal["full", "topk", "sampled", "mc"]:
+    def support(self) -> Support:
         """loss.support, resolved: exact where all teachers give hidden states."""
         if self.loss.support != "auto":
             return self.loss.support
-        exact = all(t.engine == "transformers" and t.targets in ("auto", "hidden") for t in self.teachers)
+        exact = all(hands_over("hidden", t) and t.targets in ("auto", "hidden") for t in self.teachers)
         return "full" if exact else "topk"
 
     @property
-    def targets(self) -> Literal["hidden", "topk", "sampled"]:
+    def targets(self) -> TargetKind:
         """What the teachers hand over, resolved; all of them the same."""
         chosen = self.teachers[0].targets
         if chosen != "auto":

@@ -5,8 +5,8 @@
                   └────────────── weights, version t, shared memory ───────┘
 
 One thread, no CUDA context, no clock in its decisions. Its loop: start what the schedule allows (an action
-becomes a command), then hear what happened (an event becomes a word to the schedule, the buffer, the journal).
-What a handler consumes and unblocks is said at the handler.
+becomes a command), then hear what happened (an event becomes a word to the schedule, the buffer, the
+journal). What a handler consumes and unblocks is said at the handler.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What measured staleness changes about a run: how far sampling runs ahead, and when the buffer is dropped."""
+"""What measured staleness changes about a run: how far sampling runs ahead, and when the buffer is
+dropped.
+"""
 
 from __future__ import annotations
 

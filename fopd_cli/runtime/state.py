@@ -1,4 +1,6 @@
-"""All that changes while a run goes on and is not an engine's own: what a checkpoint holds beside the learner."""
+"""All that changes while a run goes on and is not an engine's own: what a checkpoint holds beside the
+learner.
+"""
 
 from __future__ import annotations
 

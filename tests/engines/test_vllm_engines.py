@@ -552,7 +552,7 @@ def _refusal(model: str, changes: dict[str, Any]) -> str:
 
 
 def test_what_vllm_refuses_is_one_clear_line(host: kit.Host, pair: Path) -> None:
-    message = host(_refusal, str(pair / "student"), {"kv_cache_bytes": 1 << 18, "max_tokens": 1000})
+    message = host(_refusal, str(pair / "student"), {"cache_bytes": 1 << 18, "max_tokens": 1000})
     assert message.startswith("sampler.vllm: vLLM refuses: ")
     assert "KV cache is needed" in message
     assert "\n" not in message

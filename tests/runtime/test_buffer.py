@@ -1,4 +1,6 @@
-"""Samples at hand: one entry each, whose memory is given back, and which a checkpoint brings back as they were."""
+"""Samples at hand: one entry each, whose memory is given back, and which a checkpoint brings back as they
+were.
+"""
 
 from __future__ import annotations
 

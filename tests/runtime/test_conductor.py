@@ -1,5 +1,5 @@
-"""The conductor with engines that do no work, on a virtual clock: whatever ends when, and whoever is lost, every
-sample is accounted for and none is too old.
+"""The conductor with engines that do no work, on a virtual clock: whatever ends when, and whoever is lost,
+every sample is accounted for and none is too old.
 """
 
 from __future__ import annotations

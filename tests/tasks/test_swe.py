@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, SLOW, Fopd, check_accounts, lines, metrics, summary
+from task_kit import built
 from tool_kit import PROBLEM
 
 from fopd_cli.errors import UserError
@@ -33,7 +34,9 @@ TINY_AGENT = str(ROOT / "recipes" / "tiny-swe" / "agent.yaml")
 
 
 def tiny(**options: Any) -> Swe:
-    return Swe(**{"scaffold": TINY_AGENT, "chat": False, "train_prompts": 20, "eval_prompts": 6, **options})
+    return built(
+        "swe", **{"scaffold": TINY_AGENT, "chat": False, "train_prompts": 20, "eval_prompts": 6, **options}
+    )
 
 
 def play(task: Swe, prompt: Prompt, turns: list[str]) -> list[Observation]:
@@ -192,7 +195,7 @@ def test_an_episode_given_up_ends_its_command_at_once() -> None:
 
 def test_the_scaffolds_that_come_with_the_package() -> None:
     """SWE-bench's own prompts, and tool calls in the chat template's notation."""
-    task = Swe(train_prompts=2, eval_prompts=2)
+    task = built("swe", train_prompts=2, eval_prompts=2)
     prompt = task.prompts("eval")[0]
     assert prompt.messages is not None
     assert [m["role"] for m in prompt.messages] == ["system", "user"]
@@ -201,7 +204,7 @@ def test_the_scaffolds_that_come_with_the_package() -> None:
     seen = play(task, prompt, ["THOUGHT: look\n\n```mswea_bash_command\nls\n```"])
     assert "<returncode>0</returncode>" in str(seen[0].text)
     assert "a.py" in str(seen[0].text)
-    native = Swe(scaffold="swebench", notation="native", train_prompts=2, eval_prompts=2)
+    native = built("swe", scaffold="swebench", notation="native", train_prompts=2, eval_prompts=2)
     prompt = native.prompts("eval")[0]
     assert prompt.tools[0]["function"]["name"] == "bash"
     call = '<tool_call>\n{"name": "bash", "arguments": {"command": "ls *.py"}}\n</tool_call>'
@@ -217,7 +220,7 @@ def test_the_scaffolds_that_come_with_the_package() -> None:
 
 def test_parallel_calls_in_xml_and_thoughts() -> None:
     """Each call is executed, in order, and answered as a message of its own; what was only thought is not."""
-    native = Swe(scaffold="swebench", notation="native", train_prompts=2, eval_prompts=2)
+    native = built("swe", scaffold="swebench", notation="native", train_prompts=2, eval_prompts=2)
     call = "<tool_call>\n<function=bash>\n<parameter=command>\n{}\n</parameter>\n</function>\n</tool_call>\n"
     thought = f"<think>{call.format('touch thought')}</think>"
     (seen,) = play(
@@ -230,7 +233,7 @@ def test_parallel_calls_in_xml_and_thoughts() -> None:
     assert len(seen.text) == len(seen.calls) == 2
     assert "one" in seen.text[1]
     assert "thought" not in seen.text[1]
-    task = Swe(train_prompts=2, eval_prompts=2)
+    task = built("swe", train_prompts=2, eval_prompts=2)
     turn = (
         "<think>```mswea_bash_command\ntouch thought\n```</think>THOUGHT: "
         "look\n\n```mswea_bash_command\nls\n```"

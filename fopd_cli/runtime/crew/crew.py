@@ -2,8 +2,9 @@
 
     conductor ──send(engine, command)──> Crew ──receive()──> (engine, event) ──> conductor
 
-The conductor does not know which crew it has: processes on this machine (`processes.py`), or engines in its own
-process on a virtual clock (`inprocess.py`). Whoever dies, sleeps or is one of several ranks is the crew's affair.
+The conductor does not know which crew it has: processes on this machine (`processes.py`), or engines in its
+own process on a virtual clock (`inprocess.py`). Whoever dies, sleeps or is one of several ranks is the crew's
+affair.
 """
 
 from __future__ import annotations

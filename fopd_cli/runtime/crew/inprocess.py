@@ -1,6 +1,6 @@
-"""A crew within this process, on a virtual clock. What is sampled, judged and learnt is real, or made up; *when*
-it ends is made up by a cost model, so that a run is deterministic and lags mix as they do where engines work
-side by side.
+"""A crew within this process, on a virtual clock. What is sampled, judged and learnt is real, or made up;
+*when* it ends is made up by a cost model, so that a run is deterministic and lags mix as they do where
+engines work side by side.
 
     send ──> Engines.do, at once ──> answers, each at its time on the clock ──receive──> conductor
 

@@ -280,8 +280,8 @@ class Leased:
 
 @dataclass
 class EngineLost:
-    """What the engine had under way has to be done again. `restarted`: it is being started again. `fatal`: why
-    the run cannot go on; `mistake`: because of what the user has to mend.
+    """What the engine had under way has to be done again. `restarted`: it is being started again. `fatal`:
+    why the run cannot go on; `mistake`: because of what the user has to mend.
     """
 
     reason: str

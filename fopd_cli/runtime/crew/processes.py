@@ -1,9 +1,9 @@
-"""The crew of a run: worker processes on this machine (`fleet.py`), of which several may be ranks of one engine
-(`ranks.py`). On a time-sliced box one role is awake at a time.
+"""The crew of a run: worker processes on this machine (`fleet.py`), of which several may be ranks of one
+engine (`ranks.py`). On a time-sliced box one role is awake at a time.
 
 A sampler, a teacher, the grader or the environment that dies, hangs or raises is started again, `restarts.py`
-says how often. Asleep ones are started when their role wakes. What a worker said before it was lost, and what a
-sampler finished before it knew that it was stopped, is not passed on: it is done again.
+says how often. Asleep ones are started when their role wakes. What a worker said before it was lost, and what
+a sampler finished before it knew that it was stopped, is not passed on: it is done again.
 """
 
 from __future__ import annotations
@@ -231,7 +231,9 @@ class Processes:
                 assert_never(message)
 
     def _lost(self, spec: WorkerSpec, lost: m.Lost) -> Iterator[tuple[Engine, m.Event]]:
-        """After `runtime.restarts` of them it stays away, and at once where the user has something to mend."""
+        """After `runtime.restarts` of them it stays away, and at once where the user has something to
+        mend.
+        """
         if self._restarts.known(spec):
             return
         engine = _engine_of(spec)

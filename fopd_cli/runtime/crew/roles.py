@@ -1,7 +1,7 @@
 """What each engine does with its commands, and the processes in which it does so.
 
-A role takes one command at a time and says what came of it; its `*_main` is a worker process that hands it what
-its mailbox holds. A crew within one process (`inprocess.py`) hands commands to the same roles itself.
+A role takes one command at a time and says what came of it; its `*_main` is a worker process that hands it
+what its mailbox holds. A crew within one process (`inprocess.py`) hands commands to the same roles itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
+from fopd_cli.engines.registry import sampler_facts
 from fopd_cli.freshness import supervision
 from fopd_cli.recipe import Labels
 from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, task_arguments
@@ -107,7 +108,7 @@ class Sampling:
 def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """A sampler replica's process."""
     role = Sampling(spec, setup)
-    if spec.devices and setup.recipe.sampler.engine == "transformers":  # vLLM copies in processes of its own
+    if spec.devices and sampler_facts(setup.recipe.sampler).copies:
         setup.channel.page_lock()
     mailbox.send(m.Ready())
     while not isinstance(command := mailbox.receive(block=not role.busy), m.StopCommand):

@@ -1,8 +1,10 @@
 """The run directory: made once, locked while in use, never overwritten.
 
-runs/NAME/  recipe.yaml (resolved)  recipe-history.jsonl (what was changed at which step)  metrics.jsonl
-ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/
-            checkpoints/step-000100/  best/ (weights of eval.keep_best)  student/ (Hugging Face format)  summary.json  logs/WORKER.log
+runs/NAME/
+    recipe.yaml  recipe-history.jsonl      resolved; what was changed at which step
+    metrics.jsonl  ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/  logs/WORKER.log
+    checkpoints/step-000100/  best/        what a resume goes on from; weights of eval.keep_best
+    student/  summary.json                 the end: the student in Hugging Face's format
 """
 
 from __future__ import annotations

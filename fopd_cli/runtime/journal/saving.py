@@ -1,7 +1,7 @@
 """When and how all of a run is saved, and how it is taken up again; and the best student so far.
 
-A checkpoint is the learner's part (written by its ranks), the buffer, the schedule and what else the conductor
-knows, as it all stands when the learner's part is on disk.
+A checkpoint is the learner's part (written by its ranks), the buffer, the schedule and what else the
+conductor knows, as it all stands when the learner's part is on disk.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class Saver:
             text = disk_error(error) or str(error)
             if final:
                 raise UserError(
-                    f"checkpoints: cannot save step {step}: {text}; free some space, then: {self.how_to_go_on} "
+                    f"checkpoints: cannot save step {step}: {text}; free some space, then: "
+                    f"{self.how_to_go_on} "
                     f"(goes on from {self._last if self._last is not None else 'the start'})"
                 ) from None
             self.journal.warn(step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand")

@@ -1,7 +1,7 @@
 """What a run leaves for people to look at. All files are append-only and survive a crash.
 
 metrics.jsonl   one record a step, an evaluation, a refresh; what depends on the clock stands under "timing"
-ledger.jsonl    which samples each step trained, gated, and which a refresh dropped: the accounting, by sample id
+ledger.jsonl    the accounting, by sample id: what each step trained and gated, and what a refresh dropped
 samples.jsonl   a few rollouts as text
 warnings.jsonl  what the run said is going wrong, by step
 trace.json      a timeline for Perfetto or chrome://tracing, one track a worker

@@ -112,7 +112,7 @@ def joined(episode: Running) -> Rollout:
     nan.
     """
     turns, observations = episode.turns, episode.observations[: len(episode.turns) - 1]
-    ids, mask, spans, places = [episode.first.token_ids], [], [], []
+    ids, spans, places = [episode.first.token_ids], [], []
     arrays: dict[str, list[np.ndarray]] = {
         name: [] for name in PER_TOKEN if getattr(turns[0], name) is not None
     }
@@ -120,7 +120,6 @@ def joined(episode: Running) -> Rollout:
     for number, turn in enumerate(turns):
         n = turn.response_length
         ids.append(turn.response_ids)
-        mask.append(turn.loss_mask)
         spans += [(version, at + start, at + stop) for version, start, stop in turn.spans]
         places.append((at, at + n))
         for name, parts in arrays.items():
@@ -129,18 +128,16 @@ def joined(episode: Running) -> Rollout:
         if number < len(observations):
             n = len(observations[number])
             ids.append(observations[number])
-            mask.append(np.zeros(n, dtype=bool))
             spans.append((spans[-1][0], at, at + n))
             for name, parts in arrays.items():
-                filler = np.nan if name == "logprobs" else 0
-                parts.append(np.full((n, *parts[-1].shape[1:]), filler, dtype=parts[-1].dtype))
+                shape = (n, *parts[-1].shape[1:])
+                parts.append(np.full(shape, PER_TOKEN[name].unsampled, dtype=parts[-1].dtype))
             at += n
     whole: dict[str, Any] = {name: np.concatenate(parts) for name, parts in arrays.items()}
     return Rollout(
         key=episode.first.key,
         token_ids=np.concatenate(ids).astype(np.int32),
         prompt_length=len(episode.first.token_ids),
-        loss_mask=np.concatenate(mask),
         spans=_merged(spans),
         finish=turns[-1].finish,
         turns=places,
