@@ -20,7 +20,7 @@ def test_the_minimal_loop_learns_from_samples_of_several_lags(
     assert spec.loader is not None
     minimal = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(minimal)
-    monkeypatch.setattr(minimal, "STEPS", 50)  # of 120, after which the KL is a twentieth
+    monkeypatch.setattr(minimal, "STEPS", 30)  # of 120, after which the KL is a twentieth
     threads = torch.get_num_threads()
     try:
         minimal.main()
@@ -30,8 +30,8 @@ def test_the_minimal_loop_learns_from_samples_of_several_lags(
     kl = [float(value) for value in re.findall(r"KL (\S+)", printed)]
     lag = [float(value) for value in re.findall(r"lag (\S+)", printed)]
     least = [float(value) for value in re.findall(r"freshness (\S+)", printed)]
-    assert len(kl) == 6
-    assert kl[-1] < 0.5 * kl[0]  # measured: 0.29
+    assert len(kl) == 4
+    assert kl[-1] < 0.6 * kl[0]  # measured: 0.35
     assert lag[0] == 0
     assert least[0] > 0.99  # at the first step nothing has drifted, and nothing lags
     assert min(lag[1:]) > 0
