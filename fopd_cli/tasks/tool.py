@@ -73,7 +73,10 @@ class Tool:
         **questions: Any,
     ) -> None:
         if train is None and eval is not None:
-            raise UserError("task.train: give it, too, or neither it nor task.eval for generated questions")
+            raise UserError(
+                "task.train: is missing; give it together with task.eval, or leave out both for generated "
+                "questions"
+            )
         if sandbox != "none":
             bubblewrap.check()
         self.limits = Limits(wall_s=wall_s, cpu_s=math.ceil(wall_s), memory_mb=memory_mb)
@@ -189,7 +192,10 @@ def _python(call: Call) -> tuple[str, str | None]:
         return call.text, call.problem
     code = call.arguments.get("code")
     if call.name != "python" or not isinstance(code, str):
-        return call.text, f"there is no tool {call.name!r} that takes this; there is python, which takes code"
+        return (
+            call.text,
+            f"there is no tool {call.name!r} that takes this; the tool is python, which takes code",
+        )
     return code, None
 
 

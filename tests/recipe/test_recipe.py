@@ -40,7 +40,7 @@ def recipe(tmp_path: Path) -> Path:
         ("loss.kind=kl", "loss.kind"),
         ("student.model=null", "student.model: .* valid string"),
         ("learner", "write key=value"),
-        ("student.model.x=1", "student.model is no section"),
+        ("student.model.x=1", "student.model is not a section"),
         ("task.name=math", "task.train: is required"),
         (
             "task.name=chta",
@@ -125,10 +125,10 @@ def test_anchor_and_drift_follow_the_loss(
         ),
         (
             ["teacher.engine=http", "teacher.http.url=localhost:8000/v1"],
-            "is no address; write it like http://",
+            "is not a URL; write it like http://",
         ),
-        (["teacher.engine=http", "teacher.http.url=file:///etc/passwd"], "is no address"),
-        (["teacher.engine=http", "teacher.http.url='http://a b/v1'"], "is no address"),
+        (["teacher.engine=http", "teacher.http.url=file:///etc/passwd"], "is not a URL"),
+        (["teacher.engine=http", "teacher.http.url='http://a b/v1'"], "is not a URL"),
     ],
 )
 def test_contradictions(recipe: Path, overrides: list[str], message: str) -> None:
@@ -186,14 +186,14 @@ def test_paths_beside_the_recipe_win(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learner: {lr: .nan}", "learner.lr: nan is no number to compute with"),
+        ("learner: {lr: .nan}", "learner.lr: nan is not a finite number"),
         ("learner: {lr: nan}", "learner.lr: .*finite number"),
         ("seed: -1", "seed: .*greater than or equal to 0"),
         ("seed: 9223372036854775808", "seed: whole numbers must be under"),
         ("seed: 0x" + "f" * 6000, "seed: whole numbers must be under"),
         ("seed: 2024-01-01", "seed: .*type date; put it in quotes"),
         ("seed: 2024-13-45", "YAML cannot read"),
-        ("a: &a [*a]", "a.0: refers to what it lies in"),
+        ("a: &a [*a]", "a.0: refers to itself"),
         ("{1: 2}", "the key 1 must be a text"),
         ("learner: {1: 2}", "learner: the key 1 must be a text"),
         ("a: !!set {b}", "a: .* type set"),

@@ -44,7 +44,8 @@ class Swe:
     ) -> None:
         if train is None and eval is not None:
             raise UserError(
-                "task.train: give it, too, or neither it nor task.eval for generated repositories"
+                "task.train: is missing; give it together with task.eval, or leave out both for generated "
+                "repositories"
             )
         if grader == "swebench" and (eval is None or not eval.startswith("hf:")):
             raise UserError(
