@@ -21,22 +21,20 @@ without it no sample would ever lag, and every weight would be 1.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fopd_cli.engines.learner.micro_batch import MicroBatch
 from fopd_cli.engines.models import hf
-from fopd_cli.engines.text.templates import encode_prompt
 from fopd_cli.engines.transformers.sampler import TransformersSampler
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.freshness import drift, score
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.divergence import kl
-from fopd_cli.samples import Prompt, Request, Rollout, Sample, SamplingParams, TeacherTargets
-from fopd_cli.tasks.arithmetic import Arithmetic
+from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"  # 0.19M and 0.33M parameters
 STEPS = 120
@@ -51,7 +49,6 @@ XI = 0.02  # samples less fresh than this teach nothing
 def main() -> None:
     torch.set_num_threads(1)  # with models so small, threads would only wait for each other
     rng = random.Random(0)
-    prompts = list(Arithmetic(horizon=5, train_prompts=6000).prompts("train"))
 
     # The student twice: the sampler's copy gets the learner's weights after each step.
     path = str(TINY / "student")
@@ -71,7 +68,7 @@ def main() -> None:
     step = 0
     while step < STEPS:
         # 1. Sample.
-        rollouts = sample(sampler, tokenizer, rng.sample(prompts, BATCH), rng)
+        rollouts = sample(sampler, tokenizer, rng)
 
         # 2. Judge. Hidden states are exact, and much smaller than logits.
         targets = [TeacherTargets("hidden", torch.empty(r.response_length, width)) for r in rollouts]
@@ -124,17 +121,22 @@ def per_sample(terms: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     return drift.per_sample(terms, batch.sampled, batch.sampled, batch.sample, len(batch.lag))[0]
 
 
-def sample(
-    sampler: TransformersSampler, tokenizer: Any, prompts: Sequence[Prompt], rng: random.Random
-) -> list[Rollout]:
-    """An answer to each prompt. Every token knows its log-probability and the version that drew it."""
+def sample(sampler: TransformersSampler, tokenizer: Any, rng: random.Random) -> list[Rollout]:
+    """Answers to BATCH questions. Every token knows its log-probability and the version that drew it."""
     params = SamplingParams(temperature=1.0, max_new_tokens=MAX_NEW_TOKENS)
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    sampler.submit([Request(i, own, rng.getrandbits(63), params) for i, own in enumerate(ids)])
+    for number in range(BATCH):
+        ids = np.array(tokenizer.encode(question(rng), add_special_tokens=False), dtype=np.int32)
+        sampler.submit([Request(number, ids, rng.getrandbits(63), params)])
     done: list[Rollout] = []
     while sampler.busy:
         done += sampler.step()
     return sorted(done, key=lambda rollout: rollout.key)
+
+
+def question(rng: random.Random) -> str:
+    """`7+5-9+1+0-3=`. The teacher writes out the steps, modulo 10, and then the answer."""
+    steps = (f"{rng.choice('+-')}{rng.randrange(10)}" for _ in range(5))
+    return f"{rng.randrange(10)}{''.join(steps)}="
 
 
 if __name__ == "__main__":

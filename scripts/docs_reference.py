@@ -1,4 +1,4 @@
-"""Two pages of the documentation that cannot go stale: mkdocs makes them from the schema and the command line.
+"""Two pages of the documentation that cannot go stale: mkdocs makes them from the schema and the commands.
 
 A hook of mkdocs (see mkdocs.yml). Nothing that it writes is committed.
 """

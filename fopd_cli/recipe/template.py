@@ -1,7 +1,7 @@
 """A recipe to begin with."""
 
 TEMPLATE = """\
-# Fill this in. Every other key has a default; fopd recipe --explain [SECTION] says what they mean.
+# A recipe to be filled in. Every other key has a default; fopd recipe --explain [SECTION] says what they mean.
 student: {model: owner/small-model}     # a hub id or a directory; it is trained
 teacher: {model: owner/large-model}     # of the same family: their tokenizers must give the same ids
 task:

@@ -134,7 +134,7 @@ class Questions:
             counts["no answer"] += 1
         if isinstance(found["answer"], dict | list):
             raise UserError(
-                f"{source_key}: {row.place}: column {self.answers[split]!r} holds several values, but an "
+                f"{source_key}: {row.place}: column {self.answers[split]!r} holds several values, and an "
                 "answer is one; name it, for "
                 "example task.answer: "
                 f"{self.answers[split]}.{next(iter(found['answer']), 0) if isinstance(found['answer'], dict) else 0}"

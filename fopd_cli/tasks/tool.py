@@ -73,10 +73,7 @@ class Tool:
         **questions: Any,
     ) -> None:
         if train is None and eval is not None:
-            raise UserError(
-                "task.train: is missing; give it together with task.eval, or leave out both for generated "
-                "questions"
-            )
+            raise UserError("task.train: give it, too, or neither it nor task.eval for generated questions")
         if sandbox != "none":
             bubblewrap.check()
         self.limits = Limits(wall_s=wall_s, cpu_s=math.ceil(wall_s), memory_mb=memory_mb)
