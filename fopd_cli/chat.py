@@ -158,7 +158,7 @@ class Chat:
         notice = None
         if not self._fits(line):
             self.forget()
-            notice = "the conversation no longer fits the context; it begins anew"
+            notice = "the conversation no longer fits the context; it starts over"
             if not self._fits(line):
                 raise UserError(
                     "that line is too long: with its answer it does not fit the context; lower "
@@ -268,7 +268,7 @@ def converse(chat: Chat, lines: Iterable[str], colours: bool) -> Iterator[str]:
 def shown(turn: Turn, chat: Chat, colours: bool) -> str:
     notice = [f"({turn.notice})"] if turn.notice else []
     text = coloured(turn.pieces) if colours else numbered(turn.pieces)
-    far = "" if turn.kl is None else f", {turn.kl:.3f} nats a token from the teacher"
+    far = "" if turn.kl is None else f", {turn.kl:.3f} nats per token from the teacher"
     said = [f"student{far}:", f"  {text}"]
     if turn.teacher is not None and chat.teacher is not None:
         said += [f"{chat.teacher.name}:", f"  {turn.teacher}"]

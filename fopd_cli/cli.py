@@ -53,7 +53,7 @@ EXPORTED = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float3
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         typer.echo(__version__)
@@ -135,8 +135,8 @@ def fork(
         typer.Option("--run-dir", metavar="DIR", help="Of the fork; default: RUN_DIR-fork-N. Must be new."),
     ] = None,
 ) -> None:
-    """Go on from a checkpoint in a new directory, with other settings: the first run up to step N, from there
-    on a run of its own.
+    """Go on from a checkpoint in a new directory, with other settings: the same run up to step N, another one
+    from there on.
 
     As with resume, student, teacher, task and seed stay what they were.
     """
@@ -149,7 +149,7 @@ def fork(
 
 @app.command("runs")
 def runs_command(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where they lie.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path("runs"),
 ) -> None:
     """A table of the runs here: how far each is, its newest score and KL, and whether it is going on."""
     from fopd_cli.report.tables import of_runs
@@ -162,7 +162,7 @@ def diff(
     first: Annotated[Path, typer.Argument(metavar="RUN")],
     second: Annotated[Path, typer.Argument(metavar="RUN")],
 ) -> None:
-    """In what two runs differ: the keys of their recipes, and what came of it."""
+    """How two runs differ: in the keys of their recipes, and in their results."""
     from fopd_cli.report.tables import of_differences
 
     typer.echo(of_differences(first, second))
@@ -188,14 +188,14 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write every generation and its score there, as jsonl; what stands there is not done again.",
+            help="Write every generation and its score there, as jsonl; existing rows are not done again.",
         ),
     ] = None,
     generate_only: Annotated[
         bool, typer.Option("--generate-only", help="Leave the grading for later (--out).")
     ] = False,
     grade_only: Annotated[
-        bool, typer.Option("--grade-only", help="Grade what stands in --out, all of it anew.")
+        bool, typer.Option("--grade-only", help="Grade all rows in --out (again).")
     ] = False,
     jobs: Annotated[
         int | None,
@@ -225,7 +225,7 @@ def evaluate(
     source = task or (folder / "recipe.yaml" if is_run else None)
     if source is None:
         raise UserError(
-            f"{model}: is no run directory here (they have a recipe.yaml); for a model give --task, a "
+            f"{model}: is not a run directory (it has no recipe.yaml); for a model give --task, a "
             "recipe that says what to evaluate on"
         )
     overrides = list(set_ or [])
@@ -235,7 +235,7 @@ def evaluate(
         overrides.append(f"eval.samples={samples}")
     recipe = load_recipe(source, overrides)
     if step is not None and not is_run:
-        raise UserError("--step: names a checkpoint of a run; MODEL is none")
+        raise UserError("--step: names a checkpoint of a run, but MODEL is not a run")
     warm.begin()
     from fopd_cli.evaluation import default_jobs
     from fopd_cli.evaluation import evaluate as score
@@ -256,12 +256,12 @@ def chat(
     step: StepOption = None,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Which one, where there are several; default: the first."),
+        typer.Option(metavar="NAME", help="Which teacher, if there are several; default: the first."),
     ] = None,
     raw: Annotated[
         bool | None,
         typer.Option(
-            "--raw/--chat", help="Without or through the chat template; default: as the run's own prompts."
+            "--raw/--chat", help="Without or with the chat template; default: like the run's own prompts."
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -271,11 +271,11 @@ def chat(
         float | None, typer.Option(metavar="T", min=0, help="Default: the sampler's; 0 is greedy.")
     ] = None,
 ) -> None:
-    """Talk to a run's student and its teacher side by side; the student's tokens show how far the teacher is
-    from each.
+    """Talk to a run's student and its teacher side by side, with the KL to the teacher at each student
+    token.
 
-    In a terminal by colour: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond; elsewhere (or with
-    NO_COLOR) by numbers. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
+    A terminal shows it by color: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond. Elsewhere, or
+    with NO_COLOR, it is a number. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
     """
     from fopd_cli import chat as talk
     from fopd_cli.export import student_of
@@ -327,7 +327,9 @@ def doctor_command(
     inputs = load_inputs(parsed, place(parsed, cuda_devices()))
     typer.echo(f"placement: {inputs.plan.describe()}")
     for section, spec in zip(parsed.teachers, inputs.target_specs, strict=True):
-        typer.echo(f"{section.name} ({section.engine}): {spec.kind} targets, {spec.nbytes(1)} bytes a token")
+        typer.echo(
+            f"{section.name} ({section.engine}): {spec.kind} targets, {spec.nbytes(1)} bytes per token"
+        )
     for line in doctor.shown(inputs):
         typer.echo(line)
     found = list(doctor.findings(inputs, Path("runs")))
@@ -347,14 +349,12 @@ def recipe_command(
         typer.Argument(metavar="[SECTION]", help="Of --explain: learner, or a key such as learner.lr."),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Every key, its type, its default and its meaning.")
+        bool, typer.Option("--explain", help="Print every key, its type, its default and its meaning.")
     ] = False,
-    template: Annotated[
-        bool, typer.Option("--template", help="A recipe to begin with, to be filled in.")
-    ] = False,
+    template: Annotated[bool, typer.Option("--template", help="Print a recipe to fill in.")] = False,
 ) -> None:
-    """About recipes: `fopd recipe --explain learner` lists the keys of a section, without one all; --template
-    is one to fill in.
+    """Explain recipes: `--explain learner` lists the keys of a section, `--explain` all of them; `--template`
+    prints a recipe to fill in.
     """
     if explain == template:
         raise UserError("say what: fopd recipe --explain [SECTION], or fopd recipe --template")
@@ -430,16 +430,16 @@ def report(
         ),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it on this machine instead, made anew while the runs go on.")
+        bool, typer.Option("--watch", help="Serve it on this machine instead, updated while the runs go on.")
     ] = False,
     port: Annotated[
-        int, typer.Option(metavar="N", min=0, max=65535, help="Of --watch; 0: any that is free.")
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port of --watch; 0: any free one.")
     ] = 8642,
 ) -> None:
     """One HTML file about a run, or about several side by side: curves, timeline, answers over training,
     advice.
 
-    It needs no network and no other file. Answers of the teacher stand beside the student's if they were
+    It needs no network and no other file. The teacher's answers are shown beside the student's if they were
     recorded: fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl
     """
     from fopd_cli.report.page import write
@@ -456,7 +456,7 @@ def report(
 
 
 def _report(summary: dict[str, Any], path: Path) -> None:
-    """What was learnt and where it lies."""
+    """What was learned and where it is."""
     typer.echo(json.dumps(summary, indent=1))
     typer.echo(
         f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} "

@@ -171,7 +171,7 @@ def pretrain(
     lr: float = 4e-3,
     batch: int = 64,
 ) -> int:
-    """Next-token prediction until the loss is under `target` nats a token; returns the steps. With `steps` at
+    """Next-token prediction until the loss is under `target` nats per token; returns the steps. With `steps` at
     most so many, over which the learning rate falls to 0.
     """
     rng = random.Random(seed)
@@ -197,7 +197,7 @@ def pretrain(
         schedule.step()
         smooth, step = 0.95 * smooth + 0.05 * loss.item(), step + 1
         if step % 200 == 0:
-            print(f"step {step}: {smooth:.4f} nats a token", flush=True)
+            print(f"step {step}: {smooth:.4f} nats per token", flush=True)
     return step
 
 
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="random weights: enough where only shapes matter"
     )
-    parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats a token at which to stop")
+    parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats per token at which to stop")
     parser.add_argument("--teacher-steps", type=int, help="let the learning rate fall to 0 over so many")
     parser.add_argument("--student-loss", type=float, default=0.3)
     parser.add_argument(

@@ -37,7 +37,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     support = recipe.support
     if policy.trust and support not in ("sampled", "mc"):
         yield (
-            f"freshness.policy: {fresh.policy} leaves out sampled tokens by their signal, and "
+            f"freshness.policy: {fresh.policy} leaves out sampled tokens by their advantage, and "
             f"loss.support {support} has none; "
             "set freshness.policy: fopd (such losses need no trust region, see docs/staleness.md) or "
             "loss.support: sampled"
@@ -101,7 +101,7 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
     if support in ("sampled", "mc") and loss.temperature != 1:
         yield (
             f"loss.temperature: {support} support is about tokens drawn at sampler.temperature and has no "
-            "temperature of its own; "
+            "separate temperature; "
             "set it to 1 (see sampler.temperature and loss.teacher_temperature)"
         )
     if loss.teacher_temperature == "sampler" and support not in ("sampled", "mc"):
@@ -138,11 +138,11 @@ def _of_evaluations(recipe: Recipe) -> Iterator[str]:
     """Keys that look at several evaluations."""
     section = recipe.eval
     if section.patience and section.keep_best is None:
-        yield "eval.patience: has no measure to go by; set eval.keep_best: score or kl"
+        yield "eval.patience: needs to know what is best; set eval.keep_best: score or kl"
     if section.keep_best is not None and not 0 < section.every < recipe.learner.steps:
         yield (
-            "eval.keep_best: there are no evaluations in between to choose from; set eval.every to some "
-            "optimizer steps"
+            "eval.keep_best: there are no evaluations to choose from; set eval.every to fewer steps than "
+            "learner.steps"
         )
     if section.keep_best == "score" and (
         recipe.task.name == "chat" or getattr(recipe.task, "answer", "") is None
@@ -156,7 +156,10 @@ def _of_prompts(recipe: Recipe) -> Iterator[str]:
     if getattr(recipe.task, "chat", True) is not False:
         return
     if getattr(recipe.task, "system", None):
-        yield "task.system: plain text (task.chat: false) has no system message; put it into task.template"
+        yield (
+            "task.system: plain text (task.chat: false) has no system message; put the text into "
+            "task.template"
+        )
     if recipe.template_kwargs and not own_template:
         yield (
             "task.chat_template_kwargs: no chat template is rendered with task.chat: false; leave one "
@@ -170,7 +173,7 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
     names = [t.name for t in teachers]
     if len(set(names)) < len(names):
         yield (
-            f"teacher.name: {max(names, key=names.count)!r} stands twice; give each teacher a name of its own"
+            f"teacher.name: {max(names, key=names.count)!r} is there twice; give each teacher its own name"
         )
     for t in teachers:
         if not re.fullmatch(r"[A-Za-z0-9_.]+", t.name):
@@ -197,7 +200,7 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
             if getattr(engine.keys(t), key) is None:
                 yield f"teacher.{engine.name}.{key}: engine {engine.name} needs {what}"
         if t.http.url is not None and not (t.http.url.isascii() and ADDRESS.fullmatch(t.http.url)):
-            yield f"teacher.http.url: {t.http.url!r} is no address; write it like http://localhost:8000/v1"
+            yield f"teacher.http.url: {t.http.url!r} is not a URL; write it like http://localhost:8000/v1"
     for key, values in (("targets", {t.targets for t in teachers}), ("k", {t.k for t in teachers})):
         if len(values) > 1 and (key == "targets" or recipe.targets == "topk"):
             yield f"teacher.{key}: {', '.join(map(str, sorted(values)))}: all teachers must have the same"

@@ -109,7 +109,7 @@ class Questions:
             question, said = asked(column(row, name, source_key, "task.question"))
         except ValueError as error:
             raise UserError(
-                f"{source_key}: {row.place}: column {name!r} {error}; leave the row out, or mend it"
+                f"{source_key}: {row.place}: column {name!r} {error}; leave the row out, or fix it"
             ) from None
         counts["said"] += said is not None
         columns = {"answer": self.answers[split], "solution": self.solution, "teacher": self.teacher}
@@ -144,7 +144,7 @@ class Questions:
             raise UserError(
                 f"{source_key}: {row.place} holds {len(messages)} messages, and without a chat template "
                 "(task.chat: false) "
-                "there is no telling how they become one text; set task.chat: true"
+                "fopd cannot make one text of them; set task.chat: true"
             )
         return Prompt(index, text=messages[0]["content"], payload=payload, teacher=teacher, place=row.place)
 
@@ -174,6 +174,6 @@ def _notices(key: str, rows: int, counts: Counter[str], as_solution: bool) -> Se
         found.append(f"{key}: {counts['repeated']} of {rows} rows repeat a question; each is used once")
     if counts["no answer"]:
         found.append(
-            f"{key}: {counts['no answer']} of {rows} rows have no answer; they are trained on, and not graded"
+            f"{key}: {counts['no answer']} of {rows} rows have no answer; they are trained on, but not graded"
         )
     return found

@@ -174,7 +174,10 @@ def _python(call: Call) -> tuple[str, str | None]:
         return call.text, call.problem
     code = call.arguments.get("code")
     if call.name != "python" or not isinstance(code, str):
-        return call.text, f"there is no tool {call.name!r} that takes this; there is python, which takes code"
+        return (
+            call.text,
+            f"there is no tool {call.name!r} that takes this; the tool is python, which takes code",
+        )
     return code, None
 
 

@@ -51,7 +51,7 @@ def test_a_table_of_the_runs_that_are_here(here: Fopd, tmp_path: Path) -> None:
     last = summary(here.folder / "first")
     assert f"{last['kl_last']:.4f} ± {last['kl_last_error']:.4f}" in row
     assert "holds no run" in here("runs", tmp_path, code=2).err
-    assert "is no directory" in here("runs", "nowhere", code=2).err
+    assert "is not a directory" in here("runs", "nowhere", code=2).err
 
 
 def test_the_report_of_a_real_run(here: Fopd) -> None:
@@ -133,7 +133,7 @@ def test_chat_shows_how_far_the_teacher_is_from_each_token(here: Fopd, pair: Pat
     with torch.no_grad():
         p, q = (m(ids).logits[0, length - 1 : -1].double().softmax(-1) for m in models)
     kl = (p * (p / q).log()).sum(-1)
-    told = re.fullmatch(r"student, (\d+\.\d+) nats a token from the teacher:", head)
+    told = re.fullmatch(r"student, (\d+\.\d+) nats per token from the teacher:", head)
     assert told is not None
     assert float(told[1]) == pytest.approx(float(kl.mean()), abs=1e-3)
     shown = re.findall(r"\[(\d+\.\d\d)\]", said)  # bytes that make no character stand together

@@ -69,8 +69,8 @@ def test_weights_are_kept_as_published_and_as_long_as_a_checkpoint_may_go_back_t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["eval.patience=2"], "eval.patience: has no measure to go by"),
-        (["eval.keep_best=kl"], "no evaluations in between"),
+        (["eval.patience=2"], "eval.patience: needs to know what is best"),
+        (["eval.keep_best=kl"], "no evaluations to choose from"),
         (["eval.keep_best=KL", "eval.every=2"], "did you mean 'kl'"),
         (
             ["eval.keep_best=score", "eval.every=2", 'task={"name": "chat", "train": "x.jsonl"}'],

@@ -100,8 +100,8 @@ def test_a_directory_is_all_its_files_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "x", "of no known kind; fopd reads .jsonl"),
-        ("a.json", "[1]", "row 1 of '.*a.json' is no JSON object"),
+        ("a.txt", "x", "of an unknown kind; fopd reads .jsonl"),
+        ("a.json", "[1]", "row 1 of '.*a.json' is not a JSON object"),
         ("a.json", "{", r"is not JSON \(.*, line 1\)"),
         ("a.json", '{"question": "1"}\n{"question": 2', "line 2 of '.*a.json' is not JSON"),
         ("a.json", '{"data": 1}', "must be a list of JSON objects"),
@@ -268,7 +268,7 @@ def test_what_is_asked(value: Any, content: Any, said: str | None) -> None:
         ("[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]", "looks like messages"),
         ([], "is empty"),
         ([A], "only the assistant's words"),
-        ([S], "holds no message of the user"),
+        ([S], "holds no user message"),
         ([{"content": "x"}], "no role in message 1"),
         (["x"], "no role in message 1"),
         ([U, {"role": "user", "content": None}], "no text in message 2"),

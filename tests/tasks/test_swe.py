@@ -289,7 +289,7 @@ def test_instances_in_the_columns_of_swe_bench(tmp_path: Path) -> None:
 def test_a_users_mistakes() -> None:
     with pytest.raises(UserError, match=r"task.scaffold: 'nothing' is neither"):
         tiny(scaffold="nothing")
-    with pytest.raises(UserError, match=r"task.train: give it, too"):
+    with pytest.raises(UserError, match=r"task.train: is missing"):
         tiny(eval="x")
     made = tiny(sandbox="docker")
     contained = replace(made.instances("eval")[0], image=official_image("a__b-1"))

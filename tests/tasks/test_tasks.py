@@ -118,7 +118,7 @@ def test_math_without_answers_grades_nothing(tmp_path: Path) -> None:
         (None, "there is no file"),
         ("", "has no rows"),
         ("{nonsense", "line 1 of .* is not JSON"),
-        ("[1]", "line 1 of .* is no JSON object"),
+        ("[1]", "line 1 of .* is not a JSON object"),
         (
             '{"problem": "x", "answer": "1"}',
             r"row 1 of .* has no column 'question'; it has \['answer', 'problem'\]; set task.question",

@@ -116,7 +116,7 @@ class RunDir:
         """An existing run."""
         run = cls(path)
         if not paths.is_file(run.recipe):
-            raise UserError(f"{path}: is no run directory (it has no recipe.yaml){paths.similar(path)}")
+            raise UserError(f"{path}: is not a run directory (it has no recipe.yaml){paths.similar(path)}")
         return run
 
     def load_recipe(self, overrides: list[str]) -> Recipe:

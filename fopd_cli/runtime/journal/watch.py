@@ -77,8 +77,8 @@ class Watch:
         if not first > max(UNEVEN * last, FAR):
             return None
         return (
-            f"what is left of the KL stands at the beginning of answers ({first:.2g} nats a token in "
+            f"what is left of the KL stands at the beginning of answers ({first:.2g} nats per token in "
             f"their first quarter, {last:.2g} in "
-            "their last): a student that repeats itself is agreed with; read what it says (samples.jsonl, "
-            "or fopd report RUN)"
+            "their last): the teacher agrees with a student that repeats itself; read what it says "
+            "(samples.jsonl, or fopd report RUN)"
         )

@@ -32,7 +32,8 @@ class Swe:
         train, own = options.train, options.eval
         if train is None and own is not None:
             raise UserError(
-                "task.train: give it, too, or neither it nor task.eval for generated repositories"
+                "task.train: is missing; give it together with task.eval, or leave out both for generated "
+                "repositories"
             )
         if options.grader == "swebench" and (own is None or not own.startswith("hf:")):
             raise UserError(
