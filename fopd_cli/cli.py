@@ -38,6 +38,12 @@ app = typer.Typer(
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; see fopd recipe --explain.")
 ]
+MaybeRecipe = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe, a YAML file; fopd new writes one.", show_default=False
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,8 +67,47 @@ def _root(
 
 
 @app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where recipe.yaml is written.")] = Path(),
+    student: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A directory or a hub id; it is trained.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The same, of the same family; it judges.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Questions: a file, a directory, or hf:owner/name.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of the questions; default: found by its name.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of answers to grade by; default: found, if any.")
+    ] = None,
+) -> None:
+    """Write a recipe for your models and your data: looks at both, asks what it is not told, says what it
+    assumed, and checks the recipe as `fopd doctor` does.
+    """
+    from fopd_cli.new import ask
+
+    prompt = typer.prompt if ask.at_terminal() else None
+    asking = None if prompt is None else (lambda text, default: str(prompt(text, default=default, err=True)))
+    names = ask.complete(student, teacher, data, asking)
+    from fopd_cli.new.write import write
+
+    path, findings = write(folder, *names, question, answer, lambda line: typer.echo(line, err=True))
+    for finding in findings:
+        typer.echo(str(finding))
+    if any(f.level == "error" for f in findings):
+        raise UserError(
+            f"{path}: written, but it will not run on this machine before the errors above are mended"
+        )
+    typer.echo(f"{path}: ready; next: fopd run {path}")
+
+
+@app.command()
 def run(
-    recipe: RecipeArgument,
+    recipe: MaybeRecipe = None,
     set_: SetOption = None,
     run_dir: Annotated[
         Path | None,
@@ -85,6 +130,11 @@ def run(
     """
     from fopd_cli.recipe import dump_recipe, load_recipe
 
+    if recipe is None:
+        raise UserError(
+            "no recipe given: fopd run RECIPE; fopd new writes one for your models and data, and recipes/ in "
+            "the repository holds examples"
+        )
     parsed = load_recipe(recipe, set_ or ())
     path = run_dir or Path("runs") / recipe.stem
     if dry_run:
