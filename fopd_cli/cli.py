@@ -445,24 +445,45 @@ def export(
             help="Of the weights: bf16, fp16, fp32; auto: as the run sampled and evaluated them.",
         ),
     ] = "auto",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hugging Face hub as well.")
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license", metavar="ID", help="For the model card, such as apache-2.0; --push asks for it."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: for you alone.")] = False,
 ) -> None:
-    """Write a checkpoint's student as a Hugging Face model directory, tokenizer included."""
+    """Write a checkpoint's student as a Hugging Face model directory, tokenizer and model card included."""
     if dtype not in EXPORTED:
         raise UserError(f"--dtype: {dtype!r} is none of {', '.join(EXPORTED)}")
     if adapter and dtype != "auto":
         raise UserError("--adapter, --dtype: an adapter is kept as it was trained; choose one of them")
+    if push is not None and license_ is None:
+        raise UserError(
+            "--license: a model that others load needs one; take the student's and the teacher's licenses into account"
+        )
+    if private and push is None:
+        raise UserError("--private: goes with --push")
     if paths.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; give a new directory")
     import torch
 
+    from fopd_cli import card
+    from fopd_cli.engines.models import hub
     from fopd_cli.export import export_student
     from fopd_cli.runtime.journal.rundir import RunDir
 
-    chosen = EXPORTED[dtype]
-    done = export_student(
-        RunDir.open(run_dir), out, step, adapter, None if chosen is None else getattr(torch, chosen)
-    )
+    run, chosen = RunDir.open(run_dir), EXPORTED[dtype]
+    if push is not None:
+        hub.check(push)
+    done = export_student(run, out, step, adapter, None if chosen is None else getattr(torch, chosen))
+    card.write(run_dir, out, done, license_, push)
     typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
+    if push is not None:
+        typer.echo(hub.push(out, push, private, leave_out=["fopd.json"]))
 
 
 @app.command()

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hub_kit
 import pytest
 import torch
 import yaml
@@ -193,3 +194,37 @@ def test_a_browser_draws_all_curves_and_complains_of_nothing(here: Fopd, tmp_pat
     assert drawn is not None
     assert int(drawn[1]) == done.stdout.count('class="uplot') >= 12
     assert len(read(here.folder / "first").steps) == 4
+
+
+def test_an_export_has_a_card_and_goes_to_the_hub(here: Fopd, tmp_path: Path) -> None:
+    """A real upload through the real client, to a hub on this machine: what arrives is what was exported."""
+    out, offline = tmp_path / "out", dict(here.environment)
+    assert "--license: a model" in here("export", "first", out, "--push", "me/small", code=2).err
+    arguments = ("export", "first", out, "--push", "me/small", "--license", "apache-2.0", "--private")
+    assert "HF_HUB_OFFLINE is set" in here(*arguments, code=2).err
+    assert not out.exists()
+    with hub_kit.serve() as hub:
+        here.environment = {k: v for k, v in offline.items() if k != "HF_HUB_OFFLINE"}
+        here.environment |= {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_wrong",
+        }
+        assert "log in with `hf auth login`" in here(*arguments, code=2).err
+        assert not out.exists()
+        here.environment |= {"HF_TOKEN": hub_kit.TOKEN}
+        assert f"{hub.address}/me/small" in here(*arguments).out
+    assert hub.repos == {"me/small": True}
+    exported = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    assert exported.pop("fopd.json"), "where the run lies is nobody's business"
+    assert hub.files == exported
+    card = hub.files["README.md"].decode()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "apache-2.0"
+    assert str(here.folder) not in card
+    last = metrics(here.folder / "first")[-1]
+    assert (
+        f"| 4 | {last['score']:.3f} ± {last['score_error']:.3f} | {last['kl']:.3f} ± {last['kl_error']:.3f} |"
+        in card
+    )
+    AutoModelForCausalLM.from_pretrained(out)
