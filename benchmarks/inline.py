@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fopd_cli import doctor
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
@@ -35,6 +34,7 @@ from fopd_cli.evaluation import converse
 from fopd_cli.freshness.depth import Depth
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
+from fopd_cli.inputs import load_inputs
 from fopd_cli.recipe import Recipe, load_recipe
 from fopd_cli.runtime.build import learner_config, make_sampler, task_arguments
 from fopd_cli.runtime.crew.environment import LocalEnvironments
@@ -94,7 +94,7 @@ class Inline:
         self, recipe: Recipe, costs: Costs = Costs(), uneven: bool = False, sgd: bool = False
     ) -> None:
         self.recipe, self.costs, self.uneven = recipe, costs, uneven
-        inputs = doctor.load_inputs(recipe, place(recipe, 0))
+        inputs = load_inputs(recipe, place(recipe, 0))
         self.spec: TargetSpec = inputs.target_specs[0]
         self.stream: PromptStream = inputs.stream
         self.task: Any = load_task(*task_arguments(recipe))

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fopd_cli.doctor import check_model_name
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
 from fopd_cli.engines.text.templates import Frame
 from fopd_cli.engines.text.vocabularies import exchanged, inverse, match
 from fopd_cli.engines.transformers.sampler import TransformersSampler
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import check_model_name
 from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.build import resolve_dtype, student_frame
 from fopd_cli.samples import Prompt, Request, SamplingParams

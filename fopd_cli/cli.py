@@ -287,13 +287,13 @@ def evaluate(
     if step is not None and not is_run:
         raise UserError("--step: names a checkpoint of a run; MODEL is none")
     warm.begin()
-    from fopd_cli import doctor
     from fopd_cli.evaluation import evaluate as score
     from fopd_cli.export import student_of
+    from fopd_cli.inputs import check_model_name
     from fopd_cli.runtime.journal.rundir import RunDir
 
     path = str(student_of(RunDir.open(folder), step)) if is_run else recipe.student.model
-    doctor.check_model_name(path, "MODEL")
+    check_model_name(path, "MODEL")
     mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
     typer.echo(json.dumps(score(path, recipe, out, mode, jobs or max(1, cuda_devices())), indent=1))
 
@@ -367,11 +367,12 @@ def doctor_command(
     Prints each finding with its cure; exits 2 if there is any.
     """
     from fopd_cli import doctor
+    from fopd_cli.inputs import load_inputs
     from fopd_cli.recipe import load_recipe
     from fopd_cli.runtime.placement import cuda_devices, place
 
     parsed = load_recipe(recipe, set_ or ())
-    inputs = doctor.load_inputs(parsed, place(parsed, cuda_devices()))
+    inputs = load_inputs(parsed, place(parsed, cuda_devices()))
     typer.echo(f"placement: {inputs.plan.describe()}")
     for section, spec in zip(parsed.teachers, inputs.target_specs, strict=True):
         typer.echo(f"{section.name} ({section.engine}): {spec.kind} targets, {spec.nbytes(1)} bytes a token")

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,33 +20,23 @@ import numpy as np
 import torch
 
 from fopd_cli import paths
-from fopd_cli.engines.learner import lora
 from fopd_cli.engines.models import hf, support
-from fopd_cli.engines.text.templates import Frame, check_variables, encode_observation, end_of_turn, readable
-from fopd_cli.engines.text.vocabularies import Match, exchanged, inverse, listed, match
+from fopd_cli.engines.text.templates import Frame, encode_observation, end_of_turn, readable
+from fopd_cli.engines.text.vocabularies import exchanged, inverse, listed
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import PluginTask, Recipe, Teacher, Vllm
-from fopd_cli.runtime.build import (
-    add_adapters,
-    http_server,
-    published_adapter,
-    resolve_dtype,
-    sampler_dtype,
-    student_frame,
-    task_arguments,
-)
+from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame, remote_teacher
+from fopd_cli.recipe import PluginTask, Recipe, Vllm
+from fopd_cli.runtime.build import resolve_dtype
 from fopd_cli.runtime.memory.sizes import arena_bytes, available_memory, free_shared_memory
-from fopd_cli.runtime.memory.weights import Layout, layout_bytes
-from fopd_cli.runtime.placement import Plan
-from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms, tells
-from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, context_tokens
-from fopd_cli.samples import Prompt, TargetSpec
-from fopd_cli.tasks import load_task
+from fopd_cli.runtime.memory.weights import layout_bytes
+from fopd_cli.runtime.scheduling.lengths import tells
+from fopd_cli.runtime.scheduling.prompts import SPLITS, context_tokens
+from fopd_cli.samples import Prompt
 
 if TYPE_CHECKING:
-    from fopd_cli.engines.http.teacher import HttpTeacher
+    pass
 
 GB = 1e9
 PROMPTS_LOOKED_AT = 64
@@ -66,188 +55,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.level}: {self.what}" + (f"; {self.cure}" if self.cure else "")
-
-
-@dataclass
-class LocalTeacher:
-    """A teacher that runs here. `key` names it in findings."""
-
-    key: str
-    section: Teacher
-    config: Any
-    tokenizer: Any
-    match: Match  # its tokenizer and the student's
-
-    @cached_property
-    def width(self) -> int:
-        """Of its hidden states."""
-        return hf.hidden_width(self.config)
-
-
-@dataclass
-class Inputs:
-    """Everything that a run reads, loaded but for the weights."""
-
-    recipe: Recipe
-    plan: Plan
-    student_config: Any
-    tokenizer: Any
-    teachers: list[LocalTeacher]
-    stream: PromptStream
-    layout: Layout
-
-    @property
-    def vocab(self) -> int:
-        """Ids that all models here have; the rest is padding of one of them."""
-        return min(hf.vocab_size(c) for c in (self.student_config, *(t.config for t in self.teachers)))
-
-    @property
-    def tables(self) -> tuple[np.ndarray | None, ...]:
-        """Of each teacher: the student's token id -> the teacher's; None where they are the same."""
-        local = {t.section.name: t.match.table for t in self.teachers}
-        return tuple(local.get(section.name) for section in self.recipe.teachers)
-
-    @property
-    def target_specs(self) -> tuple[TargetSpec, ...]:
-        """Of each teacher, remote ones included."""
-        kind, local = self.recipe.targets, {t.section.name: t for t in self.teachers}
-        specs = []
-        for section, ranks in zip(self.recipe.teachers, self.plan.teachers, strict=True):
-            width = section.k if kind == "topk" else 1
-            if kind == "hidden":
-                width = local[section.name].width
-            dtype = resolve_dtype(section.dtype, bool(ranks[0].devices))
-            specs.append(
-                TargetSpec(
-                    kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0
-                )
-            )
-        return tuple(specs)
-
-    @property
-    def parameters(self) -> int:
-        return _count(self.layout)
-
-    @cached_property
-    def adapters(self) -> Layout:
-        """Of a LoRA student. Raises `UserError` if they do not fit the model."""
-        model = hf.empty_model(self.student_config)
-        add_adapters(model, self.recipe, torch.float32)
-        dtype = sampler_dtype(self.recipe, self.plan)
-        return [(name, tuple(tensor.shape), dtype) for name, tensor in lora.adapters(model)]
-
-    @property
-    def trainable(self) -> int:
-        """Parameters that learn."""
-        return self.parameters if self.recipe.student.lora is None else _count(self.adapters)
-
-    @property
-    def published(self) -> Layout:
-        """What samplers are sent after each step."""
-        return self.layout if published_adapter(self.recipe) is None else self.adapters
-
-    @property
-    def learner_bytes(self) -> int:
-        """Weights, gradients and optimizer states of all learner ranks together."""
-        learner = self.recipe.learner
-        moments = 2 * hf.DTYPES[learner.optimizer_dtype].itemsize
-        frozen = 0
-        if self.recipe.student.lora is not None:
-            frozen = (
-                self.parameters * resolve_dtype(learner.dtype, bool(self.plan.learners[0].devices)).itemsize
-            )
-        return (4 + 4 + moments) * self.trainable + frozen  # fp32 masters, gradients, two moments
-
-
-def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
-    """Raises `UserError` for the first thing that cannot be read."""
-    local = [t for t in recipe.teachers if t.engine != "http"]
-    keys = {
-        t.name: f"teacher {t.name!r}: model" if len(recipe.teachers) > 1 else "teacher.model" for t in local
-    }
-    check_model_name(recipe.student.model, "student.model")
-    for t in local:
-        check_model_name(t.model, keys[t.name])
-    task = load_task(*task_arguments(recipe))
-    config = hf.load_config(recipe.student.model, "student.model")
-    support.check_architecture(config, "student.model")
-    tokenizer = hf.load_tokenizer(recipe.student.model, "student.model")
-    configs = {t.name: hf.load_config(t.model, keys[t.name]) for t in local}
-    vocab = min(hf.vocab_size(c) for c in (config, *configs.values()))
-    teachers = []
-    for t in local:
-        if t.engine == "transformers":
-            support.check_architecture(configs[t.name], keys[t.name])
-        theirs = hf.load_tokenizer(t.model, keys[t.name])
-        teachers.append(
-            LocalTeacher(keys[t.name], t, configs[t.name], theirs, match(tokenizer, theirs, vocab))
-        )
-    frames = {t.section.name: _own_frame(t, recipe) for t in teachers if t.section.template == "teacher"}
-    check_variables(recipe.template_kwargs, [tokenizer, *(f.tokenizer for f in frames.values())])
-    stream = PromptStream(
-        task,
-        student_frame(recipe, tokenizer),
-        recipe.seed,
-        recipe.sampler.samples_per_prompt,
-        recipe.teachers,
-        frames,
-    )
-    for split in SPLITS:
-        if not stream.prompts[split]:
-            raise UserError(f"task: there is no {split} prompt; give it at least one")
-    if (
-        recipe.template_kwargs
-        and not frames
-        and not any(p.messages for s in SPLITS for p in stream.prompts[s])
-    ):
-        raise UserError(
-            "task.chat_template_kwargs: all prompts are plain text, so no chat template is rendered; "
-            "leave it out"
-        )
-    if frames and stream.replayable:
-        raise UserError(
-            "teacher.template: what stands between turns is in the student's frame, so a teacher with its "
-            "own can judge tasks of one "
-            "turn only; set teacher.template: student"
-        )
-    found = {t.section.name: (t.key, t.config) for t in teachers}
-    stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, found, _served(recipe)))
-    layout = hf.weight_layout(config, sampler_dtype(recipe, plan))
-    return Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
-
-
-def _own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:
-    table = teacher.match.table
-    return Frame(
-        teacher.tokenizer,
-        recipe.template_kwargs,
-        "teacher",
-        getattr(recipe.task, "system", None),
-        None if table is None else inverse(table),
-    )
-
-
-def _served(recipe: Recipe) -> dict[str, int]:
-    """The context of each remote teacher that tells."""
-    found = {t.name: _remote(t, 0).context() for t in recipe.teachers if t.engine == "http"}
-    return {name: context for name, context in found.items() if context is not None}
-
-
-def _remote(section: Teacher, vocab: int) -> HttpTeacher:
-    from fopd_cli.engines.http.teacher import HttpTeacher
-
-    return HttpTeacher(http_server(section), vocab)
-
-
-def check_model_name(model: str, key: str) -> None:
-    """A name that is no directory must at least look like a hub id."""
-    if paths.is_dir(model):
-        return
-    if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
-        raise UserError(
-            f"{key}: there is no directory {model!r}{paths.similar(model)}; give a Hugging Face model "
-            "directory or a hub id (owner/name)"
-        )
 
 
 def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
@@ -433,7 +240,7 @@ def _servers(inputs: Inputs) -> Iterator[Finding]:
         probe = np.resize(stream.encoded(split, index), context_tokens(inputs.recipe, stream, judged=True))
         for section in remote:
             try:
-                _remote(section, inputs.vocab).check(inputs.tokenizer, probe, section.k)
+                remote_teacher(section, inputs.vocab).check(inputs.tokenizer, probe, section.k)
             except TooLong as error:
                 where = stream.prompts[split][index].where
                 raise UserError(f"{error}; the longest sample that there can be is of {where}") from None
@@ -497,7 +304,7 @@ def _ends_of_turns(inputs: Inputs) -> Iterator[Finding]:
     ours, frames = _student_ends(inputs), list[Frame]()
     if any(p.messages for p in inputs.stream.prompts["train"][:1]):
         frames.append(inputs.stream.frame)
-    frames += [_own_frame(t, inputs.recipe) for t in inputs.teachers if t.section.template == "teacher"]
+    frames += [own_frame(t, inputs.recipe) for t in inputs.teachers if t.section.template == "teacher"]
     for frame in frames:
         end = end_of_turn(frame.tokenizer, frame.variables)
         known = (
@@ -615,7 +422,7 @@ def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 
 
 def _sizes(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
-    theirs = _count(hf.weight_layout(teacher.config, torch.float32))
+    theirs = elements(hf.weight_layout(teacher.config, torch.float32))
     if inputs.parameters > theirs:
         yield Finding(
             "warning",
@@ -674,11 +481,11 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     state = 12 * inputs.trainable
     if inputs.recipe.schedule.lag:  # and the weights of the version before, as samplers have them
         cuda = bool(inputs.plan.samplers[0].devices)
-        state += resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
+        state += resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * elements(inputs.published)
     kept = 0
     if inputs.recipe.eval.keep_best is not None:  # the best now, and of each checkpoint
         cuda = bool(inputs.plan.samplers[0].devices)
-        size = resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
+        size = resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * elements(inputs.published)
         kept = size * (inputs.recipe.checkpoint.keep + 2)
     needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters + kept)
     free = shutil.disk_usage(folder).free
@@ -817,8 +624,3 @@ def sanity(inputs: Inputs) -> Finding | None:
         f"(limit {limit})",
         "the sampler, teacher and learner disagree about this model; please report it with the model's name",
     )
-
-
-def _count(layout: Layout) -> int:
-    """Numbers in it."""
-    return sum(int(np.prod(shape)) for _, shape, _ in layout)

@@ -36,7 +36,7 @@ from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, WorkerSpec
 from fopd_cli.runtime.crew.roles import graded
 from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.sinks import mean_and_error
-from fopd_cli.runtime.scheduling.episodes import Episodes
+from fopd_cli.runtime.scheduling.conversations import Conversations
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
 from fopd_cli.runtime.scheduling.params import sampling_params
 from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens, evaluation_ids
@@ -388,35 +388,16 @@ def converse(
     now: int = 0,
 ) -> Iterator[Rollout]:
     """Whole episodes: turns are sampled while tools of other episodes run."""
-    episodes = Episodes()
-    for request in requests:
-        episodes.start(request, replica=0)
-    sampler.submit(requests)
-    while episodes.running:
-        for turn in sampler.step() if sampler.busy else []:
-            episode = episodes.on_turn(turn)
-            assert episode is not None
-            if turn.finish == "length":
-                environments.cancel([turn.key])
-                yield episodes.finish(episode)
-            else:
-                environments.turn(
-                    m.TurnCommand(
-                        turn.key,
-                        episode.life,
-                        prompts[turn.key],
-                        hf.decode_turn(tokenizer, turn.response_ids),
-                        now,
-                        int(turn.response_ids[-1]),
-                    )
-                )
-        for seen in environments.receive(block=bool(episodes.running) and not sampler.busy):
-            episode = episodes.on_observed(seen.key, seen.life, seen.token_ids, seen.calls, seen.answer)
-            assert episode is not None
-            following = None if seen.token_ids is None else episodes.next_turn(episode)
-            if following is not None:
-                episode.sampling = True
-                sampler.submit([following])
-            else:
-                environments.cancel([seen.key])
-                yield episodes.finish(episode)
+    conversations = Conversations(
+        tokenizer,
+        lambda key: (prompts[key], now),
+        lambda _, following: sampler.submit(following),
+        environments.send,
+        together=False,
+    )
+    conversations.start(0, requests)
+    while conversations:
+        if sampler.busy:
+            yield from (rollout for _, rollout in conversations.on_turns(0, sampler.step()))
+        for seen in environments.receive(block=bool(conversations) and not sampler.busy):
+            yield from (rollout for _, rollout in conversations.on_observed(seen))

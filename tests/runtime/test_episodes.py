@@ -50,7 +50,6 @@ def test_turns_and_observations_become_one_rollout(tmp_path: Path) -> None:
     episodes.start(first, replica=0)
     one = episodes.on_turn(turn(first, [10, 11], 4, k=2))
     assert one is not None
-    assert episodes.waiting(0) == 1
     assert episodes.on_observed(7, one.life, np.array([20, 21, 22], np.int32), [{"tool": "python"}]) is one
     second = episodes.next_turn(one)
     assert second is not None

@@ -32,7 +32,6 @@ class Running:
     observations: list[np.ndarray] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     answer: str | None = None
-    sampling: bool = True  # else it waits, for its environment or for the others of its group
 
     @property
     def spent(self) -> int:
@@ -57,7 +56,6 @@ class Episodes:
         episode = self.running.get(turn.key)
         if episode is not None:
             episode.turns.append(turn)
-            episode.sampling = False
         return episode
 
     def on_observed(
@@ -101,10 +99,6 @@ class Episodes:
     def drop(self, keys: Iterable[int]) -> list[int]:
         """Give some up; returns those that there were."""
         return [key for key in list(keys) if self.running.pop(key, None) is not None]
-
-    def waiting(self, replica: int) -> int:
-        """Episodes of a replica that it has nothing to do for."""
-        return sum(e.replica == replica and not e.sampling for e in self.running.values())
 
 
 def _seed(seed: int, turn: int) -> int:
