@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fopd_cli.doctor import check_model_name
 from fopd_cli.engines.models import hf, support
 from fopd_cli.engines.text.vocabularies import listed, match
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import check_model_name
 
 
 @dataclass(frozen=True)

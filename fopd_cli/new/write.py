@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fopd_cli import doctor
-from fopd_cli.doctor import load_inputs
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import load_inputs
 from fopd_cli.new import data, models, recipe
 from fopd_cli.recipe import load_recipe
 from fopd_cli.runtime.placement import cuda_devices, place
