@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,9 +34,6 @@ from fopd_cli.runtime.memory.weights import layout_bytes
 from fopd_cli.runtime.scheduling.lengths import tells
 from fopd_cli.runtime.scheduling.prompts import SPLITS, context_tokens
 from fopd_cli.samples import Prompt
-
-if TYPE_CHECKING:
-    pass
 
 GB = 1e9
 PROMPTS_LOOKED_AT = 64

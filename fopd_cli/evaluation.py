@@ -400,4 +400,5 @@ def converse(
         if sampler.busy:
             yield from (rollout for _, rollout in conversations.on_turns(0, sampler.step()))
         for seen in environments.receive(block=bool(conversations) and not sampler.busy):
+            assert isinstance(seen, m.Observed)  # nothing is replayed here
             yield from (rollout for _, rollout in conversations.on_observed(seen))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_s
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.saving import Saver
+from fopd_cli.runtime.journal.sinks import Changes, Resume, Telemetry
 from fopd_cli.runtime.placement import cuda_devices, place
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
@@ -148,7 +150,7 @@ class _Run:
         self.recipe, self.run_dir = inputs.recipe, run_dir
         self.state = State(inputs)
         self.setup = inputs.setup(self.state.buffer.arena.memory, run_dir.path)
-        self.journal = Journal(inputs.recipe, run_dir, inputs.tokenizer)
+        self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks)
         self.signals = Signals(self.journal.say)
         dtype = sampler_dtype(inputs.recipe, inputs.plan)
         self.saver = Saver(self.state, run_dir, self.journal, self.setup.channel, dtype)
@@ -163,7 +165,14 @@ class _Run:
         with self.signals, self.journal:
             self.conductor.run()
             student = {**self._export(), "stopped_early": self.conductor.stopped_early}
-            return self.journal.summary(self.state.schedule, student)
+            summary = self.journal.summary(self.state.schedule, student)
+            write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
+            return summary
+
+    def _open_sinks(self, resume: Resume | None, changed: Changes) -> Telemetry:
+        if resume is not None:
+            self.run_dir.take_up(self.recipe, resume, changed)
+        return Telemetry(self.run_dir.path, resume)
 
     def _export(self) -> dict[str, Any]:
         """The last student, or the best, in Hugging Face's format; returns which."""

@@ -58,6 +58,10 @@ class Setup:
     rendezvous: Path  # a fresh file name; each group of ranks adds its role
     restore: tuple[Path, dict[str, Any]] | None = None  # learner state to resume from
 
+    def frame(self) -> Frame:
+        """How the student reads its prompts."""
+        return student_frame(self.recipe, hf.load_tokenizer(self.recipe.student.model, "student.model"))
+
 
 def resolve_dtype(name: str, cuda: bool) -> torch.dtype:
     return hf.DTYPES[("bf16" if cuda else "fp32") if name == "auto" else name]

@@ -24,7 +24,7 @@ from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.crew import Crew, Engine
 from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.journal import Journal
-from fopd_cli.runtime.journal.saving import Saver
+from fopd_cli.runtime.journal.saving import Saving
 from fopd_cli.runtime.scheduling.conversations import Conversations
 from fopd_cli.runtime.scheduling.params import sampling_params
 from fopd_cli.runtime.scheduling.replays import Replays
@@ -37,7 +37,7 @@ from fopd_cli.samples import Prompt, Request, Rollout, SampleId, SampleStats, St
 class Conductor:
     """One run, from the start of its crew to its last checkpoint."""
 
-    def __init__(self, state: State, crew: Crew, journal: Journal, saver: Saver, signals: Signals) -> None:
+    def __init__(self, state: State, crew: Crew, journal: Journal, saver: Saving, signals: Signals) -> None:
         self.state, self.crew, self.journal, self.saver, self.signals = state, crew, journal, saver, signals
         self.inputs, self.schedule, self.buffer = state.inputs, state.schedule, state.buffer
         self.recipe, self.stream = state.inputs.recipe, state.inputs.stream
@@ -101,12 +101,12 @@ class Conductor:
         self._come_to_rest()
         self.saver.save(True, self._save_learner)
         self.crew.end_programs()
-        done, path = f"{self.schedule.step} of {self.recipe.learner.steps}", self.saver.run_dir.path
+        done, go_on = f"{self.schedule.step} of {self.recipe.learner.steps}", self.saver.how_to_go_on
         if self._fatal is None:
-            raise Interrupted(f"stopped after {done} steps; go on with: fopd resume {path}")
+            raise Interrupted(f"stopped after {done} steps; go on with: {go_on}")
         if self._fatal.mistake:
-            raise UserError(f"{self._fatal.reason}; mend that, then: fopd resume {path}")
-        raise WorkerError(f"{self._fatal.reason}; go on with: fopd resume {path}")
+            raise UserError(f"{self._fatal.reason}; mend that, then: {go_on}")
+        raise WorkerError(f"{self._fatal.reason}; go on with: {go_on}")
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
         """The learner's part of a checkpoint, written while it holds still. Raises OSError."""

@@ -55,7 +55,9 @@ class Crew(Protocol):
         """Returns when everyone stands; the learner has then published its version."""
 
     def send(self, engine: Engine, command: m.Command) -> None:
-        """To an engine that is lost nothing is sent: `receive` says so."""
+        """To an engine that is lost nothing is sent: `receive` says so. For an environment that is being
+        started again commands wait.
+        """
 
     def lease(self, sleeper: Role | None, waker: Role) -> None:
         """Where roles take turns on a device: put one to sleep, then wake the other. Answered by `Leased`."""

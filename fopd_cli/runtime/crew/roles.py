@@ -14,18 +14,10 @@ from typing import Any, assert_never
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
 from fopd_cli.freshness import supervision
 from fopd_cli.recipe import Labels
-from fopd_cli.runtime.build import (
-    Setup,
-    build_learner,
-    build_sampler,
-    build_teacher,
-    student_frame,
-    task_arguments,
-)
+from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, task_arguments
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.environment import Environments
 from fopd_cli.runtime.crew.fleet import Mailbox, WorkerSpec
@@ -287,9 +279,9 @@ def graded(task: Any, prompt: Prompt, text: str) -> tuple[float, dict[str, float
 def environment_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """Commands come in while tools run; every turn is answered once, in whatever order they end."""
     task: Any = load_task(*task_arguments(setup.recipe))
-    frame = student_frame(setup.recipe, hf.load_tokenizer(setup.recipe.student.model, "student.model"))
+    environments = Environments(task, setup.frame(), mailbox.send)
     mailbox.send(m.Ready())
-    asyncio.run(_serve_episodes(mailbox, Environments(task, frame, mailbox.send)))
+    asyncio.run(_serve_episodes(mailbox, environments))
 
 
 async def _serve_episodes(mailbox: Mailbox, environments: Environments) -> None:

@@ -2,31 +2,28 @@
 
     conductor ──trained, measured, refreshed──> Journal ──records.py──> sinks.py: files, TensorBoard, progress
 
-`begin` comes once every worker stands: until then a directory says what the run before did.
+`begin` comes once every worker stands: until then what is on disk says what the run before did.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fopd_cli.engines.models import hf
-from fopd_cli.recipe import Recipe, dump_recipe
+from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.buffer import Entry
 from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal import records
-from fopd_cli.runtime.journal.checkpoint import write_synced
-from fopd_cli.runtime.journal.rundir import RunDir
-from fopd_cli.runtime.journal.sinks import JsonLines, Progress, Resume, Telemetry
+from fopd_cli.runtime.journal.sinks import Changes, Progress, Resume, Sinks
 from fopd_cli.runtime.journal.totals import Totals
 from fopd_cli.runtime.journal.watch import Watch
 from fopd_cli.runtime.scheduling.schedule import Schedule
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
-Changes = Mapping[str, tuple[Any, Any]]  # key of the recipe -> value before, value since
+OpenSinks = Callable[[Resume | None, Changes], Sinks]
 SAMPLES = 20  # of a whole run, that are written as text
 HELD_OUT_SAMPLES = 2  # of an evaluation
 
@@ -42,14 +39,15 @@ class _Evaluation:
 class Journal:
     """Use as a context manager: leaving it closes all files."""
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir, tokenizer: Any) -> None:
-        self.recipe, self.run_dir, self.tokenizer = recipe, run_dir, tokenizer
+    def __init__(self, recipe: Recipe, tokenizer: Any, open_sinks: OpenSinks, quiet: bool = False) -> None:
+        self.recipe, self.tokenizer, self.quiet = recipe, tokenizer, quiet
+        self._open_sinks = open_sinks
         self.totals = Totals()
         self._watch = Watch(recipe.learner.clip)
         self._resume: Resume | None = None
         self._changes: Changes = {}
         self._progress: Progress | None = None
-        self._telemetry: Telemetry | None = None
+        self._sinks: Sinks | None = None
         self._evaluation = _Evaluation()
         self._load: dict[str, float] = {}  # a sampler's latest weight update
         self._began = self._step_began = self._version_since = time.time()
@@ -60,37 +58,25 @@ class Journal:
 
     def __enter__(self) -> Journal:
         self._began = time.time() - self.totals.wall_seconds
-        self._progress = Progress(self.recipe.learner.steps, self._resume.step if self._resume else 0)
+        if not self.quiet:
+            self._progress = Progress(self.recipe.learner.steps, self._resume.step if self._resume else 0)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for one in (self._progress, self._telemetry):
+        for one in (self._progress, self._sinks):
             if one is not None:
                 one.close()
 
     def begin(self) -> None:
-        """Everyone stands: from here on the directory says what this run does."""
-        assert self._progress is not None
-        if self._resume is not None:
-            self._note_changes(self._resume)
-        self._telemetry = Telemetry(self.run_dir.path, self._progress, self._resume)
+        """Everyone stands: from here on what is on disk says what this run does."""
+        self._sinks = self._open_sinks(self._resume, self._changes)
         self._version_since = time.time()
 
-    def _note_changes(self, resume: Resume) -> None:
-        text = dump_recipe(self.recipe)
-        if text != self.run_dir.recipe.read_text(encoding="utf-8"):
-            write_synced(self.run_dir.recipe, text)
-        if self._changes or self.run_dir.history.exists():
-            history = JsonLines(self.run_dir.history, resume)
-            if self._changes:
-                history.write({"step": resume.step, "changed": self._changes})
-            history.close()
-
     @property
-    def telemetry(self) -> Telemetry:
+    def sinks(self) -> Sinks:
         """After `begin`."""
-        assert self._telemetry is not None
-        return self._telemetry
+        assert self._sinks is not None
+        return self._sinks
 
     # ---- for people ----------------------------------------------------------------------------------------
 
@@ -100,13 +86,14 @@ class Journal:
 
     def warn(self, step: int, text: str) -> None:
         """Say what is going wrong, and keep it for those who look later."""
-        self.telemetry.warn(step, text)
+        self.say(f"step {step}: {text}")
+        self.sinks.warnings.write({"step": step, "text": text})
 
     # ---- what happened -------------------------------------------------------------------------------------
 
     def worked(self, worker: str, span: Span) -> None:
         """A worker did something."""
-        self.telemetry.span(worker, span)
+        self.sinks.span(worker, span)
 
     def sampled(self, rollout: Rollout) -> None:
         self.totals.generated_tokens += generated(rollout)
@@ -130,7 +117,7 @@ class Journal:
         self._version_since = time.time()
         timing = {
             "seconds": time.time() - self._step_began,
-            "busy": self.telemetry.busy_shares(),
+            "busy": self.sinks.busy_shares(),
             **runtime,
             "publish_seconds": report.publish_seconds,
             "publish_bytes": report.publish_bytes,
@@ -144,11 +131,12 @@ class Journal:
             str(sample): records.outcome(weight)
             for (sample, _), weight in zip(batch, stats.weight, strict=True)
         }
-        self.telemetry.metrics.write({**record, "timing": timing})
-        self.telemetry.ledger.write(records.ledger(step, outcomes))
-        self.telemetry.scalars(records.scalars(record, timing), step)
-        self.telemetry.histograms(records.histograms(stats), step)
-        self.telemetry.progress.step(step, records.bar(record, timing))
+        self.sinks.metrics.write({**record, "timing": timing})
+        self.sinks.ledger.write(records.ledger(step, outcomes))
+        self.sinks.scalars(records.scalars(record, timing), step)
+        self.sinks.histograms(records.histograms(stats), step)
+        if self._progress is not None:
+            self._progress.step(step, records.bar(record, timing))
         for warning in self._watch.step(report.grad_norm, record["kl"], record["kl_by_quartile"]):
             self.warn(step, warning)
         if step % max(1, self.recipe.learner.steps // SAMPLES) == 0:
@@ -171,8 +159,8 @@ class Journal:
             "seconds": time.time() - self._version_since,
             "wall_seconds": self.wall_seconds,
         }
-        self.telemetry.metrics.write({**record, "timing": timing})
-        self.telemetry.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
+        self.sinks.metrics.write({**record, "timing": timing})
+        self.sinks.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
         for key in sorted(rows)[:HELD_OUT_SAMPLES]:
             self._write_sample(version, *rows[key])
         self.say(records.evaluation_line(record))
@@ -181,8 +169,8 @@ class Journal:
         """The buffer was dropped."""
         ids = [str(sample) for sample in samples]
         timing = {"dropped": len(ids)}
-        self.telemetry.metrics.write({"kind": "refresh", "step": step, "reason": reason, "timing": timing})
-        self.telemetry.ledger.write({"step": step, "refreshed": ids})
+        self.sinks.metrics.write({"kind": "refresh", "step": step, "reason": reason, "timing": timing})
+        self.sinks.ledger.write({"step": step, "refreshed": ids})
         self.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
 
     def _write_sample(self, step: int, sample: SampleId, entry: Entry) -> None:
@@ -199,7 +187,7 @@ class Journal:
         }
         if rollout.turns:
             record |= {"turns": rollout.turns, "calls": rollout.calls}
-        self.telemetry.samples.write(record)
+        self.sinks.samples.write(record)
 
     # ---- sums ----------------------------------------------------------------------------------------------
 
@@ -220,12 +208,10 @@ class Journal:
         }
 
     def summary(self, schedule: Schedule, student: Mapping[str, Any]) -> dict[str, Any]:
-        """Written to summary.json, too; `student` says which one was exported, and why."""
+        """Of the whole run; `student` says which one was exported, and why."""
         self.totals.wall_seconds = self.wall_seconds
-        busy = self.telemetry.busy_shares_total()
-        summary = {**records.summary(schedule, self.totals, busy), **student}
-        write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
-        return summary
+        busy = self.sinks.busy_shares_total()
+        return {**records.summary(schedule, self.totals, busy), **student}
 
 
 def generated(rollout: Rollout) -> int:

@@ -19,6 +19,7 @@ from fopd_cli import paths
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, dump_recipe, load_recipe
 from fopd_cli.runtime.journal.checkpoint import verify, write_synced
+from fopd_cli.runtime.journal.sinks import Changes, JsonLines, Resume
 
 LOCK = "run.lock"
 RECORDS = ("metrics.jsonl", "ledger.jsonl", "samples.jsonl", "warnings.jsonl")
@@ -127,6 +128,17 @@ class RunDir:
                 record = json.loads(line)
                 found.append((int(record["step"]), dict(record["changed"])))
         return found
+
+    def take_up(self, recipe: Recipe, resume: Resume, changes: Changes) -> None:
+        """A run goes on with this recipe; what has changed goes down in the history."""
+        text = dump_recipe(recipe)
+        if text != self.recipe.read_text(encoding="utf-8"):
+            write_synced(self.recipe, text)
+        if changes or self.history.exists():
+            history = JsonLines(self.history, resume)
+            if changes:
+                history.write({"step": resume.step, "changed": changes})
+            history.close()
 
     def lock(self) -> None:
         """Hold the directory for this process; the kernel lets go when it dies, however it dies."""

@@ -9,20 +9,63 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.journal.best import Best
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, Rhythm, disk_error, write_synced
-from fopd_cli.runtime.journal.journal import Changes, Journal
+from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.rundir import RunDir
-from fopd_cli.runtime.journal.sinks import Resume
+from fopd_cli.runtime.journal.sinks import Changes, Resume
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.state import State
 
 PUBLISHED = "published.bin"
+
+
+class Saving(Protocol):
+    """What a conductor asks for."""
+
+    @property
+    def how_to_go_on(self) -> str:
+        """The command that takes the run up again."""
+        ...
+
+    def begin(self) -> None:
+        """Every worker stands."""
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this optimizer step."""
+        ...
+
+    def save(self, final: bool, learner: Callable[[Path], dict[str, Any]]) -> None:
+        """`learner` writes its part into a folder, while it holds still; it returns what else there is of it,
+        or raises OSError.
+        """
+
+    def keep_best(self, version: int) -> str | None:
+        """After an evaluation, while the learner still holds still and its weights lie where they were
+        published. Returns why the run is to end early; None: it is not.
+        """
+        ...
+
+
+class Unsaved:
+    """A run that nobody takes up again: a study's, a test's, a plan's."""
+
+    how_to_go_on = "nothing of it was kept"
+
+    def begin(self) -> None: ...
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def save(self, final: bool, learner: Callable[[Path], dict[str, Any]]) -> None: ...
+
+    def keep_best(self, version: int) -> str | None:
+        return None
 
 
 class Saver:
@@ -72,20 +115,22 @@ class Saver:
         self._last = self._resumed = step
         return folder / "learner", state["learner"]
 
+    @property
+    def how_to_go_on(self) -> str:
+        return f"fopd resume {self.run_dir.path}"
+
     def begin(self) -> None:
-        """Every worker stands: make room to write."""
+        """Make room to write."""
         self.store.open(self._resumed)
         self._rhythm.saved()
 
     # ---- saving --------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
-        """After this optimizer step."""
         return step < self.recipe.learner.steps and self._rhythm.due(step)
 
     def save(self, final: bool, learner: Callable[[Path], dict[str, Any]]) -> None:
-        """`learner` writes its part into a folder, first, while it holds still; it returns what else there is
-        of it, or raises OSError.
+        """The learner first, then everything else as it stands when the learner's part is on disk.
 
         A disk that is full does not stop training: the older checkpoints stand, and it is said loudly. Only
         the last save must succeed.
@@ -107,8 +152,7 @@ class Saver:
             text = disk_error(error) or str(error)
             if final:
                 raise UserError(
-                    f"checkpoints: cannot save step {step}: {text}; free some space, then: fopd resume "
-                    f"{self.run_dir.path} "
+                    f"checkpoints: cannot save step {step}: {text}; free some space, then: {self.how_to_go_on} "
                     f"(goes on from {self._last if self._last is not None else 'the start'})"
                 ) from None
             self.journal.warn(step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand")
@@ -136,9 +180,6 @@ class Saver:
     # ---- the best student ----------------------------------------------------------------------------------
 
     def keep_best(self, version: int) -> str | None:
-        """After an evaluation, while the learner still holds still and its weights lie where they were
-        published. Returns why the run is to end early; None: it is not.
-        """
         evaluations = self.journal.totals.evaluations
         if self.best is None:
             return None

@@ -16,10 +16,10 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +35,9 @@ class Resume:
 
     step: int
     evaluated: frozenset[int]
+
+
+Changes = Mapping[str, tuple[Any, Any]]  # key of the recipe -> value before, value since
 
 
 class JsonLines:
@@ -73,10 +76,75 @@ class JsonLines:
         temporary.replace(self.path)
 
 
-class Telemetry:
-    """All of a run's output files and its progress bar."""
+class Sink(Protocol):
+    """Records of one kind."""
 
-    def __init__(self, run_dir: Path, progress: Progress, resume: Resume | None) -> None:
+    def write(self, record: dict[str, Any]) -> None: ...
+
+
+class Sinks(Protocol):
+    """Where a journal's records go."""
+
+    @property
+    def metrics(self) -> Sink: ...
+
+    @property
+    def ledger(self) -> Sink: ...
+
+    @property
+    def samples(self) -> Sink: ...
+
+    @property
+    def warnings(self) -> Sink: ...
+
+    def span(self, worker: str, span: Span) -> None: ...
+
+    def busy_shares(self) -> dict[str, float]: ...
+
+    def busy_shares_total(self) -> dict[str, float]: ...
+
+    def scalars(self, values: dict[str, float], step: int) -> None: ...
+
+    def histograms(self, values: dict[str, np.ndarray], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Recorded:
+    """Keeps records in memory: a study's, a test's. What depends on the clock is left out."""
+
+    def __init__(self) -> None:
+        self.metrics, self.ledger, self.samples, self.warnings = Records(), Records(), Records(), Records()
+
+    def span(self, worker: str, span: Span) -> None: ...
+
+    def busy_shares(self) -> dict[str, float]:
+        return {}
+
+    def busy_shares_total(self) -> dict[str, float]:
+        return {}
+
+    def scalars(self, values: dict[str, float], step: int) -> None: ...
+
+    def histograms(self, values: dict[str, np.ndarray], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Records(list[dict[str, Any]]):
+    """Of one kind, as they were written."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.append(record)
+
+    def kind(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self if record["kind"] == kind]
+
+
+class Telemetry:
+    """All of a run's output files."""
+
+    def __init__(self, run_dir: Path, resume: Resume | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.metrics = JsonLines(run_dir / "metrics.jsonl", resume)
@@ -87,7 +155,6 @@ class Telemetry:
         self.board = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=None if resume is None else resume.step + 1
         )
-        self.progress = progress
         self._busy: dict[str, float] = defaultdict(float)
         self._busy_total: dict[str, float] = defaultdict(float)
         self._window = self._began = time.time()
@@ -122,11 +189,6 @@ class Telemetry:
             finite = array[np.isfinite(array)]
             if len(finite):
                 self.board.add_histogram(name, finite, step)
-
-    def warn(self, step: int, text: str) -> None:
-        """Say what is going wrong, and keep it for those who look later."""
-        self.progress.say(f"step {step}: {text}")
-        self.warnings.write({"step": step, "text": text})
 
     def close(self) -> None:
         for file in (self.metrics, self.ledger, self.samples, self.warnings, self.trace, self.board):
