@@ -531,7 +531,8 @@ def _report(summary: dict[str, Any], path: Path) -> None:
         f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} "
         "(ui.perfetto.dev)"
     )
-    typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
+    if (path / "tensorboard").is_dir():
+        typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
     if summary["kl_first"] is not None:
         score = ""  # where nothing is graded there is none
         if summary["score_first"] is not None and summary["score_last"] is not None:

@@ -50,8 +50,8 @@ def serve() -> Iterator[Hub]:
             if self.path.startswith("/api/whoami"):
                 self.answer({"name": "me", "type": "user", "orgs": []})
             else:
-                name = self.path.removeprefix("/api/models/").partition("/")[0:1]
-                self.answer({"id": name[0], "sha": "0" * 40, "siblings": []})
+                name = "/".join(self.path.removeprefix("/api/models/").split("/")[:2])
+                self.answer({"id": name, "sha": "0" * 40, "siblings": []})
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -60,7 +60,7 @@ def serve() -> Iterator[Hub]:
             if self.path == "/api/repos/create":
                 asked = json.loads(body)
                 name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-                hub.repos[name] = bool(asked.get("private"))
+                hub.repos[name] = asked.get("visibility") == "private"
                 self.answer({"url": f"{hub.address}/{name}", "name": name, "id": name})
             elif "/preupload/" in self.path:
                 files = [
@@ -69,11 +69,14 @@ def serve() -> Iterator[Hub]:
                 ]
                 self.answer({"files": files})
             elif "/commit/" in self.path:
+                repo = self.path.removeprefix("/api/models/").partition("/commit/")[0]
                 for line in body.splitlines():
                     entry = json.loads(line)
                     if entry["key"] == "file":
                         hub.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                self.answer({"commitUrl": f"{hub.address}/commit/1", "commitOid": "1" * 40, "success": True})
+                self.answer(
+                    {"commitUrl": f"{hub.address}/{repo}/commit/1", "commitOid": "1" * 40, "success": True}
+                )
             else:  # /api/validate-yaml
                 self.answer({"errors": [], "warnings": []})
 

@@ -43,6 +43,7 @@ EvalTemperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_o
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 Labels = Literal["cached", "current"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 
 # A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds
 # 12 nats less likely moves by 0.6 nats before it is sampled anew. Each estimator's best at lag 8
@@ -703,6 +704,10 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     placement: Placement = Placement()
     runtime: Runtime = Runtime()
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where curves go beside metrics.jsonl. All but tensorboard are services with a package of their own, configured
+    by their own variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...); one that is down never stops a run.
+    """
     seed: Seed = 0
     """Of everything random: the order of prompts and every sampled token."""
 

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -198,12 +198,12 @@ class Guarded:
             self._gone.set()
 
 
-def missing(names: list[str]) -> list[str]:
+def missing(names: Sequence[str]) -> list[str]:
     """Those whose package is not installed."""
     return [name for name in names if name in TRACKERS and importlib.util.find_spec(name) is None]
 
 
-def open_trackers(names: list[str], subject: Subject, say: Say) -> list[Guarded]:
+def open_trackers(names: Sequence[str], subject: Subject, say: Say) -> list[Guarded]:
     """All that a recipe names but TensorBoard, which is a file and no service."""
     chosen = {name: TRACKERS[name] for name in names if name in TRACKERS}
     return [Guarded(name, lambda make=make: make(subject), say) for name, make in chosen.items()]  # type: ignore[misc]
