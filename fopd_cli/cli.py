@@ -38,6 +38,12 @@ app = typer.Typer(
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; see fopd recipe --explain.")
 ]
+MaybeRecipe = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe, a YAML file; fopd new writes one.", show_default=False
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,8 +67,47 @@ def _root(
 
 
 @app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where recipe.yaml is written.")] = Path(),
+    student: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A directory or a hub id; it is trained.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The same, of the same family; it judges.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Questions: a file, a directory, or hf:owner/name.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of the questions; default: found by its name.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of answers to grade by; default: found, if any.")
+    ] = None,
+) -> None:
+    """Write a recipe for your models and your data: looks at both, asks what it is not told, says what it
+    assumed, and checks the recipe as `fopd doctor` does.
+    """
+    from fopd_cli.new import ask
+
+    prompt = typer.prompt if ask.at_terminal() else None
+    asking = None if prompt is None else (lambda text, default: str(prompt(text, default=default, err=True)))
+    names = ask.complete(student, teacher, data, asking)
+    from fopd_cli.new.write import write
+
+    path, findings = write(folder, *names, question, answer, lambda line: typer.echo(line, err=True))
+    for finding in findings:
+        typer.echo(str(finding))
+    if any(f.level == "error" for f in findings):
+        raise UserError(
+            f"{path}: written, but it will not run on this machine before the errors above are mended"
+        )
+    typer.echo(f"{path}: ready; next: fopd run {path}")
+
+
+@app.command()
 def run(
-    recipe: RecipeArgument,
+    recipe: MaybeRecipe = None,
     set_: SetOption = None,
     run_dir: Annotated[
         Path | None,
@@ -85,6 +130,11 @@ def run(
     """
     from fopd_cli.recipe import dump_recipe, load_recipe
 
+    if recipe is None:
+        raise UserError(
+            "no recipe given: fopd run RECIPE; fopd new writes one for your models and data, and recipes/ in "
+            "the repository holds examples"
+        )
     parsed = load_recipe(recipe, set_ or ())
     path = run_dir or Path("runs") / recipe.stem
     if dry_run:
@@ -398,24 +448,46 @@ def export(
             help="Of the weights: bf16, fp16, fp32; auto: as the run sampled and evaluated them.",
         ),
     ] = "auto",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hugging Face hub as well.")
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license", metavar="ID", help="For the model card, such as apache-2.0; --push asks for it."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: for you alone.")] = False,
 ) -> None:
-    """Write a checkpoint's student as a Hugging Face model directory, tokenizer included."""
+    """Write a checkpoint's student as a Hugging Face model directory, tokenizer and model card included."""
     if dtype not in EXPORTED:
         raise UserError(f"--dtype: {dtype!r} is none of {', '.join(EXPORTED)}")
     if adapter and dtype != "auto":
         raise UserError("--adapter, --dtype: an adapter is kept as it was trained; choose one of them")
+    if push is not None and license_ is None:
+        raise UserError(
+            "--license: a model that others load needs one; take the student's and the teacher's licenses "
+            "into account"
+        )
+    if private and push is None:
+        raise UserError("--private: goes with --push")
     if paths.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; give a new directory")
     import torch
 
+    from fopd_cli import card
+    from fopd_cli.engines.models import hub
     from fopd_cli.export import export_student
     from fopd_cli.runtime.journal.rundir import RunDir
 
-    chosen = EXPORTED[dtype]
-    done = export_student(
-        RunDir.open(run_dir), out, step, adapter, None if chosen is None else getattr(torch, chosen)
-    )
+    run, chosen = RunDir.open(run_dir), EXPORTED[dtype]
+    if push is not None:
+        hub.check(push)
+    done = export_student(run, out, step, adapter, None if chosen is None else getattr(torch, chosen))
+    card.write(run_dir, out, done, license_, push)
     typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
+    if push is not None:
+        typer.echo(hub.push(out, push, private, leave_out=["fopd.json"]))
 
 
 @app.command()
@@ -462,7 +534,8 @@ def _report(summary: dict[str, Any], path: Path) -> None:
         f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} "
         "(ui.perfetto.dev)"
     )
-    typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
+    if (path / "tensorboard").is_dir():
+        typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
     if summary["kl_first"] is not None:
         score = ""  # where nothing is graded there is none
         if summary["score_first"] is not None and summary["score_last"] is not None:

@@ -31,6 +31,7 @@ from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame
 from fopd_cli.recipe import PluginTask, Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices
 from fopd_cli.runtime.build import resolve_dtype
+from fopd_cli.runtime.journal import trackers
 from fopd_cli.runtime.memory.sizes import arena_bytes, available_memory, free_shared_memory
 from fopd_cli.runtime.memory.weights import layout_bytes
 from fopd_cli.runtime.scheduling.lengths import tells
@@ -68,6 +69,7 @@ def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from _packing(inputs)
     yield from _rope(inputs)
     yield from _compiler(inputs)
+    yield from _trackers(inputs.recipe)
     yield from _ends_of_turns(inputs)
     for teacher in inputs.teachers:
         yield from _tokenizers(inputs, teacher)
@@ -216,6 +218,13 @@ def _compiler(inputs: Inputs) -> Iterator[Finding]:
             "error",
             "learner.compile: there is no C++ compiler on this machine",
             "install g++, set CXX, or set learner.compile: false",
+        )
+
+
+def _trackers(recipe: Recipe) -> Iterator[Finding]:
+    for name in trackers.missing(recipe.track):
+        yield Finding(
+            "error", f"track: the {name} package is not installed", f"pip install {name}, or leave it out"
         )
 
 

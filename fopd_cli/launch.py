@@ -22,6 +22,7 @@ from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.saving import Saver
 from fopd_cli.runtime.journal.sinks import Changes, Resume, Telemetry
+from fopd_cli.runtime.journal.trackers import Subject, open_trackers
 from fopd_cli.runtime.placement import cuda_devices, place
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
@@ -173,7 +174,10 @@ class _Run:
     def _open_sinks(self, resume: Resume | None, changed: Changes) -> Telemetry:
         if resume is not None:
             self.run_dir.take_up(self.recipe, resume, changed)
-        return Telemetry(self.run_dir.path, resume)
+        track = self.recipe.track
+        subject = Subject(self.run_dir.path, self.recipe.model_dump(mode="json"))
+        trackers = open_trackers(track, subject, self.journal.say)
+        return Telemetry(self.run_dir.path, resume, "tensorboard" in track, trackers)
 
     def _export(self) -> dict[str, Any]:
         """The last student, or the best, in Hugging Face's format; returns which."""

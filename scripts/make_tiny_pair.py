@@ -171,8 +171,8 @@ def pretrain(
     lr: float = 4e-3,
     batch: int = 64,
 ) -> int:
-    """Next-token prediction until the loss is under `target` nats per token; returns the steps. With `steps` at
-    most so many, over which the learning rate falls to 0.
+    """Next-token prediction until the loss is under `target` nats per token; returns the steps. With `steps`
+    at most so many, over which the learning rate falls to 0.
     """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)

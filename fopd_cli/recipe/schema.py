@@ -45,6 +45,7 @@ EvalTemperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_o
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 Labels = Literal["cached", "current"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 if TYPE_CHECKING:
     SamplerEngine: TypeAlias = str
     TeacherEngine: TypeAlias = str
@@ -419,8 +420,8 @@ Task = Annotated[
 
 class Sampler(Section):
     engine: SamplerEngine = AUTO
-    """Engine that generates. auto: vllm on CUDA where it is installed and takes the student, else transformers; the
-    choice is said at the start, and stands in the run's recipe.yaml.
+    """Engine that generates. auto: vllm on CUDA where it is installed and takes the student, else
+    transformers; the choice is said at the start, and stands in the run's recipe.yaml.
     """
     vllm: SamplerVllm = SamplerVllm()
     temperature: Temperature = 1.0
@@ -721,6 +722,11 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     placement: Placement = Placement()
     runtime: Runtime = Runtime()
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where curves go beside metrics.jsonl. All but tensorboard are services with a package of their own,
+    configured by their own variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...); one that is down never stops
+    a run.
+    """
     seed: Seed = 0
     """Seed of everything random: the order of prompts and every sampled token."""
 

@@ -17,6 +17,7 @@ from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.buffer import Entry
 from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal import records
+from fopd_cli.runtime.journal.pace import Pace, readable
 from fopd_cli.runtime.journal.sinks import Changes, Progress, Resume, Sinks
 from fopd_cli.runtime.journal.totals import Totals
 from fopd_cli.runtime.journal.watch import Watch
@@ -49,6 +50,7 @@ class Journal:
         self._progress: Progress | None = None
         self._sinks: Sinks | None = None
         self._evaluation = _Evaluation()
+        self._pace = Pace(recipe.learner.steps, recipe.eval.every or recipe.learner.steps)
         self._load: dict[str, float] = {}  # a sampler's latest weight update
         self._began = self._step_began = self._version_since = time.time()
 
@@ -136,7 +138,10 @@ class Journal:
         self.sinks.scalars(records.scalars(record, timing), step)
         self.sinks.histograms(records.histograms(stats), step)
         if self._progress is not None:
-            self._progress.step(step, records.bar(record, timing))
+            self._pace.step(step, time.time())
+            left = self._pace.remaining()
+            eta = {} if left is None else {"left": readable(left)}
+            self._progress.step(step, {**records.bar(record, timing), **eta})
         for warning in self._watch.step(report.grad_norm, record["kl"], record["kl_by_quartile"]):
             self.warn(step, warning)
         if step % max(1, self.recipe.learner.steps // SAMPLES) == 0:
@@ -159,6 +164,7 @@ class Journal:
             "seconds": time.time() - self._version_since,
             "wall_seconds": self.wall_seconds,
         }
+        self._pace.evaluated(timing["seconds"])
         self.sinks.metrics.write({**record, "timing": timing})
         self.sinks.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
         for key in sorted(rows)[:HELD_OUT_SAMPLES]:

@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ import numpy as np
 
 from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal.trace import Trace
+from fopd_cli.runtime.journal.trackers import Tracker
 
 BUSY = ("generate", "score", "train", "publish", "measure", "grade")
 
@@ -144,17 +145,17 @@ class Records(list[dict[str, Any]]):
 class Telemetry:
     """All of a run's output files."""
 
-    def __init__(self, run_dir: Path, resume: Resume | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, run_dir: Path, resume: Resume | None, board: bool = True, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        """`board`: whether TensorBoard's files are written; `trackers` get the same scalars."""
         self.metrics = JsonLines(run_dir / "metrics.jsonl", resume)
         self.ledger = JsonLines(run_dir / "ledger.jsonl", resume)
         self.samples = JsonLines(run_dir / "samples.jsonl", resume)
         self.warnings = JsonLines(run_dir / "warnings.jsonl", resume)
         self.trace = Trace(run_dir / "trace.json")
-        self.board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=None if resume is None else resume.step + 1
-        )
+        self.board = _board(run_dir / "tensorboard", resume) if board else None
+        self.trackers = trackers
         self._busy: dict[str, float] = defaultdict(float)
         self._busy_total: dict[str, float] = defaultdict(float)
         self._window = self._began = time.time()
@@ -180,19 +181,28 @@ class Telemetry:
         return _by_role(self._busy_total, time.time() - self._began)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
+        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        for tracker in self.trackers:
+            tracker.log(finite, step)
+        if self.board is not None:
+            for name, value in finite.items():
                 self.board.add_scalar(name, value, step)
 
     def histograms(self, values: dict[str, np.ndarray], step: int) -> None:
+        if self.board is None:
+            return
         for name, array in values.items():
             finite = array[np.isfinite(array)]
             if len(finite):
                 self.board.add_histogram(name, finite, step)
 
     def close(self) -> None:
-        for file in (self.metrics, self.ledger, self.samples, self.warnings, self.trace, self.board):
+        for file in (self.metrics, self.ledger, self.samples, self.warnings, self.trace):
             file.close()
+        if self.board is not None:
+            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 class Progress:
@@ -231,6 +241,12 @@ class Progress:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
+
+
+def _board(folder: Path, resume: Resume | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=None if resume is None else resume.step + 1)
 
 
 def mean_and_error(grades: Iterable[Iterable[float]]) -> tuple[float, float]:
