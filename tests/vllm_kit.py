@@ -27,6 +27,8 @@ MAX_TOKENS = 320
 class Host:
     """Runs functions in the child, one after the other."""
 
+    late = 0  # calls of `step` until a token is seen that was sampled in one
+
     def __init__(self, log: Path) -> None:
         context = mp.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -61,6 +63,18 @@ def _serve(pipe: Any, log: str) -> None:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def schedule_ahead() -> None:
+    """Have the engines made in this process from now on schedule as on CUDA, where vLLM schedules a batch
+    before it has seen what the one before has sampled (its CPU build never does by itself).
+    """
+    from vllm.config import VllmConfig
+
+    VllmConfig.max_concurrent_batches = property(lambda _: 2)
+    plain = vllm_engine.engine_args
+    scheduler = {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}
+    vllm_engine.engine_args = lambda options: plain(options) | scheduler
 
 
 def options(model: str, dtype: torch.dtype = torch.float32, **changes: Any) -> vllm_engine.VllmOptions:

@@ -12,6 +12,7 @@ import learner_kit as kit
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig, lr_factor
 from fopd_cli.engines.models import hf
@@ -136,6 +137,45 @@ def test_two_ranks_are_plain_pytorch(pair: Path, samples: list[Sample], tmp_path
     )
     assert agree.mean() > 0.999
     assert report.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+
+
+def rank_memory(rank: int, world: int, pair: Path, samples: list[Sample], cfg: LearnerConfig) -> Any:
+    """Gradients after a step of several micro-batches, and the bytes of whole ones that FSDP held before
+    each.
+    """
+    learner, held = kit.make_learner(pair, cfg, rank, world), []
+    forward = learner._forward
+
+    def measured(*args: Any) -> Any:
+        held.append(sum(_whole_gradient_bytes(p) for p in _sharded_parameters(learner.student)))
+        return forward(*args)
+
+    learner._forward = measured  # type: ignore[method-assign]
+    learner.train(0, samples)
+    return kit.gradients(learner), held
+
+
+def _sharded_parameters(student: Any) -> list[Any]:
+    """FSDP's own record of each."""
+    states = [m._get_fsdp_state() for m in student.modules() if isinstance(m, FSDPModule)]
+    return [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
+
+
+def _whole_gradient_bytes(parameter: Any) -> int:
+    whole = getattr(parameter, "_unsharded_param", None)
+    held = [parameter.unsharded_accumulated_grad, None if whole is None else whole.grad]
+    return sum(g.nbytes for g in held if g is not None)
+
+
+def test_no_rank_keeps_whole_gradients_between_micro_batches(
+    pair: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    cfg = kit.config(micro_tokens=12)
+    _, expected = kit.reference(pair, samples, cfg)
+    found, held = kit.on_ranks(2, tmp_path, rank_memory, pair, samples, cfg)
+    assert len(held) > 2
+    assert held == [0] * len(held)
+    close(found, expected)
 
 
 def rank_bf16(rank: int, world: int, pair: Path, samples: list[Sample]) -> Any:

@@ -3,7 +3,7 @@ teacher make.
 
 The engine core runs in the worker's own process and is driven by `step`, one forward pass a call: no second
 process that could be orphaned, no serialisation between us and vLLM's scheduler, and weights can be replaced
-between any two steps. Only tensor parallelism starts processes, which `vllm_plugin` ties to this one.
+between any two steps. Only tensor parallelism starts processes, which `plugin` ties to this one.
 
 This talks to vLLM below its `LLM` class (`EngineCore`, numpy log-probs, no text), so it is pinned to one
 version;
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -118,6 +119,7 @@ class VllmEngine:
         self._core: Any = self._client.engine_core
         self._engine = engine  # keeps the core alive
         self._running: set[str] = set()
+        self._names = itertools.count()
         self._adapter: Any = None  # vLLM's name of the one that requests are to use
         if options.vocab is not None:
             self._rpc("share_vocabulary", options.vocab)
@@ -127,12 +129,18 @@ class VllmEngine:
         """Whether `step` has anything to do."""
         return bool(self._running)
 
-    def add(self, key: int, token_ids: np.ndarray, **sampling: Any) -> None:
-        """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it."""
+    def add(self, token_ids: np.ndarray, **sampling: Any) -> str:
+        """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it. Returns the name
+        that its outputs will bear.
+
+        No name is ever used twice. On CUDA vLLM schedules a step ahead of what it has seen: a request that
+        has ended may still be in the batch that is under way, and another one of its name would be given that
+        batch's token.
+        """
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
-        name = str(key)
+        name = str(next(self._names))
         self._running.add(name)
         self._client.add_request(
             EngineCoreRequest(
@@ -147,9 +155,20 @@ class VllmEngine:
                 data_parallel_rank=None,
             )
         )
+        return name
 
     def step(self) -> list[Any]:
-        """One forward pass; vLLM's `EngineCoreOutput`s, with `new_token_ids` and `new_logprobs` (numpy)."""
+        """One forward pass; vLLM's `EngineCoreOutput`s, with `new_token_ids` and `new_logprobs` (numpy).
+
+        Where vLLM schedules ahead they are those of the pass before, and once nothing runs any more no batch
+        is left under way.
+        """
+        outputs = self._advance()
+        if not self._running:
+            self._drop_batches()
+        return outputs
+
+    def _advance(self) -> list[Any]:
         outputs = self._client.get_output().outputs
         for output in outputs:
             if output.finished:
@@ -163,8 +182,7 @@ class VllmEngine:
         if self._running:
             self._client.abort_requests(list(self._running))
             self._running.clear()
-            for _ in self._drain():
-                pass  # what the aborted requests had sampled last
+        self._drop_batches()
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> list[Any]:
         """Replace all weights; returns the outputs of steps that were still under way, sampled by the old
@@ -218,7 +236,12 @@ class VllmEngine:
     def _drain(self) -> Iterator[Any]:
         """Outputs of batches that vLLM has in flight (asynchronous scheduling on CUDA; none on a CPU)."""
         while self._core.batch_queue:
-            yield from self.step()
+            yield from self._advance()
+
+    def _drop_batches(self) -> None:
+        """Finish those of requests that have ended, or were aborted: nobody wants what they sample."""
+        for _ in self._drain():
+            pass
 
     def _rpc(self, method: str, *args: Any) -> None:
         self._client.collective_rpc(method, args=args)
