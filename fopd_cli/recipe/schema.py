@@ -421,7 +421,7 @@ Task = Annotated[
 class Sampler(Section):
     engine: SamplerEngine = AUTO
     """Engine that generates. auto: vllm on CUDA where it is installed and takes the student, else
-    transformers; the choice is said at the start, and stands in the run's recipe.yaml.
+    transformers; the choice is printed at the start and recorded in the run's recipe.yaml.
     """
     vllm: SamplerVllm = SamplerVllm()
     temperature: Temperature = 1.0
