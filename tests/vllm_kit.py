@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.vllm import engine as vllm_engine
+from fopd_cli.recipe import Vllm
 from fopd_cli.samples import Rollout
 
 MAX_TOKENS = 320
@@ -77,18 +78,20 @@ def schedule_ahead() -> None:
 
 
 def options(model: str, dtype: torch.dtype = torch.float32, **changes: Any) -> vllm_engine.VllmOptions:
+    """`changes` are fields, or keys of the recipe's section."""
     values: dict[str, Any] = {
         "key": "sampler.vllm",
         "cuda": False,
         "max_tokens": MAX_TOKENS,
         "max_requests": 64,
         "max_logprobs": -1,
-        "kv_cache_bytes": 64 << 20,
+        "cache_bytes": 64 << 20,
         "live_weights": True,
         "prefix_caching": True,
         "seeded": True,
     }
-    return vllm_engine.VllmOptions(model=model, dtype=dtype, **{**values, **changes})
+    section = Vllm(**{key: changes.pop(key) for key in [*changes] if key in Vllm.model_fields})
+    return vllm_engine.VllmOptions(section, model=model, dtype=dtype, **{**values, **changes})
 
 
 @functools.cache

@@ -6,11 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Sampler, Teacher
+from fopd_cli.runtime import devices as visible
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 
-Devices = tuple[int, ...]  # CUDA ordinals of one process; empty: the CPU
+Devices = tuple[int, ...]  # of one process, counted among those visible here; empty: the CPU
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,7 @@ class Plan:
 
 def cuda_devices() -> int:
     """Visible CUDA devices, counted without making a context in this process."""
-    import torch
-
-    return torch.cuda.device_count()
+    return visible.count()
 
 
 def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
@@ -72,7 +72,7 @@ def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
     else:
         p = recipe.placement
         teachers: list[list[Devices]] = [
-            [()] * (1 if t.engine == "http" else p.teacher or 1) for t in recipe.teachers
+            [()] * (1 if engine_of(t).remote else p.teacher or 1) for t in recipe.teachers
         ]
         groups = _Groups([()] * (p.sampler or 1), teachers, [()] * (p.learner or 1))
     return _plan(recipe, mode, groups, cores)
@@ -89,14 +89,14 @@ class _Groups:
 
 def _partition(recipe: Recipe, devices: int) -> _Groups:
     p = recipe.placement
-    local = [t for t in recipe.teachers if t.engine != "http"]
+    local = [t for t in recipe.teachers if not engine_of(t).remote]
     fewest = 2 + len(local)
     if devices < fewest:
         raise UserError(
             f"placement.mode: partition needs at least {fewest} CUDA devices, one a role, and there are "
             f"{devices}; set it to timeslice"
         )
-    split = _processes(recipe.sampler)
+    split = devices_of_a_replica(recipe.sampler)
     sampler = p.sampler or max(split, devices // 2 // split * split)
     teacher = (p.teacher or max(len(local), devices // 4)) if local else 0
     learner = p.learner or max(1, devices - sampler - teacher)
@@ -121,20 +121,20 @@ def _partition(recipe: Recipe, devices: int) -> _Groups:
     )
 
 
-def _processes(engine: Sampler | Teacher) -> int:
-    """Devices that one replica is split over."""
-    return engine.vllm.tensor_parallel if engine.engine == "vllm" else 1
+def devices_of_a_replica(engine: Sampler | Teacher) -> int:
+    """That one replica is split over; on a CPU they are processes."""
+    return engine_of(engine).devices(engine)
 
 
 def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[Devices]:
     """One process per replica, each with the devices that it is split over; a remote teacher has none."""
-    if engine.engine == "http":
+    if engine_of(engine).remote:
         return [()]
-    split = _processes(engine)
+    split = devices_of_a_replica(engine)
     if len(devices) % split:
         raise UserError(
-            f"{role}.vllm.tensor_parallel: {split} does not divide the {len(devices)} devices of the "
-            f"{role}; change it or placement.{role}"
+            f"{role}.{engine_of(engine).split_key}: {split} does not divide the {len(devices)} devices of "
+            f"the {role}; change it or placement.{role}"
         )
     return [tuple(devices[i : i + split]) for i in range(0, len(devices), split)]
 
@@ -148,7 +148,9 @@ def _plan(
     # order).
     turns = mode == "timeslice" or (mode == "cpu" and recipe.max_lag == 0)
     by_need = mode == "cpu" and recipe.schedule.lag is None and not turns
-    busy = [t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if engine.engine != "http"]
+    busy = [
+        t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if not engine_of(engine).remote
+    ]
     workers = len(groups.samplers) + sum(map(len, busy)) + len(groups.learners)
 
     def specs(
@@ -159,8 +161,8 @@ def _plan(
         index: int = 0,
         label: str = "",
     ) -> tuple[WorkerSpec, ...]:
-        n, split = len(devices), 1 if engine is None else _processes(engine)
-        remote = engine is not None and engine.engine == "http"  # waits, and computes nothing
+        n, split = len(devices), 1 if engine is None else devices_of_a_replica(engine)
+        remote = engine is not None and engine_of(engine).remote  # waits, and computes nothing
         fixed = 1 if remote else max(1, cores // (n if turns else workers) // split)
         share = wanted or (None if by_need and split == 1 and not remote else fixed)
         return tuple(WorkerSpec(role, rank, n, devices[rank], share, index, label) for rank in range(n))

@@ -10,6 +10,7 @@ import yaml
 from conftest import TINY, small_recipe
 
 from fopd_cli import doctor
+from fopd_cli.inputs import load_inputs
 from fopd_cli.recipe import load_recipe
 from fopd_cli.runtime.placement import place
 
@@ -31,7 +32,7 @@ def said(folder: Path, **changes: Any) -> list[str]:
         yaml.safe_dump(small_recipe(TINY) | changes if "task" in changes else small_recipe(TINY, **changes))
     )
     recipe = load_recipe(path)
-    return [str(f) for f in doctor.findings(doctor.load_inputs(recipe, place(recipe, 0)), folder)]
+    return [str(f) for f in doctor.findings(load_inputs(recipe, place(recipe, 0)), folder)]
 
 
 def test_a_sound_recipe_has_none(tmp_path: Path) -> None:
@@ -89,5 +90,5 @@ def test_one_thing_is_said_once(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     parsed = load_recipe(path)
-    lines = [str(f) for f in doctor.findings(doctor.load_inputs(parsed, place(parsed, 0)), tmp_path)]
+    lines = [str(f) for f in doctor.findings(load_inputs(parsed, place(parsed, 0)), tmp_path)]
     assert len([line for line in lines if "the same model: every loss is 0" in line]) == 1

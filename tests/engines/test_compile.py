@@ -1,14 +1,13 @@
 """What `learner.compile` compiles, also where activations are checkpointed, and on the path that a GPU takes.
 
-PyTorch's variable-length attention is two operators without CPU kernels. Here they get some, one sequence at a time,
-so that what is traced, compiled and differentiated is the code that runs on CUDA, with real numbers.
+PyTorch's variable-length attention is two operators without CPU kernels. Here they get some, one sequence at
+a time, so that what is traced, compiled and differentiated is the code that runs on CUDA, with real numbers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,10 +92,10 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_block_is_one_graph_with_its_attention(
     pair: Path, samples: list[Sample], as_on_cuda: None, checkpointing: bool
 ) -> None:
-    """Under checkpointing as well. Its gradients are plain PyTorch's. Another row needs a second graph, of any
-    length, and a third one needs none.
+    """Under checkpointing as well. Its gradients are plain PyTorch's. Another row needs a second graph, of
+    any length, and a third one needs none.
     """
-    cfg = replace(kit.config(), activation_checkpointing=checkpointing, compile=True, micro_tokens=30)
+    cfg = kit.config(activation_checkpointing=checkpointing, compile=True, micro_tokens=30)
     loss, expected = kit.reference(pair, samples, cfg)
     learner = kit.make_learner(pair, cfg)
     learner.shared = False  # as on CUDA: samples share nothing

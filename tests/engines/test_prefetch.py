@@ -35,8 +35,8 @@ class Watched(Lane):
 def test_the_next_micro_batch_leaves_before_anybody_waits_for_the_one_before(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its copies are asked for when the backward pass of the one before has been, and before the first look at
-    a figure.
+    """Its copies are asked for when the backward pass of the one before has been, and before the first look
+    at a figure.
     """
     samples, log = kit.make_samples(pair, 4), []  # type: list[Any], list[str]
     learner = kit.make_learner(pair, kit.config(micro_tokens=1))

@@ -81,7 +81,7 @@ def others(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["full attention", "a window"])
 def test_no_forward_pass_is_over_more_tokens_than_allowed(name: str) -> None:
-    """Neither at the start nor after an update, when all rows are computed anew; log-probs are the models'."""
+    """Neither at the start nor after an update, when all rows are computed anew."""
     model, old, new = model_of(name), model_of(name), model_of(name, 1)
     engine, passes = sampler_of(model, 4, prefill_tokens=BUDGET)
     engine.submit(requests([30, 3, 17, 1], [12] * 4))
@@ -100,8 +100,8 @@ def test_no_forward_pass_is_over_more_tokens_than_allowed(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_requests_join_a_batch_that_runs(name: str) -> None:
-    """At once, where the cache is plain keys and values; else when it is made anew, or when the batch is done.
-    Prompts are shorter and longer than what runs, and of one token.
+    """At once, where the cache is plain keys and values; else when it is made anew, or when the batch is
+    done. Prompts are shorter and longer than what runs, and of one token.
     """
     model, reference = model_of(name), model_of(name)
     engine, _ = sampler_of(model, 3, prefill_tokens=BUDGET)
@@ -138,8 +138,8 @@ def test_rows_that_join_make_room_for_their_prompts_alone() -> None:
 
 
 def test_stale_keys_and_values_are_kept_if_so_told() -> None:
-    """Nothing is computed anew; tokens after the update are those of the new weights over what the old ones left,
-    and are counted.
+    """Nothing is computed anew; tokens after the update are those of the new weights over what the old ones
+    left, and are counted.
     """
     model, old, new = (model_of("full attention", seed) for seed in (0, 0, 1))
     engine, passes = sampler_of(model, 2, stale_kv=True)

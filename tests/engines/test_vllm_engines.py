@@ -365,8 +365,8 @@ def _over_stale_keys(student: str) -> tuple[list[Rollout], list[Rollout]]:
 
 
 def test_stale_keys_and_values_are_kept_if_so_told_and_never_shared(host: kit.Host, pair: Path) -> None:
-    """Tokens after the update are those of the new weights over what the old ones left; whoever begins after it
-    has nothing of theirs.
+    """Tokens after the update are those of the new weights over what the old ones left; whoever begins after
+    it has nothing of theirs.
     """
     student = str(pair / "student")
     old, new = hf.load_model(student, "m", torch.float32), fresh(student, perturbed(student, 3))
@@ -675,7 +675,7 @@ def _refusal(model: str, changes: dict[str, Any]) -> str:
 
 
 def test_what_vllm_refuses_is_one_clear_line(host: kit.Host, pair: Path) -> None:
-    message = host(_refusal, str(pair / "student"), {"kv_cache_bytes": 1 << 18, "max_tokens": 1000})
+    message = host(_refusal, str(pair / "student"), {"cache_bytes": 1 << 18, "max_tokens": 1000})
     assert message.startswith("sampler.vllm: vLLM refuses: ")
     assert "KV cache is needed" in message
     assert "\n" not in message

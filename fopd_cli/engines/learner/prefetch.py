@@ -1,12 +1,13 @@
-"""Micro-batches on their way to the device: the next one is put together and copied while the one before computes.
+"""Micro-batches on their way to the device: the next one is put together and copied while the one before
+computes.
 
-    host     put 0 together | launch 0's forward, backward | put 1 together        | wait for 0 | launch 1's ...
-    side     copy 0         |                              | copy 1                |            |
-    device                  | forward 0, backward 0 .......................................     | forward 1 ...
+    host     put 0 together | launch 0's passes | put 1 together | wait for 0 | launch 1's ...
+    side     copy 0         |                   | copy 1         |            |
+    device                  | forward 0, backward 0 ...................       | forward 1 ...
 
-Copies go through page-locked memory on a stream of their own; the stream that computes waits for them before it
-uses them, and memory that it has used goes back to the copies only when it is done with it. Where a copy is over
-when it returns, on a CPU, the order of the work is the same, and there is nothing to wait for.
+Copies go through page-locked memory on a stream of their own; the stream that computes waits for them before
+it uses them, and memory that it has used goes back to the copies only when it is done with it. Where a copy
+is over when it returns, on a CPU, the order of the work is the same, and there is nothing to wait for.
 """
 
 from __future__ import annotations

@@ -305,7 +305,7 @@ def load_head(model: str, key: str, dtype: torch.dtype) -> Head:
 
 
 def _files_of(model: str, key: str, names: Sequence[str]) -> CheckpointFiles | None:
-    """A model's files; of a hub model that is not here yet those alone that hold these tensors are fetched."""
+    """A model's files; of a hub model that is not here yet, those alone that hold these tensors."""
     if Path(model).is_dir() or _cached_folder(model) is not None:
         return CheckpointFiles.of(local_folder(model, key))
     from huggingface_hub import hf_hub_download

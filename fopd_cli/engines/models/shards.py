@@ -4,8 +4,8 @@
     sharded   by whoever runs it, as such
     filled    each rank makes memory for its shards, and reads its own rows of each tensor from the files
 
-Files that name or shape a weight otherwise than the model does (experts one by one, say) have to be put together
-by transformers, whole; such models are loaded as ever.
+Files that name or shape a weight otherwise than the model does (experts one by one, say) have to be put
+together by transformers, whole; such models are loaded as ever.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Unread:
 
     @torch.no_grad()
     def fill(self, root: nn.Module, lm: nn.Module, device: torch.device) -> None:
-        """Give the parameters of `lm`, which is part of `root`, memory on `device` and their values. `root` is
-        what was sharded.
+        """Give the parameters of `lm`, which is part of `root`, memory on `device` and their values. `root`
+        is what was sharded.
         """
         root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
         for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
@@ -45,8 +45,9 @@ class Unread:
 
 
 def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None:
-    """The causal language model in `dtype`, in evaluation mode, without its weights; None where they have to be
-    loaded whole. Raises `UserError` as `hf.load_model` does, but does not see whether the model looks ahead.
+    """The causal language model in `dtype`, in evaluation mode, without its weights; None where they have to
+    be loaded whole. Raises `UserError` as `hf.load_model` does, but does not see whether the model looks
+    ahead.
     """
     config, folder = hf.load_config(model, key), hf.local_folder(model, key)
     report = hf.load_report(str(folder), config, key)

@@ -38,8 +38,8 @@ def by_token_budget(lengths: Sequence[int], budget: int, packed: bool) -> list[l
 
 
 def balanced_shares(lengths: Sequence[int], ranks: int, power: int = 2) -> list[list[int]]:
-    """Indices for each rank, balancing the sum of squared lengths (attention's cost), or of another power (1: of
-    tokens); each share in rising order.
+    """Indices for each rank, balancing the sum of squared lengths (attention's cost), or of another power (1:
+    of tokens); each share in rising order.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     cost = [0] * ranks

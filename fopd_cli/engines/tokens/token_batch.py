@@ -113,8 +113,8 @@ def enable_packing(lm: Any, compiled: bool = False) -> None:
     """Give the model attention that knows of packed rows; `check_packing` says whether the rest of it bears
     them.
 
-    `compiled`: its blocks will be. The variable-length kernel becomes part of their graphs; a loop over as many
-    sequences as there happen to be cannot.
+    `compiled`: its blocks will be. The variable-length kernel becomes part of their graphs; a loop over as
+    many sequences as there happen to be cannot.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask

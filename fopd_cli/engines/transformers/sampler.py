@@ -2,20 +2,20 @@
 
 Requests are decoded in batches of up to `batch_size` rows with a KV cache. A row that finishes leaves at once
 and the batch shrinks around those that go on; waiting requests join them as soon as an eighth of the batch is
-free. New weights can be loaded between any two tokens: the cache is recomputed with them, so that every token's
-log-prob is that of one whole version (unless `stale_kv` says to go on with the old keys and values). So it is
-where a row grows past a switch of its rotary embedding: its older keys were made with other factors.
+free. New weights can be loaded between any two tokens: the cache is recomputed with them, so that every
+token's log-prob is that of one whole version (unless `stale_kv` says to go on with the old keys and values).
+So it is where a row grows past a switch of its rotary embedding: its older keys were made with other factors.
 
-No forward pass is over more than `prefill_tokens` tokens (or one a row): what is longer, the prompts of a batch
-or all its rows after an update, is computed some columns at a time.
+No forward pass is over more than `prefill_tokens` tokens (or one a row): what is longer, the prompts of a
+batch or all its rows after an update, is computed some columns at a time.
 
     ids      . . a b c d e|    columns of a batch, padded on the left
              . f g h i j k|
     cache    [ 1 ][ 2 ][3] ^   the last column is the ordinary step
 
 Rows of several lengths are padded on the left. Where a model does not bear that (`support.py`: a state from
-token to token, say, which padding would be part of), its rows are decoded in batches of one length that nothing
-joins, whole. What has no cache that we know runs over all tokens each time.
+token to token, say, which padding would be part of), its rows are decoded in batches of one length that
+nothing joins, whole. What has no cache that we know runs over all tokens each time.
 
 Each row draws from its own generator (one uniform a token, inverse transform), so a rollout depends on its
 seed, prompt and weights, not on its neighbours (up to the kernels' rounding for a batch of another shape).
@@ -213,7 +213,9 @@ class TransformersSampler:
         return out.logits[:, -1, : self.vocab].float()
 
     def _filled(self, ids: Tensor, mask: Tensor) -> Any:
-        """The cache of all columns but the last; None if there is no other, or none that can be made in pieces."""
+        """The cache of all columns but the last; None if there is no other, or none that can be made in
+        pieces.
+        """
         cache, last = None, ids.shape[1] - 1
         columns = max(1, self.prefill_tokens // len(ids))
         for start in range(0, last, columns):
@@ -259,20 +261,20 @@ class TransformersSampler:
         drawn = inverse_transform(logprobs, uniforms)
         values = logprobs.gather(-1, drawn).cpu().numpy()
         for row, ids, value in zip(self._rows, drawn.int().cpu().numpy(), values, strict=True):
-            row.draw_ids.append(ids)
-            row.draw_logprobs.append(value)
+            row.extras["draw_ids"].append(ids)
+            row.extras["draw_logprobs"].append(value)
 
     def _keep_topk(self, logprobs: Tensor, k: int) -> None:
         if k == 0:
             return
         if k < 0:
             for row, full in zip(self._rows, logprobs.cpu().numpy(), strict=True):
-                row.topk_logprobs.append(full)
+                row.extras["topk_logprobs"].append(full)
             return
         values, ids = logprobs.topk(k, -1)
         for row, value, index in zip(self._rows, values.cpu().numpy(), ids.int().cpu().numpy(), strict=True):
-            row.topk_logprobs.append(value)
-            row.topk_ids.append(index)
+            row.extras["topk_logprobs"].append(value)
+            row.extras["topk_ids"].append(index)
 
     def _finish(self, chosen: np.ndarray) -> list[Rollout]:
         finished = []

@@ -49,8 +49,8 @@ class _HiddenAndHead(nn.Module):
 
 
 class TransformersTeacher:
-    """Implements `protocols.Teacher`. `unread`: on several ranks the model may be on the meta device; its weights
-    are then read once it is sharded.
+    """Implements `protocols.Teacher`. `unread`: on several ranks the model may be on the meta device; its
+    weights are then read once it is sharded.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import Vllm
 
 TESTED_VERSION = "0.32.0"
 TELLING = ("Value error", "Assertion failed", "must")  # in the line of an error that says what is wrong
@@ -42,8 +43,9 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """What a recipe's `vllm` section and the run around it say. `key` names the section in errors."""
+    """A recipe's `vllm` section, and what the run around it says. `key` names the section in errors."""
 
+    section: Vllm
     key: str
     model: str
     dtype: torch.dtype
@@ -51,11 +53,8 @@ class VllmOptions:
     max_tokens: int  # of prompt and response together
     max_requests: int  # running at once
     max_logprobs: int  # largest k asked for; -1: the whole vocabulary
-    tensor_parallel: int = 1
-    gpu_memory: float = 0.85
-    kv_cache_bytes: int | None = None
-    eager: bool = False
-    max_batched_tokens: int | None = None
+    cache_bytes: int | None = None  # KV cache where the section does not say; None: vLLM's own choice
+    batched_tokens: int | None = None  # the same of tokens a forward pass
     prefix_caching: bool = False
     live_weights: bool = False  # whether `load` will be called
     stale_kv: bool = False  # whether running requests keep their keys and values at an update
@@ -63,6 +62,15 @@ class VllmOptions:
     adapter: AdapterOptions | None = None
     hidden: bool = False  # whether the hidden states of prompts will be taken
     vocab: int | None = None  # ids from here on have no probability; None: the pair shares all
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        gigabytes = self.section.kv_cache_gb
+        return self.cache_bytes if gigabytes is None else int(gigabytes * 1e9)
+
+    @property
+    def max_batched_tokens(self) -> int | None:
+        return self.section.max_batched_tokens or self.batched_tokens
 
 
 def installed_version() -> str | None:
@@ -130,8 +138,8 @@ class VllmEngine:
         """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it. Returns the name
         that its outputs will bear.
 
-        No name is ever used twice. On CUDA vLLM schedules a step ahead of what it has seen: a request that has
-        ended may still be in the batch that is under way, and another one of its name would be given that
+        No name is ever used twice. On CUDA vLLM schedules a step ahead of what it has seen: a request that
+        has ended may still be in the batch that is under way, and another one of its name would be given that
         batch's token.
         """
         from vllm import SamplingParams
@@ -308,9 +316,9 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
         "max_logprobs": options.max_logprobs,
         "logprobs_mode": "processed_logprobs",  # of the distribution really sampled from
         "enable_prefix_caching": options.prefix_caching,
-        "tensor_parallel_size": options.tensor_parallel,
-        "gpu_memory_utilization": options.gpu_memory,
-        "enforce_eager": options.eager or not options.cuda,
+        "tensor_parallel_size": options.section.tensor_parallel,
+        "gpu_memory_utilization": options.section.gpu_memory,
+        "enforce_eager": options.section.eager or not options.cuda,
         "kv_cache_memory_bytes": options.kv_cache_bytes,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,

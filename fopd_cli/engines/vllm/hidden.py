@@ -1,8 +1,9 @@
-"""Inside vLLM's workers: the hidden states of prompts are kept, post-norm, as the output head would take them.
+"""Inside vLLM's workers: the hidden states of prompts are kept, post-norm, as the output head would take
+them.
 
-vLLM's own extraction writes files, before the norm. Its model runner, however, hands the states of each step to the
-function that makes prompt log-probs of them; there they are taken, by request, and moved to the host. This is the
-first of vLLM's two model runners (V1), which `engine.py` asks for where hidden states are wanted.
+vLLM's own extraction writes files, before the norm. Its model runner, however, hands the states of each step
+to the function that makes prompt log-probs of them; there they are taken, by request, and moved to the host.
+This is the first of vLLM's two model runners (V1), which `engine.py` asks for where hidden states are wanted.
 """
 
 from __future__ import annotations

@@ -107,9 +107,9 @@ class VllmSampler:
         for i, token in enumerate(output.new_token_ids):
             row.append(token, float(logprobs[i, 0]), self.version)
             if params.keep_topk > 0:
-                row.topk_ids.append(ids[i, 1 : params.keep_topk + 1].copy())
-                row.topk_logprobs.append(logprobs[i, 1 : params.keep_topk + 1].copy())
+                row.extras["topk_ids"].append(ids[i, 1 : params.keep_topk + 1].copy())
+                row.extras["topk_logprobs"].append(logprobs[i, 1 : params.keep_topk + 1].copy())
             elif params.keep_topk < 0:
                 everything = np.empty(ids.shape[1] - 1, dtype=np.float32)
                 everything[ids[i, 1:]] = logprobs[i, 1:]
-                row.topk_logprobs.append(everything)
+                row.extras["topk_logprobs"].append(everything)

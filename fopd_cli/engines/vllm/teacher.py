@@ -1,14 +1,14 @@
-"""The frozen teacher on vLLM: hidden states, top-k log-probs, or those of the sampled tokens, at every response
-position.
+"""The frozen teacher on vLLM: hidden states, top-k log-probs, or those of the sampled tokens, at every
+response position.
 
-Hidden states are those that vLLM's own head would take (`hidden.py`). Whether the head in the model's files makes
-vLLM's log-probs of them is tried at start: what an architecture does in between on vLLM need not be what it does
-elsewhere.
+Hidden states are those that vLLM's own head would take (`hidden.py`). Whether the head in the model's files
+makes vLLM's log-probs of them is tried at start: what an architecture does in between on vLLM need not be
+what it does elsewhere.
 
-vLLM calls log-probs prompt log-probs: the whole sample is a prompt, and one token that nobody wants is generated.
-They are computed per chunk of `max_batched_tokens`, whose `[tokens, vocab]` logits vLLM's memory profile does
-not foresee: the cap is what keeps long contexts from killing the engine. Prefix caching is off, because a
-cached position has none.
+Log-probs are what vLLM calls prompt log-probs: the whole sample is a prompt, and one token that nobody wants
+is generated. They are computed per chunk of `max_batched_tokens`, whose `[tokens, vocab]` logits vLLM's
+memory profile does not foresee: the cap is what keeps long contexts from killing the engine. Prefix caching
+is off, because a cached position has none.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class VllmTeacher:
     so.
     """
 
-    def __init__(self, options: VllmOptions, head: Head | None = None) -> None:
-        self.engine, self._head = VllmEngine(options), head
+    def __init__(self, options: VllmOptions, head: Head | None = None, vocab: int | None = None) -> None:
+        self.engine = VllmEngine(options)
         if head is not None:
             self._check(head)
+            head = head.first(head.vocab if vocab is None else vocab)
+        self._head = head
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
         asked = {}
@@ -81,8 +83,8 @@ class VllmTeacher:
         made = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(ids[1:, None]).long())[:, 0]
         if float((made - own).abs().max()) > PROBE_TOLERANCE.get(options.dtype, 0.1):
             raise UserError(
-                f"{options.key.removesuffix('.vllm')}.engine: vllm does something between the hidden states of "
-                f"{options.model!r} and its logits that fopd does not know; set engine: transformers, or targets: topk"
+                f"teacher.engine: vllm does something between the hidden states of {options.model!r} and its "
+                "logits that fopd does not know; set teacher.engine: transformers, or teacher.targets: topk"
             )
 
     def _fill(self, found: Any, rows: Tensor, target: TeacherTargets) -> None:

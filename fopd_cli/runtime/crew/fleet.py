@@ -37,6 +37,7 @@ import torch
 import torch.multiprocessing as mp
 
 from fopd_cli.errors import UserError, WorkerError
+from fopd_cli.runtime import devices
 from fopd_cli.runtime.crew import cores, warm
 from fopd_cli.runtime.crew.cores import Cores
 from fopd_cli.runtime.crew.messages import Failed, Lost, StopCommand
@@ -50,7 +51,8 @@ STARTERS = ("grader", "environment", "eval")
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One process: `role` and `rank` name it, `devices` are CUDA ordinals (empty: the CPU).
+    """One process: `role` and `rank` name it, `devices` are its CUDA devices, counted among those that are
+    visible here (empty: the CPU).
 
     `threads` is its fixed share of the cores; None: all of them, divided with those who compute at the same
     time. `index` is the number of the teacher, where there are several; `label` then tells them apart. `life`
@@ -168,10 +170,13 @@ class Fleet:
         log = self.logs / f"{spec.name}.log"
         row = self._rows.setdefault(spec.name, len(self._rows))
         share = Cores(self._computing, row, cores.here()) if spec.threads is None else None
+        ours = environment(spec)
         process = self._context.Process(
-            target=_main, args=(spec, target, args, inbox, outbox, pulse, share, str(log)), name=spec.name
+            target=_main,
+            args=(spec, ours, target, args, inbox, outbox, pulse, share, str(log)),
+            name=spec.name,
         )
-        with _set(_environment(spec)), warm.signals_blocked():
+        with _set(ours), warm.signals_blocked():
             try:
                 process.start()
             except (
@@ -356,17 +361,19 @@ def _log(line: str) -> None:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
-def _environment(spec: WorkerSpec) -> dict[str, str]:
-    """What a worker's libraries are to find when they first look."""
+def environment(spec: WorkerSpec) -> dict[str, str]:
+    """What a worker's libraries are to find when they first look; made where the list of devices is still the
+    one that was inherited.
+    """
     threads = str(spec.threads or cores.here())
     ours = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if spec.devices:
-        ours["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
+        ours[devices.VISIBLE] = ",".join(map(devices.entry, spec.devices))
         # The learner's batches vary in shape, which fragments the allocator; engines that share memory cannot
         # have it.
         ours["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{spec.role == 'learner'}"
     else:
-        ours["CUDA_VISIBLE_DEVICES"] = ""
+        ours[devices.VISIBLE] = ""
     return ours
 
 
@@ -387,6 +394,7 @@ def _set(environment: dict[str, str]) -> Iterator[None]:
 
 def _main(
     spec: WorkerSpec,
+    ours: dict[str, str],
     target: Callable[..., None],
     args: tuple[Any, ...],
     inbox: Any,
@@ -401,7 +409,7 @@ def _main(
         conductor = mp.parent_process()
         if conductor is None or not conductor.is_alive():
             os._exit(1)  # it died before we were tied to it
-    os.environ.update(_environment(spec))  # a forked process has its server's
+    os.environ.update(ours)  # a forked process has its server's
     _leave_signals_alone(spec.role)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
@@ -410,7 +418,7 @@ def _main(
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(spec.threads or cores.here())
     mailbox = Mailbox(inbox, outbox, pulse, share)
-    where = f"CUDA devices {', '.join(map(str, spec.devices))}" if spec.devices else "the CPU"
+    where = f"CUDA devices {ours[devices.VISIBLE]}" if spec.devices else "the CPU"
     _log(
         f"{spec.name} starts: pid {os.getpid()}, on {where}, "
         f"{spec.threads or 'up to ' + str(cores.here())} threads"

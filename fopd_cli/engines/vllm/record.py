@@ -1,0 +1,11 @@
+"""vLLM, inside our worker processes."""
+
+from fopd_cli.engines.record import Engine, SamplerFacts, TeacherFacts
+
+RECORD = Engine(
+    "vllm",
+    sampler=SamplerFacts(adapters=True, copies=False, one_rotation=True),
+    teacher=TeacherFacts(frozenset({"topk", "sampled"}), by_name=frozenset({"hidden"})),
+    cuda=True,
+    split="tensor_parallel",
+)

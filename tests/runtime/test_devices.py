@@ -1,0 +1,183 @@
+"""Devices as they were handed to this command: entries of `CUDA_VISIBLE_DEVICES`, never ordinals over it.
+
+No GPU is needed: how many CUDA finds is pretended; the list, the placement, the environments and the workers
+are real.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, small_recipe
+
+from fopd_cli import doctor, evaluation
+from fopd_cli.errors import UserError
+from fopd_cli.recipe import Recipe, load_recipe
+from fopd_cli.runtime import devices
+from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, WorkerSpec, environment
+from fopd_cli.runtime.placement import cuda_devices, place
+
+UUID = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
+OTHER = "GPU-11112222-d72c-4106-c12f-20bd9faed9f6"
+MIG = "MIG-GPU-8932f937-d72c-4106-c12f-20bd9faed9f6/1/0"
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+Box = Callable[[str | None, int], None]
+
+
+@pytest.fixture
+def box(monkeypatch: pytest.MonkeyPatch) -> Box:
+    """`box(list, found)`: what is inherited, and how many of them CUDA finds."""
+
+    def pretend(value: str | None, found: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+        if value is None:
+            monkeypatch.delenv(devices.VISIBLE, raising=False)
+        else:
+            monkeypatch.setenv(devices.VISIBLE, value)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("value", "found", "entries"),
+    [
+        (None, 3, ["0", "1", "2"]),
+        ("4,5,6,7", 4, ["4", "5", "6", "7"]),
+        (" 3 , 1", 2, ["3", "1"]),
+        ("", 0, []),
+        ("-1", 0, []),
+        ("2,-1,3", 1, ["2"]),  # CUDA stops at the first that means nothing
+        ("0,9", 1, ["0"]),
+        (f"{UUID},{OTHER}", 2, [UUID, OTHER]),
+        ("GPU-8932,GPU-1111", 2, ["GPU-8932", "GPU-1111"]),  # a UUID may be cut short
+        (f"{UUID},1", 1, [UUID]),
+        (f"{MIG},MIG-aa,MIG-bb", 1, [MIG, "MIG-aa", "MIG-bb"]),  # CUDA shows a process one instance
+    ],
+)
+def test_workers_get_entries_of_the_inherited_list(
+    box: Box, value: str | None, found: int, entries: list[str]
+) -> None:
+    box(value, found)
+    assert cuda_devices() == len(entries)
+    specs = [WorkerSpec("sampler", i, 9, (i,), 1) for i in range(cuda_devices())]
+    assert [environment(spec)[devices.VISIBLE] for spec in specs] == entries
+    everything = WorkerSpec("sampler", 0, 1, tuple(range(len(entries))), 1)
+    assert environment(everything)[devices.VISIBLE] == ",".join(entries)
+    assert environment(WorkerSpec("grader", 0, 1, (), 1))[devices.VISIBLE] == ""
+
+
+@pytest.mark.parametrize("value", ["4,5,4", "0, 0", f"{UUID},{UUID}", f"{UUID},GPU-8932f937", "1,01"])
+def test_a_device_that_stands_twice_is_refused(box: Box, value: str) -> None:
+    """CUDA then shows none, and the run would have been one on the CPU, without a word."""
+    box(value, 0)
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES: .* twice, .* name each once"):
+        cuda_devices()
+
+
+def tell(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    mailbox.send(os.environ[devices.VISIBLE])
+    mailbox.receive(block=True)
+
+
+def test_a_worker_sees_its_own_device_and_so_does_one_that_is_started_again(box: Box, tmp_path: Path) -> None:
+    box("7,5,3", 3)
+    with Fleet(tmp_path, 60, 60) as fleet:
+        spec = WorkerSpec("sampler", 1, 2, (1, 2), 1)
+        for life in (spec, replace(spec, life=1)):
+            fleet.start(life, tell)
+            ((_, said),) = fleet.receive(timeout=60)
+            assert said == "5,3"
+            fleet.remove(spec.name)
+        assert os.environ[devices.VISIBLE] == "7,5,3"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_use_the_devices_that_were_handed_out_each_by_its_name(
+    box: Box, path: Path, count: int
+) -> None:
+    """The real placement and environments: every role has devices, one process a device and role, no name
+    that is not on the list; what does not go says which key is to blame.
+    """
+    names = [str(9 - i) for i in range(count)]
+    box(",".join(names), count)
+    recipe = load_recipe(path)
+    p = recipe.placement
+    if p.mode == "partition" and count < sum(filter(None, (p.sampler, p.teacher, p.learner))):
+        with pytest.raises(UserError, match=r"^placement"):
+            place(recipe, cuda_devices(), cores=16)
+        return
+    plan = place(recipe, cuda_devices(), cores=16)
+    given = []
+    for role in (plan.samplers, *plan.teachers, plan.learners):
+        entries = [e for spec in role for e in environment(spec)[devices.VISIBLE].split(",")]
+        assert len(set(entries)) == len(entries)
+        assert set(entries) <= set(names)
+        given.append(set(entries))
+    if plan.mode == "partition":
+        assert sum(map(len, given)) == len(set.union(*given)) == count
+    else:
+        assert all(own == set(names) for own in given)
+    assert environment(plan.grader)[devices.VISIBLE] == ""
+
+
+def eval_recipe(tmp_path: Path, *overrides: str) -> Recipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(TINY)))
+    return load_recipe(path, overrides)
+
+
+def test_a_job_of_fopd_eval_has_the_devices_that_its_replica_is_split_over(box: Box, tmp_path: Path) -> None:
+    box("1,3,5,7,9", 5)
+    split = eval_recipe(tmp_path, "sampler.engine=vllm", "sampler.vllm.tensor_parallel=2")
+    assert evaluation.default_jobs(split) == 2
+    assert evaluation._job_devices(split, "all") == [(0, 1), (2, 3)]
+    whole = eval_recipe(tmp_path)
+    assert evaluation.default_jobs(whole) == 5
+    assert evaluation._job_devices(whole, "generate") == [(0,), (1,), (2,), (3,), (4,)]
+    assert evaluation._job_devices(split, "grade") == [()]
+    wide = eval_recipe(tmp_path, "sampler.engine=vllm", "sampler.vllm.tensor_parallel=8")
+    with pytest.raises(UserError, match=r"tensor_parallel: a replica is split over 8 devices, there are 5"):
+        evaluation._job_devices(wide, "all")
+    box("", 0)
+    assert evaluation.default_jobs(split) == 1
+    assert evaluation._job_devices(split, "all") == [()]
+
+
+SMI = """#!/bin/sh
+case "$*" in
+  *query-gpu*) echo '0, GPU-aaaa-1, 81559'; echo '5, GPU-bbbb-2, 40960'; echo '6, GPU-cccc-3, [N/A]';;
+  *) echo 'GPU 0: NVIDIA H100 (UUID: GPU-aaaa-1)'; echo '  MIG 3g.40gb     Device  0: (UUID: MIG-dddd)';;
+esac
+"""
+
+
+def test_a_devices_memory_is_that_of_its_entry(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    box("5,0,6", 3)
+    assert [devices.memory(d) for d in range(3)] == [40960 << 20, 81559 << 20, None]
+    box("GPU-bbbb,GPU-aaaa", 2)
+    assert [devices.memory(d) for d in range(2)] == [40960 << 20, 81559 << 20]
+    box("MIG-dddd,MIG-eeee", 1)
+    assert [devices.memory(d) for d in range(2)] == [40 << 30, None]
+
+
+def test_devices_that_cuda_does_not_find_are_named(box: Box) -> None:
+    box("0,1,8", 2)
+    (finding,) = doctor._visible()
+    assert str(finding).startswith("warning: CUDA_VISIBLE_DEVICES: CUDA finds 2 devices and none for 8;")
+    box("0,1", 2)
+    assert not list(doctor._visible())
