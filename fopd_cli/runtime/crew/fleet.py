@@ -270,6 +270,8 @@ class Fleet:
             if code is not None and code < 0
             else f"exited with {code}"
         )
+        if code == -signal.SIGBUS:  # its own answer to memory that could not be committed
+            how += ", as when /dev/shm is full"
         return f"{worker.name} (pid {worker.process.pid}) {how}; its log: {worker.log}"
 
     def _lost(self, worker: Worker, reason: str) -> list[tuple[Worker, Any]]:
