@@ -88,12 +88,12 @@ def run(
     parsed = load_recipe(recipe, set_ or ())
     path = run_dir or Path("runs") / recipe.stem
     if dry_run:
-        from fopd_cli.runtime.placement import cuda_devices, place
+        from fopd_cli.runtime import devices
+        from fopd_cli.runtime.placing import placed
 
-        devices = cuda_devices()
         typer.echo(dump_recipe(parsed), nl=False)
         try:
-            typer.echo(f"# here ({devices} CUDA devices): {place(parsed, devices).describe()}")
+            typer.echo(f"# here ({devices.count()} CUDA devices): {placed(parsed).describe()}")
         except UserError as error:
             typer.echo(f"# here: {error}")
         return
@@ -318,10 +318,10 @@ def doctor_command(
     """
     from fopd_cli import doctor
     from fopd_cli.recipe import load_recipe
-    from fopd_cli.runtime.placement import cuda_devices, place
+    from fopd_cli.runtime.placing import placed
 
     parsed = load_recipe(recipe, set_ or ())
-    inputs = doctor.load_inputs(parsed, place(parsed, cuda_devices()))
+    inputs = doctor.load_inputs(parsed, placed(parsed))
     typer.echo(f"placement: {inputs.plan.describe()}")
     for section, spec in zip(parsed.teachers, inputs.target_specs, strict=True):
         typer.echo(f"{section.name} ({section.engine}): {spec.kind} targets, {spec.nbytes(1)} bytes a token")

@@ -15,7 +15,7 @@ from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
 from fopd_cli.runtime.conductor import Conductor, Model
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_synced
 from fopd_cli.runtime.journal.rundir import RunDir
-from fopd_cli.runtime.placement import cuda_devices, place
+from fopd_cli.runtime.placing import placed
 
 
 def run(recipe: Recipe, path: Path) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _undone(run_dir: RunDir, step: int) -> list[str]:
 
 def check(recipe: Recipe, path: Path) -> doctor.Inputs:
     """Preflight: warnings are printed, the first errors stop the run."""
-    inputs = doctor.load_inputs(recipe, place(recipe, cuda_devices()))
+    inputs = doctor.load_inputs(recipe, placed(recipe))
     found = list(doctor.findings(inputs, path))
     for finding in found:
         if finding.level != "error":

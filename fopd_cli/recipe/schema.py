@@ -658,9 +658,11 @@ class Threads(Section):
 
 
 class Placement(Section):
-    mode: Literal["auto", "cpu", "timeslice", "partition"] = "auto"
-    """partition: each role has devices of its own; timeslice: all roles take turns on all devices; cpu: no
-    CUDA. auto: by the number of CUDA devices (0: cpu, 1 or 2: timeslice, more: partition).
+    mode: Literal["auto", "cpu", "timeslice", "partition", "colocate"] = "auto"
+    """partition: each role has devices of its own; colocate: all roles stay on all devices and nobody takes
+    turns, vLLM gets the share of memory that is left; timeslice: all roles take turns on all devices; cpu: no
+    CUDA. auto: by the number of CUDA devices (0: cpu; 1 or 2: colocate if a device holds all roles by
+    arithmetic, else timeslice; more: partition).
     """
     sampler: Processes | None = None
     """Devices (on a CPU: processes) for samplers. Default: half the devices; on a CPU 1."""

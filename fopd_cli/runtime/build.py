@@ -74,7 +74,7 @@ def _device(spec: WorkerSpec) -> torch.device:
 
 def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
     """One process group a role. A file is the meeting point: ports can be taken, a fresh file cannot."""
-    if spec.world == 1 and not always:
+    if (spec.world == 1 or spec.whole) and not always:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if spec.devices else "gloo"
@@ -212,7 +212,9 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
             max_tokens=setup.judged + 1,  # the token that vLLM insists on generating
             max_requests=teacher.batch_samples,
             max_logprobs=teacher.k,
-            **_vllm_options("teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec), setup.vocab),
+            **_vllm_options(
+                "teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec), setup.vocab, spec
+            ),
         )
         capped = replace(options, max_batched_tokens=options.max_batched_tokens or TEACHER_BATCHED_TOKENS)
         return VllmTeacher(with_cpu_cache(capped, teacher.model))
@@ -226,7 +228,7 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
     return TransformersTeacher(
         model,
         _device(spec),
-        spec.world,
+        1 if spec.whole else spec.world,
         teacher.micro_tokens,
         setup.vocab,
         setup.judged,
@@ -251,7 +253,7 @@ def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
     dtype = resolve_dtype(setup.recipe.sampler.dtype, bool(spec.devices))
     adapter = published_adapter(setup.recipe)
     model = setup.recipe.student.model
-    return make_sampler(setup.recipe, model, dtype, _device(spec), setup.context, setup.vocab, adapter)
+    return make_sampler(setup.recipe, model, dtype, _device(spec), setup.context, setup.vocab, adapter, spec)
 
 
 def published_adapter(recipe: Recipe) -> Lora | None:
@@ -268,6 +270,7 @@ def make_sampler(
     context: int,
     vocab: int,
     adapter: Lora | None = None,
+    spec: WorkerSpec | None = None,
 ) -> Sampler:
     """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does. It
     samples ids below `vocab`.
@@ -293,7 +296,7 @@ def make_sampler(
             live_weights=adapter is None,
             seeded=True,
             adapter=None if adapter is None else AdapterOptions(adapter.rank, adapter.alpha),
-            **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device, vocab),
+            **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device, vocab, spec),
         )
         return VllmSampler(with_cpu_cache(options, model_path), rules, hf.tied_names(config))
     return transformers_sampler(model_path, dtype, device, section.concurrency, vocab)
@@ -316,9 +319,15 @@ def transformers_sampler(
 
 
 def _vllm_options(
-    key: str, model: str, section: Vllm, dtype: torch.dtype, device: torch.device, vocab: int
+    key: str,
+    model: str,
+    section: Vllm,
+    dtype: torch.dtype,
+    device: torch.device,
+    vocab: int,
+    spec: WorkerSpec | None,
 ) -> dict[str, Any]:
-    """What the sampler's and the teacher's vLLM have in common."""
+    """What the sampler's and the teacher's vLLM have in common. `spec` may say which share of a device it has."""
     return {
         "vocab": vocab if vocab < hf.vocab_size(hf.load_config(model, key)) else None,
         "key": key,
@@ -327,7 +336,7 @@ def _vllm_options(
         "cuda": device.type == "cuda",
         "eager": section.eager,
         "tensor_parallel": section.tensor_parallel,
-        "gpu_memory": section.gpu_memory,
+        "gpu_memory": section.gpu_memory if spec is None or spec.share is None else spec.share,
         "kv_cache_bytes": None if section.kv_cache_gb is None else int(section.kv_cache_gb * 1e9),
         "max_batched_tokens": section.max_batched_tokens,
     }

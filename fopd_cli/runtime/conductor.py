@@ -329,8 +329,9 @@ class Conductor:
             for spec in specs:
                 self._spawn(spec)
                 waiting.add(spec.name)
-            if self.plan.exclusive and role not in ("grader", "environment"):
+            if self.plan.shared and role not in ("grader", "environment"):
                 self._await(waiting, m.Ready)
+            if self.plan.exclusive and role not in ("grader", "environment"):
                 for spec in specs:
                     self.fleet.send(spec.name, m.SleepCommand())
                 self._await({spec.name for spec in specs}, m.Asleep)

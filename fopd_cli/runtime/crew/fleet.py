@@ -56,7 +56,8 @@ class WorkerSpec:
 
     `threads` is its fixed share of the cores; None: all of them, divided with those who compute at the same
     time. `index` is the number of the teacher, where there are several; `label` then tells them apart. `life`
-    counts restarts.
+    counts restarts. `share` is the part of each device that an engine may take that takes a fixed one (None: as
+    its section says); `whole`: each rank holds all of its model, and none waits for another.
     """
 
     role: str
@@ -67,6 +68,8 @@ class WorkerSpec:
     index: int = 0
     label: str = ""
     life: int = 0
+    share: float | None = None
+    whole: bool = False
 
     @property
     def name(self) -> str:
