@@ -266,7 +266,7 @@ def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from _plain_text(inputs)
     yield from _amounts(inputs)
     yield from _conversation(inputs)
-    yield from _models(inputs)
+    yield from of_models(inputs)
     yield from _vocabulary(inputs)
     yield from _servers(inputs)
     yield from _temperatures(inputs.recipe)
@@ -281,7 +281,7 @@ def of_pairs(inputs: Inputs) -> Iterator[Finding]:
     yield from _servers(inputs)
 
 
-def _models(inputs: Inputs) -> Iterator[Finding]:
+def of_models(inputs: Inputs) -> Iterator[Finding]:
     """Whether each model's files are all of it and nothing else."""
     models = [("student.model", inputs.recipe.student.model, inputs.student_config)]
     models += [(t.key, t.section.model, t.config) for t in inputs.teachers]

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fopd_cli import doctor
+from fopd_cli.engines.models.downloads import obtain
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
 from fopd_cli.runtime.conductor import Conductor, Model
@@ -119,14 +121,28 @@ def _undone(run_dir: RunDir, step: int) -> list[str]:
 def check(recipe: Recipe, path: Path) -> doctor.Inputs:
     """Preflight: warnings are printed, the first errors stop the run."""
     inputs = doctor.load_inputs(recipe, placed(recipe))
-    found = list(doctor.findings(inputs, path))
+    _heed(doctor.findings(inputs, path))
+    fetched = [obtain(model, key, say) for key, model in _models(inputs)]
+    if any(fetched):  # now that there are files, they can be looked at
+        _heed(doctor.of_models(inputs))
+    return inputs
+
+
+def _models(inputs: doctor.Inputs) -> list[tuple[str, str]]:
+    """(key, name) of all that run here."""
+    models = [("student.model", inputs.recipe.student.model)]
+    return models + [(t.key, t.section.model) for t in inputs.teachers]
+
+
+def _heed(found: Iterable[doctor.Finding]) -> None:
+    errors = []
     for finding in found:
-        if finding.level != "error":
+        if finding.level == "error":
+            errors.append(f"{finding.what}; {finding.cure}")
+        else:
             say(str(finding))
-    errors = [f"{f.what}; {f.cure}" for f in found if f.level == "error"]
     if errors:
         raise UserError(" | ".join(errors))
-    return inputs
 
 
 def say(line: str) -> None:

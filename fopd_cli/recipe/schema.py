@@ -677,7 +677,7 @@ class Runtime(Section):
     timeout_s: Seconds = 900.0
     """A worker that owes an answer and has not moved for so long is stopped and named."""
     start_timeout_s: Seconds = 1800.0
-    """The same while a worker loads its model."""
+    """The same while a worker loads its model, from its first breath on; downloads come before."""
     restarts: NonNegative = 2
     """How often a sampler, a teacher, the grader or the environment that died or hung is started again, each.
     A learner is not: resume the run.

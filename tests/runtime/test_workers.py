@@ -122,3 +122,16 @@ def test_forked_workers_have_their_own_environment_and_die_with_their_server(
             assert isinstance(heard(fleet, 1)[0][1], Ready)
     finally:
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def breathing(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    time.sleep(60)
+
+
+def test_the_time_to_start_counts_from_a_workers_first_breath(tmp_path: Path) -> None:
+    """Not from when its process was asked for: its imports may come over a slow disk."""
+    with Fleet(tmp_path, 60, 60) as fleet:
+        worker = fleet.start(SPEC, breathing)
+        asked_for = float(worker.pulse[0])
+        wait_for(lambda: float(worker.pulse[0]) > asked_for, "its first breath", 60)
+        assert not worker.started

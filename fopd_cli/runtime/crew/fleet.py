@@ -423,6 +423,7 @@ def _main(
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(spec.threads or cores.here())
     mailbox = Mailbox(inbox, outbox, pulse, share)
+    mailbox.beat()  # its first breath: from here on start_timeout_s counts
     where = f"CUDA devices {ours[devices.VISIBLE]}" if spec.devices else "the CPU"
     _log(
         f"{spec.name} starts: pid {os.getpid()}, on {where}, "
