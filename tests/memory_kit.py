@@ -1,5 +1,6 @@
 """One role of a real pair in a process of its own, doing a step of its work: how much memory it took at most,
-and what the memory model says. `python memory_kit.py PAIR ROLE [dtype]` prints both as JSON.
+and what the memory model says. `python memory_kit.py PAIR ROLE HOW [cpu|cuda]` prints both as JSON; on CUDA what was allocated
+at most is compared, without what CUDA and its libraries take.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
 
-CPU = torch.device("cpu")
+DEVICE = torch.device(sys.argv[4] if len(sys.argv) > 4 else "cpu")
+CUDA = DEVICE.type == "cuda"
 LENGTH, ROWS, PROMPT = 128, 6, 32
 
 
@@ -50,7 +52,7 @@ def learn(pair: Path, checkpointing: bool) -> memory.Use:
         vocab=vocab, longest=LENGTH, micro_tokens=2 * LENGTH, activation_checkpointing=checkpointing
     )
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
-    learner = FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), [head], cfg, CPU, 0, 1)
+    learner = FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), [head], cfg, DEVICE, 0, 1)
     width = hf.hidden_width(theirs)
     targets = [TeacherTargets("hidden", hidden=torch.randn(LENGTH - PROMPT, width)) for _ in range(ROWS)]
     samples = [Sample(r, t, 0) for r, t in zip(rollouts(vocab), targets, strict=True)]
@@ -62,7 +64,7 @@ def learn(pair: Path, checkpointing: bool) -> memory.Use:
         [shapes(theirs)],
         world=1,
         compute=torch.float32,
-        cuda=False,
+        cuda=CUDA,
         tokens=ROWS * LENGTH,
         longest=LENGTH,
         head_dtype=torch.float32,
@@ -73,7 +75,7 @@ def judge(pair: Path, dtype: torch.dtype) -> memory.Use:
     config = hf.load_config(str(pair / "teacher"), "m")
     model = hf.load_model(str(pair / "teacher"), "m", dtype)
     section = Teacher(model="m", micro_tokens=8 * LENGTH, batch_samples=ROWS)
-    teacher = TransformersTeacher(model, CPU, 1, section.micro_tokens, hf.vocab_size(config), LENGTH)
+    teacher = TransformersTeacher(model, DEVICE, 1, section.micro_tokens, hf.vocab_size(config), LENGTH)
     width = hf.hidden_width(config)
     targets = [
         TeacherTargets("hidden", hidden=torch.empty(LENGTH - PROMPT, width, dtype=dtype)) for _ in range(ROWS)
@@ -81,13 +83,13 @@ def judge(pair: Path, dtype: torch.dtype) -> memory.Use:
     for _ in range(2):
         teacher.score(rollouts(hf.vocab_size(config)), targets)
     return memory.teacher(
-        section, shapes(config), world=1, dtype=dtype, cuda=False, longest=LENGTH, log_probs=False
+        section, shapes(config), world=1, dtype=dtype, cuda=CUDA, longest=LENGTH, log_probs=False
     )
 
 
 def generate(pair: Path, dtype: torch.dtype) -> memory.Use:
     config = hf.load_config(str(pair / "student"), "m")
-    sampler = transformers_sampler(str(pair / "student"), dtype, CPU, ROWS)
+    sampler = transformers_sampler(str(pair / "student"), dtype, DEVICE, ROWS)
     params = SamplingParams(max_new_tokens=LENGTH - PROMPT)
     prompts = [r.token_ids[:PROMPT] for r in rollouts(hf.vocab_size(config))]
     sampler.submit([Request(i, ids, i, params) for i, ids in enumerate(prompts)])
@@ -102,14 +104,16 @@ def generate(pair: Path, dtype: torch.dtype) -> memory.Use:
         Sampler(max_new_tokens=LENGTH - PROMPT, concurrency=ROWS),
         shapes(config),
         dtype=dtype,
-        cuda=False,
+        cuda=CUDA,
         longest=LENGTH,
         prompt=PROMPT,
     )
 
 
 def most() -> int:
-    """Bytes of main memory that this process has held at most."""
+    """Bytes that this process has held at most, of its device or of main memory."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
     return int(line.split()[1]) << 10
 
@@ -121,4 +125,5 @@ if __name__ == "__main__":
         use = learn(pair, what == "checkpointed")
     else:
         use = (judge if role == "teacher" else generate)(pair, getattr(torch, what))
-    print(json.dumps({"measured": most(), "predicted": use.peak, "parts": memory.largest(use.parts, 9)}))
+    predicted = use.peak - sum(p.nbytes for p in use.always if CUDA and "estimate" in p.what)
+    print(json.dumps({"measured": most(), "predicted": predicted, "parts": memory.largest(use.parts, 9)}))
