@@ -20,14 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from inline import CPU, Inline
+from inline import CPU, Inline, Timed
 from torch import Tensor
 
 from fopd_cli.engines.learner.micro_batch import MicroBatch
 from fopd_cli.freshness import drift, score
 from fopd_cli.losses.chunked import Weighting, chunked_objective
 from fopd_cli.losses.terms import LossSpec
-from fopd_cli.recipe import load_recipe
+from fopd_cli.recipe import Recipe, load_recipe
+from fopd_cli.runtime.crew import messages as m
+from fopd_cli.runtime.crew.crew import Engine
+from fopd_cli.runtime.crew.inprocess import LocalEngines
+from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
 
 HERE = Path(__file__).resolve().parent
@@ -39,16 +43,38 @@ LOSSES = {
 }
 
 
+class Keeping(Timed):
+    """Keeps every version's weights."""
+
+    def __init__(self, engines: LocalEngines, channel: WeightChannel) -> None:
+        super().__init__(engines)
+        self.channel, self.versions = channel, dict[int, dict[str, Tensor]]()
+        self._keep()
+
+    def _keep(self) -> None:
+        version = self.engines.learner.engine.version
+        self.versions[version] = {name: tensor.clone() for name, tensor in self.channel.read(version)}
+
+    def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
+        answers = super().do(engine, command)
+        if isinstance(command, m.TrainCommand):
+            self._keep()
+        return answers
+
+
 class Kept(Inline):
-    """A run that keeps every version's weights."""
+    """A run of which every version is kept."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.versions: dict[int, dict[str, Tensor]] = {}
-        super().__init__(*args, **kwargs)
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.stream, self.spec = self.inputs.stream, self.inputs.target_specs[0]
+        self.learner: Any = self.engines.learner.engine
+        self.teacher, self.sampler = self.engines.teachers[0].engine, self.engines.samplers[0].engine
 
-    def _publish(self) -> None:
-        super()._publish()
-        self.versions[self.learner.version] = self._weights[self.learner.version]
+    def _watched(self, engines: LocalEngines) -> Keeping:
+        keeping = Keeping(engines, self.setup.channel)
+        self.versions = keeping.versions
+        return keeping
 
 
 def answers(run: Kept, version: int, prompts: Sequence[int], each: int, seed: int) -> list[Rollout]:

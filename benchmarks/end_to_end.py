@@ -2,8 +2,8 @@
 """Seconds to a quality: fopd at several depths and with both samplers against a plain loop and TRL, on one
 pair.
 
-    python benchmarks/end_to_end.py [--pair recipes/real-pair] [--questions recipes/questions.jsonl] [--steps 20]
-        [--to 0.63] [--only NAME ...] [--repeats 1] [--out runs/end-to-end.jsonl]
+    python benchmarks/end_to_end.py [--pair recipes/real-pair] [--questions recipes/questions.jsonl]
+        [--steps 20] [--to 0.63] [--only NAME ...] [--repeats 1] [--out runs/end-to-end.jsonl]
 
 Every contender has the machine to itself, one after the other, and gets the same pair, questions, batch,
 lengths, learning rate, AdamW (no clipping, no weight decay but TRL's and PyTorch's defaults) and loss:
@@ -131,9 +131,10 @@ def fopd_recipe(depth: int, policy: str, engine: str, args: argparse.Namespace) 
 
 def tiny(args: argparse.Namespace, folder: Path) -> None:
     """The shipped pair, and its task's questions in a file."""
-    from fopd_cli.tasks.arithmetic import Arithmetic
+    from fopd_cli.tasks import load_task
 
-    task = Arithmetic(horizon=5, difficulty=2, train_prompts=2000, eval_prompts=HELD_OUT)
+    keys = {"horizon": 5, "difficulty": 2, "train_prompts": 2000, "eval_prompts": HELD_OUT}
+    task = load_task("arithmetic", keys)
     asked = [str(p.text) for split in ("eval", "train") for p in task.prompts(split)]
     args.pair, args.questions = ROOT / "recipes" / "tiny", folder / "questions.jsonl"
     args.questions.write_text("".join(json.dumps({"question": q}) + "\n" for q in asked))

@@ -39,8 +39,9 @@ from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.tokens.token_batch import TokenBatch
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.freshness import drift
-from fopd_cli.freshness.policies import POLICIES
+from fopd_cli.freshness.policies import POLICIES, PolicyName
 from fopd_cli.losses.terms import LossSpec
+from fopd_cli.recipe import Freshness, Learner
 from fopd_cli.samples import Rollout, Sample, TeacherTargets
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -216,40 +217,20 @@ def batch(args: argparse.Namespace) -> list[Sample]:
 
 
 def learner(
-    hidden: int, vocab: int, policy: str, sharded: bool = False, rank: int = 0, **changes: Any
+    hidden: int, vocab: int, policy: PolicyName, sharded: bool = False, rank: int = 0, **changes: Any
 ) -> FsdpLearner:
-    """`rank`: of LoRA adapters, 0 for none; `changes` are fields of the configuration."""
+    """`rank`: of LoRA adapters, 0 for none; `changes` are keys of the learner's section."""
+    section = Learner(lr=1e-5, warmup_steps=0, steps=10**6, micro_tokens=4096)
     config = LearnerConfig(
+        learner=section.model_copy(update=changes),
+        freshness=Freshness(policy=policy, xi=0.01, weights="raw"),
         loss=LossSpec("reverse_kl", "full"),
-        policy=POLICIES[policy],
-        alpha=1.0,
-        beta=1.0,
-        xi=0.01,
-        anchor=1.0 if POLICIES[policy].anchor else 0.0,
-        weights="raw",
-        labels="cached",
-        step_scale="none",
         average="sample",
-        lr=1e-5,
-        warmup_steps=0,
-        decay="constant",
-        min_lr_ratio=0.1,
-        steps=10**6,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        clip=1.0,
-        micro_tokens=4096,
-        packing=True,
+        anchor=1.0 if POLICIES[policy].anchor else 0.0,
         compute_dtype=torch.float32,
-        activation_checkpointing=False,
-        compile=False,
-        offload=False,
-        optimizer_dtype=torch.float32,
-        adapter_only=False,
         vocab=vocab,
         longest=4096,
     )
-    config = replace(config, **changes)
     head = torch.randn(vocab, hidden) / hidden**0.5
     student = model(hidden, vocab)
     if rank:

@@ -4,11 +4,12 @@ peak memory.
 
     python benchmarks/loss.py [--quick | --largest] [--rounds 3] [--dtype fp32]
 
-ours            fopd_cli.losses.chunked, weights 1; with freshness weights and the anchor, which nobody else computes; and with
-                these fused by torch.compile
+ours            fopd_cli.losses.chunked, weights 1; with freshness weights and the anchor, which nobody else
+                computes; and with these fused by torch.compile
 naive           plain PyTorch: both logits, log_softmax, KL, backward
 TRL GKD         GKDTrainer.generalized_jsd_loss on the same logits, beta 1
-TRL chunked     the loss of DistillationTrainer, in tiles of tokens and vocabulary (Triton on a GPU, PyTorch on a CPU)
+TRL chunked     the loss of DistillationTrainer, in tiles of tokens and vocabulary (Triton on a GPU, PyTorch
+                on a CPU)
 Liger chunked   LigerFusedLinearJSDLoss, beta 1 (pip install --no-deps liger-kernel), compiled and not
 Liger fused     LigerFusedLinearJSD, Triton, on a GPU only
 
@@ -22,13 +23,13 @@ hidden]` and `[vocab, hidden]`).
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
@@ -168,8 +169,7 @@ class PeakMemory:
 
 
 def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.Process().memory_info().rss)
 
 
 def once(p: Problem, loss: Callable[[Problem, Tensor, Tensor], Tensor], device: str) -> dict[str, float]:

@@ -2,7 +2,8 @@
 """Synchronous on-policy distillation in forty lines of plain PyTorch: what any framework has to be better
 than.
 
-    python benchmarks/plain_loop.py PAIR QUESTIONS [--steps 20] [--batch 16] [--tokens 64] [--lr 1e-4] [--every 5]
+    python benchmarks/plain_loop.py PAIR QUESTIONS [--steps 20] [--batch 16] [--tokens 64] [--lr 1e-4]
+        [--every 5]
 
 transformers generates, the loss is the token mean of the exact reverse KL, AdamW with PyTorch's defaults;
 bf16 models, fp32 masters. Prints a row of JSON a step and one every `--every` steps with the KL on held-out

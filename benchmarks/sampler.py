@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/sampler.py [--rounds 5] [--models tiny,110m]
 
-generation   our sampler; bare `vllm.LLM.generate`, same sampling parameters; transformers' sampler of ours (continuous, and
-             plain `model.generate` without log-probs)
+generation   our sampler; bare `vllm.LLM.generate`, same sampling parameters; transformers' sampler of ours
+             (continuous, and plain `model.generate` without log-probs)
 scoring      our vLLM teacher; our transformers teacher (top-64 at every response position)
 publication  learner -> shared memory, shared memory -> running vLLM engine; a plain memcpy of the same bytes
 
@@ -35,6 +35,7 @@ from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.engines.vllm.sampler import VllmSampler
 from fopd_cli.engines.vllm.teacher import VllmTeacher
+from fopd_cli.recipe import Vllm
 from fopd_cli.runtime.memory.arena import targets_at
 from fopd_cli.runtime.memory.shared import shared_bytes
 from fopd_cli.runtime.memory.weights import WeightChannel
@@ -124,11 +125,12 @@ def options(folder: Path, **changes: Any) -> vllm_engine.VllmOptions:
         "max_tokens": CONTEXT,
         "max_requests": 64,
         "max_logprobs": K,
-        "kv_cache_bytes": 1 << 30,
+        "cache_bytes": 1 << 30,
         "live_weights": True,
         "seeded": True,
     }
-    return vllm_engine.VllmOptions(**{**values, **changes})
+    section = Vllm(**{key: changes.pop(key) for key in [*changes] if key in Vllm.model_fields})
+    return vllm_engine.VllmOptions(section, **{**values, **changes})
 
 
 def generation(name: str, folder: Path, sampler: VllmSampler, rounds: int) -> list[str]:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Does freshness control pay, where, and how much? The paper's tables at a scale that two CPU cores can run.
 
-    python benchmarks/staleness.py [--quick | --full | --study NAME ...] [--out docs/staleness] [--jobs 2] [--seeds N]
+    python benchmarks/staleness.py [--quick | --full | --study NAME ...] [--out docs/staleness] [--jobs 2]
+        [--seeds N]
 
-Every cell is a whole run of ours (`inline.py`: our schedule, engines, losses and freshness in one process, on
-a virtual clock) on a tiny pair, with an exact lag or with lags that mix. Cells that stand in
+Every cell is a whole run of ours (`inline.py`: our conductor with engines, losses and freshness in one
+process, on a virtual clock) on a tiny pair, with an exact lag or with lags that mix. Cells that stand in
 OUT/results.jsonl are not run again, so it can be stopped and started at will. Writes table.csv and table.md,
 and figures where matplotlib is installed; the headline table comes last. docs/staleness.md says what the rows
 are and what came out.

@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fopd_cli.doctor import check_model_name
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.engines.text.templates import Frame
 from fopd_cli.engines.text.vocabularies import exchanged, inverse, match
 from fopd_cli.engines.transformers.sampler import TransformersSampler
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import check_model_name
 from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.build import resolve_dtype, student_frame
 from fopd_cli.samples import Prompt, Request, SamplingParams
@@ -116,7 +117,7 @@ class Chat:
             "student", model, "MODEL", recipe.sampler.dtype, frame, self.tokenizer, devices[0]
         )
         self.teacher: Speaker | None = None
-        if teacher.engine != "http":
+        if not engine_of(teacher).remote:
             self.teacher = self._load_teacher(teacher, frame, devices[-1])
         self.params = SamplingParams(
             recipe.sampler.temperature if temperature is None else temperature,
@@ -157,7 +158,7 @@ class Chat:
         notice = None
         if not self._fits(line):
             self.forget()
-            notice = "the conversation no longer fits the context; it begins anew"
+            notice = "the conversation no longer fits the context; it starts over"
             if not self._fits(line):
                 raise UserError(
                     "that line is too long: with its answer it does not fit the context; lower "
@@ -267,7 +268,7 @@ def converse(chat: Chat, lines: Iterable[str], colours: bool) -> Iterator[str]:
 def shown(turn: Turn, chat: Chat, colours: bool) -> str:
     notice = [f"({turn.notice})"] if turn.notice else []
     text = coloured(turn.pieces) if colours else numbered(turn.pieces)
-    far = "" if turn.kl is None else f", {turn.kl:.3f} nats a token from the teacher"
+    far = "" if turn.kl is None else f", {turn.kl:.3f} nats per token from the teacher"
     said = [f"student{far}:", f"  {text}"]
     if turn.teacher is not None and chat.teacher is not None:
         said += [f"{chat.teacher.name}:", f"  {turn.teacher}"]

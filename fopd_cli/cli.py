@@ -38,6 +38,12 @@ app = typer.Typer(
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; see fopd recipe --explain.")
 ]
+MaybeRecipe = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RECIPE", help="The recipe, a YAML file; fopd new writes one.", show_default=False
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,7 +59,7 @@ EXPORTED = {"auto": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float3
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         typer.echo(__version__)
@@ -61,8 +67,47 @@ def _root(
 
 
 @app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where recipe.yaml is written.")] = Path(),
+    student: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A directory or a hub id; it is trained.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The same, of the same family; it judges.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Questions: a file, a directory, or hf:owner/name.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of the questions; default: found by its name.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of answers to grade by; default: found, if any.")
+    ] = None,
+) -> None:
+    """Write a recipe for your models and your data: looks at both, asks what it is not told, says what it
+    assumed, and checks the recipe as `fopd doctor` does.
+    """
+    from fopd_cli.new import ask
+
+    prompt = typer.prompt if ask.at_terminal() else None
+    asking = None if prompt is None else (lambda text, default: str(prompt(text, default=default, err=True)))
+    names = ask.complete(student, teacher, data, asking)
+    from fopd_cli.new.write import write
+
+    path, findings = write(folder, *names, question, answer, lambda line: typer.echo(line, err=True))
+    for finding in findings:
+        typer.echo(str(finding))
+    if any(f.level == "error" for f in findings):
+        raise UserError(
+            f"{path}: written, but it will not run on this machine before the errors above are mended"
+        )
+    typer.echo(f"{path}: ready; next: fopd run {path}")
+
+
+@app.command()
 def run(
-    recipe: RecipeArgument,
+    recipe: MaybeRecipe = None,
     set_: SetOption = None,
     run_dir: Annotated[
         Path | None,
@@ -85,12 +130,19 @@ def run(
     """
     from fopd_cli.recipe import dump_recipe, load_recipe
 
+    if recipe is None:
+        raise UserError(
+            "no recipe given: fopd run RECIPE; fopd new writes one for your models and data, and recipes/ in "
+            "the repository holds examples"
+        )
     parsed = load_recipe(recipe, set_ or ())
     path = run_dir or Path("runs") / recipe.stem
     if dry_run:
+        from fopd_cli.inputs import with_engines
         from fopd_cli.runtime import devices
         from fopd_cli.runtime.placing import placed
 
+        parsed = with_engines(parsed)
         typer.echo(dump_recipe(parsed), nl=False)
         try:
             typer.echo(f"# here ({devices.count()} CUDA devices): {placed(parsed).describe()}")
@@ -134,8 +186,8 @@ def fork(
         typer.Option("--run-dir", metavar="DIR", help="Of the fork; default: RUN_DIR-fork-N. Must be new."),
     ] = None,
 ) -> None:
-    """Go on from a checkpoint in a new directory, with other settings: the first run up to step N, from there
-    on a run of its own.
+    """Go on from a checkpoint in a new directory, with other settings: the same run up to step N, another one
+    from there on.
 
     As with resume, student, teacher, task and seed stay what they were.
     """
@@ -148,7 +200,7 @@ def fork(
 
 @app.command("runs")
 def runs_command(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where they lie.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path("runs"),
 ) -> None:
     """A table of the runs here: how far each is, its newest score and KL, and whether it is going on."""
     from fopd_cli.report.tables import of_runs
@@ -161,7 +213,7 @@ def diff(
     first: Annotated[Path, typer.Argument(metavar="RUN")],
     second: Annotated[Path, typer.Argument(metavar="RUN")],
 ) -> None:
-    """In what two runs differ: the keys of their recipes, and what came of it."""
+    """How two runs differ: in the keys of their recipes, and in their results."""
     from fopd_cli.report.tables import of_differences
 
     typer.echo(of_differences(first, second))
@@ -187,14 +239,14 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write every generation and its score there, as jsonl; what stands there is not done again.",
+            help="Write every generation and its score there, as jsonl; existing rows are not done again.",
         ),
     ] = None,
     generate_only: Annotated[
         bool, typer.Option("--generate-only", help="Leave the grading for later (--out).")
     ] = False,
     grade_only: Annotated[
-        bool, typer.Option("--grade-only", help="Grade what stands in --out, all of it anew.")
+        bool, typer.Option("--grade-only", help="Grade all rows in --out (again).")
     ] = False,
     jobs: Annotated[
         int | None,
@@ -224,7 +276,7 @@ def evaluate(
     source = task or (folder / "recipe.yaml" if is_run else None)
     if source is None:
         raise UserError(
-            f"{model}: is no run directory here (they have a recipe.yaml); for a model give --task, a "
+            f"{model}: is not a run directory (it has no recipe.yaml); for a model give --task, a "
             "recipe that says what to evaluate on"
         )
     overrides = list(set_ or [])
@@ -234,16 +286,17 @@ def evaluate(
         overrides.append(f"eval.samples={samples}")
     recipe = load_recipe(source, overrides)
     if step is not None and not is_run:
-        raise UserError("--step: names a checkpoint of a run; MODEL is none")
+        raise UserError("--step: names a checkpoint of a run, but MODEL is not a run")
     warm.begin()
-    from fopd_cli import doctor
     from fopd_cli.evaluation import default_jobs
     from fopd_cli.evaluation import evaluate as score
     from fopd_cli.export import student_of
+    from fopd_cli.inputs import check_model_name, with_engines
     from fopd_cli.runtime.journal.rundir import RunDir
 
     path = str(student_of(RunDir.open(folder), step)) if is_run else recipe.student.model
-    doctor.check_model_name(path, "MODEL")
+    check_model_name(path, "MODEL")
+    recipe = with_engines(recipe)
     mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
     typer.echo(json.dumps(score(path, recipe, out, mode, jobs or default_jobs(recipe)), indent=1))
 
@@ -254,12 +307,12 @@ def chat(
     step: StepOption = None,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Which one, where there are several; default: the first."),
+        typer.Option(metavar="NAME", help="Which teacher, if there are several; default: the first."),
     ] = None,
     raw: Annotated[
         bool | None,
         typer.Option(
-            "--raw/--chat", help="Without or through the chat template; default: as the run's own prompts."
+            "--raw/--chat", help="Without or with the chat template; default: like the run's own prompts."
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -269,11 +322,11 @@ def chat(
         float | None, typer.Option(metavar="T", min=0, help="Default: the sampler's; 0 is greedy.")
     ] = None,
 ) -> None:
-    """Talk to a run's student and its teacher side by side; the student's tokens show how far the teacher is
-    from each.
+    """Talk to a run's student and its teacher side by side, with the KL to the teacher at each student
+    token.
 
-    In a terminal by colour: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond; elsewhere (or with
-    NO_COLOR) by numbers. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
+    A terminal shows it by color: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond. Elsewhere, or
+    with NO_COLOR, it is a number. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
     """
     from fopd_cli import chat as talk
     from fopd_cli.export import student_of
@@ -317,14 +370,17 @@ def doctor_command(
     Prints each finding with its cure; exits 2 if there is any.
     """
     from fopd_cli import doctor
+    from fopd_cli.inputs import load_inputs, with_engines
     from fopd_cli.recipe import load_recipe
     from fopd_cli.runtime.placing import placed
 
-    parsed = load_recipe(recipe, set_ or ())
-    inputs = doctor.load_inputs(parsed, placed(parsed))
+    parsed = with_engines(load_recipe(recipe, set_ or ()))
+    inputs = load_inputs(parsed, placed(parsed))
     typer.echo(f"placement: {inputs.plan.describe()}")
     for section, spec in zip(parsed.teachers, inputs.target_specs, strict=True):
-        typer.echo(f"{section.name} ({section.engine}): {spec.kind} targets, {spec.nbytes(1)} bytes a token")
+        typer.echo(
+            f"{section.name} ({section.engine}): {spec.kind} targets, {spec.nbytes(1)} bytes per token"
+        )
     for line in doctor.shown(inputs):
         typer.echo(line)
     found = list(doctor.findings(inputs, Path("runs")))
@@ -344,14 +400,12 @@ def recipe_command(
         typer.Argument(metavar="[SECTION]", help="Of --explain: learner, or a key such as learner.lr."),
     ] = None,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Every key, its type, its default and its meaning.")
+        bool, typer.Option("--explain", help="Print every key, its type, its default and its meaning.")
     ] = False,
-    template: Annotated[
-        bool, typer.Option("--template", help="A recipe to begin with, to be filled in.")
-    ] = False,
+    template: Annotated[bool, typer.Option("--template", help="Print a recipe to fill in.")] = False,
 ) -> None:
-    """About recipes: `fopd recipe --explain learner` lists the keys of a section, without one all; --template
-    is one to fill in.
+    """Explain recipes: `--explain learner` lists the keys of a section, `--explain` all of them; `--template`
+    prints a recipe to fill in.
     """
     if explain == template:
         raise UserError("say what: fopd recipe --explain [SECTION], or fopd recipe --template")
@@ -395,24 +449,51 @@ def export(
             help="Of the weights: bf16, fp16, fp32; auto: as the run sampled and evaluated them.",
         ),
     ] = "auto",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hugging Face hub as well.")
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option(
+            "--license", metavar="ID", help="For the model card, such as apache-2.0; --push asks for it."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: for you alone.")] = False,
 ) -> None:
-    """Write a checkpoint's student as a Hugging Face model directory, tokenizer included."""
+    """Write a run's student as a Hugging Face model directory, tokenizer and model card included: the best by
+    eval.keep_best if the recipe keeps one, else the newest checkpoint's; or of --step.
+    """
     if dtype not in EXPORTED:
         raise UserError(f"--dtype: {dtype!r} is none of {', '.join(EXPORTED)}")
     if adapter and dtype != "auto":
         raise UserError("--adapter, --dtype: an adapter is kept as it was trained; choose one of them")
+    if push is not None and license_ is None:
+        raise UserError(
+            "--license: a model that others load needs one; take the student's and the teacher's licenses "
+            "into account"
+        )
+    if private and push is None:
+        raise UserError("--private: goes with --push")
     if paths.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not empty; give a new directory")
     import torch
 
-    from fopd_cli.export import export_student
+    from fopd_cli import card
+    from fopd_cli.engines.models import hub
+    from fopd_cli.export import export_best, export_student
     from fopd_cli.runtime.journal.rundir import RunDir
 
-    chosen = EXPORTED[dtype]
-    done = export_student(
-        RunDir.open(run_dir), out, step, adapter, None if chosen is None else getattr(torch, chosen)
-    )
+    run, chosen = RunDir.open(run_dir), EXPORTED[dtype]
+    if push is not None:
+        hub.check(push)
+    wanted = None if chosen is None else getattr(torch, chosen)
+    done = export_best(run, out, wanted) if step is None and not adapter else None
+    if done is None:
+        done = export_student(run, out, step, adapter, wanted)
+    card.write(run_dir, out, done, license_, push)
     typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
+    if push is not None:
+        typer.echo(hub.push(out, push, private, leave_out=["fopd.json"]))
 
 
 @app.command()
@@ -427,16 +508,16 @@ def report(
         ),
     ] = None,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it on this machine instead, made anew while the runs go on.")
+        bool, typer.Option("--watch", help="Serve it on this machine instead, updated while the runs go on.")
     ] = False,
     port: Annotated[
-        int, typer.Option(metavar="N", min=0, max=65535, help="Of --watch; 0: any that is free.")
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port of --watch; 0: any free one.")
     ] = 8642,
 ) -> None:
     """One HTML file about a run, or about several side by side: curves, timeline, answers over training,
     advice.
 
-    It needs no network and no other file. Answers of the teacher stand beside the student's if they were
+    It needs no network and no other file. The teacher's answers are shown beside the student's if they were
     recorded: fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl
     """
     from fopd_cli.report.page import write
@@ -453,13 +534,14 @@ def report(
 
 
 def _report(summary: dict[str, Any], path: Path) -> None:
-    """What was learnt and where it lies."""
+    """What was learned and where it is."""
     typer.echo(json.dumps(summary, indent=1))
     typer.echo(
         f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} "
         "(ui.perfetto.dev)"
     )
-    typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
+    if (path / "tensorboard").is_dir():
+        typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
     if summary["kl_first"] is not None:
         score = ""  # where nothing is graded there is none
         if summary["score_first"] is not None and summary["score_last"] is not None:

@@ -8,47 +8,37 @@ its first batch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from fopd_cli import paths
-from fopd_cli.engines.learner import lora
+from fopd_cli.engines.building import TooLong
 from fopd_cli.engines.models import hf, support
-from fopd_cli.engines.text.templates import Frame, check_variables, encode_observation, end_of_turn, readable
-from fopd_cli.engines.text.vocabularies import Match, exchanged, inverse, listed, match
+from fopd_cli.engines.registry import engine_of, sampler_facts, teacher_facts
+from fopd_cli.engines.text.templates import Frame, encode_observation, end_of_turn, readable
+from fopd_cli.engines.text.vocabularies import exchanged, inverse, listed
 from fopd_cli.engines.tokens import rope
-from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import PluginTask, Recipe, Teacher, Vllm
+from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame
+from fopd_cli.recipe import PluginTask, Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices, placing
-from fopd_cli.runtime.build import (
-    add_adapters,
-    http_server,
-    published_adapter,
-    resolve_dtype,
-    sampler_dtype,
-    student_frame,
-    task_arguments,
-)
+from fopd_cli.runtime.build import resolve_dtype
+from fopd_cli.runtime.journal import trackers
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.sizes import arena_bytes, available_memory, free_shared_memory
-from fopd_cli.runtime.memory.weights import Layout, layout_bytes
-from fopd_cli.runtime.placement import SPARE, Plan
-from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms, tells
-from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, context_tokens
-from fopd_cli.samples import Prompt, TargetSpec
-from fopd_cli.tasks import load_task
-
-if TYPE_CHECKING:
-    from fopd_cli.engines.http.teacher import HttpTeacher
+from fopd_cli.runtime.memory.weights import layout_bytes
+from fopd_cli.runtime.placement import SPARE
+from fopd_cli.runtime.scheduling.lengths import tells
+from fopd_cli.runtime.scheduling.prompts import SPLITS, context_tokens
+from fopd_cli.samples import Prompt
 
 GB = 1e9
 DEVICE_CURE = (
@@ -74,176 +64,6 @@ class Finding:
         return f"{self.level}: {self.what}" + (f"; {self.cure}" if self.cure else "")
 
 
-@dataclass
-class LocalTeacher:
-    """A teacher that runs here. `key` names it in findings."""
-
-    key: str
-    section: Teacher
-    config: Any
-    tokenizer: Any
-    match: Match  # its tokenizer and the student's
-
-    @cached_property
-    def width(self) -> int:
-        """Of its hidden states."""
-        return hf.hidden_width(self.config)
-
-
-@dataclass
-class Inputs:
-    """Everything that a run reads, loaded but for the weights."""
-
-    recipe: Recipe
-    plan: Plan
-    student_config: Any
-    tokenizer: Any
-    teachers: list[LocalTeacher]
-    stream: PromptStream
-    layout: Layout
-
-    @property
-    def vocab(self) -> int:
-        """Ids that all models here have; the rest is padding of one of them."""
-        return min(hf.vocab_size(c) for c in (self.student_config, *(t.config for t in self.teachers)))
-
-    @property
-    def tables(self) -> tuple[np.ndarray | None, ...]:
-        """Of each teacher: the student's token id -> the teacher's; None where they are the same."""
-        local = {t.section.name: t.match.table for t in self.teachers}
-        return tuple(local.get(section.name) for section in self.recipe.teachers)
-
-    @property
-    def target_specs(self) -> tuple[TargetSpec, ...]:
-        """Of each teacher, remote ones included."""
-        kind, local = self.recipe.targets, {t.section.name: t for t in self.teachers}
-        specs = []
-        for section, ranks in zip(self.recipe.teachers, self.plan.teachers, strict=True):
-            width = section.k if kind == "topk" else 1
-            if kind == "hidden":
-                width = local[section.name].width
-            dtype = resolve_dtype(section.dtype, bool(ranks[0].devices))
-            specs.append(
-                TargetSpec(
-                    kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0
-                )
-            )
-        return tuple(specs)
-
-    @property
-    def parameters(self) -> int:
-        return _count(self.layout)
-
-    @cached_property
-    def adapters(self) -> Layout:
-        """Of a LoRA student. Raises `UserError` if they do not fit the model."""
-        model = hf.empty_model(self.student_config)
-        add_adapters(model, self.recipe, torch.float32)
-        dtype = sampler_dtype(self.recipe, self.plan)
-        return [(name, tuple(tensor.shape), dtype) for name, tensor in lora.adapters(model)]
-
-    @property
-    def trainable(self) -> int:
-        """Parameters that learn."""
-        return self.parameters if self.recipe.student.lora is None else _count(self.adapters)
-
-    @property
-    def published(self) -> Layout:
-        """What samplers are sent after each step."""
-        return self.layout if published_adapter(self.recipe) is None else self.adapters
-
-
-def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
-    """Raises `UserError` for the first thing that cannot be read."""
-    local = [t for t in recipe.teachers if t.engine != "http"]
-    keys = {
-        t.name: f"teacher {t.name!r}: model" if len(recipe.teachers) > 1 else "teacher.model" for t in local
-    }
-    check_model_name(recipe.student.model, "student.model")
-    for t in local:
-        check_model_name(t.model, keys[t.name])
-    task = load_task(*task_arguments(recipe))
-    config = hf.load_config(recipe.student.model, "student.model")
-    support.check_architecture(config, "student.model")
-    tokenizer = hf.load_tokenizer(recipe.student.model, "student.model")
-    configs = {t.name: hf.load_config(t.model, keys[t.name]) for t in local}
-    vocab = min(hf.vocab_size(c) for c in (config, *configs.values()))
-    teachers = []
-    for t in local:
-        if t.engine == "transformers":
-            support.check_architecture(configs[t.name], keys[t.name])
-        theirs = hf.load_tokenizer(t.model, keys[t.name])
-        teachers.append(
-            LocalTeacher(keys[t.name], t, configs[t.name], theirs, match(tokenizer, theirs, vocab))
-        )
-    frames = {t.section.name: _own_frame(t, recipe) for t in teachers if t.section.template == "teacher"}
-    check_variables(recipe.template_kwargs, [tokenizer, *(f.tokenizer for f in frames.values())])
-    stream = PromptStream(
-        task,
-        student_frame(recipe, tokenizer),
-        recipe.seed,
-        recipe.sampler.samples_per_prompt,
-        recipe.teachers,
-        frames,
-    )
-    for split in SPLITS:
-        if not stream.prompts[split]:
-            raise UserError(f"task: there is no {split} prompt; give it at least one")
-    if (
-        recipe.template_kwargs
-        and not frames
-        and not any(p.messages for s in SPLITS for p in stream.prompts[s])
-    ):
-        raise UserError(
-            "task.chat_template_kwargs: all prompts are plain text, so no chat template is rendered; "
-            "leave it out"
-        )
-    if frames and stream.replayable:
-        raise UserError(
-            "teacher.template: what stands between turns is in the student's frame, so a teacher with its "
-            "own can judge tasks of one "
-            "turn only; set teacher.template: student"
-        )
-    found = {t.section.name: (t.key, t.config) for t in teachers}
-    stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, found, _served(recipe)))
-    layout = hf.weight_layout(config, sampler_dtype(recipe, plan))
-    return Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
-
-
-def _own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:
-    table = teacher.match.table
-    return Frame(
-        teacher.tokenizer,
-        recipe.template_kwargs,
-        "teacher",
-        getattr(recipe.task, "system", None),
-        None if table is None else inverse(table),
-    )
-
-
-def _served(recipe: Recipe) -> dict[str, int]:
-    """The context of each remote teacher that tells."""
-    found = {t.name: _remote(t, 0).context() for t in recipe.teachers if t.engine == "http"}
-    return {name: context for name, context in found.items() if context is not None}
-
-
-def _remote(section: Teacher, vocab: int) -> HttpTeacher:
-    from fopd_cli.engines.http.teacher import HttpTeacher
-
-    return HttpTeacher(http_server(section), vocab)
-
-
-def check_model_name(model: str, key: str) -> None:
-    """A name that is no directory must at least look like a hub id."""
-    if paths.is_dir(model):
-        return
-    if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
-        raise UserError(
-            f"{key}: there is no directory {model!r}{paths.similar(model)}; give a Hugging Face model "
-            "directory or a hub id (owner/name)"
-        )
-
-
 def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     """All that can be found without loading weights, each thing once; `disk` is where the run will write."""
     yield from dict.fromkeys(_findings(inputs, disk))
@@ -252,10 +72,11 @@ def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
 def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from (Finding("note", notice) for notice in inputs.stream.notices)
     yield from _visible()
-    yield from _vllm(inputs)
+    yield from _engines(inputs)
     yield from _packing(inputs)
     yield from _rope(inputs)
     yield from _compiler(inputs)
+    yield from _trackers(inputs.recipe)
     yield from _ends_of_turns(inputs)
     for teacher in inputs.teachers:
         yield from _tokenizers(inputs, teacher)
@@ -344,35 +165,19 @@ def _visible() -> Iterator[Finding]:
         )
 
 
-def _vllm(inputs: Inputs) -> Iterator[Finding]:
-    """Whether vLLM is there, in the tested version, and can split the models as asked."""
-    engines: list[tuple[str, str, Vllm, Any]]
-    engines = [("sampler", inputs.recipe.sampler.engine, inputs.recipe.sampler.vllm, inputs.student_config)]
-    engines += [
-        (t.key.removesuffix(".model"), t.section.engine, t.section.vllm, t.config) for t in inputs.teachers
-    ]
-    wanted = [e for e in engines if e[1] == "vllm"]
-    problem = vllm_engine.problem() if wanted else None
-    if problem is not None:
-        what, _, cure = problem.partition(": ")
-        yield Finding("error", f"{wanted[0][0]}.engine: {what}", cure)
-    for key, _, section, config in wanted:
-        refused = support.vllm_refusal(config)
-        if refused is None and key == "sampler":
-            refused = support.publishing_refusal(config)
-        if refused is not None:
-            yield Finding(
-                "error", f"{key}.engine: {config.model_type} {refused}", f"set {key}.engine: transformers"
-            )
-        # a state-space model may have none
-        heads = getattr(hf.text_config(config), "num_attention_heads", None) or 1
-        if heads % section.tensor_parallel:
-            yield Finding(
-                "error",
-                f"{key}.vllm.tensor_parallel: {section.tensor_parallel} does not divide the model's "
-                f"{heads} attention heads",
-                f"set it to a divisor of {heads}",
-            )
+def _engines(inputs: Inputs) -> Iterator[Finding]:
+    """Whether each engine is there, and takes its model as asked."""
+    uses: list[tuple[str, Sampler | Teacher, Any]]
+    uses = [("sampler", inputs.recipe.sampler, inputs.student_config)]
+    uses += [(t.key.removesuffix(".model"), t.section, t.config) for t in inputs.teachers]
+    seen = set()
+    for key, section, config in uses:
+        engine = engine_of(section)
+        if engine.name not in seen and (problem := engine.build.missing()) is not None:
+            what, _, cure = problem.partition(": ")
+            yield Finding("error", f"{key}.engine: {what}", cure)
+        seen.add(engine.name)
+        yield from (Finding("error", *found) for found in engine.build.refusals(key, section, config))
 
 
 def _packing(inputs: Inputs) -> Iterator[Finding]:
@@ -381,7 +186,7 @@ def _packing(inputs: Inputs) -> Iterator[Finding]:
     models += [
         (f"{t.key.removesuffix('.model')}.packing", t.section.packing, t.config)
         for t in inputs.teachers
-        if t.section.engine == "transformers"
+        if teacher_facts(t.section).our_forward
     ]
     for key, wanted, config in models:
         if wanted and (refused := support.packing_refusal(config)) is not None:
@@ -392,7 +197,7 @@ def _rope(inputs: Inputs) -> Iterator[Finding]:
     """Samples that grow past a switch of the student's rotary embedding on the way."""
     recipe = inputs.recipe
     switch = rope.switch(inputs.student_config)
-    if switch is None or recipe.sampler.engine == "vllm":  # vLLM chooses once, and so does the learner then
+    if switch is None or sampler_facts(recipe.sampler).one_rotation:  # and so does the learner then
         return
     stream = inputs.stream
     shortest = min(len(stream.encoded("train", i)) for i in stream.kept["train"][:PROMPTS_LOOKED_AT])
@@ -423,14 +228,19 @@ def _compiler(inputs: Inputs) -> Iterator[Finding]:
         )
 
 
+def _trackers(recipe: Recipe) -> Iterator[Finding]:
+    for name in trackers.missing(recipe.track):
+        yield Finding(
+            "error", f"track: the {name} package is not installed", f"pip install {name}, or leave it out"
+        )
+
+
 def _servers(inputs: Inputs) -> Iterator[Finding]:
     """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs, of the
     longest sample too.
     """
-    remote = [t for t in inputs.recipe.teachers if t.engine == "http"]
+    remote = [t for t in inputs.recipe.teachers if engine_of(t).remote]
     if remote:
-        from fopd_cli.engines.http.teacher import TooLong
-
         stream = inputs.stream
         split, index = max(
             ((s, i) for s in SPLITS for i in stream.kept[s]), key=lambda at: stream.tokens(at[0], at[1], True)
@@ -438,7 +248,8 @@ def _servers(inputs: Inputs) -> Iterator[Finding]:
         probe = np.resize(stream.encoded(split, index), context_tokens(inputs.recipe, stream, judged=True))
         for section in remote:
             try:
-                _remote(section, inputs.vocab).check(inputs.tokenizer, probe, section.k)
+                with contextlib.closing(engine_of(section).build.remote(section, inputs.vocab)) as server:
+                    server.check(inputs.tokenizer, probe, section.k)
             except TooLong as error:
                 where = stream.prompts[split][index].where
                 raise UserError(f"{error}; the longest sample that there can be is of {where}") from None
@@ -502,7 +313,7 @@ def _ends_of_turns(inputs: Inputs) -> Iterator[Finding]:
     ours, frames = _student_ends(inputs), list[Frame]()
     if any(p.messages for p in inputs.stream.prompts["train"][:1]):
         frames.append(inputs.stream.frame)
-    frames += [_own_frame(t, inputs.recipe) for t in inputs.teachers if t.section.template == "teacher"]
+    frames += [own_frame(t, inputs.recipe) for t in inputs.teachers if t.section.template == "teacher"]
     for frame in frames:
         end = end_of_turn(frame.tokenizer, frame.variables)
         known = (
@@ -620,7 +431,7 @@ def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 
 
 def _sizes(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
-    theirs = _count(hf.weight_layout(teacher.config, torch.float32))
+    theirs = elements(hf.weight_layout(teacher.config, torch.float32))
     if inputs.parameters > theirs:
         yield Finding(
             "warning",
@@ -679,11 +490,11 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     state = 12 * inputs.trainable
     if inputs.recipe.schedule.lag:  # and the weights of the version before, as samplers have them
         cuda = bool(inputs.plan.samplers[0].devices)
-        state += resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
+        state += resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * elements(inputs.published)
     kept = 0
     if inputs.recipe.eval.keep_best is not None:  # the best now, and of each checkpoint
         cuda = bool(inputs.plan.samplers[0].devices)
-        size = resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * _count(inputs.published)
+        size = resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * elements(inputs.published)
         kept = size * (inputs.recipe.checkpoint.keep + 2)
     needed = 1.2 * (state * (inputs.recipe.checkpoint.keep + 1) + 4 * inputs.parameters + kept)
     free = shutil.disk_usage(folder).free
@@ -714,9 +525,8 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
     found = memory.workers(recipe, plan, known, size or 80 * 10**9)
     if size is not None:
         for demand in memory.demands(plan, found):
-            yield from _room(
-                f"{demand.who} on cuda:{demand.device}", demand.parts, size, "the device", DEVICE_CURE
-            )
+            who = f"{demand.who} on cuda:{demand.device}"
+            yield from _room(who, demand.parts, size, "the device", DEVICE_CURE)
     yield from _room(
         "the run", memory.host(plan, found, shared), available_memory(), "this machine", RAM_CURE
     )
@@ -728,8 +538,8 @@ def _room(who: str, parts: memory.Parts, there: int, where: str, cure: str) -> I
     if needed > (1 - SPARE) * there:
         yield Finding(
             "error" if needed > there else "warning",
-            f"{who} needs {needed / GB:.1f} GB by arithmetic, {where} has {there / GB:.1f} GB (the largest parts: "
-            f"{memory.largest(parts)})",
+            f"{who} needs {needed / GB:.1f} GB by arithmetic, {where} has {there / GB:.1f} GB "
+            f"(the largest parts: {memory.largest(parts)})",
             cure,
         )
 
@@ -742,13 +552,14 @@ def sanity(inputs: Inputs) -> Finding | None:
     floor.
     """
     from fopd_cli.engines.learner.learner import FsdpLearner
+    from fopd_cli.engines.transformers.build import on_weights
     from fopd_cli.engines.transformers.teacher import TransformersTeacher
-    from fopd_cli.runtime.build import learner_config, transformers_sampler
+    from fopd_cli.runtime.build import learner_config
     from fopd_cli.samples import Request, Rollout, Sample, SampleId, SamplingParams, TeacherTargets
 
     recipe, dtype, cpu = inputs.recipe, torch.float32, torch.device("cpu")
     path = recipe.student.model
-    sampler = transformers_sampler(path, dtype, cpu, concurrency=4)
+    sampler = on_weights(path, dtype, cpu, concurrency=4)
     params = SamplingParams(recipe.sampler.temperature, 1.0, min(32, recipe.sampler.max_new_tokens))
     asked = inputs.stream.kept["train"][:4]
     sampler.submit(
@@ -769,10 +580,10 @@ def sanity(inputs: Inputs) -> Finding | None:
         hf.load_model(path, "student.model", dtype), cpu, 1, 4096, vocab, longest, recipe.learner.packing
     )
     judge.score(rollouts, targets)
+    plain = recipe.learner.model_copy(update={"offload": False, "compile": False})
     config = learner_config(
-        recipe, torch.float32, vocab, longest, support="full", drift="sampled", compile=False
+        recipe.model_copy(update={"learner": plain}), dtype, vocab, longest, support="full", drift="sampled"
     )
-    config = replace(config, offload=False, compile=False)
     heads = [hf.load_head(path, "student.model", dtype)]
     learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)
     stats = learner.measure([Sample(r, t, lag=0) for r, t in zip(rollouts, targets, strict=True)])
@@ -786,8 +597,3 @@ def sanity(inputs: Inputs) -> Finding | None:
         f"(limit {limit})",
         "the sampler, teacher and learner disagree about this model; please report it with the model's name",
     )
-
-
-def _count(layout: Layout) -> int:
-    """Numbers in it."""
-    return sum(int(np.prod(shape)) for _, shape, _ in layout)

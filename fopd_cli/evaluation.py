@@ -26,6 +26,7 @@ import torch
 from fopd_cli import paths
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.engines.text.templates import check_variables
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
@@ -37,7 +38,7 @@ from fopd_cli.runtime.crew.roles import graded
 from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.sinks import mean_and_error
 from fopd_cli.runtime.placement import cuda_devices, devices_of_a_replica
-from fopd_cli.runtime.scheduling.episodes import Episodes
+from fopd_cli.runtime.scheduling.conversations import Conversations
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
 from fopd_cli.runtime.scheduling.params import sampling_params
 from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens, evaluation_ids
@@ -240,7 +241,7 @@ def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
     known.
     """
     tokenizer, config = hf.load_tokenizer(model, "MODEL"), hf.load_config(model, "MODEL")
-    local = [t for t in recipe.teachers if t.engine != "http" and t.template == "student"]
+    local = [t for t in recipe.teachers if not engine_of(t).remote and t.template == "student"]
     configs = {}
     for t in local:
         with contextlib.suppress(UserError):
@@ -270,9 +271,8 @@ def _job_devices(recipe: Recipe, mode: Mode) -> list[tuple[int, ...]]:
     if cuda == 0 or mode == "grade":
         return [()]
     if cuda < split:
-        raise UserError(
-            f"sampler.vllm.tensor_parallel: a replica is split over {split} devices, there are {cuda}; lower it"
-        )
+        key = f"sampler.{engine_of(recipe.sampler).split_key}"
+        raise UserError(f"{key}: a replica is split over {split} devices, there are {cuda}; lower it")
     return [tuple(range(i, i + split)) for i in range(0, cuda - split + 1, split)]
 
 
@@ -351,7 +351,7 @@ def _vocab(model: str, recipe: Recipe) -> int:
     """
     found = [hf.vocab_size(hf.load_config(model, "MODEL"))]
     for teacher in recipe.teachers:
-        if teacher.engine != "http":
+        if not engine_of(teacher).remote:
             try:
                 found.append(hf.vocab_size(hf.load_config(teacher.model, "teacher.model")))
             except UserError as error:
@@ -405,35 +405,17 @@ def converse(
     now: int = 0,
 ) -> Iterator[Rollout]:
     """Whole episodes: turns are sampled while tools of other episodes run."""
-    episodes = Episodes()
-    for request in requests:
-        episodes.start(request, replica=0)
-    sampler.submit(requests)
-    while episodes.running:
-        for turn in sampler.step() if sampler.busy else []:
-            episode = episodes.on_turn(turn)
-            assert episode is not None
-            if turn.finish == "length":
-                environments.cancel([turn.key])
-                yield episodes.finish(episode)
-            else:
-                environments.turn(
-                    m.TurnCommand(
-                        turn.key,
-                        episode.life,
-                        prompts[turn.key],
-                        hf.decode_turn(tokenizer, turn.response_ids),
-                        now,
-                        int(turn.response_ids[-1]),
-                    )
-                )
-        for seen in environments.receive(block=bool(episodes.running) and not sampler.busy):
-            episode = episodes.on_observed(seen.key, seen.life, seen.token_ids, seen.calls, seen.answer)
-            assert episode is not None
-            following = None if seen.token_ids is None else episodes.next_turn(episode)
-            if following is not None:
-                episode.sampling = True
-                sampler.submit([following])
-            else:
-                environments.cancel([seen.key])
-                yield episodes.finish(episode)
+    conversations = Conversations(
+        tokenizer,
+        lambda key: (prompts[key], now),
+        lambda _, following: sampler.submit(following),
+        environments.send,
+        together=False,
+    )
+    conversations.start(0, requests)
+    while conversations:
+        if sampler.busy:
+            yield from (rollout for _, rollout in conversations.on_turns(0, sampler.step()))
+        for seen in environments.receive(block=bool(conversations) and not sampler.busy):
+            assert isinstance(seen, m.Observed)  # nothing is replayed here
+            yield from (rollout for _, rollout in conversations.on_observed(seen))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterable
@@ -13,19 +14,29 @@ from typing import Any
 from fopd_cli import doctor
 from fopd_cli.engines.models.downloads import obtain
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import Inputs, load_inputs, with_engines
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
-from fopd_cli.runtime.conductor import Conductor, Model
+from fopd_cli.runtime.build import sampler_dtype
+from fopd_cli.runtime.conductor import Conductor
+from fopd_cli.runtime.crew.processes import Processes
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_synced
+from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.rundir import RunDir
+from fopd_cli.runtime.journal.saving import Saver
+from fopd_cli.runtime.journal.sinks import Changes, Resume, Telemetry
+from fopd_cli.runtime.journal.trackers import Subject, open_trackers
 from fopd_cli.runtime.placing import placed
+from fopd_cli.runtime.signals import Signals
+from fopd_cli.runtime.state import State
 
 
 def run(recipe: Recipe, path: Path) -> dict[str, Any]:
     """Check, then train; returns the summary."""
+    recipe = with_engines(recipe)
     inputs = check(recipe, path)
     run_dir = RunDir.create(path, recipe)
     say(f"recipe: {run_dir.recipe}")
-    return _conductor(inputs, run_dir).run()
+    return _Run(inputs, run_dir).train()
 
 
 def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
@@ -35,7 +46,7 @@ def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]
     With `step`, changes of the recipe that were made later are undone, like all else that came later. A
     resume that is refused leaves everything as it was.
     """
-    return _resuming(RunDir.open(path), step, overrides).run()
+    return _resuming(RunDir.open(path), step, overrides).train()
 
 
 def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
@@ -46,13 +57,13 @@ def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[
     step = _sound(CheckpointStore(run_dir.checkpoints), step)
     forked = run_dir.fork(new, step)
     try:
-        conductor = _resuming(forked, step, overrides)
+        run = _resuming(forked, step, overrides)
     except BaseException:
         shutil.rmtree(new)
         raise
     # Should a worker fail at its start, a plain resume of the fork still knows what was asked for.
-    write_synced(forked.recipe, dump_recipe(conductor.recipe))
-    return conductor.run()
+    write_synced(forked.recipe, dump_recipe(run.recipe))
+    return run.train()
 
 
 def fork_name(path: Path, step: int | None) -> Path:
@@ -62,7 +73,7 @@ def fork_name(path: Path, step: int | None) -> Path:
     return path.resolve().with_name(f"{path.resolve().name}-fork-{at}")
 
 
-def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> Conductor:
+def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
     """Checked and restored, and nothing written yet."""
     path = run_dir.path
     run_dir.lock()
@@ -70,7 +81,7 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> Conduc
     undone = [] if step is None else _undone(run_dir, step)
     step = _sound(store, step)
     state = store.state(step)
-    recipe = run_dir.load_recipe([*undone, *overrides])
+    recipe = with_engines(run_dir.load_recipe([*undone, *overrides]))
     before = recorded_recipe(state["recipe"], store.path(step))
     if keys := changes.refused(before, recipe):
         raise UserError(
@@ -84,14 +95,15 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> Conduc
     for at, changed in run_dir.changed():
         if at == step:  # made when it went on from this very checkpoint
             in_force.update({key: values[1] for key, values in changed.items()})
-    conductor = _conductor(check(recipe, path), run_dir)
+    run = _Run(check(recipe, path), run_dir)
     say(f"resuming {path} from step {step}")
     if undone:
         say(f"the recipe goes back to what it was at step {step}: {', '.join(undone)}")
     if again := changes.invalidated(before, recipe):
         say(f"{', '.join(again)}: samples in flight were made with another value; they are sampled again")
-    conductor.restore(step, state, changes.changes(in_force, changes.flat(recipe)), anew=bool(again))
-    return conductor
+    since = changes.changes(in_force, changes.flat(recipe))
+    run.setup.restore = run.saver.restore(step, state, since, anew=bool(again))
+    return run
 
 
 def _sound(store: CheckpointStore, step: int | None) -> int:
@@ -118,20 +130,14 @@ def _undone(run_dir: RunDir, step: int) -> list[str]:
     return [changes.as_override(key, value) for key, value in before.items()]
 
 
-def check(recipe: Recipe, path: Path) -> doctor.Inputs:
+def check(recipe: Recipe, path: Path) -> Inputs:
     """Preflight: warnings are printed, the first errors stop the run."""
-    inputs = doctor.load_inputs(recipe, placed(recipe))
+    inputs = load_inputs(recipe, placed(recipe))
     _heed(doctor.findings(inputs, path))
-    fetched = [obtain(model, key, say) for key, model in _models(inputs)]
-    if any(fetched):  # now that there are files, they can be looked at
-        _heed(doctor.of_models(inputs))
+    models = [("student.model", recipe.student.model), *((t.key, t.section.model) for t in inputs.teachers)]
+    if any([obtain(model, key, say) for key, model in models]):
+        _heed(doctor.of_models(inputs))  # now that there are files, they can be looked at
     return inputs
-
-
-def _models(inputs: doctor.Inputs) -> list[tuple[str, str]]:
-    """(key, name) of all that run here."""
-    models = [("student.model", inputs.recipe.student.model)]
-    return models + [(t.key, t.section.model) for t in inputs.teachers]
 
 
 def _heed(found: Iterable[doctor.Finding]) -> None:
@@ -149,6 +155,48 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _conductor(inputs: doctor.Inputs, run_dir: RunDir) -> Conductor:
-    model = Model(inputs.tokenizer, inputs.vocab, inputs.target_specs, inputs.published, inputs.tables)
-    return Conductor(inputs.recipe, run_dir, inputs.plan, inputs.stream, model)
+class _Run:
+    """A conductor with processes, and what stands around it."""
+
+    def __init__(self, inputs: Inputs, run_dir: RunDir) -> None:
+        self.recipe, self.run_dir = inputs.recipe, run_dir
+        self.state = State(inputs)
+        self.setup = inputs.setup(self.state.buffer.arena.memory, run_dir.path)
+        self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks)
+        self.signals = Signals(self.journal.say)
+        dtype = sampler_dtype(inputs.recipe, inputs.plan)
+        self.saver = Saver(self.state, run_dir, self.journal, self.setup.channel, dtype)
+        replayable, say = inputs.stream.replayable, self.journal.say
+        crew = Processes(inputs.plan, self.setup, run_dir.logs, replayable, self.signals, say)
+        self.conductor = Conductor(self.state, crew, self.journal, self.saver, self.signals)
+
+    def train(self) -> dict[str, Any]:
+        """To the end, then export the student; returns the summary. Ctrl-C, SIGTERM or a closed terminal:
+        checkpoint and stop; again: stop now.
+        """
+        with self.signals, self.journal:
+            self.conductor.run()
+            student = {**self._export(), "stopped_early": self.conductor.stopped_early}
+            summary = self.journal.summary(self.state.schedule, student)
+            write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
+            return summary
+
+    def _open_sinks(self, resume: Resume | None, changed: Changes) -> Telemetry:
+        if resume is not None:
+            self.run_dir.take_up(self.recipe, resume, changed)
+        track = self.recipe.track
+        subject = Subject(self.run_dir.path, self.recipe.model_dump(mode="json"))
+        trackers = open_trackers(track, subject, self.journal.say)
+        return Telemetry(self.run_dir.path, resume, "tensorboard" in track, trackers)
+
+    def _export(self) -> dict[str, Any]:
+        """The last student, or the best, in Hugging Face's format; returns which."""
+        from fopd_cli.export import export_best, export_student
+
+        out = self.run_dir.student
+        if out.exists():  # of an end before this one
+            shutil.rmtree(out)
+        step = export_best(self.run_dir, out)
+        if step is not None:
+            return {"student_step": step, "student_chosen_by": self.recipe.eval.keep_best}
+        return {"student_step": export_student(self.run_dir, out, None), "student_chosen_by": "last"}

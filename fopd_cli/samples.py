@@ -16,19 +16,21 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import numpy as np
 import torch
 
-PER_TOKEN = (
-    "logprobs",
-    "topk_logprobs",
-    "topk_ids",
-    "draw_ids",
-    "draw_logprobs",
-)  # arrays of a rollout, a row a token
-TargetKind = Literal["hidden", "topk", "sampled"]
+from fopd_cli.names import TargetKind
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """An array of a rollout with a row for each response token; `unsampled` stands where no student sampled
+    one. This is all that episodes, checkpoints and samplers need to know of it.
+    """
+
+    unsampled: float
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,20 @@ class Rollout:
     key: int
     token_ids: np.ndarray  # int32 (prompt_length + n,)
     prompt_length: int
-    loss_mask: np.ndarray  # bool (n,): sampled by the student, hence loss-bearing
-    logprobs: np.ndarray  # float32 (n,): log pi_r(y), nan where the sampler gave none
+    # bool (n,): sampled by the student, hence loss-bearing
+    loss_mask: Annotated[np.ndarray, PerToken(False)]
+    # float32 (n,): log pi_r(y), nan where the sampler gave none
+    logprobs: Annotated[np.ndarray, PerToken(np.nan)]
     spans: list[tuple[int, int, int]]  # (version, start, end) over response positions, contiguous
     finish: Literal["stop", "length"]
-    topk_logprobs: np.ndarray | None = None  # float32 (n, k)
-    topk_ids: np.ndarray | None = None  # int32 (n, k); None: the whole vocabulary in id order
-    draw_ids: np.ndarray | None = (
-        None  # int32 (n, draws - 1): drawn from pi_r beside the response's own token
+    topk_logprobs: Annotated[np.ndarray | None, PerToken(0)] = None  # float32 (n, k)
+    # int32 (n, k); None: the whole vocabulary in id order
+    topk_ids: Annotated[np.ndarray | None, PerToken(0)] = None
+    # int32 (n, draws - 1): drawn from pi_r beside the response's own token
+    draw_ids: Annotated[np.ndarray | None, PerToken(0)] = None
+    draw_logprobs: Annotated[np.ndarray | None, PerToken(0)] = (
+        None  # float32 (n, draws - 1): log pi_r of them
     )
-    draw_logprobs: np.ndarray | None = None  # float32 (n, draws - 1): log pi_r of them
     # response positions of each turn of an episode
     turns: list[tuple[int, int]] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)  # what an episode's environment executed
@@ -153,6 +159,15 @@ class Rollout:
         return min(version for version, _, _ in self.spans)
 
 
+# The arrays of a rollout that have a row for each response token.
+PER_TOKEN: dict[str, PerToken] = {
+    name: found
+    for name, hint in get_type_hints(Rollout, include_extras=True).items()
+    for found in getattr(hint, "__metadata__", ())
+    if isinstance(found, PerToken)
+}
+
+
 @dataclass(frozen=True)
 class TargetSpec:
     """The shape of one sample's teacher targets: what the teacher writes and the learner reads."""
@@ -164,17 +179,17 @@ class TargetSpec:
 
     def fields(self, positions: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of each array, in the order in which they lie in memory."""
-        fields: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        found: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         if self.replayed:
-            fields.append(("drift", torch.float32, (positions,)))
-            fields.append(("aligned", torch.int32, (positions,)))
+            found.append(("drift", torch.float32, (positions,)))
+            found.append(("aligned", torch.int32, (positions,)))
         if self.kind == "hidden":
-            return [*fields, ("hidden", self.dtype, (positions, self.width))]
-        fields.append(("logprobs", torch.float32, (positions,)))
+            return [*found, ("hidden", self.dtype, (positions, self.width))]
+        found.append(("logprobs", torch.float32, (positions,)))
         if self.kind == "topk":
-            fields.append(("topk_logprobs", torch.float32, (positions, self.width)))
-            fields.append(("topk_ids", torch.int32, (positions, self.width)))
-        return fields
+            found.append(("topk_logprobs", torch.float32, (positions, self.width)))
+            found.append(("topk_ids", torch.int32, (positions, self.width)))
+        return found
 
     def nbytes(self, positions: int) -> int:
         return sum(dtype.itemsize * int(np.prod(shape)) for _, dtype, shape in self.fields(positions))

@@ -17,6 +17,7 @@ import torch
 
 from fopd_cli import doctor
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import load_inputs
 from fopd_cli.recipe import Placement, Recipe
 from fopd_cli.runtime.build import Setup, build_learner, build_teacher
 from fopd_cli.runtime.crew import messages as m
@@ -75,7 +76,7 @@ def judging_main(
     spec: WorkerSpec, mailbox: Mailbox, recipe: Recipe, rows: list[dict[str, Any]], folder: Path
 ) -> None:
     """The worker: one group of rows after the other, teacher and learner taking turns on the device."""
-    inputs = doctor.load_inputs(recipe, place(recipe, len(spec.devices)))
+    inputs = load_inputs(recipe, place(recipe, len(spec.devices)))
     for finding in doctor.of_pairs(inputs):
         if finding.level == "error":
             raise UserError(f"{finding.what}; {finding.cure}")

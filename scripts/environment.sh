@@ -9,7 +9,7 @@ prepare_environment() { # $1: extras, for example "data,dev"
   stamp=.venv/.fopd-installed
   wanted="$extras $(cat pyproject.toml constraints/cpu.txt | sha256sum)"
   # A superset that is installed already will do: quickstart after test needs no network either.
-  if [ -f "$stamp" ] && { [ "$(cat "$stamp")" = "$wanted" ] || [ "$(cat "$stamp")" = "data,dev,real ${wanted#* }" ]; }; then
+  if [ -f "$stamp" ] && { [ "$(cat "$stamp")" = "$wanted" ] || [ "$(cat "$stamp")" = "data,dev,docs,real ${wanted#* }" ]; }; then
     return
   fi
   [ -x .venv/bin/python ] || "$python" -m venv .venv

@@ -1,8 +1,8 @@
 """What a machine with a GPU says of fopd, as one markdown section: started by `scripts/gpu`.
 
-Each part is a process of its own, so that one that crashes or hangs does not keep the others from being tried; what
-needs a package that is not there is skipped, with the reason. With `--device cpu` every part runs the same code in
-tiny sizes, so that none is executed for the first time on a machine that is paid for.
+Each part is a process of its own, so that one that crashes or hangs does not keep the others from being
+tried; what needs a package that is not there is skipped, with the reason. With `--device cpu` every part runs
+the same code in tiny sizes, so that none is executed for the first time on a machine that is paid for.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def _machine(device: str) -> list[str]:
     return [
         f"## {count} x {name}, {time.strftime('%Y-%m-%d')}",
         "",
-        f"fopd at {commit.stdout.strip() or 'no commit'}, torch {torch.__version__} (CUDA {torch.version.cuda}), "
+        f"fopd at {commit.stdout.strip() or 'no commit'}, torch {torch.__version__} "
+        f"(CUDA {torch.version.cuda}), "
         f"transformers {transformers.__version__}, vLLM {'there' if vllm else 'not installed'}.",
     ]
 
@@ -141,12 +142,14 @@ def _sampled(path: str, device: str, out: Path, before: Callable[[Any], None]) -
     from fopd_cli.engines.models import hf
     from fopd_cli.engines.vllm import engine
     from fopd_cli.engines.vllm.sampler import VllmSampler
+    from fopd_cli.recipe.schema import SamplerVllm
     from fopd_cli.samples import Request, SamplingParams
 
     if (problem := engine.problem()) is not None:
         raise Skip(problem)
     config, tokenizer = hf.load_config(path, "m"), hf.load_tokenizer(path, "m")
     options = engine.VllmOptions(
+        SamplerVllm(gpu_memory=0.4),
         key="sampler.vllm",
         model=path,
         dtype=torch.float32,
@@ -154,8 +157,7 @@ def _sampled(path: str, device: str, out: Path, before: Callable[[Any], None]) -
         max_tokens=128,
         max_requests=8,
         max_logprobs=1,
-        gpu_memory=0.4,
-        kv_cache_bytes=64 << 20,
+        cache_bytes=64 << 20,
         live_weights=True,
         seeded=True,
     )
@@ -394,7 +396,8 @@ def _run_of(mode: str, device: str, out: Path) -> Iterator[str]:
     steps = [r for r in records if r["kind"] == "step"]
     summary = json.loads((folder / "summary.json").read_text())
     seconds = [r["timing"]["seconds"] for r in steps[1:] or steps]
-    yield f"{name}, {mode}: {len(steps)} steps in {summary['wall_seconds']:.0f} s, {sum(seconds) / len(seconds):.2f} s a step;"
+    mean = sum(seconds) / len(seconds)
+    yield f"{name}, {mode}: {len(steps)} steps in {summary['wall_seconds']:.0f} s, {mean:.2f} s a step;"
     yield f"KL {summary['kl_first']:.3f} -> {summary['kl_last']:.3f}. The last step's timing:"
     yield ""
     yield "```json"

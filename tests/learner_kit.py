@@ -17,48 +17,49 @@ import torch.multiprocessing as mp
 
 from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.models import hf
+from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
-from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
-from fopd_cli.runtime.build import transformers_sampler
+from fopd_cli.recipe import Freshness, Learner
 from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
 
 CPU = torch.device("cpu")
 VOCAB = 260
 
 
+PLAIN = LearnerConfig(
+    learner=Learner(lr=1e-3, warmup_steps=0, steps=10, clip=0.0, micro_tokens=64),
+    freshness=Freshness(policy="async", xi=0.01, weights="raw"),
+    loss=LossSpec("reverse_kl", "full"),
+    average="sample",
+    anchor=0.0,
+    compute_dtype=torch.float32,
+    vocab=VOCAB,
+    longest=64,
+)
+
+
 def config(**changes: Any) -> LearnerConfig:
-    loss = changes.pop("loss", LossSpec("reverse_kl", "full"))
-    values: dict[str, Any] = {
-        "policy": POLICIES["async"],
-        "alpha": 1.0,
-        "beta": 1.0,
-        "xi": 0.01,
-        "anchor": 0.0,
-        "weights": "raw",
-        "labels": "cached",
-        "step_scale": "none",
-        "average": "sample",
-        "lr": 1e-3,
-        "warmup_steps": 0,
-        "decay": "constant",
-        "min_lr_ratio": 0.1,
-        "steps": 10,
-        "betas": (0.9, 0.95),
-        "weight_decay": 0.0,
-        "clip": 0.0,
-        "micro_tokens": 64,
-        "packing": True,
-        "compute_dtype": torch.float32,
-        "activation_checkpointing": False,
-        "compile": False,
-        "offload": False,
-        "optimizer_dtype": torch.float32,
-        "adapter_only": False,
-        "vocab": VOCAB,
-        "longest": 64,
+    """Of one plain step; `changes` as of `changed`."""
+    return changed(PLAIN, **changes)
+
+
+def changed(cfg: LearnerConfig, **changes: Any) -> LearnerConfig:
+    """With other values of fields, or of keys of the learner's and the freshness's sections."""
+    if "labels" in changes:
+        changes["replay"] = cfg.freshness.replay.model_copy(update={"labels": changes.pop("labels")})
+    learner = {k: v for k, v in changes.items() if k in Learner.model_fields}
+    freshness = {
+        k: v
+        for k, v in changes.items()
+        if (k in Freshness.model_fields and not hasattr(cfg, k)) or k == "policy"
     }
-    return LearnerConfig(loss=loss, **{**values, **changes})
+    return replace(
+        cfg,
+        learner=cfg.learner.model_copy(update=learner),
+        freshness=cfg.freshness.model_copy(update=freshness),
+        **{k: v for k, v in changes.items() if k not in learner and k not in freshness},
+    )
 
 
 def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 128) -> list[Sample]:
@@ -67,7 +68,7 @@ def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 
 
     `width` is the teacher's hidden size.
     """
-    sampler = transformers_sampler(str(pair / "student"), torch.float32, CPU, count)
+    sampler = on_weights(str(pair / "student"), torch.float32, CPU, count)
     rng = np.random.Generator(np.random.PCG64(0))
     sampler.submit(
         [
@@ -153,8 +154,8 @@ def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[fl
         drift = (rho * log_rho - rho + 1).mean()
         weight = 1.0
         if cfg.policy.weights == "freshness":
-            f = np.exp(-cfg.alpha * np.sqrt(max(0.0, drift.item()))) / (sample.lag + 1)
-            weight = max(0.0, f - cfg.xi)
+            f = np.exp(-cfg.freshness.alpha * np.sqrt(max(0.0, drift.item()))) / (sample.lag + 1)
+            weight = max(0.0, f - cfg.freshness.xi)
         share = len(y) / all_tokens if cfg.average == "token" else 1 / len(samples)
         total = total + weight * share * (loss + cfg.anchor * drift)
     total.backward()

@@ -1,6 +1,6 @@
 """One role of a real pair in a process of its own, doing a step of its work: how much memory it took at most,
-and what the memory model says. `python memory_kit.py PAIR ROLE HOW [cpu|cuda]` prints both as JSON; on CUDA what was allocated
-at most is compared, without what CUDA and its libraries take.
+and what the memory model says. `python memory_kit.py PAIR ROLE HOW [cpu|cuda]` prints both as JSON; on CUDA
+what was allocated at most is compared, without what CUDA and its libraries take.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.models.shapes import shapes
+from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.recipe.schema import Learner, Sampler, Teacher
-from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
 
@@ -89,7 +89,7 @@ def judge(pair: Path, dtype: torch.dtype) -> memory.Use:
 
 def generate(pair: Path, dtype: torch.dtype) -> memory.Use:
     config = hf.load_config(str(pair / "student"), "m")
-    sampler = transformers_sampler(str(pair / "student"), dtype, DEVICE, ROWS)
+    sampler = on_weights(str(pair / "student"), dtype, DEVICE, ROWS)
     params = SamplingParams(max_new_tokens=LENGTH - PROMPT)
     prompts = [r.token_ids[:PROMPT] for r in rollouts(hf.vocab_size(config))]
     sampler.submit([Request(i, ids, i, params) for i, ids in enumerate(prompts)])

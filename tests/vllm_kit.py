@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.vllm import engine as vllm_engine
+from fopd_cli.recipe import Vllm
 from fopd_cli.samples import Rollout
 
 MAX_TOKENS = 320
@@ -25,6 +26,8 @@ MAX_TOKENS = 320
 
 class Host:
     """Runs functions in the child, one after the other."""
+
+    late = 0  # calls of `step` until a token is seen that was sampled in one
 
     def __init__(self, log: Path) -> None:
         context = mp.get_context("spawn")
@@ -62,19 +65,33 @@ def _serve(pipe: Any, log: str) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
+def schedule_ahead() -> None:
+    """Have the engines made in this process from now on schedule as on CUDA, where vLLM schedules a batch
+    before it has seen what the one before has sampled (its CPU build never does by itself).
+    """
+    from vllm.config import VllmConfig
+
+    VllmConfig.max_concurrent_batches = property(lambda _: 2)
+    plain = vllm_engine.engine_args
+    scheduler = {"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}
+    vllm_engine.engine_args = lambda options: plain(options) | scheduler
+
+
 def options(model: str, dtype: torch.dtype = torch.float32, **changes: Any) -> vllm_engine.VllmOptions:
+    """`changes` are fields, or keys of the recipe's section."""
     values: dict[str, Any] = {
         "key": "sampler.vllm",
         "cuda": False,
         "max_tokens": MAX_TOKENS,
         "max_requests": 64,
         "max_logprobs": -1,
-        "kv_cache_bytes": 64 << 20,
+        "cache_bytes": 64 << 20,
         "live_weights": True,
         "prefix_caching": True,
         "seeded": True,
     }
-    return vllm_engine.VllmOptions(model=model, dtype=dtype, **{**values, **changes})
+    section = Vllm(**{key: changes.pop(key) for key in [*changes] if key in Vllm.model_fields})
+    return vllm_engine.VllmOptions(section, model=model, dtype=dtype, **{**values, **changes})
 
 
 @functools.cache

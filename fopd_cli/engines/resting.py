@@ -1,8 +1,8 @@
-"""Where an engine's tensors lie while other roles have its device: in pinned main memory, each in one buffer that
-is made once.
+"""Where an engine's tensors lie while other roles have its device: in pinned main memory, each in one buffer
+that is made once.
 
-What never changes (a teacher, the base under adapters) is copied there the first time and never again; to wake is
-one copy at the bus's speed. What learns is copied both ways, into the same buffers.
+What never changes (a teacher, the base under adapters) is copied there the first time and never again; to
+wake is one copy at the bus's speed. What learns is copied both ways, into the same buffers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 
 class Resting:
-    """The buffers of one engine. `forgetful`: its weights are given anew after it wakes, so that nothing of them
-    is ever copied back.
+    """The buffers of one engine. `forgetful`: its weights are given anew after it wakes, so that nothing of
+    them is ever copied back.
     """
 
     def __init__(self, device: torch.device, forgetful: bool = False) -> None:
@@ -47,8 +47,8 @@ class Resting:
                     state[name] = self._to_device((place, name), value)
 
     def _visit(self, module: nn.Module, move: Any) -> None:
-        """By `_apply`, as `.to` does it, since a sharded module takes note of new memory there. A tensor is known by
-        its place in that order; one that is tied is met again, and moved once.
+        """By `_apply`, as `.to` does it, since a sharded module takes note of new memory there. A tensor is
+        known by its place in that order; one that is tied is met again, and moved once.
         """
         met: dict[int, Tensor] = {}
         met_again = []  # keeps ids from being used again

@@ -5,8 +5,9 @@ steps, a batch that is two steps old shows it prefixes that it no longer visits,
 is lost. Once it moves slowly the same lag costs nothing. So the depth that a recipe asks for is the most, and
 admission follows what was measured:
 
-    D_roll of the batch's lagged samples, above the noise floor, over `target`    one step less ahead
-    at or under it                                                                one step more, up to the most
+    D_roll of the batch's lagged samples, above the noise floor:
+        over `target`     one step less ahead
+        at or under it    one step more, up to the most
 
 With nothing lagged in a batch there is nothing to measure; after `PATIENCE` such batches one step ahead is
 tried again. The bound on the lag stays what the recipe says: less ahead only admits later, and drops nothing.

@@ -1,7 +1,7 @@
 """How far the student (D_roll) and the teacher's context (D_sup) moved since a sample was made.
 
-    D_roll_i = mean_h KL( pi_t(.|x_ih) || pi_r(.|x_ih) )          student now against student when it sampled
-    D_sup_i  = mean_h KL( p(.|c_ih now) || p(.|c_ih labelled) )   frozen teacher, current against cached context
+    D_roll_i = mean_h KL( pi_t(.|x_ih) || pi_r(.|x_ih) )          the student now, and when it sampled
+    D_sup_i  = mean_h KL( p(.|c_ih now) || p(.|c_ih labelled) )   the frozen teacher, in both contexts
 
 The mean runs over the sample's aligned, loss-bearing positions. Each estimator below returns one KL per
 position, in nats, differentiable in its first argument; `per_sample` takes the mean and the coverage.
@@ -12,8 +12,8 @@ measures that at tau = 0, so that it can be taken off before fresh samples look 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,18 +74,19 @@ def quadratic(new: Tensor, old: Tensor) -> Tensor:
     return 0.5 * (new - old).clamp(max=MAX_LOG_RHO).square()
 
 
-TokenDrift = Literal["sampled", "quadratic"]
-ONE_TOKEN = {
-    "sampled": sampled,
-    "quadratic": quadratic,
-}  # the estimators that ask for no more than the sampled token
+# The estimators that ask for no more than the sampled token.
+ONE_TOKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sampled": sampled, "quadratic": quadratic}
+# Their derivatives by log pi_t(y), from log rho. One without an entry is differentiated by autograd.
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sampled": lambda log_rho: log_rho.exp() * log_rho,
+    "quadratic": lambda log_rho: log_rho,
+}
 
 
-def slope(kind: TokenDrift, new: Tensor, old: Tensor) -> Tensor:
-    """Derivative of a `ONE_TOKEN` estimator by log pi_t(y), `(...)`; 0 where it is at its limit."""
+def slope(kind: str, new: Tensor, old: Tensor) -> Tensor:
+    """Derivative of an estimator in `SLOPES` by log pi_t(y), `(...)`; 0 where it is at its limit."""
     log_rho = (new - old).clamp(max=MAX_LOG_RHO)
-    rises = log_rho.exp() * log_rho if kind == "sampled" else log_rho
-    return torch.where(log_rho < MAX_LOG_RHO, rises, 0.0)
+    return torch.where(log_rho < MAX_LOG_RHO, SLOPES[kind](log_rho), 0.0)
 
 
 def at_limit(new: Tensor, old: Tensor) -> Tensor:

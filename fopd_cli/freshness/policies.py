@@ -1,4 +1,4 @@
-"""The control policies that a recipe can name: what each switches on."""
+"""The control policies that a recipe can name: what each switches on. Importing this imports no torch."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ POLICIES: dict[str, Policy] = {
     # Ours, not the paper's.
     "trust": Policy(weights="one", trust=True),
 }
+
+
+def largest_xi(max_lag: int) -> float:
+    """The score's bound (`score.py`), f_i <= 1/(tau_i + 1): at this threshold or above, a perfectly fresh
+    sample of full lag is gated out.
+    """
+    return 1.0 / (max_lag + 1)

@@ -9,7 +9,7 @@ not yet trained on, in the sampler as well as in the buffer, and their prompts a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, assert_never
 
 
 @dataclass
@@ -31,10 +31,19 @@ class Refresh:
     ) -> str | None:
         """Why to refresh after `step` completed optimizer steps, or None. Arguments are the batch's means."""
         since = step - self.last
-        if self.mode == "never":
-            return None
-        if self.mode == "fixed":
-            return f"every {self.every} steps" if since >= self.every else None
+        match self.mode:
+            case "never":
+                return None
+            case "fixed":
+                return f"every {self.every} steps" if since >= self.every else None
+            case "adaptive":
+                return self._stale(since, mean_freshness, coverage_roll, coverage_sup)
+            case _:
+                assert_never(self.mode)
+
+    def _stale(
+        self, since: int, mean_freshness: float, coverage_roll: float, coverage_sup: float
+    ) -> str | None:
         if since < self.every_at_least:
             return None
         if mean_freshness <= self.mean:

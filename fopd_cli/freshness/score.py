@@ -10,6 +10,8 @@ asynchronous and the synchronous objective. `f` ranks samples; it is no unbiased
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import torch
 from torch import Tensor
 
@@ -35,12 +37,13 @@ def freshness(
 
 def weights(policy: Policy, score: Tensor, lag: Tensor, xi: float) -> Tensor:
     """w_i `(samples,)`, no gradient. `lag` weighs by 1/(tau + 1) alone, the score without its drifts."""
-    if policy.weights == "one":
-        return torch.ones_like(score)
-    basis = score if policy.weights == "freshness" else 1.0 / (lag.to(score.dtype) + 1)
+    match policy.weights:
+        case "one":
+            return torch.ones_like(score)
+        case "lag":
+            basis = 1.0 / (lag.to(score.dtype) + 1)
+        case "freshness":
+            basis = score
+        case _:
+            assert_never(policy.weights)
     return torch.relu(basis.detach() - xi)
-
-
-def largest_xi(max_lag: int) -> float:
-    """f_i <= 1/(tau_i + 1): at this threshold or above, a perfectly fresh sample of full lag is gated out."""
-    return 1.0 / (max_lag + 1)

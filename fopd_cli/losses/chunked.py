@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fopd_cli.freshness.drift import ONE_TOKEN
 from fopd_cli.losses.head import Head
-from fopd_cli.losses.kernels import AnyChunk, Chunk, CompiledChunk, FullChunk
+from fopd_cli.losses.kernels import Chunk, CompiledChunk, FullChunk, kernel
 from fopd_cli.losses.terms import LossSpec, Positions, TokenTerms
 
 
@@ -186,12 +185,7 @@ class _Pass:
         self.chunk = chunk_rows(spec, head.weight)
         self.terms: list[tuple[Tensor, ...]] = []
         self.value = torch.zeros((), device=hidden.device)
-        self.kind: type[Chunk] = AnyChunk
-        if spec.support == "full" and spec.drift in ONE_TOKEN:
-            if spec.compile:
-                self.kind = CompiledChunk
-            elif FullChunk.bears(spec, head.cap):
-                self.kind = FullChunk
+        self.kind = kernel(spec, head.cap)
         # One set of buffers for all chunks: on a CPU, fresh ones of this size would be mapped and zeroed by
         # the kernel.
         shape = (min(self.chunk, len(at.tokens)), head.vocab)

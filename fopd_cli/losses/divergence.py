@@ -15,14 +15,14 @@ itself vanishes, so the two ends are defined to be the two KLs, again as TRL doe
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from fopd_cli.freshness.trust import spent
-
-LossKind = Literal["forward_kl", "reverse_kl", "jsd"]
+from fopd_cli.names import Advantage, LossKind
 
 
 def kl(left: Tensor, right: Tensor) -> Tensor:
@@ -43,12 +43,18 @@ def one_name(kind: LossKind, beta: float) -> LossKind:
     return kind
 
 
+# (student, teacher, beta) to nats. A name in `names.LossKind` and an entry here make a loss; what kernels.py
+# does by hand for some of them is speed alone.
+DIVERGENCES: dict[LossKind, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": lambda student, teacher, beta: kl(teacher, student),
+    "reverse_kl": lambda student, teacher, beta: kl(student, teacher),
+    "jsd": jsd,
+}
+
+
 def divergence(kind: LossKind, student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     """The recipe's divergence, `(...)`."""
-    name = one_name(kind, beta)
-    if name == "jsd":
-        return jsd(student, teacher, beta)
-    return kl(teacher, student) if name == "forward_kl" else kl(student, teacher)
+    return DIVERGENCES[one_name(kind, beta)](student, teacher, beta)
 
 
 def ratio(student: Tensor, behaviour: Tensor, cap: float | None) -> Tensor:
@@ -57,14 +63,17 @@ def ratio(student: Tensor, behaviour: Tensor, cap: float | None) -> Tensor:
     return rho if cap is None else rho.clamp(max=cap)
 
 
-Advantage = Literal["cached", "recomputed"]
-
-
 def advantage_of(kind: Advantage, student: Tensor, teacher: Tensor, behaviour: Tensor) -> Tensor:
     """log p - log pi of the sampled token, from log-probs `(...)`; `cached` takes log pi from the behaviour
     policy, as it was when y was sampled, `recomputed` from the student as it is now. No gradient.
     """
-    return teacher - (behaviour if kind == "cached" else student.detach())
+    match kind:
+        case "cached":
+            return teacher - behaviour
+        case "recomputed":
+            return teacher - student.detach()
+        case _:
+            assert_never(kind)
 
 
 def policy_gradient(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fopd_cli.freshness import drift
-from fopd_cli.losses.divergence import LossKind, one_name
+from fopd_cli.losses.divergence import one_name
 from fopd_cli.losses.head import soft_cap, soft_cap_
 from fopd_cli.losses.terms import LossSpec, Positions, terms_of
+from fopd_cli.names import LossKind
 
 Caps = tuple[float | None, float | None]  # soft caps of the student's and the teacher's logits
 
@@ -43,6 +44,19 @@ class Chunk(Protocol):
         chunk reuses.
         """
         ...
+
+
+# What `FullChunk` and `CompiledChunk` have formulas of. Whatever else there is goes through `AnyChunk`.
+BY_HAND: frozenset[LossKind] = frozenset({"forward_kl", "reverse_kl", "jsd"})
+
+
+def kernel(spec: LossSpec, cap: float | None) -> type[Chunk]:
+    """The fastest that has formulas of this loss, of a student whose logits are soft-capped at `cap`."""
+    if spec.support != "full" or spec.kind not in BY_HAND or spec.drift not in drift.SLOPES:
+        return AnyChunk
+    if spec.compile:
+        return CompiledChunk
+    return FullChunk if FullChunk.bears(spec, cap) else AnyChunk
 
 
 SMALLEST_LOG = 80.0  # e^-80 is still a normal float32
@@ -90,7 +104,6 @@ class FullChunk:
         teacher_lse, _, self.teacher_total = _lse_(teacher)
         self.u, self.v, self.gap, self.shift = spare, teacher, student, teacher_lse - lse
         self.acting_y = y_logit / ts - (self.acting_lse if self.acting_lse is not None else lse)
-        assert spec.drift == "sampled" or spec.drift == "quadratic"
         drifts = drift.ONE_TOKEN[spec.drift](self.acting_y[:, 0], at.behaviour)
         self.drift_slope = drift.slope(spec.drift, self.acting_y[:, 0], at.behaviour)
         self.reverse = _dot(self.u, self.gap) / self.total + self.shift
@@ -183,7 +196,6 @@ class CompiledChunk:
             spec.sampling_temperature,
             caps,
         )
-        assert spec.drift == "sampled" or spec.drift == "quadratic"
         self.logits, self.tokens = (student, teacher), at.tokens
         terms, self.row = _compiled(_formula_terms)(
             *self.logits, at.tokens, at.behaviour, spec.drift, *self.how
@@ -207,7 +219,7 @@ def _formula_terms(
     teacher: Tensor,
     tokens: Tensor,
     behaviour: Tensor,
-    estimator: drift.TokenDrift,
+    estimator: str,
     kind: LossKind,
     beta: float,
     t: float,

@@ -11,7 +11,7 @@ same number.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor
@@ -21,7 +21,13 @@ from fopd_cli.losses.chunked import Weighting
 
 def shares(lengths: Tensor, average: Literal["sample", "token"], samples: int, tokens: int) -> Tensor:
     """share_i `(n,)` of samples with so many loss-bearing tokens, in a batch of `samples` and `tokens`."""
-    return lengths / tokens if average == "token" else torch.full_like(lengths, 1 / samples)
+    match average:
+        case "token":
+            return lengths / tokens
+        case "sample":
+            return torch.full_like(lengths, 1 / samples)
+        case _:
+            assert_never(average)
 
 
 def weighting(

@@ -5,38 +5,33 @@ written for reading.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
 from fopd_cli.freshness import drift
 from fopd_cli.freshness.trust import spent
-from fopd_cli.losses.divergence import (
-    Advantage,
-    LossKind,
-    advantage_of,
-    divergence,
-    kl,
-    policy_gradient,
-    ratio,
-)
+from fopd_cli.losses.divergence import advantage_of, divergence, kl, policy_gradient, ratio
+from fopd_cli.names import Advantage, DriftKind, LossKind, Support
+from fopd_cli.recipe import Loss
 
-Support = Literal["full", "topk", "sampled", "mc"]
-DriftKind = Literal["exact", "topk", "sampled", "quadratic"]
+DEFAULT = Loss()
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The recipe's loss, and the drift estimator that rides along."""
+    """The recipe's loss, resolved, and the drift estimator that rides along. Keys of the recipe's section are
+    explained there.
+    """
 
     kind: LossKind
     support: Support
-    beta: float = 0.5  # of jsd
-    temperature: float = 1.0  # of both distributions in the divergence (full support)
-    advantage: Advantage = "recomputed"  # sampled support
-    importance: bool = False  # sampled support
-    max_ratio: float | None = None  # cap on the importance ratio; sampled and mc support
+    beta: float = DEFAULT.beta
+    temperature: float = DEFAULT.temperature
+    advantage: Advantage = DEFAULT.advantage
+    importance: bool = DEFAULT.importance
+    max_ratio: float | None = DEFAULT.max_ratio
     trust: float | None = None  # width of the token's trust region in nats; sampled and mc support
     drift: DriftKind = "sampled"
     sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
@@ -44,21 +39,41 @@ class LossSpec:
     chunk_bytes: int | None = None  # of one float32 [chunk, vocab] tensor; None: see `chunked.chunk_rows`
     compile: bool = False  # full support and drift of one token: formulas fused by torch.compile
 
+    @classmethod
+    def of(cls, section: Loss, **resolved: Any) -> LossSpec:
+        """The section's keys as they stand, but for those that are `resolved`."""
+        own = {f.name: getattr(section, f.name) for f in fields(cls) if f.name in Loss.model_fields}
+        return cls(**{**own, **resolved})
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the learner finds an array of `Positions`: a field of a sample's rollout or of its targets."""
+
+    of: Literal["rollout", "targets"]
+    name: str
+    dtype: torch.dtype | None = None  # that it gets; None: its own
+
+
+I64, F32 = torch.int64, torch.float32
+
 
 @dataclass
 class Positions:
     """One row per response position (N of them), gathered from all samples of a micro-batch."""
 
-    tokens: Tensor  # int64 (N,)
-    behaviour: Tensor  # float32 (N,): log pi_r(y)
-    behaviour_topk: Tensor | None = None  # float32 (N, k), or (N, V) for the exact drift
-    behaviour_topk_ids: Tensor | None = None  # int64 (N, k)
-    draw_ids: Tensor | None = None  # int64 (N, draws - 1)
-    draw_behaviour: Tensor | None = None  # float32 (N, draws - 1): log pi_r of them
-    teacher_hidden: Tensor | None = None  # (N, teacher width)
-    teacher_logprobs: Tensor | None = None  # float32 (N,): log p(y)
-    teacher_topk: Tensor | None = None  # float32 (N, k)
-    teacher_topk_ids: Tensor | None = None  # int64 (N, k)
+    tokens: Annotated[Tensor, Source("rollout", "response_ids", I64)]  # (N,)
+    behaviour: Annotated[Tensor, Source("rollout", "logprobs", F32)]  # (N,): log pi_r(y)
+    # (N, k), or (N, V) for the exact drift
+    behaviour_topk: Annotated[Tensor | None, Source("rollout", "topk_logprobs", F32)] = None
+    behaviour_topk_ids: Annotated[Tensor | None, Source("rollout", "topk_ids", I64)] = None  # (N, k)
+    draw_ids: Annotated[Tensor | None, Source("rollout", "draw_ids", I64)] = None  # (N, draws - 1)
+    # (N, draws - 1): log pi_r of them
+    draw_behaviour: Annotated[Tensor | None, Source("rollout", "draw_logprobs", F32)] = None
+    teacher_hidden: Annotated[Tensor | None, Source("targets", "hidden")] = None  # (N, teacher width)
+    teacher_logprobs: Annotated[Tensor | None, Source("targets", "logprobs", F32)] = None  # (N,): log p(y)
+    teacher_topk: Annotated[Tensor | None, Source("targets", "topk_logprobs", F32)] = None  # (N, k)
+    teacher_topk_ids: Annotated[Tensor | None, Source("targets", "topk_ids", I64)] = None  # (N, k)
 
     def rows(self, start: int, stop: int) -> Positions:
         return Positions(**{f.name: _rows(getattr(self, f.name), start, stop) for f in fields(self)})
@@ -66,6 +81,11 @@ class Positions:
 
 def _rows(value: Any, start: int, stop: int) -> Any:
     return None if value is None else value[start:stop]
+
+
+SOURCES: dict[str, Source] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Positions, include_extras=True).items()
+}
 
 
 @dataclass
@@ -117,6 +137,7 @@ def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tens
         ours, theirs = student, torch.log_softmax(teacher_logits / spec.temperature, -1)
         masses = (torch.ones_like(entropy), torch.ones_like(entropy))
     else:
+        assert spec.support == "topk"
         assert at.teacher_topk is not None
         assert at.teacher_topk_ids is not None
         kept = student.gather(-1, at.teacher_topk_ids)
@@ -168,10 +189,14 @@ def _teacher_logprob(spec: LossSpec, at: Positions, teacher_logits: Tensor) -> T
 
 
 def _drift(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor) -> Tensor:
-    if spec.drift == "sampled" or spec.drift == "quadratic":
-        return drift.ONE_TOKEN[spec.drift](acting_y, at.behaviour)
+    if spec.drift in drift.ONE_TOKEN:
+        # Unknown log-probs stay out of the estimator: the gradient of what is weighed by 0 would be nan.
+        unknown = at.behaviour.isnan()
+        found = drift.ONE_TOKEN[spec.drift](acting_y, torch.where(unknown, acting_y.detach(), at.behaviour))
+        return torch.where(unknown, torch.nan, found)
     assert at.behaviour_topk is not None
     if spec.drift == "exact":
         return drift.exact(acting, at.behaviour_topk[:, : acting.shape[-1]])
+    assert spec.drift == "topk"
     assert at.behaviour_topk_ids is not None
     return drift.topk(acting.gather(-1, at.behaviour_topk_ids), at.behaviour_topk)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fopd_cli.freshness.policies import POLICIES
+from fopd_cli.engines.registry import candidates, engine_of, hands_over, unfit_to_sample
+from fopd_cli.freshness.policies import POLICIES, largest_xi
 
 ADDRESS = re.compile(r"https?://[^\s/?#]+(/\S*)?", re.ASCII)
 
@@ -18,7 +19,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     """One sentence for each: the key, what is wrong, what to do."""
     loss, fresh, max_lag = recipe.loss, recipe.freshness, recipe.max_lag
     policy = POLICIES[fresh.policy]
-    largest = 1 / (max_lag + 1)  # the score's bound, freshness/score.py
+    largest = largest_xi(max_lag)
     if policy.weights != "one" and fresh.xi >= largest:
         yield (
             f"freshness.xi: {fresh.xi} gates out every sample of full lag, because f <= 1/(lag + 1) = "
@@ -36,7 +37,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     support = recipe.support
     if policy.trust and support not in ("sampled", "mc"):
         yield (
-            f"freshness.policy: {fresh.policy} leaves out sampled tokens by their signal, and "
+            f"freshness.policy: {fresh.policy} leaves out sampled tokens by their advantage, and "
             f"loss.support {support} has none; "
             "set freshness.policy: fopd (such losses need no trust region, see docs/staleness.md) or "
             "loss.support: sampled"
@@ -51,22 +52,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             f"loss.kind: {support} support is the policy gradient of reverse_kl, {loss.kind} has none; "
             "set loss.kind: reverse_kl"
         )
-    if support == "mc" and recipe.sampler.engine != "transformers":
-        yield (
-            "loss.support: mc needs draws beside the response, which sampler.engine "
-            f"{recipe.sampler.engine} does not give; set sampler.engine: transformers or loss.support: "
-            "sampled"
-        )
+    yield from _of_sampler(recipe)
     yield from _of_supports(recipe)
-    if (
-        recipe.student.lora is not None
-        and recipe.student.lora.publish == "adapter"
-        and recipe.sampler.engine != "vllm"
-    ):
-        yield (
-            f"student.lora.publish: sampler.engine {recipe.sampler.engine} takes merged weights only; "
-            "set publish: merged or sampler.engine: vllm"
-        )
     if support in ("full", "mc") and recipe.targets != "hidden":
         yield (
             f"teacher.targets: loss.support {support} needs hidden states, not {recipe.targets}; set "
@@ -90,6 +77,22 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _of_sampler(recipe: Recipe) -> Iterator[str]:
+    """What its engine, or each that it may become, does not give."""
+    section = recipe.sampler
+    unfit = [unfit_to_sample(engine, recipe) for engine in candidates(section)]
+    if all(unfit) and "loss.support: mc" in unfit:
+        yield (
+            f"loss.support: mc needs draws beside the response, which sampler.engine {section.engine} does "
+            "not give; set sampler.engine: transformers or loss.support: sampled"
+        )
+    if all(unfit) and "student.lora.publish: adapter" in unfit:
+        yield (
+            f"student.lora.publish: sampler.engine {section.engine} takes merged weights only; "
+            "set publish: merged or sampler.engine: vllm"
+        )
+
+
 def _of_supports(recipe: Recipe) -> Iterator[str]:
     """Keys that only some supports know."""
     loss, support = recipe.loss, recipe.support
@@ -98,7 +101,7 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
     if support in ("sampled", "mc") and loss.temperature != 1:
         yield (
             f"loss.temperature: {support} support is about tokens drawn at sampler.temperature and has no "
-            "temperature of its own; "
+            "separate temperature; "
             "set it to 1 (see sampler.temperature and loss.teacher_temperature)"
         )
     if loss.teacher_temperature == "sampler" and support not in ("sampled", "mc"):
@@ -119,7 +122,7 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
     if loss.student_k and support != "topk":
         yield f"loss.student_k: belongs to loss.support topk, not {support}; set it to 0"
     for t in recipe.teachers if loss.student_k else ():
-        if t.engine != "transformers":
+        if not any(e.teacher is not None and e.teacher.asked_tokens for e in candidates(t)):
             yield (
                 f"loss.student_k: teacher.engine {t.engine} gives log-probs of its own likeliest tokens "
                 "only; set it to 0 or teacher.engine: transformers"
@@ -135,11 +138,11 @@ def _of_evaluations(recipe: Recipe) -> Iterator[str]:
     """Keys that look at several evaluations."""
     section = recipe.eval
     if section.patience and section.keep_best is None:
-        yield "eval.patience: has no measure to go by; set eval.keep_best: score or kl"
+        yield "eval.patience: needs to know what is best; set eval.keep_best: score or kl"
     if section.keep_best is not None and not 0 < section.every < recipe.learner.steps:
         yield (
-            "eval.keep_best: there are no evaluations in between to choose from; set eval.every to some "
-            "optimizer steps"
+            "eval.keep_best: there are no evaluations to choose from; set eval.every to fewer steps than "
+            "learner.steps"
         )
     if section.keep_best == "score" and (
         recipe.task.name == "chat" or getattr(recipe.task, "answer", "") is None
@@ -153,7 +156,10 @@ def _of_prompts(recipe: Recipe) -> Iterator[str]:
     if getattr(recipe.task, "chat", True) is not False:
         return
     if getattr(recipe.task, "system", None):
-        yield "task.system: plain text (task.chat: false) has no system message; put it into task.template"
+        yield (
+            "task.system: plain text (task.chat: false) has no system message; put the text into "
+            "task.template"
+        )
     if recipe.template_kwargs and not own_template:
         yield (
             "task.chat_template_kwargs: no chat template is rendered with task.chat: false; leave one "
@@ -167,14 +173,14 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
     names = [t.name for t in teachers]
     if len(set(names)) < len(names):
         yield (
-            f"teacher.name: {max(names, key=names.count)!r} stands twice; give each teacher a name of its own"
+            f"teacher.name: {max(names, key=names.count)!r} is there twice; give each teacher its own name"
         )
     for t in teachers:
         if not re.fullmatch(r"[A-Za-z0-9_.]+", t.name):
             yield (
                 f"teacher.name: {t.name!r} must be letters, digits, '_' or '.'; prompts and log files use it"
             )
-        if t.engine != "transformers" and "hidden" in (t.targets, recipe.targets):
+        if "hidden" in (t.targets, recipe.targets) and not hands_over("hidden", t):
             why = (
                 "loss.teacher_temperature sampler"
                 if recipe.support == "sampled"
@@ -184,18 +190,17 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
                 f"teacher.engine: {t.engine} gives log-probs, not the hidden states that {why} needs; "
                 "set loss.support: topk (or auto), or teacher.engine: transformers"
             )
-        if t.engine == "http" and t.template == "teacher":
+        engine = engine_of(t)
+        if engine.remote and t.template == "teacher":
             yield (
                 "teacher.template: the chat template of a remote teacher is not known here; set "
                 "teacher.template: student"
             )
-        if t.engine == "http" and t.http.url is None:
-            yield (
-                "teacher.http.url: engine http needs the server's address, for example "
-                "http://localhost:8000/v1"
-            )
+        for key, what in engine.required:
+            if getattr(engine.keys(t), key) is None:
+                yield f"teacher.{engine.name}.{key}: engine {engine.name} needs {what}"
         if t.http.url is not None and not (t.http.url.isascii() and ADDRESS.fullmatch(t.http.url)):
-            yield f"teacher.http.url: {t.http.url!r} is no address; write it like http://localhost:8000/v1"
+            yield f"teacher.http.url: {t.http.url!r} is not a URL; write it like http://localhost:8000/v1"
     for key, values in (("targets", {t.targets for t in teachers}), ("k", {t.k for t in teachers})):
         if len(values) > 1 and (key == "targets" or recipe.targets == "topk"):
             yield f"teacher.{key}: {', '.join(map(str, sorted(values)))}: all teachers must have the same"

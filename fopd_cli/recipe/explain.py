@@ -51,6 +51,8 @@ def _task_name(section: type[BaseModel]) -> str:
 
 def _type_name(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Ellipsis:
+        return "..."
     if origin is Annotated:
         return _type_name(args[0])
     if origin is Literal:

@@ -12,15 +12,17 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fopd_cli import paths
+from fopd_cli.engines.registry import ENGINES
 from fopd_cli.errors import UserError
 from fopd_cli.recipe.explain import fields_of, sections_of
 from fopd_cli.recipe.meant import meant, near_value
 from fopd_cli.recipe.plain import NotPlain, NotYaml, parse, shown, shown_key
 from fopd_cli.recipe.schema import Recipe
 
+REMOTE = [name for name, engine in ENGINES.items() if engine.remote]  # their models are no paths here
 MOST_PROBLEMS = 4  # in one message
 PATHS = ("path", "file", "folder", "dir", "directory")  # ends of keys that name one
-LONG_KEY = 60  # characters: longer ones are nobody's slip of the finger
+LONG_KEY = 60  # characters: longer ones are not typing errors
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -56,7 +58,7 @@ def recorded_recipe(dumped: dict[str, Any], where: Path) -> Recipe:
         return Recipe.model_validate(dumped)
     except ValidationError as error:
         raise UserError(
-            f"{where}: its recipe is of another version of fopd: {_explained(error, dumped)}"
+            f"{where}: its recipe was written by another version of fopd: {_explained(error, dumped)}"
         ) from None
 
 
@@ -85,7 +87,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
             _set_item(child, [*parents[i + 1 :], last], value, override)
             return
         if not isinstance(child, dict):
-            raise UserError(f"--set {shown(override)}: {'.'.join(parents[: i + 1])} is no section")
+            raise UserError(f"--set {shown(override)}: {'.'.join(parents[: i + 1])} is not a section")
         node = child
     node[last] = parsed
 
@@ -97,8 +99,8 @@ def _set_item(items: list[Any], path: list[str], value: str, override: str) -> N
     index = int(path[0]) if numbered else names.index(path[0]) if path[0] in names else len(items)
     if index >= len(items) or len(path) < 2 or not isinstance(items[index], dict):
         raise UserError(
-            f"--set {shown(override)}: there are {len(items)} of them; name one by number or name, as in "
-            "teacher.0.k=8"
+            f"--set {shown(override)}: there are {len(items)} of them; say which one, by number or "
+            "name, as in teacher.0.k=8"
         )
     _set(items[index], f"{'.'.join(path[1:])}={value}")
 
@@ -114,7 +116,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     ):
         found = raw.get(section)
         for values in found if isinstance(found, list) else [found]:
-            if isinstance(values, dict) and values.get("engine") != "http":
+            if isinstance(values, dict) and values.get("engine") not in REMOTE:
                 for key in keys:
                     values.update(_resolved(values, key, folder))
     task = raw.get("task")
@@ -147,7 +149,7 @@ def _resolved(values: dict[str, Any], key: str, folder: Path) -> dict[str, str]:
     value = values.get(key)
     if isinstance(value, str) and not value.startswith("hf:"):
         for base in (folder, Path()):
-            # no path at all, or of nobody's home
+            # not a path, or in the home of a user who does not exist
             with contextlib.suppress(OSError, ValueError, RuntimeError):
                 candidate = base / Path(value).expanduser()
                 if (

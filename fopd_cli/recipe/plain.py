@@ -53,7 +53,7 @@ def _check(value: Any, key: str, above: tuple[int, ...], left: list[int]) -> Non
     if left[0] < 0:
         raise NotPlain(f"holds more than {MOST_VALUES:,} values")
     if id(value) in above and isinstance(value, dict | list):
-        raise NotPlain(f"{_at(key)}refers to what it lies in")
+        raise NotPlain(f"{_at(key)}refers to itself")
     if len(above) > DEEPEST:
         raise NotPlain(f"{_at(key)}is nested too deeply")
     within = (*above, id(value))
@@ -73,7 +73,7 @@ def _check(value: Any, key: str, above: tuple[int, ...], left: list[int]) -> Non
             raise NotPlain(f"{_at(key)}whole numbers must be under 2^63")
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise NotPlain(f"{_at(key)}{value} is no number to compute with")
+            raise NotPlain(f"{_at(key)}{value} is not a finite number")
     elif value is not None:
         raise NotPlain(
             f"{_at(key)}{shown(value)} is of the type {type(value).__name__}; put it in quotes if it is a "
@@ -85,7 +85,9 @@ def _check_text(text: str, key: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise NotPlain(f"{_at(key)}{shown(text)} holds half a character, which no file can store") from None
+        raise NotPlain(
+            f"{_at(key)}{shown(text)} holds half a character, which cannot be stored in a file"
+        ) from None
 
 
 def _at(key: str) -> str:

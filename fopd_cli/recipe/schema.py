@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -17,10 +17,12 @@ from pydantic import (
     model_validator,
 )
 
+from fopd_cli.engines.registry import AUTO, SAMPLERS, TEACHERS, hands_over
 from fopd_cli.freshness.policies import POLICIES, PolicyName
+from fopd_cli.names import Advantage, DriftKind, LossKind, Support, TargetKind
 from fopd_cli.recipe.contradictions import contradictions
 
-# Bounds that no run comes near, so that nothing that is computed from a recipe overflows.
+# Bounds that no run comes near, so that nothing computed from a recipe overflows.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 NonNegative = Annotated[int, Field(ge=0, le=10**9)]
 HowMany = Annotated[int, Field(gt=0, le=10**7)]  # prompts
@@ -43,10 +45,16 @@ EvalTemperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_o
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 Labels = Literal["cached", "current"]
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
+if TYPE_CHECKING:
+    SamplerEngine: TypeAlias = str
+    TeacherEngine: TypeAlias = str
+else:  # as many as the registry has
+    SamplerEngine, TeacherEngine = Literal[(AUTO, *SAMPLERS)], Literal[(AUTO, *TEACHERS)]
 
-# A token with the signal A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds
-# 12 nats less likely moves by 0.6 nats before it is sampled anew. Each estimator's best at lag 8
-# (docs/staleness.md): less collapses, more slows.
+# A token with the advantage A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher
+# finds 12 nats less likely moves by 0.6 nats before it is sampled again. Each estimator's best at lag 8
+# (docs/staleness.md): less collapses, more is slower.
 ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
 
 
@@ -63,21 +71,21 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    """Train low-rank adapters instead of all weights; learner.lr wants to be about ten times higher."""
+    """Train low-rank adapters instead of all weights. Use about ten times the learning rate."""
 
     rank: Positive = 32
-    """Of the adapters."""
+    """Rank of the adapters."""
     alpha: PositiveFactor = 64.0
     """Adapters are scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which linear layers get one: all but the output head (experts, too), or the ends of their names, for
-    example [q_proj, v_proj].
+    """Which linear layers get an adapter: all but the output head (experts included), or those whose names
+    end like this, for example [q_proj, v_proj].
     """
     router: bool = False
-    """Of a mixture of experts: whether the routers, which choose the experts of a token, get an adapter, too.
+    """For mixtures of experts: whether the routers, which choose the experts of a token, get an adapter, too.
     """
     publish: Literal["merged", "adapter"] = "merged"
-    """What samplers are sent after each step: merged weights, or the adapter alone (sampler.engine vllm: a
+    """What samplers are sent after each step: merged weights, or only the adapter (sampler.engine vllm; a
     hundredth of the bytes, but each token costs more).
     """
 
@@ -86,118 +94,120 @@ class Student(Section):
     model: str
     """Model directory or hub id of the student; it is trained, and its tokenizer is the run's."""
     lora: Lora | None = None
-    """Adapters (peft) over a frozen base; the trained student is exported merged. null: all weights learn."""
+    """Adapters (peft) over a frozen base; the trained student is exported merged. null: train all weights."""
 
 
 class Vllm(Section):
-    """What engine vllm needs to know; other engines do not look at it."""
+    """Settings of engine vllm; other engines ignore them."""
 
     tensor_parallel: Processes = 1
-    """Devices (on a CPU: processes) that one replica is split over; must divide the attention heads."""
+    """Devices (on a CPU: processes) that one replica is split over; must divide the number of attention
+    heads.
+    """
     gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Share of a device's memory for weights and KV cache, if kv_cache_gb does not say (CUDA)."""
+    """Share of a device's memory for weights and KV cache, unless kv_cache_gb is set (CUDA)."""
     kv_cache_gb: Gigabytes | None = None
-    """KV cache of a replica. Default: on CUDA what gpu_memory leaves; on a CPU what all running requests can
-    need, at most an eighth of the RAM.
+    """KV cache per replica. Default: on CUDA what gpu_memory leaves; on a CPU as much as all running requests
+    can need, at most an eighth of the RAM.
     """
     eager: bool = False
     """No CUDA graphs and no compilation: starts faster, generates slower. Always so on a CPU."""
     max_batched_tokens: Positive | None = None
-    """Tokens a forward pass. Default: vLLM's for a sampler; 2048 for a teacher, whose prompt log-probs take 8
-    bytes x vocabulary a token.
+    """Tokens per forward pass. Default: vLLM's for a sampler; 2048 for a teacher, whose prompt log-probs take
+    8 bytes x vocabulary per token.
     """
 
 
 class SamplerVllm(Vllm):
     prefix_caching: bool = True
-    """Share the KV cache of equal prompt beginnings; dropped at every weight update."""
+    """Share the KV cache of prompts that begin alike; it is dropped at every weight update."""
 
 
 class Http(Section):
-    """What engine http needs to know; other engines do not look at it."""
+    """Settings of engine http; other engines ignore them."""
 
     url: str | None = None
-    """Base of an OpenAI-compatible server that returns prompt log-probs for token ids (vLLM does), for
+    """Base URL of an OpenAI-compatible server that returns prompt log-probs for token ids (vLLM does), for
     example http://localhost:8000/v1.
     """
     api_key_env: str | None = None
-    """Environment variable that holds the API key; null: the server wants none."""
+    """Environment variable that holds the API key; null: the server needs none."""
     concurrency: Annotated[int, Field(gt=0, le=4096)] = 16
-    """Requests under way at once."""
+    """Requests in flight at once."""
     timeout_s: Seconds = 120.0
-    """Of one request."""
+    """Time-out of one request."""
     retries: Annotated[int, Field(ge=0, le=20)] = 5
-    """Further tries after a refused connection, a time-out, or status 408, 429 or 5xx, with doubling pauses.
-    """
+    """Retries after a refused connection, a time-out, or status 408, 429 or 5xx, with doubling pauses."""
 
 
 class Teacher(Section):
     name: str = "teacher"
-    """How prompts name it, where there are several: teacher may be a list of such sections."""
+    """What prompts call this teacher when there are several: teacher may be a list of such sections."""
     model: str
     """Model directory or hub id of the frozen teacher (engine http: the model's name on the server); its
     tokenizer must give the same ids.
     """
-    engine: Literal["transformers", "vllm", "http"] = "transformers"
+    engine: TeacherEngine = AUTO
     """What runs the teacher. transformers: hidden states, hence exact losses; vllm and http: top-k or sampled
-    log-probs.
+    log-probs. auto: transformers for hidden states; for log-probs vllm on CUDA where it is installed, else
+    transformers.
     """
     vllm: Vllm = Vllm()
     http: Http = Http()
-    targets: Literal["auto", "hidden", "topk", "sampled"] = "auto"
-    """What the teacher hands over: hidden states (exact losses), top-k log-probs, or one log-prob a token.
+    targets: Literal["auto", TargetKind] = "auto"
+    """What the teacher hands over: hidden states (exact losses), top-k log-probs, or one log-prob per token.
     auto: what loss.support needs.
     """
     k: Positive = 64
-    """Tokens a position for topk targets."""
+    """Tokens per position for topk targets."""
     dtype: Dtype = "auto"
-    """Weights and hidden states; auto: bf16 on CUDA, fp32 on a CPU."""
+    """Dtype of weights and hidden states; auto: bf16 on CUDA, fp32 on a CPU."""
     batch_samples: Positive = 16
-    """Samples a scoring call, at most; it never waits for a call to fill up."""
+    """Most samples per scoring call; the teacher never waits for a call to fill up."""
     micro_tokens: Positive = 16384
-    """Tokens a forward pass."""
+    """Tokens per forward pass."""
     packing: bool = True
-    """As learner.packing, for engine transformers."""
+    """Like learner.packing, for engine transformers."""
     buffer_gb: Gigabytes | None = None
-    """Shared memory for targets (of all teachers; the largest value counts); a full buffer holds the teacher
-    back. Default: the worst case of all samples in flight, at most 4 batches' and a quarter of the RAM, at
-    least two batches' worst case.
+    """Shared memory for the targets of all teachers; the largest value counts. A full buffer holds the
+    teacher back. Default: the worst case of all samples in flight, at most that of 4 batches and a quarter of
+    the RAM, at least that of two batches.
     """
     context: str | None = None
-    """What the teacher is told instead of the question, and the student is not: a template with {question}
-    and any of the prompt's own columns, such as {answer} or {solution}. null: the question.
+    """What the teacher reads instead of the question, unseen by the student: a template with {question} and
+    any of the prompt's own columns, such as {answer} or {solution}. null: the question.
     """
     template: Literal["student", "teacher"] = "student"
-    """Whose chat template (and tokenizer) frames the prompt when the teacher judges the response. teacher:
-    its own, and plain text becomes a user's message; for tasks of one turn.
+    """Whose chat template and tokenizer frame the prompt when the teacher judges the response. teacher: its
+    own, and plain text becomes a user's message; for single-turn tasks.
     """
     delay_ms: Annotated[float, Field(ge=0, le=1e7)] = 0.0
-    """Sleep so long for every scored sample: a slow teacher, for studies."""
+    """Sleep this long for every scored sample, to simulate a slow teacher."""
 
 
 class ArithmeticTask(Section):
     name: Literal["arithmetic"]
     """Generated arithmetic modulo 10, steps written out."""
     horizon: Annotated[int, Field(ge=1, le=64)] = 4
-    """Dependent steps a question."""
+    """Dependent steps per question."""
     difficulty: Literal[1, 2, 3] = 2
-    """1: sums; 2: and differences; 3: and products."""
+    """1: sums; 2: also differences; 3: also products."""
     train_prompts: HowMany | None = None
-    """Distinct training questions. Default: 20,000, or what half of all possible questions allows."""
+    """Distinct training questions. Default: 20,000, or fewer if half of all possible questions are fewer."""
     eval_prompts: HowMany = 256
     """Distinct held-out questions, none of which is trained on."""
     seed: Seed = 0
-    """Of the questions, apart from the run's seed."""
+    """Seed of the questions, separate from the run's seed."""
 
 
 class Prompts(Section):
-    """What all tasks have in common whose prompts are the user's."""
+    """What tasks share whose prompts come from the user."""
 
     chat_template_kwargs: dict[str, Any] = {}
-    """Variables of the chat template, for example {enable_thinking: false}; wherever it is rendered."""
+    """Variables for the chat template wherever it is rendered, for example {enable_thinking: false}."""
     overlong: Literal["drop", "refuse"] = "drop"
-    """Prompts that are too long for a model's context together with max_new_tokens: leave them out (and say
-    how many), or refuse to start.
+    """Prompts that do not fit into a model's context together with max_new_tokens: drop them (and say how
+    many), or refuse to start.
     """
 
 
@@ -205,18 +215,17 @@ class Questions(Prompts):
     """How rows of a file become prompts."""
 
     question: str = "question"
-    """Column of the question, a text or a list of chat messages; a.b for a nested one. An assistant's answer
-    at the end is left out.
+    """Column of the question, a text or a list of chat messages; a.b for a nested column. A final assistant
+    message is left out.
     """
     solution: str | None = None
-    """Column of a reference solution, for teacher.context. Default: the assistant's answer at the end of the
-    messages, if there is one.
+    """Column of a reference solution, for teacher.context. Default: the final assistant message, if there is
+    one.
     """
     eval_question: str | None = None
-    """The same for the held-out source, if its columns have other names."""
+    """Column of the question in the held-out source, if its name differs."""
     teacher: str | None = None
-    """Column that names the teacher of each row, where there are several; null: the first teacher judges all.
-    """
+    """Column that names the teacher of each row, if there are several; null: the first teacher judges all."""
     template: str = "{question}"
     """Text sent to the student; {question} is replaced."""
     system: str | None = None
@@ -229,11 +238,11 @@ class Graded(Questions):
     """Questions with an answer."""
 
     answer: str | None = "answer"
-    """Column of the reference answer; null: there is none, nothing is graded, the KL to the teacher is the
-    measure.
+    """Column of the reference answer. null: there is none; nothing is graded, and evaluations report the KL
+    to the teacher.
     """
     eval_answer: str | None = None
-    """The same for the held-out source, if its columns have other names."""
+    """Column of the answer in the held-out source, if its name differs."""
 
 
 class ChatTask(Questions):
@@ -246,8 +255,8 @@ class ChatTask(Questions):
     null: some of task.train, drawn by their text.
     """
     question: str = "messages"
-    """Column of the question, a list of chat messages or a text; a.b for a nested one. An assistant's answer
-    at the end is left out.
+    """Column of the question, a list of chat messages or a text; a.b for a nested column. A final assistant
+    message is left out.
     """
     eval_prompts: HowMany | None = None
     """Held-out questions used. Default: 256, but of the training file at most a tenth."""
@@ -270,38 +279,42 @@ class ToolTask(Graded):
     name: Literal["tool"]
     """Questions answered with a Python interpreter, in a sandbox, over several turns."""
     train: str | None = None
-    """As of the math task; null (both): generated calculations."""
+    """As in the math task; null for both train and eval: generated calculations."""
     eval: str | None = None
-    """The same, for held-out questions. null, with a file to train on: some of that, drawn by their text."""
+    """The same, for held-out questions. null, with a training file: some of its questions, drawn by their
+    text.
+    """
     notation: Literal["code", "native"] = "code"
-    """How the student calls: blocks of code fenced as ```python, or the chat template's own tool calls."""
+    """How the student writes calls: blocks of code fenced as ```python, or the chat template's own tool
+    calls.
+    """
     max_calls: NonNegative = 6
-    """An episode."""
+    """Most calls per episode."""
     max_turns: Positive = 10
-    """Of the student, an episode; all turns and observations together also stay within
+    """Most turns of the student per episode. All turns and observations together also stay within
     sampler.max_new_tokens.
     """
     observation_chars: Positive = 2000
     """Longer output loses its middle."""
     wall_s: Seconds = 10.0
-    """A call is stopped after it."""
+    """A call is stopped after this time."""
     memory_mb: Positive = 512
-    """Of an episode's interpreter and all that it starts."""
+    """Memory of an episode's interpreter and everything that it starts."""
     sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
     """none runs what the model wrote with your rights, on your files and network."""
     digits: Annotated[int, Field(ge=1, le=9)] = 2
-    """Of the numbers in generated questions."""
+    """Digits of the numbers in generated questions."""
     terms: Annotated[int, Field(ge=2, le=9)] = 3
-    """Numbers a generated question."""
+    """Numbers per generated question."""
     train_prompts: HowMany = 20_000
     """Distinct generated training questions."""
     eval_prompts: HowMany | None = None
     """Held-out questions used. Default: 256, but of the training file at most a tenth."""
     seed: Seed = 0
-    """Of generated questions, apart from the run's seed."""
+    """Seed of generated questions, separate from the run's seed."""
     drift: Share = 0.0
-    """Probability with which a training question's tool changes its answers at a version: a world that moves
-    on, for studies of supervision drift.
+    """Probability that the tool's answers to a training question change at a version of the student: a world
+    that moves on, for studies of supervision drift.
     """
 
 
@@ -309,19 +322,21 @@ class SweTask(Prompts):
     name: Literal["swe"]
     """A coding agent mends repositories with bash, on mini-SWE-agent's scaffold."""
     train: str | None = None
-    """Instances in SWE-bench's columns: sources as of the math task; null (both): generated repositories."""
+    """Instances with SWE-bench's columns; sources as in the math task. null for both train and eval:
+    generated repositories.
+    """
     eval: str | None = None
-    """The same, held out; may be the training file: what is held out is then not trained on. null, with a
-    file to train on: some of that, drawn by their ids.
+    """The same, held out. It may be the training file: what is held out is then not trained on. null, with a
+    training file: some of its instances, drawn by their ids.
     """
     scaffold: str = "swebench_backticks"
     """Prompts and formats: a configuration that comes with mini-swe-agent, or a YAML file like it."""
     notation: Literal["code", "native"] = "code"
-    """How the student calls: a fenced block (scaffold swebench_backticks), or the chat template's own tool
-    calls (scaffold swebench).
+    """How the student writes calls: a fenced block (scaffold swebench_backticks), or the chat template's own
+    tool calls (scaffold swebench).
     """
     max_turns: Positive = 50
-    """Of the student, an episode; all turns and observations together also stay within
+    """Most turns of the student per episode. All turns and observations together also stay within
     sampler.max_new_tokens.
     """
     chat: bool = True
@@ -331,37 +346,37 @@ class SweTask(Prompts):
     us). none runs what the model wrote with your rights, on your files and network.
     """
     wall_s: Seconds = 60.0
-    """A command is stopped after it."""
+    """A command is stopped after this time."""
     test_wall_s: Seconds = 1800.0
-    """The tests of an instance are stopped after it."""
+    """The tests of an instance are stopped after this time."""
     memory_mb: Positive = 2048
-    """Of a command and all that it starts."""
+    """Memory of a command and everything that it starts."""
     grader: Literal["tests", "swebench"] = "tests"
-    """Who says whether a patch resolves: the instance's tests in the same sandbox, or the official harness
-    (package swebench and Docker; not yet run by us).
+    """What decides whether a patch resolves the instance: its tests in the same sandbox, or the official
+    harness (package swebench and Docker; not yet run by us).
     """
     train_prompts: HowMany = 20_000
     """Generated training instances."""
     eval_prompts: HowMany | None = None
     """Held-out instances used. Default: 256, but of the training file at most a tenth."""
     seed: Seed = 0
-    """Of generated instances, apart from the run's seed."""
+    """Seed of generated instances, separate from the run's seed."""
 
 
 class PluginTask(Prompts):
     name: str
     """Import path of your own task, package.module:Class (see fopd_cli/tasks/base.py)."""
     options: dict[str, Any] = {}
-    """Keyword arguments of the class. Names of files, and what stands under keys that end with path, file,
+    """Keyword arguments of the class. Values that name files, and those of keys that end with path, file,
     folder or dir, are looked up beside the recipe first.
     """
     path: str | None = None
-    """Folder in which its module is looked up first. Default: the recipe's, or else the current one, if the
-    module is there.
+    """Folder in which its module is looked up first. Default: the recipe's folder or else the current one, if
+    the module is there.
     """
     chat: bool | None = None
-    """false says that prompts of plain text are meant as they are, without the chat template; null: doctor
-    asks.
+    """false: plain-text prompts are used as they are, without the chat template. null: doctor asks whether
+    you meant that.
     """
 
     @model_validator(mode="before")
@@ -404,13 +419,15 @@ Task = Annotated[
 
 
 class Sampler(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates."""
+    engine: SamplerEngine = AUTO
+    """Engine that generates. auto: vllm on CUDA where it is installed and takes the student, else
+    transformers; the choice is printed at the start and recorded in the run's recipe.yaml.
+    """
     vllm: SamplerVllm = SamplerVllm()
     temperature: Temperature = 1.0
-    """T of the behaviour policy pi_T; behaviour log-probs and drift are at this temperature. What the loss
-    compares is another matter: full and topk support pi_1 with p_1, sampled and mc support pi_T with the
-    teacher at loss.teacher_temperature.
+    """T of the behaviour policy pi_T; behaviour log-probs and drift are at this temperature. The loss may
+    compare others: full and topk support compare pi_1 with p_1, sampled and mc support pi_T with the teacher
+    at loss.teacher_temperature.
     """
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; under 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor takes
@@ -421,18 +438,18 @@ class Sampler(Section):
     samples_per_prompt: Positive = 1
     """Responses to each prompt."""
     concurrency: Positive = 64
-    """Running requests a replica."""
+    """Running requests per replica."""
     dtype: Dtype = "auto"
-    """Weights; auto: bf16 on CUDA, fp32 on a CPU."""
+    """Dtype of the weights; auto: bf16 on CUDA, fp32 on a CPU."""
 
 
 class Learner(Section):
     steps: Positive = 400
     """Optimizer steps."""
     batch_samples: Positive = 64
-    """Samples an optimizer step."""
+    """Samples per optimizer step, the batch size."""
     micro_tokens: Positive = 16384
-    """Tokens a forward-backward pass on each rank; changes memory and speed, not the loss."""
+    """Tokens per forward-backward pass on each rank; changes memory and speed, not the loss."""
     packing: bool = True
     """Samples lie end to end in one row, each with attention of its own; false pads them to a rectangle. An
     architecture that cannot be packed is refused.
@@ -442,166 +459,170 @@ class Learner(Section):
     warmup_steps: NonNegative = 10
     """Linear warm-up."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up, down to min_lr_ratio in the very last step, wherever the warm-up stands. A resume
-    with more steps stretches what is left of it: the rate goes up again.
+    """Learning rate after the warm-up, down to min_lr_ratio in the very last step. A resume with more steps
+    stretches what is left of the decay, so the rate goes up again.
     """
     min_lr_ratio: Share = 0.1
     """Where the decay ends, relative to lr."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """AdamW."""
+    """AdamW's betas."""
     weight_decay: Factor = 0.0
-    """AdamW."""
+    """AdamW's weight decay."""
     clip: Factor = 1.0
-    """Gradient norm; 0: no clipping."""
+    """Largest gradient norm; 0: no clipping."""
     dtype: Dtype = "auto"
-    """Compute; master weights are always fp32. auto: bf16 on CUDA, fp32 on a CPU."""
+    """Dtype of the computation; master weights are always fp32. auto: bf16 on CUDA, fp32 on a CPU."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """torch.compile each block, and the loss of full support: a minute at the start, then faster. Not yet run
-    on a GPU.
+    """Use torch.compile for each block, and for the loss on full support: a minute at the start, then faster.
+    Not yet run on a GPU.
     """
     offload: bool = False
-    """Master weights, gradients and optimizer states live in pinned host memory and the optimizer runs there
-    (FSDP2's CPU offload): 16 bytes a parameter less on the devices, slower. Not yet run on a GPU.
+    """Keep master weights, gradients and optimizer states in pinned host memory, and run the optimizer there
+    (FSDP2's CPU offload): 16 bytes per parameter less on the devices, but slower. Not yet run on a GPU.
     """
     optimizer_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of AdamW's two states between steps; bf16 saves 4 bytes a parameter, and rounds them."""
+    """Dtype of AdamW's two states between steps; bf16 saves 4 bytes per parameter, and rounds them."""
 
 
 class Loss(Section):
-    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "reverse_kl"
+    kind: LossKind = "reverse_kl"
     """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
-    support: Literal["auto", "full", "topk", "sampled", "mc"] = "auto"
-    """full vocabulary (exact); the teacher's top-k and a tail class; the sampled token alone (policy
-    gradient); or several draws a position (mc). auto: full if all teachers give hidden states, else topk.
-    Where sampler.temperature T is not 1, full and topk settle where the student is the teacher, pi_1 = p_1;
-    sampled and mc where pi_T = p_1, a student that at temperature 1 is p_1 to the power of T, see
-    teacher_temperature.
+    support: Literal["auto", Support] = "auto"
+    """full: the whole vocabulary (exact). topk: the teacher's top-k and a tail class. sampled: only the
+    sampled token (policy gradient). mc: several draws per position. auto: full if all teachers give hidden
+    states, else topk. Where sampler.temperature T is not 1, full and topk settle where the student is the
+    teacher, pi_1 = p_1; sampled and mc settle where pi_T = p_1, a student that at temperature 1 is p_1 to the
+    power of T (see teacher_temperature).
     """
     beta: Share = 0.5
-    """Of jsd, in TRL's convention: 0 is forward_kl, 1 is reverse_kl."""
+    """For jsd, in TRL's convention: 0 is forward_kl, 1 is reverse_kl."""
     temperature: Temperature = 1.0
-    """Of both distributions in the divergence of full support: how its gradient weighs the vocabulary, not
-    where it settles. Other supports have none: 1.
+    """Temperature of both distributions in the divergence of full support: it changes how the gradient weighs
+    the vocabulary, not where it settles. Other supports have none: leave it at 1.
     """
     teacher_temperature: Literal["one", "sampler"] = "one"
-    """Of the teacher in sampled and mc support. one: its own distribution, so that what the student samples
-    at sampler.temperature becomes that; sampler: at the student's temperature, so that the student becomes
-    the teacher at every temperature. Needs hidden states (teacher.engine transformers).
+    """Temperature of the teacher in sampled and mc support. one: the student, sampled at sampler.temperature,
+    becomes the teacher's own distribution. sampler: the student becomes the teacher at every temperature;
+    needs hidden states (teacher.engine transformers).
     """
     tail: bool = True
-    """The tail class of topk support; without it the student can hide mass, so false is refused."""
-    advantage: Literal["cached", "recomputed"] = "recomputed"
-    """Of sampled support: log p - log pi with the pi that sampled (cached) or the pi of now."""
+    """The tail class of topk support. Without it the student can hide mass, so false is refused."""
+    advantage: Advantage = "recomputed"
+    """For sampled support: log p - log pi, with pi as it was when it sampled (cached) or as it is now."""
     importance: bool = False
-    """Of sampled support: multiply by pi_now/pi_sampled. mc support always does."""
+    """For sampled support: multiply by pi_now/pi_sampled. mc support always does."""
     student_k: NonNegative = 0
-    """Of topk support: so many of the teacher's k classes are the student's own likeliest tokens, the others
-    the teacher's. Needs teacher.engine transformers.
+    """For topk support: this many of the k classes are the student's own likeliest tokens, the others the
+    teacher's. Needs teacher.engine transformers.
     """
     max_ratio: PositiveFactor | None = None
-    """Of sampled (with importance) and mc support: cap on pi_now/pi_sampled; less variance, a bias. null:
-    none.
+    """For sampled (with importance) and mc support: cap on pi_now/pi_sampled. Less variance, some bias. null:
+    no cap.
     """
     draws: Annotated[int, Field(gt=0, le=1024)] = 8
-    """Of mc support: tokens drawn from the behaviour policy at every position, with replacement; the first is
-    the response's own.
+    """For mc support: tokens drawn from the behaviour policy at every position, with replacement; the first
+    is the response's own.
     """
     average: Literal["sample", "token"] = "sample"
     """Whether every sample counts alike (the paper's mean over i) or every token."""
     chunk_mb: Positive | None = None
-    """Largest [positions, vocab] float32 tensor, of which there are three; changes memory and speed, not the
-    loss. Default: 64 on a CPU, 512 on CUDA, more where the student is wide (a quarter of its head).
+    """Size of the largest [positions, vocab] float32 tensor, of which there are three; changes memory and
+    speed, not the loss. Default: 64 on a CPU, 512 on CUDA, more where the student is wide (a quarter of its
+    head).
     """
 
 
 class Schedule(Section):
     depth: NonNegative = 4
-    """Largest lag in optimizer steps, kept by admission; 0 is synchronous."""
+    """Largest lag in optimizer steps, enforced by admission; 0 is synchronous."""
     lag: NonNegative | None = None
-    """Fixed lag instead, for studies; depth is then ignored."""
+    """A fixed lag instead, for studies; depth is then ignored."""
     inflight: Literal["keep", "wait"] = "keep"
-    """New weights in the middle of rollouts (keep: they go on with two versions) or between them (wait)."""
+    """When samplers load new weights: in the middle of rollouts, which go on with a second version (keep), or
+    between rollouts (wait).
+    """
 
 
 class Refresh(Section):
     mean: Share = 0.1
-    """kappa_f: refresh when the batch's mean freshness is at or under this. Never, once and every 25 of 200
-    steps ended alike in our sweep; often costs throughput.
+    """kappa_f: refresh when the batch's mean freshness is at or under this. Refreshing never, once, or every
+    25 of 200 steps ended alike in our sweep; refreshing often costs throughput.
     """
     coverage_roll: Share = 0.5
-    """kappa_roll: ... or its mean rollout coverage is under this."""
+    """kappa_roll: also refresh when the batch's mean rollout coverage is under this."""
     coverage_sup: Share = 0.5
-    """kappa_sup: ... or its mean supervision coverage is under this. Samples that were not replayed count as
-    covered: it acts only above 1 - replay.share. 0, 0.9 once and 0.9 often ended alike in our sweep.
+    """kappa_sup: also refresh when the batch's mean supervision coverage is under this. Samples that were not
+    replayed count as covered, so it acts only above 1 - replay.share. 0, 0.9 once and 0.9 often ended alike
+    in our sweep.
     """
     every_at_least: Positive = 200
-    """Optimizer steps between two adaptive refreshes."""
+    """Fewest optimizer steps between two adaptive refreshes."""
     every: Positive = 10
     """Optimizer steps between two refreshes of policy fixed_refresh."""
 
 
 class Replay(Section):
-    """Tasks of many turns only: their contexts can change, all others' cannot."""
+    """Only for multi-turn tasks: the contexts of others cannot change."""
 
     share: Share = 0.125
-    """Of a batch's samples, at most so many are replayed before an optimizer step, those of oldest context
-    first: their calls are executed again, the teacher judges what changed. With cached labels that happens
-    during the step before, and costs next to nothing. 0: D_sup is taken to be 0. Policies without freshness
-    weights replay for labels: current alone.
+    """At most this share of a batch is replayed before an optimizer step, oldest context first: the calls are
+    executed again, and the teacher judges what changed. With cached labels that happens during the step
+    before, and costs almost nothing. 0: D_sup is taken to be 0. Policies without freshness weights replay
+    only for labels: current.
     """
     min_lag: Positive = 1
-    """Only contexts so many optimizer steps old when they are replayed."""
+    """Replay only contexts that are at least this many optimizer steps old."""
     labels: Labels = "cached"
-    """What a replayed sample teaches. cached: what the teacher said when both had read the same, while
-    freshness says how much; current, as published: what it says in the current context, which the student has
-    not read; the step waits for it.
+    """What a replayed sample teaches. cached: what the teacher said when both had read the same, weighted by
+    freshness. current, as published: what the teacher says in the current context, which the student has not
+    read; the step waits for it.
     """
 
 
 class Freshness(Section):
     policy: PolicyName = "fopd"
-    """Which row of the paper's tables to run; trust is ours: tokens that the student has already moved far
-    enough are left out (docs/staleness.md).
+    """Which row of the paper's tables to run. trust is ours: it leaves out tokens that the student has
+    already moved far enough (docs/staleness.md).
     """
     alpha: Factor = 1.0
-    """Weight of sqrt(D_roll) in the score. 0 to 3 made no difference in our sweep, 10 slows learning."""
+    """Weight of sqrt(D_roll) in the score. 0 to 3 made no difference in our sweep; 10 slowed learning."""
     beta: Factor = 1.0
     """Weight of sqrt(D_sup) in the score. 10 instead of 1 made no difference in our sweep."""
     xi: Factor = 0.05
-    """Gate: w = relu(f - xi). Must be under 1/(depth + 1). A tenth to four fifths of that made no difference
-    in our sweep; 0 was worse.
+    """Gate: w = relu(f - xi). Must be less than 1/(depth + 1). A tenth to four fifths of that made no
+    difference in our sweep; 0 was worse.
     """
     anchor: Factor | Literal["auto"] = "auto"
     """lambda: weight of the rollout anchor, relative to the loss. auto: for losses from sampled tokens
     (sampled, mc) 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which
-    an anchor only slows (docs/staleness.md).
+    an anchor only slows down (docs/staleness.md).
     """
-    drift: Literal["auto", "sampled", "quadratic", "topk", "exact"] = "auto"
-    """Estimator of D_roll: from the sampled token (sampled: unbiased; quadratic: pulls harder as an anchor),
-    the sampler's top-k and a tail, or the whole vocabulary. auto: topk where an anchor acts (quadratic with
-    sampler.top_p), else sampled, which is free.
+    drift: Literal["auto", DriftKind] = "auto"
+    """Estimator of D_roll: from the sampled token (sampled is unbiased; quadratic pulls harder as an anchor),
+    from the sampler's top-k and a tail, or from the whole vocabulary. auto: topk where an anchor acts
+    (quadratic with sampler.top_p), else sampled, which is free.
     """
     drift_k: Positive = 32
-    """k of drift topk. As an anchor 1 collapsed in our sweep, 2 lagged behind, 8 and more held."""
+    """k of drift topk. As an anchor, 1 collapsed in our sweep, 2 fell behind, 8 and more held."""
     max_drift: Annotated[float, Field(gt=0)] | None = 0.01
-    """Of policy fopd: while lagging samples drift more than this (D_roll, nats a token), sampling runs less
-    far ahead than schedule.depth, down to not at all. Ours, not the paper's; null: always as far as
+    """For policy fopd: while lagging samples drift more than this (D_roll, nats per token), sampling runs
+    less far ahead than schedule.depth, down to not at all. Ours, not the paper's. null: always as far as
     schedule.depth. A fixed schedule.lag ignores it.
     """
     weights: Literal["raw", "normalized"] = "normalized"
-    """normalized: divide by the batch's mean weight, so that lag does not shrink the step; what remains is
-    how samples differ. raw is the paper's: in our benchmark it cost exact losses 2% of the score, because
-    AdamW remembers the larger gradients of the first, fresh batches.
+    """normalized: divide by the batch's mean weight, so that lag does not shrink the step and only
+    differences between samples count. raw is the paper's: in our benchmark it cost exact losses 2% of the
+    score, because AdamW remembers the larger gradients of the first, fresh batches.
     """
     step_scale: Literal["none", "freshness"] = "none"
     """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the
-    loss). Saves runs that have no anchor, slows those that have one.
+    loss). Saves runs without an anchor; slows down those with one.
     """
     trust: PositiveFactor = 0.2
-    """Of policy trust, 0.1 and 0.2 held at lag 8, 0.3 lagged behind, 1 collapsed: a token says nothing more
-    once its log-prob has moved by so many nats in the direction of its signal since it was sampled.
+    """For policy trust: a token teaches nothing more once its log-prob has moved this many nats in the
+    direction of its advantage since it was sampled. 0.1 and 0.2 held at lag 8, 0.3 fell behind, 1 collapsed.
     """
     refresh: Refresh = Refresh()
     replay: Replay = Replay()
@@ -609,44 +630,42 @@ class Freshness(Section):
 
 class Eval(Section):
     every: NonNegative = 0
-    """Optimizer steps between evaluations; 0: only before the first and after the last."""
+    """Optimizer steps between evaluations; 0: only before the first step and after the last."""
     samples: Positive = 1
     """Responses to each held-out prompt (mean@k)."""
     training: bool = True
-    """Whether training samples are graded, too. Nothing is learnt from it, and the swe task runs an
+    """Whether training samples are graded, too. Nothing is learned from the grades, and the swe task runs an
     instance's tests for each.
     """
     temperature: EvalTemperature | None = None
-    """Default: the sampler's; 0 is greedy."""
+    """Temperature of evaluations; 0 is greedy. Default: the sampler's."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Default: the sampler's."""
+    """top-p of evaluations. Default: the sampler's."""
     max_new_tokens: Positive | None = None
-    """Default: the sampler's."""
+    """Longest response in evaluations. Default: the sampler's."""
 
     keep_best: Literal["score", "kl"] | None = None
-    """Keep the student of the best evaluation, by its score or by its KL to the teacher: student/ is that one
-    at the end, and summary.json says of which step. null: the last one.
+    """Keep the student of the best evaluation, by its score or by its KL to the teacher. At the end student/
+    is that one, and summary.json says which step it is from. null: the last one.
     """
     patience: NonNegative = 0
-    """With keep_best: end the run early after so many evaluations in a row that are no better than the best;
-    0: never.
-    """
+    """With keep_best: end the run after this many evaluations in a row without a new best; 0: never."""
 
 
 class Checkpoint(Section):
     every: NonNegative = 100
-    """Optimizer steps between checkpoints; 0: none for their number."""
+    """Optimizer steps between checkpoints; 0: do not count steps."""
     minutes: Factor = 15.0
-    """And minutes since the last one, looked at after each step; 0: none for the time. There is one at the
-    end and at Ctrl-C or SIGTERM in any case.
+    """Also after this many minutes since the last one, checked after each step; 0: do not count time. There
+    is always one at the end, and at Ctrl-C or SIGTERM.
     """
     keep: Positive = 2
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
 
 
 class Threads(Section):
-    """Default: all cores for whoever takes its turn (depth 0, time-slicing); side by side on a CPU they are
-    divided among those who compute at the moment; with a fixed lag, or beside CUDA devices, in equal shares.
+    """Default: all cores for the role whose turn it is (depth 0, time-slicing). Side by side on a CPU, cores
+    are divided among the roles that compute at the moment; with a fixed lag, or beside CUDA devices, equally.
     """
 
     sampler: Processes | None = None
@@ -659,8 +678,8 @@ class Threads(Section):
 
 class Placement(Section):
     mode: Literal["auto", "cpu", "timeslice", "partition", "colocate"] = "auto"
-    """partition: each role has devices of its own; colocate: all roles stay on all devices and nobody takes
-    turns, vLLM gets the share of memory that is left; timeslice: all roles take turns on all devices; cpu: no
+    """partition: each role has devices of its own. colocate: all roles stay on all devices and nobody takes
+    turns; vLLM gets the share of memory that is left. timeslice: all roles take turns on all devices. cpu: no
     CUDA. auto: by the number of CUDA devices (0: cpu; 1 or 2: colocate if a device holds all roles by
     arithmetic, else timeslice; more: partition).
     """
@@ -669,18 +688,18 @@ class Placement(Section):
     teacher: Processes | None = None
     """Devices (on a CPU: ranks) for the teacher. Default: a quarter; on a CPU 1."""
     learner: Processes | None = None
-    """Devices (on a CPU: ranks) for the learner. Default: what is left; on a CPU 1."""
+    """Devices (on a CPU: ranks) for the learner. Default: the rest; on a CPU 1."""
     threads: Threads = Threads()
 
 
 class Runtime(Section):
     timeout_s: Seconds = 900.0
-    """A worker that owes an answer and has not moved for so long is stopped and named."""
+    """A worker that owes an answer and has not moved for this long is stopped and named."""
     start_timeout_s: Seconds = 1800.0
     """The same while a worker loads its model, from its first breath on; downloads come before."""
     restarts: NonNegative = 2
-    """How often a sampler, a teacher, the grader or the environment that died or hung is started again, each.
-    A learner is not: resume the run.
+    """How often each sampler, teacher, grader or environment that died or hung is started again. A learner is
+    not: resume the run.
     """
 
 
@@ -705,8 +724,13 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     placement: Placement = Placement()
     runtime: Runtime = Runtime()
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where curves go beside metrics.jsonl. All but tensorboard are services with a package of their own,
+    configured by their own variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...); one that is down never stops
+    a run.
+    """
     seed: Seed = 0
-    """Of everything random: the order of prompts and every sampled token."""
+    """Seed of everything random: the order of prompts and every sampled token."""
 
     @property
     def max_lag(self) -> int:
@@ -733,26 +757,26 @@ class Recipe(Section):
         return ANCHORS[self._anchors_drift] if self.support in ("sampled", "mc") else 0.0
 
     @property
-    def drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
+    def drift(self) -> DriftKind:
         """freshness.drift, resolved."""
         return "sampled" if self.freshness.drift == "auto" and self.anchor == 0 else self._anchors_drift
 
     @property
-    def _anchors_drift(self) -> Literal["sampled", "quadratic", "topk", "exact"]:
+    def _anchors_drift(self) -> DriftKind:
         if self.freshness.drift != "auto":
             return self.freshness.drift
         return "topk" if self.sampler.top_p == 1 else "quadratic"
 
     @property
-    def support(self) -> Literal["full", "topk", "sampled", "mc"]:
+    def support(self) -> Support:
         """loss.support, resolved: exact where all teachers give hidden states."""
         if self.loss.support != "auto":
             return self.loss.support
-        exact = all(t.engine == "transformers" and t.targets in ("auto", "hidden") for t in self.teachers)
+        exact = all(hands_over("hidden", t) and t.targets in ("auto", "hidden") for t in self.teachers)
         return "full" if exact else "topk"
 
     @property
-    def targets(self) -> Literal["hidden", "topk", "sampled"]:
+    def targets(self) -> TargetKind:
         """What the teachers hand over, resolved; all of them the same."""
         chosen = self.teachers[0].targets
         if chosen != "auto":

@@ -1,7 +1,7 @@
 """A recipe to begin with."""
 
 TEMPLATE = """\
-# A recipe to be filled in. Every other key has a default; fopd recipe --explain [SECTION] says what they mean.
+# A recipe to be filled in. Every other key has a default; fopd recipe --explain [SECTION] lists them.
 student: {model: owner/small-model}     # a hub id or a directory; it is trained
 teacher: {model: owner/large-model}     # of the same family: their tokenizers must give the same ids
 task:
@@ -14,5 +14,5 @@ learner: {steps: 400, batch_samples: 64, lr: 1.0e-6}
 schedule: {depth: 4}                    # largest lag in optimizer steps; 0: sampling and learning take turns
 eval: {every: 50}                       # optimizer steps between evaluations
 checkpoint: {every: 100}
-# placement: {mode: partition, sampler: 4, teacher: 2, learner: 2}   # devices; default: by what is there
+# placement: {mode: partition, sampler: 4, teacher: 2, learner: 2}   # devices; default: by their number
 """

@@ -59,12 +59,12 @@ CHARTS: list[tuple[str, str, str, list[Line]]] = [
     (
         "KL to the teacher",
         "How far the student is from the teacher on its own answers. Less is better.",
-        "nats a token",
+        "nats per token",
         [held_out("held out", "kl"), Line("training", key("kl"), faint=True)],
     ),
     (
         "Freshness",
-        "Mean over the batch, and the weight that it gives. 1 is a sample of the student as it is.",
+        "Mean over the batch, and the mean weight that follows. 1: sampled by the student as it is now.",
         "",
         [Line("freshness", key("freshness")), Line("weight", key("weight"), faint=True)],
     ),
@@ -77,15 +77,15 @@ CHARTS: list[tuple[str, str, str, list[Line]]] = [
     (
         "Drift",
         "How far the student has moved since it sampled (roll), the teacher since it judged (sup), "
-        "and what is mere rounding (floor).",
-        "nats a token",
+        "and what is only rounding (floor).",
+        "nats per token",
         [Line("roll", key("drift_roll")), Line("sup", key("drift_sup")), Line("floor", key("noise_floor"))],
     ),
     ("Loss", "What the optimizer sees, weights and anchor included.", "", [Line("loss", key("loss"))]),
     (
         "Entropy",
-        "Of the student, over the vocabulary. Falling to nothing: it always says the same.",
-        "nats a token",
+        "Of the student, over the vocabulary. Near 0 it always says the same.",
+        "nats per token",
         [Line("held out", key("entropy"), "evaluations"), Line("training", key("entropy"), faint=True)],
     ),
     ("Response length", "Mean of a batch.", "tokens", [Line("training", key("response_length"))]),

@@ -27,7 +27,7 @@ def write(paths: Sequence[Path], out: Path) -> int:
     text = page([read(path) for path in paths])
     try:
         if out.exists() and not out.read_bytes().startswith(MARK.encode()):
-            raise UserError(f"-o: {out} exists and is no report of fopd; give another name")
+            raise UserError(f"-o: {out} exists and is not a fopd report; give another name")
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(out.name + ".tmp")
         temporary.write_text(text, encoding="utf-8")
@@ -157,7 +157,7 @@ def _advice(runs: Sequence[Run]) -> str:
         said = texts.advice(run)
         lines = "".join(f"<li>{_e(line)}</li>" for line in said)
         name = f"<h3>{_e(run.name)}</h3>" if len(runs) > 1 else ""
-        out.append(name + (f"<ul>{lines}</ul>" if said else "<p>The run had nothing to complain of.</p>"))
+        out.append(name + (f"<ul>{lines}</ul>" if said else "<p>No warnings.</p>"))
     return "".join(out)
 
 
@@ -178,7 +178,7 @@ def _timeline(run: Run) -> str:
         f'<p>{_e(caption)}</p><div class="wide timeline">{svg}</div>' for caption, svg in found["drawings"]
     )
     return (
-        f'<div class="legend">{legend}</div>{pictures}{shares}<p class="faint">All of it, to zoom: '
+        f'<div class="legend">{legend}</div>{pictures}{shares}<p class="faint">To zoom into all of it, '
         "open trace.json at ui.perfetto.dev.</p>"
     )
 

@@ -84,7 +84,7 @@ def is_run(path: Path) -> bool:
 def read(path: Path) -> Run:
     """Raises `UserError` for what is no run directory."""
     if not is_run(path):
-        raise UserError(f"{path}: is no run directory (it has no recipe.yaml){paths.similar(path)}")
+        raise UserError(f"{path}: is not a run directory (it has no recipe.yaml){paths.similar(path)}")
     try:
         recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

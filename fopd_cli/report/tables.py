@@ -19,7 +19,7 @@ def of_runs(folder: Path) -> str:
     `UserError`.
     """
     if not paths.is_dir(folder):
-        raise UserError(f"{folder}: is no directory; runs lie in runs/ unless --run-dir says otherwise")
+        raise UserError(f"{folder}: is not a directory; runs are in runs/ unless --run-dir says otherwise")
     found = (
         [folder]
         if is_run(folder)

@@ -25,9 +25,9 @@ def advice(run: Run) -> list[str]:
     if run.summary is not None and run.state == "finished":
         found += [str(run.summary[key]) for key in ("stopped_early", "advice") if run.summary.get(key)]
         if run.summary.get("collapsed"):
-            found.append("By the paper's definition the run collapsed: its score ended far under its peak.")
+            found.append("By the paper's definition the run collapsed: its score ended far below its peak.")
         if run.summary.get("restarts"):
-            found.append(f"{run.summary['restarts']} times a worker was lost and started again.")
+            found.append(f"Workers were lost and started again {run.summary['restarts']} times.")
     if run.state == "stopped":
         found.append(f"It stopped after step {run.step} of {run.planned}; go on with: fopd resume {run.path}")
     return found

@@ -14,31 +14,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fopd_cli.engines.building import SamplerOrder, TeacherOrder
 from fopd_cli.engines.learner import lora
-from fopd_cli.engines.models import hf, support
+from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
+from fopd_cli.engines.registry import engine_of, sampler_facts
 from fopd_cli.engines.renumbered_teacher import RenumberedTeacher, renumbered_head
 from fopd_cli.engines.text.templates import Frame
 from fopd_cli.engines.tokens import rope
-from fopd_cli.engines.vllm.engine import AdapterOptions, VllmOptions
-from fopd_cli.errors import UserError
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
-from fopd_cli.recipe import Lora, PluginTask, Prompts, Recipe, Vllm
-from fopd_cli.recipe import Teacher as TeacherSection
+from fopd_cli.recipe import Lora, PluginTask, Prompts, Recipe
 from fopd_cli.runtime.crew.fleet import WorkerSpec
-from fopd_cli.runtime.memory.sizes import total_memory
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.scheduling.params import sampling_params
 from fopd_cli.samples import TargetSpec
 
 if TYPE_CHECKING:
-    from fopd_cli.engines.http.teacher import HttpServer
     from fopd_cli.engines.learner.learner import LearnerConfig
-
-TEACHER_BATCHED_TOKENS = 2048  # vLLM keeps [tokens, vocab] logits of them, twice, outside its memory profile
-KV_BLOCK = 128  # tokens; vLLM's on a CPU
 
 
 @dataclass
@@ -57,6 +51,10 @@ class Setup:
     channel: WeightChannel
     rendezvous: Path  # a fresh file name; each group of ranks adds its role
     restore: tuple[Path, dict[str, Any]] | None = None  # learner state to resume from
+
+    def frame(self) -> Frame:
+        """How the student reads its prompts."""
+        return student_frame(self.recipe, hf.load_tokenizer(self.recipe.student.model, "student.model"))
 
 
 def resolve_dtype(name: str, cuda: bool) -> torch.dtype:
@@ -92,52 +90,27 @@ def learner_config(
     """The learner's, loss's and freshness's sections as the learner wants them."""
     from fopd_cli.engines.learner.learner import LearnerConfig
 
-    loss, fresh, lrn = recipe.loss, recipe.freshness, recipe.learner
-    policy = POLICIES[fresh.policy]
-    spec = LossSpec(
-        kind=loss.kind,
+    loss, fresh = recipe.loss, recipe.freshness
+    spec = LossSpec.of(
+        loss,
         support=recipe.support,
-        beta=loss.beta,
-        temperature=loss.temperature,
-        advantage=loss.advantage,
-        importance=loss.importance,
-        max_ratio=loss.max_ratio,
-        trust=fresh.trust if policy.trust else None,
+        trust=fresh.trust if POLICIES[fresh.policy].trust else None,
         drift=recipe.drift,
         sampling_temperature=recipe.sampler.temperature,
         teacher_temperature=recipe.sampler.temperature if loss.teacher_temperature == "sampler" else 1.0,
         chunk_bytes=None if loss.chunk_mb is None else loss.chunk_mb << 20,
-        compile=lrn.compile,
+        compile=recipe.learner.compile,
     )
     return LearnerConfig(
+        learner=recipe.learner,
+        freshness=fresh,
         loss=replace(spec, **loss_overrides),
-        policy=policy,
-        alpha=fresh.alpha,
-        beta=fresh.beta,
-        xi=fresh.xi,
-        anchor=recipe.anchor,
-        weights=fresh.weights,
-        labels=fresh.replay.labels,
-        step_scale=fresh.step_scale,
         average=loss.average,
-        lr=lrn.lr,
-        warmup_steps=lrn.warmup_steps,
-        decay=lrn.decay,
-        min_lr_ratio=lrn.min_lr_ratio,
-        steps=lrn.steps,
-        betas=lrn.betas,
-        weight_decay=lrn.weight_decay,
-        clip=lrn.clip,
-        micro_tokens=lrn.micro_tokens,
-        packing=lrn.packing,
+        anchor=recipe.anchor,
         compute_dtype=compute,
-        activation_checkpointing=lrn.activation_checkpointing,
-        compile=lrn.compile,
-        offload=lrn.offload,
-        optimizer_dtype=hf.DTYPES[lrn.optimizer_dtype],
-        adapter_only=published_adapter(recipe) is not None,
         vocab=vocab,
         longest=longest,
+        adapter_only=published_adapter(recipe) is not None,
     )
 
 
@@ -173,12 +146,10 @@ def load_student(recipe: Recipe, frozen_dtype: torch.dtype) -> Any:
 
 
 def as_sampled(model: Any, setup: Setup, longest: int) -> None:
-    """vLLM chooses the factors of a rotary embedding once for the whole run; where it samples, this model
-    does, too.
-
-    `longest` is how many tokens a sequence can have.
+    """Where the sampler's engine chooses the factors of a rotary embedding once for the whole run, this model
+    does, too. `longest` is how many tokens a sequence can have.
     """
-    if setup.recipe.sampler.engine == "vllm":
+    if sampler_facts(setup.recipe.sampler).one_rotation:
         rope.by_sequence(model, longest)
 
 
@@ -201,59 +172,29 @@ def build_teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
 
 def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Teacher:
     teacher, dtype = setup.recipe.teachers[spec.index], setup.target_specs[spec.index].dtype
-    if teacher.engine == "http":
-        from fopd_cli.engines.http.teacher import HttpTeacher
-
-        return HttpTeacher(http_server(teacher), setup.vocab)
-    if teacher.engine == "vllm":
-        from fopd_cli.engines.vllm.teacher import VllmTeacher
-
-        options = VllmOptions(
-            max_tokens=setup.judged + 1,  # the token that vLLM insists on generating
-            max_requests=teacher.batch_samples,
-            max_logprobs=teacher.k,
-            **_vllm_options(
-                "teacher.vllm", teacher.model, teacher.vllm, dtype, _device(spec), setup.vocab, spec
-            ),
-        )
-        capped = replace(options, max_batched_tokens=options.max_batched_tokens or TEACHER_BATCHED_TOKENS)
-        return VllmTeacher(with_cpu_cache(capped, teacher.model))
-    from fopd_cli.engines.transformers.teacher import TransformersTeacher
-
-    _join_group(spec, setup, always=False)
-    model = hf.load_model(teacher.model, "teacher.model", dtype)
-    as_sampled(model, setup, setup.judged)
-    if not spec.devices:
-        hf.between_blocks(model, breathe)
-    return TransformersTeacher(
-        model,
+    order = TeacherOrder(
+        teacher,
+        dtype,
         _device(spec),
         1 if spec.whole else spec.world,
-        teacher.micro_tokens,
-        setup.vocab,
         setup.judged,
-        teacher.packing,
+        setup.vocab,
+        spec.share,
         setup.recipe.loss.student_k,
+        sampler_facts(setup.recipe.sampler).one_rotation,
+        lambda: _join_group(spec, setup, always=False),
+        None if spec.devices else breathe,
     )
-
-
-def http_server(teacher: TeacherSection) -> HttpServer:
-    """How to reach a remote teacher. Raises `UserError` if its API key is not there."""
-    from fopd_cli.engines.http.teacher import HttpServer
-
-    h = teacher.http
-    key = os.environ.get(h.api_key_env) if h.api_key_env else None
-    if h.api_key_env and not key:
-        raise UserError(f"teacher.http.api_key_env: the environment variable {h.api_key_env} is not set")
-    assert h.url is not None
-    return HttpServer(h.url.rstrip("/"), teacher.model, key, h.concurrency, h.timeout_s, h.retries)
+    return engine_of(teacher).build.teacher(order)
 
 
 def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
     dtype = resolve_dtype(setup.recipe.sampler.dtype, bool(spec.devices))
     adapter = published_adapter(setup.recipe)
     model = setup.recipe.student.model
-    return make_sampler(setup.recipe, model, dtype, _device(spec), setup.context, setup.vocab, adapter, spec)
+    return make_sampler(
+        setup.recipe, model, dtype, _device(spec), setup.context, setup.vocab, spec.share, adapter
+    )
 
 
 def published_adapter(recipe: Recipe) -> Lora | None:
@@ -269,88 +210,18 @@ def make_sampler(
     device: torch.device,
     context: int,
     vocab: int,
+    share: float | None = None,
     adapter: Lora | None = None,
-    spec: WorkerSpec | None = None,
 ) -> Sampler:
     """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does. It
     samples ids below `vocab`.
 
-    With `adapter`, what `load` is given are such adapters for these weights, not weights.
+    `share` is as of `SamplerOrder`. With `adapter`, what `load` is given are such adapters for these weights,
+    not weights.
     """
-    section = recipe.sampler
-    if section.engine == "vllm":
-        from fopd_cli.engines.vllm.sampler import VllmSampler
-
-        config, tokenizer = (
-            hf.load_config(model_path, "student.model"),
-            hf.load_tokenizer(model_path, "student.model"),
-        )
-        rules = hf.token_rules(model_path, tokenizer, config, "student.model")
-        # vLLM's CPU build keeps no states of prefixes.
-        prefixes = section.vllm.prefix_caching and not (device.type == "cpu" and support.keeps_state(config))
-        options = VllmOptions(
-            max_tokens=context,
-            max_requests=section.concurrency,
-            max_logprobs=sampling_params(recipe, evaluation=False).keep_topk,
-            prefix_caching=prefixes,
-            live_weights=adapter is None,
-            seeded=True,
-            adapter=None if adapter is None else AdapterOptions(adapter.rank, adapter.alpha),
-            **_vllm_options("sampler.vllm", model_path, section.vllm, dtype, device, vocab, spec),
-        )
-        return VllmSampler(with_cpu_cache(options, model_path), rules, hf.tied_names(config))
-    return transformers_sampler(model_path, dtype, device, section.concurrency, vocab)
-
-
-def transformers_sampler(
-    model_path: str, dtype: torch.dtype, device: torch.device, concurrency: int, vocab: int | None = None
-) -> Sampler:
-    """The reference engine, which runs anywhere."""
-    from fopd_cli.engines.transformers.sampler import TransformersSampler
-
-    config, tokenizer = (
-        hf.load_config(model_path, "student.model"),
-        hf.load_tokenizer(model_path, "student.model"),
-    )
-    rules = hf.token_rules(model_path, tokenizer, config, "student.model")
-    return TransformersSampler(
-        hf.load_model(model_path, "student.model", dtype), rules, device, concurrency, vocab
-    )
-
-
-def _vllm_options(
-    key: str,
-    model: str,
-    section: Vllm,
-    dtype: torch.dtype,
-    device: torch.device,
-    vocab: int,
-    spec: WorkerSpec | None,
-) -> dict[str, Any]:
-    """What the sampler's and the teacher's vLLM have in common. `spec` may say which share of a device it has."""
-    return {
-        "vocab": vocab if vocab < hf.vocab_size(hf.load_config(model, key)) else None,
-        "key": key,
-        "model": model,
-        "dtype": dtype,
-        "cuda": device.type == "cuda",
-        "eager": section.eager,
-        "tensor_parallel": section.tensor_parallel,
-        "gpu_memory": section.gpu_memory if spec is None or spec.share is None else spec.share,
-        "kv_cache_bytes": None if section.kv_cache_gb is None else int(section.kv_cache_gb * 1e9),
-        "max_batched_tokens": section.max_batched_tokens,
-    }
-
-
-def with_cpu_cache(options: VllmOptions, model: str) -> VllmOptions:
-    """On a CPU the KV cache that all running requests can need; vLLM's own default would take most of the
-    RAM.
-    """
-    if options.cuda or options.kv_cache_bytes is not None:
-        return options
-    tokens = options.max_requests * (options.max_tokens + 2 * KV_BLOCK)
-    wanted = tokens * hf.kv_bytes_per_token(hf.load_config(model, options.key), options.dtype)
-    return replace(options, kv_cache_bytes=max(64 << 20, min(wanted, total_memory() // 8)))
+    logprobs = sampling_params(recipe, evaluation=False).keep_topk
+    order = SamplerOrder(recipe.sampler, model_path, dtype, device, context, vocab, logprobs, share, adapter)
+    return engine_of(recipe.sampler).build.sampler(order)
 
 
 def task_arguments(recipe: Recipe) -> tuple[str, dict[str, Any], str | None]:

@@ -1,8 +1,8 @@
 """The CUDA devices that this command was given, and how one of them is given on to a worker.
 
 A batch system hands out devices by name: `CUDA_VISIBLE_DEVICES=4,5`, UUIDs, MIG instances. Everything here
-counts the devices that are visible from 0, as CUDA does; a worker gets the *entry* of the inherited list, since
-an ordinal in its place would be another job's device.
+counts the devices that are visible from 0, as CUDA does; a worker gets the *entry* of the inherited list,
+since an ordinal in its place would be another job's device.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ UUIDS = ("GPU-", "MIG-")
 
 
 def listed() -> tuple[str, ...] | None:
-    """The entries of the inherited list that CUDA reads, up to the first that means nothing; None: there is no
-    list. Raises `UserError` where a device stands twice.
+    """The entries of the inherited list that CUDA reads, up to the first that means nothing; None: there is
+    no list. Raises `UserError` where a device stands twice.
     """
     value = os.environ.get(VISIBLE)
     if value is None:
@@ -40,7 +40,8 @@ def listed() -> tuple[str, ...] | None:
         # A UUID may be cut short.
         if one == other or (kind == "GPU-" and (one.startswith(other) or other.startswith(one))):
             raise UserError(
-                f"{VISIBLE}: {value!r} names device {one} twice, and CUDA then shows none at all; name each once"
+                f"{VISIBLE}: {value!r} names device {one} twice, and CUDA then shows none at all; "
+                "name each once"
             )
     return tuple(found)
 

@@ -1,8 +1,8 @@
 """How long an optimizer step takes each role, by arithmetic; nothing of it was measured on a GPU.
 
-A device does so many floating-point operations and reads so many bytes in a second, of which real work reaches a
-part. Training and judging are counted in operations, sampling in bytes: every token of a running batch reads all
-weights once, and the keys and values of its own row.
+A device does so many floating-point operations and reads so many bytes in a second, of which real work
+reaches a part. Training and judging are counted in operations, sampling in bytes: every token of a running
+batch reads all weights once, and the keys and values of its own row.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Which process runs on which device. Pure arithmetic over the recipe, the number of devices and, where that is
-known, what a device can hold (`memory/model.py`).
+"""Which process runs on which device. Pure arithmetic over the recipe, the number of devices and, where that
+is known, what a device can hold (`memory/model.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from fopd_cli.engines.registry import engine_of, teacher_facts
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices as visible
@@ -97,8 +98,8 @@ def place(recipe: Recipe, devices: int, cores: int | None = None, memory: Memory
             )
         if (plan := _colocated(recipe, devices, cores, memory)) is None:
             raise UserError(
-                "placement.mode: colocate: a device cannot hold all roles at once (or its memory is not known); "
-                "set it to timeslice"
+                "placement.mode: colocate: a device cannot hold all roles at once (or its memory is not "
+                "known); set it to timeslice"
             )
         return plan
     if mode == "partition" and devices == 0:
@@ -112,7 +113,7 @@ def place(recipe: Recipe, devices: int, cores: int | None = None, memory: Memory
     else:
         p = recipe.placement
         teachers: list[list[Devices]] = [
-            [()] * (1 if t.engine == "http" else p.teacher or 1) for t in recipe.teachers
+            [()] * (1 if engine_of(t).remote else p.teacher or 1) for t in recipe.teachers
         ]
         groups = _Groups([()] * (p.sampler or 1), teachers, [()] * (p.learner or 1))
     return _with_whole_teachers(recipe, _plan(recipe, mode, groups, cores), memory)
@@ -138,7 +139,10 @@ def _with_whole_teachers(recipe: Recipe, plan: Plan, memory: Memory | None) -> P
         return plan
     teachers = tuple(
         tuple(replace(rank, whole=True) for rank in ranks)
-        if section.engine == "transformers" and len(ranks) > 1 and memory.whole(section, ranks[0])
+        if not engine_of(section).remote
+        and teacher_facts(section).our_forward
+        and len(ranks) > 1
+        and memory.whole(section, ranks[0])
         else ranks
         for section, ranks in zip(recipe.teachers, plan.teachers, strict=True)
     )
@@ -166,7 +170,7 @@ def _everywhere(recipe: Recipe, devices: int) -> _Groups:
 
 def _partition(recipe: Recipe, devices: int) -> _Groups:
     p = recipe.placement
-    local = [t for t in recipe.teachers if t.engine != "http"]
+    local = [t for t in recipe.teachers if not engine_of(t).remote]
     fewest = 2 + len(local)
     if devices < fewest:
         raise UserError(
@@ -200,18 +204,18 @@ def _partition(recipe: Recipe, devices: int) -> _Groups:
 
 def devices_of_a_replica(engine: Sampler | Teacher) -> int:
     """That one replica is split over; on a CPU they are processes."""
-    return engine.vllm.tensor_parallel if engine.engine == "vllm" else 1
+    return engine_of(engine).devices(engine)
 
 
 def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[Devices]:
     """One process per replica, each with the devices that it is split over; a remote teacher has none."""
-    if engine.engine == "http":
+    if engine_of(engine).remote:
         return [()]
     split = devices_of_a_replica(engine)
     if len(devices) % split:
         raise UserError(
-            f"{role}.vllm.tensor_parallel: {split} does not divide the {len(devices)} devices of the "
-            f"{role}; change it or placement.{role}"
+            f"{role}.{engine_of(engine).split_key}: {split} does not divide the {len(devices)} devices of "
+            f"the {role}; change it or placement.{role}"
         )
     return [tuple(devices[i : i + split]) for i in range(0, len(devices), split)]
 
@@ -223,7 +227,9 @@ def _plan(recipe: Recipe, mode: Mode, groups: _Groups, cores: int) -> Plan:
     # order).
     turns = mode == "timeslice" or (mode == "cpu" and recipe.max_lag == 0)
     by_need = mode == "cpu" and recipe.schedule.lag is None and not turns
-    busy = [t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if engine.engine != "http"]
+    busy = [
+        t for t, engine in zip(groups.teachers, recipe.teachers, strict=True) if not engine_of(engine).remote
+    ]
     workers = len(groups.samplers) + sum(map(len, busy)) + len(groups.learners)
 
     def specs(
@@ -235,7 +241,7 @@ def _plan(recipe: Recipe, mode: Mode, groups: _Groups, cores: int) -> Plan:
         label: str = "",
     ) -> tuple[WorkerSpec, ...]:
         n, split = len(devices), 1 if engine is None else devices_of_a_replica(engine)
-        remote = engine is not None and engine.engine == "http"  # waits, and computes nothing
+        remote = engine is not None and engine_of(engine).remote  # waits, and computes nothing
         fixed = 1 if remote else max(1, cores // (n if turns else workers) // split)
         share = wanted or (None if by_need and split == 1 and not remote else fixed)
         return tuple(WorkerSpec(role, rank, n, devices[rank], share, index, label) for rank in range(n))

@@ -1,10 +1,13 @@
-"""Placement on the machine that this runs on: its devices, their memory, and the shapes of the recipe's models."""
+"""Placement on the machine that this runs on: its devices, their memory, and the shapes of the recipe's
+models.
+"""
 
 from __future__ import annotations
 
 from fopd_cli.engines.learner import lora
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.models.shapes import shapes
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime import devices
 from fopd_cli.runtime.build import add_adapters
@@ -15,7 +18,9 @@ PROMPT = 1024  # tokens taken for the longest prompt, before prompts are read
 
 
 def placed(recipe: Recipe) -> Plan:
-    """Where a recipe runs here. Raises `UserError` if it cannot, or if a model's configuration cannot be read."""
+    """Where a recipe runs here. Raises `UserError` if it cannot, or if a model's configuration cannot be
+    read.
+    """
     count = devices.count()
     return place(recipe, count, memory=fit(recipe, count) if count else None)
 
@@ -28,8 +33,8 @@ def fit(recipe: Recipe, count: int) -> Fit | None:
 
 
 def models(recipe: Recipe, prompt: int = PROMPT, told: int | None = None) -> Models:
-    """The shapes of all models that run here. `prompt` and `told` are the tokens of the longest prompt, as the
-    student and as a teacher reads it.
+    """The shapes of all models that run here. `prompt` and `told` are the tokens of the longest prompt, as
+    the student and as a teacher reads it.
     """
     config = hf.load_config(recipe.student.model, "student.model")
     trainable = None
@@ -43,7 +48,7 @@ def models(recipe: Recipe, prompt: int = PROMPT, told: int | None = None) -> Mod
         {
             t.name: shapes(hf.load_config(t.model, "teacher.model"))
             for t in recipe.teachers
-            if t.engine != "http"
+            if not engine_of(t).remote
         },
         prompt,
         prompt + response,

@@ -30,7 +30,8 @@ LINKS = ("bin", "sbin", "lib", "lib32", "lib64")  # to their namesakes in /usr, 
 LAUNCH = """
 import os, resource, sys
 cpu, memory, processes, disk = map(int, sys.argv[1:5])
-for name, value in (("CPU", cpu), ("DATA", memory), ("NPROC", processes), ("FSIZE", disk), ("CORE", 0), ("NOFILE", 256)):
+limits = {"CPU": cpu, "DATA": memory, "NPROC": processes, "FSIZE": disk, "CORE": 0, "NOFILE": 256}
+for name, value in limits.items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
 os.execvp(sys.argv[5], sys.argv[5:])
 """

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import ArithmeticTask
 from fopd_cli.samples import Prompt
+from fopd_cli.tasks.sections import takes
 
 DEFAULT_TRAIN_PROMPTS = 20_000
 OPERATORS = {1: "+", 2: "+-", 3: "+-*"}
@@ -22,26 +24,21 @@ OPERATORS = {1: "+", 2: "+-", 3: "+-*"}
 class Arithmetic:
     """`horizon` dependent steps; `difficulty` 1: sums, 2: and differences, 3: and products."""
 
-    def __init__(
-        self,
-        horizon: int = 4,
-        difficulty: int = 2,
-        train_prompts: int | None = None,
-        eval_prompts: int = 256,
-        seed: int = 0,
-    ) -> None:
-        self.horizon = horizon
-        self.operators = OPERATORS[difficulty]
-        space = 10 * (10 * len(self.operators)) ** horizon
+    @takes("arithmetic", ArithmeticTask)
+    def __init__(self, options: ArithmeticTask) -> None:
+        self.horizon, self.seed = options.horizon, options.seed
+        self.operators = OPERATORS[options.difficulty]
+        space = 10 * (10 * len(self.operators)) ** self.horizon
+        train_prompts, eval_prompts = options.train_prompts, options.eval_prompts
         if train_prompts is None:
             train_prompts = min(DEFAULT_TRAIN_PROMPTS, space // 2 - eval_prompts)
         self.sizes = {"train": train_prompts, "eval": eval_prompts}
-        self.seed = seed
         if train_prompts < 1 or train_prompts + eval_prompts > space // 2:
             raise UserError(
                 f"task: {max(train_prompts, 1)} training and {eval_prompts} held-out prompts are more "
                 f"than half of the {space} "
-                f"questions with horizon {horizon} and difficulty {difficulty}; raise task.horizon or ask "
+                f"questions with horizon {self.horizon} and difficulty {options.difficulty}; raise "
+                "task.horizon or ask "
                 "for fewer"
             )
 

@@ -126,5 +126,5 @@ def _of_value(value: Any, text: str) -> Call:
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, dict):
-        return Call(text, inner["name"], problem="not a call of a tool: its arguments are no JSON object")
+        return Call(text, inner["name"], problem="not a call of a tool: its arguments are not a JSON object")
     return Call(text, inner["name"], arguments)

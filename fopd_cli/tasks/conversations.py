@@ -72,7 +72,7 @@ def _conversation(value: list[Any]) -> Asked:
     if not messages:
         raise ValueError("is empty" if not value else "holds no question, only the assistant's words")
     if all(m["role"] == "system" for m in messages):
-        raise ValueError("holds no message of the user")
+        raise ValueError("holds no user message")
     return Asked(messages, said)
 
 

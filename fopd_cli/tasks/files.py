@@ -103,7 +103,7 @@ def _of_file(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{key}: there is no file {str(path)!r}{paths.similar(path)}")
     if reader is None:
         raise UserError(
-            f"{key}: {str(path)!r} is of no known kind; fopd reads {', '.join(READERS)}, and directories"
+            f"{key}: {str(path)!r} is of an unknown kind; fopd reads {', '.join(READERS)}, and directories"
         )
     try:
         yield from reader(path, key)
@@ -133,7 +133,7 @@ def _lines(text: str, path: Path, key: str) -> Iterator[tuple[int, dict[str, Any
                 why = error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
                 raise UserError(f"{key}: line {number} of {str(path)!r} is not JSON ({why})") from None
             if not isinstance(value, dict):
-                raise UserError(f"{key}: line {number} of {str(path)!r} is no JSON object")
+                raise UserError(f"{key}: line {number} of {str(path)!r} is not a JSON object")
             yield number, value
 
 
@@ -154,7 +154,7 @@ def _json(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{key}: {str(path)!r} must be a list of JSON objects")
     for number, row in enumerate(value, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{key}: row {number} of {str(path)!r} is no JSON object")
+            raise UserError(f"{key}: row {number} of {str(path)!r} is not a JSON object")
         yield number, row
 
 

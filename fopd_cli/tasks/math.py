@@ -12,8 +12,10 @@ import math
 from typing import Any
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import MathTask, ToolTask
 from fopd_cli.samples import Prompt
 from fopd_cli.tasks.questions import Questions
+from fopd_cli.tasks.sections import takes
 
 GRADE_TIMEOUT_S = 5
 
@@ -24,20 +26,14 @@ class Math(Questions):
     Training needs none; every grade is then nan, and an evaluation's measure is the KL to the teacher.
     """
 
-    def __init__(
-        self,
-        train: str,
-        eval: str | None = None,
-        question: str = "question",
-        answer: str | None = "answer",
-        **options: Any,
-    ) -> None:
-        if answer is not None and importlib.util.find_spec("math_verify") is None:
+    @takes("math", MathTask)
+    def __init__(self, options: MathTask | ToolTask) -> None:
+        if options.answer is not None and importlib.util.find_spec("math_verify") is None:
             raise UserError(
                 "task: grading needs the math-verify package: pip install 'fopd[data]' (or set "
                 "task.answer: null)"
             )
-        super().__init__(train, eval, question, answer, **options)
+        super().__init__(options)
 
     def grade(self, prompt: Prompt, response: str) -> float:
         """1 if math-verify finds the response's final answer equal to the reference, else 0; nan without

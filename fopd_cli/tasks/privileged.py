@@ -35,7 +35,7 @@ def told(prompt: Prompt, template: str) -> Prompt:
         return replace(prompt, text=fill(prompt.text or ""))
     last = max((i for i, m in enumerate(prompt.messages) if m["role"] == "user"), default=None)
     if last is None:
-        raise UserError(f"teacher.context: {prompt.where} has no message of the user to put it into")
+        raise UserError(f"teacher.context: {prompt.where} has no user message to put it into")
     messages = list(prompt.messages)
     messages[last] = {**messages[last], "content": fill(messages[last]["content"])}
     return replace(prompt, messages=messages)

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import ChatTask, MathTask, ToolTask
 from fopd_cli.samples import Prompt
 from fopd_cli.tasks import held_out
 from fopd_cli.tasks.conversations import asked
 from fopd_cli.tasks.files import Row, column, read_rows
+from fopd_cli.tasks.sections import takes
 
 Split = Literal["train", "eval"]
 
@@ -26,28 +28,20 @@ class Questions:
     `notices` say, once the prompts were read, what was done to how many rows.
     """
 
-    def __init__(
-        self,
-        train: str,
-        eval: str | None = None,
-        question: str = "question",
-        answer: str | None = "answer",
-        eval_question: str | None = None,
-        eval_answer: str | None = None,
-        solution: str | None = None,
-        teacher: str | None = None,
-        template: str = "{question}",
-        system: str | None = None,
-        chat: bool = True,
-        eval_prompts: int | None = None,
-    ) -> None:
-        self.split_off = eval is None
-        self.sources: dict[Split, str] = {"train": train, "eval": train if eval is None else eval}
-        self.questions: dict[Split, str] = {"train": question, "eval": eval_question or question}
+    @takes("math", MathTask)
+    def __init__(self, options: ChatTask | MathTask | ToolTask) -> None:
+        train, own = options.train, options.eval
+        assert train is not None  # else the tool task makes its questions itself
+        question, answer, eval_answer = options.question, None, None
+        if not isinstance(options, ChatTask):
+            answer, eval_answer = options.answer, options.eval_answer
+        self.split_off = own is None
+        self.sources: dict[Split, str] = {"train": train, "eval": train if own is None else own}
+        self.questions: dict[Split, str] = {"train": question, "eval": options.eval_question or question}
         self.answers: dict[Split, str | None] = {"train": answer, "eval": eval_answer or answer}
-        self.teacher, self.solution = teacher, solution
-        self.template, self.system, self.chat = template, system, chat
-        self.eval_prompts = eval_prompts
+        self.teacher, self.solution = options.teacher, options.solution
+        self.template, self.system, self.chat = options.template, options.system, options.chat
+        self.eval_prompts = options.eval_prompts
         self._notices: dict[Split, list[str]] = {}
 
     @property
@@ -115,7 +109,7 @@ class Questions:
             question, said = asked(column(row, name, source_key, "task.question"))
         except ValueError as error:
             raise UserError(
-                f"{source_key}: {row.place}: column {name!r} {error}; leave the row out, or mend it"
+                f"{source_key}: {row.place}: column {name!r} {error}; leave the row out, or fix it"
             ) from None
         counts["said"] += said is not None
         columns = {"answer": self.answers[split], "solution": self.solution, "teacher": self.teacher}
@@ -133,11 +127,10 @@ class Questions:
                 )
             counts["no answer"] += 1
         if isinstance(found["answer"], dict | list):
+            first = next(iter(found["answer"]), 0) if isinstance(found["answer"], dict) else 0
             raise UserError(
                 f"{source_key}: {row.place}: column {self.answers[split]!r} holds several values, and an "
-                "answer is one; name it, for "
-                "example task.answer: "
-                f"{self.answers[split]}.{next(iter(found['answer']), 0) if isinstance(found['answer'], dict) else 0}"
+                f"answer is one; name it, for example task.answer: {self.answers[split]}.{first}"
             )
         payload = {
             "answer": found["answer"],
@@ -151,7 +144,7 @@ class Questions:
             raise UserError(
                 f"{source_key}: {row.place} holds {len(messages)} messages, and without a chat template "
                 "(task.chat: false) "
-                "there is no telling how they become one text; set task.chat: true"
+                "fopd cannot make one text of them; set task.chat: true"
             )
         return Prompt(index, text=messages[0]["content"], payload=payload, teacher=teacher, place=row.place)
 
@@ -181,6 +174,6 @@ def _notices(key: str, rows: int, counts: Counter[str], as_solution: bool) -> Se
         found.append(f"{key}: {counts['repeated']} of {rows} rows repeat a question; each is used once")
     if counts["no answer"]:
         found.append(
-            f"{key}: {counts['no answer']} of {rows} rows have no answer; they are trained on, and not graded"
+            f"{key}: {counts['no answer']} of {rows} rows have no answer; they are trained on, but not graded"
         )
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import BUILT_IN_TASKS
 from fopd_cli.tasks.base import Task
 from fopd_cli.tasks.guard import Guarded, blamed
 
@@ -21,12 +22,14 @@ BUILT_IN = {
 
 
 def load_task(name: str, options: dict[str, Any], folder: str | None = None) -> Task:
-    """Build the task; `options` are the recipe's keys. A plug-in's module is looked up in `folder` first;
-    whatever is wrong with it is the user's mistake, and says where.
+    """Build the task; `options` are the recipe's keys. Ours take their section of the recipe, a plug-in takes
+    keyword arguments. Its module is looked up in `folder` first; whatever is wrong with it is the user's
+    mistake, and says where.
     """
     module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
     if name in BUILT_IN:
-        built_in: Task = getattr(importlib.import_module(module_name), attribute)(**options)
+        section = BUILT_IN_TASKS[name].model_validate({"name": name, **options})
+        built_in: Task = getattr(importlib.import_module(module_name), attribute)(section)
         return built_in
     if folder is not None and folder not in sys.path:
         sys.path.insert(0, folder)

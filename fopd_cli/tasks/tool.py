@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import ToolTask
 from fopd_cli.samples import Prompt
 from fopd_cli.sandbox import bubblewrap
 from fopd_cli.sandbox.interpreter import PythonSession
@@ -25,6 +26,7 @@ from fopd_cli.tasks import held_out
 from fopd_cli.tasks.base import Observation
 from fopd_cli.tasks.calls import Call, fenced, native
 from fopd_cli.tasks.math import Math
+from fopd_cli.tasks.sections import takes
 
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 NUMBER = re.compile(r"-?\d+")
@@ -53,38 +55,21 @@ class Tool:
     in one's head.
     """
 
-    def __init__(
-        self,
-        train: str | None = None,
-        eval: str | None = None,
-        notation: Literal["code", "native"] = "code",
-        max_calls: int = 6,
-        max_turns: int = 10,
-        observation_chars: int = 2000,
-        wall_s: float = 10.0,
-        memory_mb: int = 512,
-        sandbox: Literal["bubblewrap", "none"] = "bubblewrap",
-        digits: int = 2,
-        terms: int = 3,
-        train_prompts: int = 20_000,
-        eval_prompts: int | None = None,
-        seed: int = 0,
-        drift: float = 0.0,
-        **questions: Any,
-    ) -> None:
-        if train is None and eval is not None:
+    @takes("tool", ToolTask)
+    def __init__(self, options: ToolTask) -> None:
+        if options.train is None and options.eval is not None:
             raise UserError("task.train: give it, too, or neither it nor task.eval for generated questions")
-        if sandbox != "none":
+        self.sandboxed, self.notation = options.sandbox != "none", options.notation
+        if self.sandboxed:
             bubblewrap.check()
-        self.limits = Limits(wall_s=wall_s, cpu_s=math.ceil(wall_s), memory_mb=memory_mb)
-        self.sandboxed, self.notation = sandbox != "none", notation
-        self.max_calls, self.max_turns, self.observation_chars = max_calls, max_turns, observation_chars
-        self.drift, self.seed = drift, seed
-        self.files = None
-        if train is not None:
-            self.files = Math(train, eval, eval_prompts=eval_prompts, **questions)
-        self.generated = Calculations(digits, terms, train_prompts, eval_prompts or held_out.DEFAULT, seed)
-        if self.files is None and notation == "native":
+        wall_s = options.wall_s
+        self.limits = Limits(wall_s=wall_s, cpu_s=math.ceil(wall_s), memory_mb=options.memory_mb)
+        self.max_calls, self.max_turns = options.max_calls, options.max_turns
+        self.observation_chars = options.observation_chars
+        self.drift, self.seed = options.drift, options.seed
+        self.files = None if options.train is None else Math(options)
+        self.generated = Calculations(options)
+        if self.files is None and self.notation == "native":
             raise UserError(
                 "task.notation: generated questions are plain text and have no native calls; set it to code"
             )
@@ -189,15 +174,20 @@ def _python(call: Call) -> tuple[str, str | None]:
         return call.text, call.problem
     code = call.arguments.get("code")
     if call.name != "python" or not isinstance(code, str):
-        return call.text, f"there is no tool {call.name!r} that takes this; there is python, which takes code"
+        return (
+            call.text,
+            f"there is no tool {call.name!r} that takes this; the tool is python, which takes code",
+        )
     return code, None
 
 
 class Calculations:
     """`37*52+18=`: products and sums, with operators' usual precedence."""
 
-    def __init__(self, digits: int, terms: int, train_prompts: int, eval_prompts: int, seed: int) -> None:
-        self.digits, self.terms, self.seed = digits, terms, seed
+    def __init__(self, options: ToolTask) -> None:
+        digits, terms, self.seed = options.digits, options.terms, options.seed
+        train_prompts, eval_prompts = options.train_prompts, options.eval_prompts or held_out.DEFAULT
+        self.digits, self.terms = digits, terms
         self.sizes = {"train": train_prompts, "eval": eval_prompts}
         space = (9 * 10 ** (digits - 1)) ** terms * 3 ** (terms - 1)
         if train_prompts + eval_prompts > space // 2:

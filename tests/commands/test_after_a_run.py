@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import hub_kit
 import pytest
 import torch
 import yaml
@@ -31,7 +32,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Iterator[Pat
     """It holds the run `first`: four steps, evaluated and saved every two."""
     path = tmp_path_factory.mktemp("after")
     command = Fopd(path)
-    command.run(small_recipe(pair, eval={"every": 2}, learner={"steps": 4, "clip": 1e-6}), "first")
+    tracked = {"MLFLOW_TRACKING_URI": (path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    command.environment |= tracked
+    recipe = small_recipe(
+        pair, eval={"every": 2}, learner={"steps": 4, "clip": 1e-6}, track=["mlflow", "wandb"]
+    )
+    command.run(recipe, "first")
     yield path
     command.stop_all()
 
@@ -51,7 +57,21 @@ def test_a_table_of_the_runs_that_are_here(here: Fopd, tmp_path: Path) -> None:
     last = summary(here.folder / "first")
     assert f"{last['kl_last']:.4f} ± {last['kl_last_error']:.4f}" in row
     assert "holds no run" in here("runs", tmp_path, code=2).err
-    assert "is no directory" in here("runs", "nowhere", code=2).err
+    assert "is not a directory" in here("runs", "nowhere", code=2).err
+
+
+def test_trackers_have_the_curves_and_one_that_fails_stops_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow, in a directory, has all of it; nobody is logged in at wandb. TensorBoard was not asked for."""
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = pytest.importorskip("mlflow").MlflowClient((folder / "mlruns").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("fopd").experiment_id])
+    steps = [r for r in metrics(folder / "first") if r["kind"] == "step"]
+    found = client.get_metric_history(run.info.run_id, "train/kl")
+    assert [m.value for m in sorted(found, key=lambda m: m.step)] == [r["kl"] for r in steps]
+    assert run.data.params["learner.steps"] == "4"
+    assert not (folder / "first" / "tensorboard").exists()
 
 
 def test_the_report_of_a_real_run(here: Fopd) -> None:
@@ -133,7 +153,7 @@ def test_chat_shows_how_far_the_teacher_is_from_each_token(here: Fopd, pair: Pat
     with torch.no_grad():
         p, q = (m(ids).logits[0, length - 1 : -1].double().softmax(-1) for m in models)
     kl = (p * (p / q).log()).sum(-1)
-    told = re.fullmatch(r"student, (\d+\.\d+) nats a token from the teacher:", head)
+    told = re.fullmatch(r"student, (\d+\.\d+) nats per token from the teacher:", head)
     assert told is not None
     assert float(told[1]) == pytest.approx(float(kl.mean()), abs=1e-3)
     shown = re.findall(r"\[(\d+\.\d\d)\]", said)  # bytes that make no character stand together
@@ -193,3 +213,40 @@ def test_a_browser_draws_all_curves_and_complains_of_nothing(here: Fopd, tmp_pat
     assert drawn is not None
     assert int(drawn[1]) == done.stdout.count('class="uplot') >= 12
     assert len(read(here.folder / "first").steps) == 4
+
+
+def test_an_export_has_a_card_and_goes_to_the_hub(here: Fopd, tmp_path: Path) -> None:
+    """A real upload through the real client, to a hub on this machine: what arrives is what was exported."""
+    out, offline = tmp_path / "out", {**here.environment, "HF_HOME": str(tmp_path / "home")}
+    here.environment |= {"HF_HOME": offline["HF_HOME"]}
+    assert "--license: a model" in here("export", "first", out, "--push", "me/small", code=2).err
+    arguments = ("export", "first", out, "--push", "me/small", "--license", "apache-2.0", "--private")
+    assert "nobody is logged in" in here(*arguments, code=2).err
+    here.environment |= {"HF_TOKEN": "hf_wrong"}
+    assert "HF_HUB_OFFLINE is set" in here(*arguments, code=2).err
+    assert not out.exists()
+    with hub_kit.serve() as hub:
+        here.environment = {k: v for k, v in offline.items() if k != "HF_HUB_OFFLINE"}
+        here.environment |= {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_wrong",
+        }
+        assert "log in with `hf auth login`" in here(*arguments, code=2).err
+        assert not out.exists()
+        here.environment |= {"HF_TOKEN": hub_kit.TOKEN}
+        assert f"{hub.address}/me/small" in here(*arguments).out
+    assert hub.repos == {"me/small": True}
+    exported = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    assert exported.pop("fopd.json"), "where the run lies is nobody's business"
+    assert hub.files == exported
+    card = hub.files["README.md"].decode()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "apache-2.0"
+    assert str(here.folder) not in card
+    last = metrics(here.folder / "first")[-1]
+    assert (
+        f"| 4 | {last['score']:.3f} ± {last['score_error']:.3f} | {last['kl']:.3f} ± {last['kl_error']:.3f} |"
+        in card
+    )
+    AutoModelForCausalLM.from_pretrained(out)

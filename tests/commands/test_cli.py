@@ -121,10 +121,10 @@ def test_a_run_directory_that_exists(fopd: Fopd, pair: Path) -> None:
     ("arguments", "message"),
     [
         (["run", "nothing.yaml"], "no such recipe"),
-        (["run"], "Missing argument"),
+        (["run"], "fopd new writes one"),
         (["run", "x.yaml", "--nonsense"], "No such option"),
-        (["resume", "nowhere"], "is no run directory"),
-        (["export", "nowhere", "out"], "is no run directory"),
+        (["resume", "nowhere"], "is not a run directory"),
+        (["export", "nowhere", "out"], "is not a run directory"),
         (["eval", "nowhere"], "--task"),
         (["recipe"], "--explain"),
         (["nonsense"], "No such command"),

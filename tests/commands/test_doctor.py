@@ -18,6 +18,7 @@ from pair_kit import changed, exchanged
 from fopd_cli import doctor
 from fopd_cli.engines.models import hf
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import Inputs, load_inputs
 from fopd_cli.recipe import load_recipe
 from fopd_cli.runtime.placement import place
 
@@ -30,17 +31,17 @@ def questions(folder: Path, *texts: str, name: str = "q.jsonl", **columns: Any) 
     return str(path)
 
 
-def load(folder: Path, **changes: Any) -> doctor.Inputs:
+def load(folder: Path, **changes: Any) -> Inputs:
     recipe = small_recipe(TINY, **{k: v for k, v in changes.items() if k != "task"})
     recipe["task"] = changes.get("task", recipe["task"])
     recipe["learner"]["batch_samples"] = 1  # some of these files hold a single question
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     parsed = load_recipe(path)
-    return doctor.load_inputs(parsed, place(parsed, 0))
+    return load_inputs(parsed, place(parsed, 0))
 
 
-def found(inputs: doctor.Inputs, folder: Path) -> list[str]:
+def found(inputs: Inputs, folder: Path) -> list[str]:
     return [str(finding) for finding in doctor.findings(inputs, folder)]
 
 

@@ -11,6 +11,7 @@ import yaml
 from conftest import TINY, small_recipe
 
 from fopd_cli import doctor
+from fopd_cli.inputs import load_inputs
 from fopd_cli.recipe import load_recipe
 from fopd_cli.runtime import devices
 from fopd_cli.runtime.placement import place
@@ -33,7 +34,7 @@ def said(folder: Path, **changes: Any) -> list[str]:
         yaml.safe_dump(small_recipe(TINY) | changes if "task" in changes else small_recipe(TINY, **changes))
     )
     recipe = load_recipe(path)
-    return [str(f) for f in doctor.findings(doctor.load_inputs(recipe, place(recipe, 0)), folder)]
+    return [str(f) for f in doctor.findings(load_inputs(recipe, place(recipe, 0)), folder)]
 
 
 def test_a_sound_recipe_has_none(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_one_thing_is_said_once(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     parsed = load_recipe(path)
-    lines = [str(f) for f in doctor.findings(doctor.load_inputs(parsed, place(parsed, 0)), tmp_path)]
+    lines = [str(f) for f in doctor.findings(load_inputs(parsed, place(parsed, 0)), tmp_path)]
     assert len([line for line in lines if "the same model: every loss is 0" in line]) == 1
 
 
@@ -106,13 +107,13 @@ def test_one_thing_is_said_once(tmp_path: Path) -> None:
 def test_a_device_is_held_against_the_sum_of_all_that_a_role_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: float, level: str | None
 ) -> None:
-    """Time-sliced on one device a learner of 0.3 million parameters has little of its own: what fills it is what
-    CUDA, its libraries and the loss's chunks take, and the others, asleep.
+    """Time-sliced on one device a learner of 0.3 million parameters has little of its own: what fills it is
+    what CUDA, its libraries and the loss's chunks take, and the others, asleep.
     """
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(small_recipe(TINY, placement={"mode": "timeslice"})))
     parsed = load_recipe(path)
-    inputs = doctor.load_inputs(parsed, place(parsed, 1))
+    inputs = load_inputs(parsed, place(parsed, 1))
     monkeypatch.setattr(devices, "count", lambda: 1)
     monkeypatch.setattr(devices, "memory", lambda device: int(gigabytes * 1e9))
     lines = [f for f in doctor.findings(inputs, tmp_path) if "by arithmetic" in f.what]
@@ -135,7 +136,7 @@ def test_main_memory_is_held_against_the_sum_of_all_processes(
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(small_recipe(TINY)))
     parsed = load_recipe(path)
-    inputs = doctor.load_inputs(parsed, place(parsed, 0))
+    inputs = load_inputs(parsed, place(parsed, 0))
     monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
     (line,) = [f for f in doctor.findings(inputs, tmp_path) if "by arithmetic" in f.what]
     assert line.level == "error"

@@ -19,8 +19,8 @@ from conftest import TINY, Fopd, check_accounts, small_recipe, summary
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
+from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.vllm import engine as vllm_engine
-from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def test_the_sampler_gives_the_models_logprobs(pair: Path) -> None:
-    sampler = transformers_sampler(str(pair / "student"), torch.float32, torch.device("cuda"), concurrency=4)
+    sampler = on_weights(str(pair / "student"), torch.float32, torch.device("cuda"), concurrency=4)
     prompt = np.arange(4, 10, dtype=np.int32)
     sampler.submit([Request(i, prompt, i, SamplingParams(max_new_tokens=12)) for i in range(6)])
     rollouts: list[Rollout] = []
@@ -128,7 +128,7 @@ def test_a_time_sliced_run_on_one_gpu(fopd: Fopd, compute: str) -> None:
     recipe: dict[str, Any] = small_recipe(
         TINY,
         task={"horizon": 3, "eval_prompts": 64},
-        sampler={"max_new_tokens": 32, "concurrency": 64, "dtype": compute},
+        sampler={"engine": "transformers", "max_new_tokens": 32, "concurrency": 64, "dtype": compute},
         learner={"steps": 40, "batch_samples": 64, "lr": 2e-3, "dtype": compute},
         schedule={"depth": 1},
         placement={"mode": "timeslice"},

@@ -112,7 +112,7 @@ def test_a_run_asks_for_weights_before_anything_starts(
     recipe["student"]["model"] = NAME
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(launch, "_conductor", pytest.fail)
+    monkeypatch.setattr(launch.RunDir, "create", pytest.fail)
     with pytest.raises(UserError, match=r"^student.model: 'maker/small' is not \(all\) on this machine"):
         launch.run(load_recipe(path), tmp_path / "run")
     assert not (tmp_path / "run").exists()

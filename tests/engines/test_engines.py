@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fopd_cli.engines.models import hf
+from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.transformers.sampler import TransformersSampler, behaviour_logprobs, inverse_transform
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
-from fopd_cli.runtime.build import transformers_sampler
 from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec, TeacherTargets
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def model_logprobs(model: Any, rollout: Rollout, temperature: float = 1.0) -> np
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_behaviour_logprobs_are_the_models(student: str, temperature: float) -> None:
-    sampler = transformers_sampler(student, torch.float32, CPU, concurrency=4)
+    sampler = on_weights(student, torch.float32, CPU, concurrency=4)
     sampler.submit(requests(10, SamplingParams(temperature=temperature, max_new_tokens=12)))
     rollouts = drain(sampler)
     model = hf.load_model(student, "m", torch.float32)
@@ -64,7 +64,7 @@ def test_behaviour_logprobs_are_the_models(student: str, temperature: float) -> 
 
 def test_a_rollout_does_not_depend_on_its_neighbours(student: str) -> None:
     params = SamplingParams(max_new_tokens=8)
-    together, alone = (transformers_sampler(student, torch.float32, CPU, concurrency=n) for n in (8, 1))
+    together, alone = (on_weights(student, torch.float32, CPU, concurrency=n) for n in (8, 1))
     for sampler in (together, alone):
         sampler.submit(requests(8, params))
     first, second = drain(together), drain(alone)
@@ -83,7 +83,7 @@ def test_new_weights_in_the_middle_open_a_span_and_are_whole(student: str) -> No
     """Tokens before and after the update have the log-probs of the old and of the new model, context
     included.
     """
-    sampler = transformers_sampler(student, torch.float32, CPU, concurrency=4)
+    sampler = on_weights(student, torch.float32, CPU, concurrency=4)
     sampler.submit(requests(4, SamplingParams(max_new_tokens=12)))
     for _ in range(5):
         sampler.step()
@@ -104,7 +104,7 @@ def test_new_weights_in_the_middle_open_a_span_and_are_whole(student: str) -> No
 
 
 def test_abort_forgets_everything(student: str) -> None:
-    sampler = transformers_sampler(student, torch.float32, CPU, concurrency=2)
+    sampler = on_weights(student, torch.float32, CPU, concurrency=2)
     sampler.submit(requests(5, SamplingParams(max_new_tokens=50)))
     sampler.step()
     sampler.abort()
@@ -114,7 +114,7 @@ def test_abort_forgets_everything(student: str) -> None:
 
 def test_topk_and_full_behaviour_distributions(student: str) -> None:
     for keep, width in ((5, 5), (-1, 260)):
-        sampler = transformers_sampler(student, torch.float32, CPU, concurrency=4)
+        sampler = on_weights(student, torch.float32, CPU, concurrency=4)
         sampler.submit(requests(3, SamplingParams(max_new_tokens=6, keep_topk=keep)))
         for rollout in drain(sampler).values():
             assert rollout.topk_logprobs is not None
@@ -145,7 +145,7 @@ def test_draws_beside_the_response(student: str) -> None:
     """They change nothing of the response, have the log-probs of the policy that drew, and are its draws."""
     rollouts = []
     for draws in (1, 65):
-        sampler = transformers_sampler(student, torch.float32, CPU, concurrency=8)
+        sampler = on_weights(student, torch.float32, CPU, concurrency=8)
         sampler.submit(requests(8, SamplingParams(max_new_tokens=8, keep_topk=-1, draws=draws)))
         rollouts.append(drain(sampler))
     matches = expected = 0.0
@@ -174,7 +174,7 @@ def targets_for(kind: Any, width: int, rollouts: list[Rollout]) -> list[TeacherT
 
 
 def test_teacher_targets_are_the_models(student: str, request: pytest.FixtureRequest) -> None:
-    sampler = transformers_sampler(student, torch.float32, CPU, concurrency=8)
+    sampler = on_weights(student, torch.float32, CPU, concurrency=8)
     sampler.submit(requests(7, SamplingParams(max_new_tokens=9)))
     rollouts = list(drain(sampler).values())
     path = str(Path(student).parent / "teacher")
@@ -209,7 +209,7 @@ def test_the_students_likeliest_tokens_join_the_teachers(student: str, keep: int
     """Of k classes the first are the student's own, the others the teacher's likeliest that are not among
     them.
     """
-    sampler = transformers_sampler(student, torch.float32, CPU, 3)
+    sampler = on_weights(student, torch.float32, CPU, 3)
     sampler.submit(requests(3, SamplingParams(max_new_tokens=6, keep_topk=keep)))
     rollouts = list(drain(sampler).values())
     model, judge = (

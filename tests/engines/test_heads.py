@@ -18,7 +18,6 @@ from conftest import Fopd, lines, small_recipe
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.errors import UserError
-from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.samples import Rollout, TeacherTargets
 
 ALTERED = [
@@ -114,7 +113,7 @@ def test_the_learners_step_is_plain_pytorch(pairs: dict[str, Path], student: str
     """All gradients, the head's bias included, and drifts of 0 where the weights are those that sampled."""
     folder = pairs[student]
     samples = kit.make_samples(folder, count=4, width=64)
-    cfg = kit.config(policy=POLICIES["reweight+anchor"], anchor=1.0)
+    cfg = kit.config(policy="reweight+anchor", anchor=1.0)
     loss, expected = kit.reference(folder, samples, cfg)
     learner = kit.make_learner(folder, cfg)
     report = learner.train(0, samples)

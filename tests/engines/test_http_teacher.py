@@ -15,10 +15,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from fopd_cli.engines.building import TooLong
 from fopd_cli.engines.http import teacher as http_teacher
 from fopd_cli.engines.http.teacher import HttpServer, HttpTeacher, Unreachable
 from fopd_cli.errors import UserError
+from fopd_cli.samples import Rollout, TeacherTargets
 
 Serve = Callable[[socket.socket], None]
 LIMIT_S = 1.0  # instead of ten seconds
@@ -189,3 +192,59 @@ def test_a_sound_server_passes_and_what_can_pass_is_tried_again(listening: Calla
 
     HttpTeacher(server(listening(serve)), 256).check(Tokenizer(), np.arange(5), 4)
     assert not refusals
+
+
+def judged(asked: dict[str, object]) -> bytes:
+    """What a sound server answers: of every token but the first its log-prob."""
+    ids: list[int] = asked["prompt"]  # type: ignore[assignment]
+    entries = [None, *({str(i): {"logprob": -1.5, "rank": 1}} for i in ids[1:])]
+    return json.dumps({"choices": [{"prompt_logprobs": entries}]}).encode()
+
+
+def rollout(key: int, length: int) -> Rollout:
+    n = length - 2
+    ids = np.arange(length, dtype=np.int32) + key
+    return Rollout(key, ids, 2, np.ones(n, bool), np.zeros(n, np.float32), [(0, 0, n)], "stop")
+
+
+def test_connections_stay_open_and_no_more_than_allowed_are_opened(listening: Callable[[Serve], str]) -> None:
+    opened, at_once, most = [], threading.Semaphore(3), threading.Lock()
+
+    def serve(connection: socket.socket) -> None:
+        opened.append(connection)
+        while True:
+            asked = request(connection)
+            with most:
+                assert at_once.acquire(blocking=False)
+            time.sleep(0.01)
+            at_once.release()
+            body = judged(asked)
+            connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    teacher = HttpTeacher(server(listening(serve), concurrency=3, retries=0), 256)
+    for _ in range(2):  # calls of a run, one after the other
+        rollouts = [rollout(key, 5) for key in range(12)]
+        targets = [TeacherTargets("sampled", logprobs=torch.zeros(3)) for _ in rollouts]
+        teacher.score(rollouts, targets)
+        assert all((t.logprobs == -1.5).all() for t in targets)  # type: ignore[union-attr]
+    assert len(opened) <= 3
+    teacher.close()
+
+
+def test_one_sample_that_is_refused_ends_the_call_with_its_reason(listening: Callable[[Serve], str]) -> None:
+    def serve(connection: socket.socket) -> None:
+        asked = request(connection)
+        long = len(asked["prompt"]) > 5  # type: ignore[arg-type]
+        said = b'{"error": {"message": "the maximum model length is 5"}}'
+        connection.sendall(answer("400 Bad", said) if long else answer("200 OK", judged(asked)))
+
+    rollouts = [rollout(0, 5), rollout(1, 8), rollout(2, 5)]
+    targets = [TeacherTargets("sampled", logprobs=torch.zeros(r.response_length)) for r in rollouts]
+    with pytest.raises(TooLong, match=r"a sample of 8 tokens as too long .*maximum model length is 5"):
+        HttpTeacher(server(listening(serve)), 256).score(rollouts, targets)
+
+
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "nonsense://there")
+    with pytest.raises(UserError, match=r"teacher.http: .*nonsense.*_PROXY"):
+        HttpTeacher(server("http://there/v1"), 256)

@@ -12,11 +12,11 @@ import learner_kit as kit
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig, lr_factor
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
-from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.samples import Sample, StepReport, TeacherTargets
 
@@ -46,8 +46,8 @@ def close(
 CASES = {
     "async": {},
     "by token": {"average": "token"},
-    "reweight": {"policy": POLICIES["reweight"]},
-    "anchored": {"policy": POLICIES["reweight+anchor"], "anchor": 2.0},
+    "reweight": {"policy": "reweight"},
+    "anchored": {"policy": "reweight+anchor", "anchor": 2.0},
 }
 
 
@@ -67,9 +67,9 @@ def test_packed_padded_and_one_by_one_are_the_same(
     pair: Path, samples: list[Sample], micro_tokens: int, packing: bool, observations: bool
 ) -> None:
     given = kit.with_observations(samples) if observations else samples
-    cfg = kit.config(policy=POLICIES["reweight+anchor"], anchor=1.0)
+    cfg = kit.config(policy="reweight+anchor", anchor=1.0)
     loss, expected = kit.reference(pair, given, cfg)
-    report, found = step(pair, given, replace(cfg, micro_tokens=micro_tokens, packing=packing))
+    report, found = step(pair, given, kit.changed(cfg, micro_tokens=micro_tokens, packing=packing))
     assert report.loss == pytest.approx(loss, rel=1e-5)
     close(found, expected)
     tokens = sum(len(s.rollout.token_ids) for s in samples)
@@ -93,7 +93,7 @@ def test_activation_checkpointing_and_chunks_change_nothing(pair: Path, samples:
     cfg = kit.config()
     _, expected = step(pair, samples, cfg)
     chunked = LossSpec("reverse_kl", "full", chunk_bytes=4 * kit.VOCAB * 5)
-    _, found = step(pair, samples, replace(cfg, activation_checkpointing=True, loss=chunked))
+    _, found = step(pair, samples, kit.changed(cfg, activation_checkpointing=True, loss=chunked))
     close(found, expected)
 
 
@@ -102,7 +102,7 @@ def test_compiling_changes_nothing(pair: Path, samples: list[Sample]) -> None:
     """Several shapes, so that dynamic ones are compiled as well."""
     cfg = kit.config(micro_tokens=30)
     report, expected = step(pair, samples, cfg)
-    compiled, found = step(pair, samples, replace(cfg, compile=True))
+    compiled, found = step(pair, samples, kit.changed(cfg, compile=True))
     assert compiled.loss == pytest.approx(report.loss, rel=1e-5)
     close(found, expected)
 
@@ -118,7 +118,7 @@ def rank_step(rank: int, world: int, pair: Path, samples: list[Sample], cfg: Lea
 @pytest.mark.parametrize("count", [7, 1])
 def test_two_ranks_are_plain_pytorch(pair: Path, samples: list[Sample], tmp_path: Path, count: int) -> None:
     """With one sample the second rank has none and must still join in."""
-    cfg = kit.config(policy=POLICIES["reweight+anchor"], anchor=1.0)
+    cfg = kit.config(policy="reweight+anchor", anchor=1.0)
     loss, expected = kit.reference(pair, samples[:count], cfg)
     report, found, weights = kit.on_ranks(2, tmp_path, rank_step, pair, samples[:count], cfg)
     assert report.loss == pytest.approx(loss, rel=1e-5)
@@ -137,6 +137,45 @@ def test_two_ranks_are_plain_pytorch(pair: Path, samples: list[Sample], tmp_path
     )
     assert agree.mean() > 0.999
     assert report.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+
+
+def rank_memory(rank: int, world: int, pair: Path, samples: list[Sample], cfg: LearnerConfig) -> Any:
+    """Gradients after a step of several micro-batches, and the bytes of whole ones that FSDP held before
+    each.
+    """
+    learner, held = kit.make_learner(pair, cfg, rank, world), []
+    forward = learner._forward
+
+    def measured(*args: Any) -> Any:
+        held.append(sum(_whole_gradient_bytes(p) for p in _sharded_parameters(learner.student)))
+        return forward(*args)
+
+    learner._forward = measured  # type: ignore[method-assign]
+    learner.train(0, samples)
+    return kit.gradients(learner), held
+
+
+def _sharded_parameters(student: Any) -> list[Any]:
+    """FSDP's own record of each."""
+    states = [m._get_fsdp_state() for m in student.modules() if isinstance(m, FSDPModule)]
+    return [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
+
+
+def _whole_gradient_bytes(parameter: Any) -> int:
+    whole = getattr(parameter, "_unsharded_param", None)
+    held = [parameter.unsharded_accumulated_grad, None if whole is None else whole.grad]
+    return sum(g.nbytes for g in held if g is not None)
+
+
+def test_no_rank_keeps_whole_gradients_between_micro_batches(
+    pair: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    cfg = kit.config(micro_tokens=12)
+    _, expected = kit.reference(pair, samples, cfg)
+    found, held = kit.on_ranks(2, tmp_path, rank_memory, pair, samples, cfg)
+    assert len(held) > 2
+    assert held == [0] * len(held)
+    close(found, expected)
 
 
 def rank_bf16(rank: int, world: int, pair: Path, samples: list[Sample]) -> Any:
@@ -166,12 +205,12 @@ def rank_trained(rank: int, world: int, pair: Path, samples: list[Sample], cfg: 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_offloading_changes_nothing(pair: Path, samples: list[Sample], tmp_path: Path, world: int) -> None:
-    cfg = kit.config(clip=1.0, weight_decay=0.1, policy=POLICIES["reweight"], weights="normalized")
+    cfg = kit.config(clip=1.0, weight_decay=0.1, policy="reweight", weights="normalized")
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     there, expected = kit.on_ranks(world, tmp_path / "a", rank_trained, pair, samples, cfg)
     offloaded, found = kit.on_ranks(
-        world, tmp_path / "b", rank_trained, pair, samples, replace(cfg, offload=True)
+        world, tmp_path / "b", rank_trained, pair, samples, kit.changed(cfg, offload=True)
     )
     assert [r.loss for r in offloaded] == pytest.approx([r.loss for r in there], rel=1e-4)
     assert [r.grad_norm for r in offloaded] == pytest.approx([r.grad_norm for r in there], rel=1e-3)
@@ -186,14 +225,14 @@ def test_optimizer_states_may_rest_in_bf16(pair: Path, samples: list[Sample], tm
     cfg = kit.config()
     whole, narrow = (
         kit.make_learner(pair, cfg),
-        kit.make_learner(pair, replace(cfg, optimizer_dtype=torch.bfloat16)),
+        kit.make_learner(pair, kit.changed(cfg, optimizer_dtype="bf16")),
     )
     losses = [(whole.train(i, samples).loss, narrow.train(i, samples).loss) for i in range(2)]
     assert losses[1][0] == losses[1][1]
     states = [s[name] for s in narrow.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert {s.dtype for s in states} == {torch.bfloat16}
     extra = narrow.save(tmp_path / "saved")
-    resumed = kit.make_learner(pair, replace(cfg, optimizer_dtype=torch.bfloat16))
+    resumed = kit.make_learner(pair, kit.changed(cfg, optimizer_dtype="bf16"))
     resumed.restore(tmp_path / "saved", extra)
     for i in range(2, 6):
         found = narrow.train(i, samples).loss
@@ -202,16 +241,16 @@ def test_optimizer_states_may_rest_in_bf16(pair: Path, samples: list[Sample], tm
 
 
 def test_normalized_weights_divide_by_their_mean(pair: Path, samples: list[Sample]) -> None:
-    cfg = kit.config(policy=POLICIES["reweight"])
+    cfg = kit.config(policy="reweight")
     raw, raw_gradients = step(pair, samples, cfg)
-    normalized, found = step(pair, samples, replace(cfg, weights="normalized"))
+    normalized, found = step(pair, samples, kit.changed(cfg, weights="normalized"))
     mean = raw.stats.weight.mean()
     assert normalized.loss == pytest.approx(raw.loss / mean, rel=1e-5)
     close(found, {name: g / mean for name, g in raw_gradients.items()})
 
 
 def test_step_scale_multiplies_the_learning_rate(pair: Path, samples: list[Sample]) -> None:
-    cfg = kit.config(policy=POLICIES["reweight"], step_scale="freshness")
+    cfg = kit.config(policy="reweight", step_scale="freshness")
     report, _ = step(pair, samples, cfg)
     assert report.lr == pytest.approx(1e-3 * report.stats.weight.mean())
 
@@ -221,7 +260,7 @@ def test_the_anchor_pulls_towards_the_policy_that_sampled(pair: Path) -> None:
     fresh = kit.make_samples(pair, drifted=False)
     end = {}
     for anchor in (0.0, 100.0):
-        learner = kit.make_learner(pair, kit.config(policy=POLICIES["reweight+anchor"], anchor=anchor))
+        learner = kit.make_learner(pair, kit.config(policy="reweight+anchor", anchor=anchor))
         for i in range(6):
             report = learner.train(i, fresh)
         end[anchor] = report.stats.drift_roll.mean()
@@ -229,7 +268,7 @@ def test_the_anchor_pulls_towards_the_policy_that_sampled(pair: Path) -> None:
 
 
 def test_when_everything_is_gated_nothing_is_updated(pair: Path, samples: list[Sample]) -> None:
-    learner = kit.make_learner(pair, kit.config(policy=POLICIES["reweight"], xi=2.0, weights="normalized"))
+    learner = kit.make_learner(pair, kit.config(policy="reweight", xi=2.0, weights="normalized"))
     before = {n: t.clone() for n, t in learner.publish()}
     report = learner.train(0, samples)
     assert report.skipped
@@ -290,7 +329,7 @@ def test_measuring_learns_nothing_and_sees_the_same(pair: Path, samples: list[Sa
 
 
 def test_the_noise_floor_comes_from_samples_without_lag(pair: Path, samples: list[Sample]) -> None:
-    learner = kit.make_learner(pair, kit.config(policy=POLICIES["reweight"]))
+    learner = kit.make_learner(pair, kit.config(policy="reweight"))
     first = learner.train(0, samples)
     assert first.noise_floor == 0
     expected = first.stats.drift_roll[first.stats.lag == 0].mean()
@@ -351,12 +390,12 @@ def test_a_restored_learner_goes_by_the_recipe_of_today(
 
 def test_learning_rate_schedule() -> None:
     cfg = kit.config(warmup_steps=4, steps=14, decay="cosine", min_lr_ratio=0.2)
-    factors = [lr_factor(cfg, i) for i in range(14)]
+    factors = [lr_factor(cfg.learner, i) for i in range(14)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[4:] == pytest.approx([0.6 + 0.4 * math.cos(math.pi * i / 9) for i in range(10)])
-    linear = [lr_factor(replace(cfg, decay="linear"), i) for i in range(4, 14)]
+    linear = [lr_factor(kit.changed(cfg, decay="linear").learner, i) for i in range(4, 14)]
     assert linear == pytest.approx([1 - 0.8 * i / 9 for i in range(10)])
-    assert lr_factor(replace(cfg, decay="constant"), 13) == 1.0
+    assert lr_factor(kit.changed(cfg, decay="constant").learner, 13) == 1.0
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
@@ -367,7 +406,7 @@ def test_the_last_step_is_at_the_smallest_rate(decay: Any, warmup: int, steps: i
     before them.
     """
     cfg = kit.config(warmup_steps=warmup, steps=steps, decay=decay, min_lr_ratio=0.25)
-    factors = [lr_factor(cfg, i) for i in range(steps)]
+    factors = [lr_factor(cfg.learner, i) for i in range(steps)]
     rising = [(i + 1) / warmup for i in range(min(warmup, steps))]
     if decay == "constant":
         assert factors == rising + [1.0] * (steps - len(rising))
@@ -377,9 +416,9 @@ def test_the_last_step_is_at_the_smallest_rate(decay: Any, warmup: int, steps: i
     after = factors[warmup:]
     assert all(a > b for a, b in itertools.pairwise(after))
     assert len(after) < 2 or after[0] == 1.0
-    longer = replace(cfg, steps=steps + 7)
-    assert lr_factor(longer, steps + 6) == 0.25
-    assert lr_factor(longer, steps - 1) >= factors[-1] or steps <= warmup
+    longer = kit.changed(cfg, steps=steps + 7)
+    assert lr_factor(longer.learner, steps + 6) == 0.25
+    assert lr_factor(longer.learner, steps - 1) >= factors[-1] or steps <= warmup
 
 
 def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> None:

@@ -4,7 +4,6 @@ and bf16.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def test_sharded_adapters_are_those_of_one_rank(
     cfg = kit.config()
     alone = make_learner(pair, cfg)
     expected = [alone.train(i, samples).loss for i in range(3)]
-    sharded = replace(cfg, compute_dtype=dtype)
+    sharded = kit.changed(cfg, compute_dtype=dtype)
     losses, published, extra = kit.on_ranks(
         world, tmp_path, rank_train, pair, samples, sharded, tmp_path / "saved"
     )

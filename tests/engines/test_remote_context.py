@@ -22,6 +22,7 @@ from fopd_cli import doctor
 from fopd_cli.engines.http.teacher import HttpServer, HttpTeacher
 from fopd_cli.engines.models import hf
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import Inputs, load_inputs
 from fopd_cli.recipe import load_recipe
 from fopd_cli.runtime.placement import place
 from fopd_cli.samples import Rollout, TeacherTargets
@@ -101,7 +102,7 @@ def teacher(server: Server, model: str = "teacher") -> HttpTeacher:
     return HttpTeacher(HttpServer(server.url, model, None, 4, 30.0, 0), VOCAB)
 
 
-def load(folder: Path, server: Server, *questions: str) -> doctor.Inputs:
+def load(folder: Path, server: Server, *questions: str) -> Inputs:
     rows = folder / "q.jsonl"
     rows.write_text(
         "".join(json.dumps({"messages": [{"role": "user", "content": q}]}) + "\n" for q in questions)
@@ -111,7 +112,7 @@ def load(folder: Path, server: Server, *questions: str) -> doctor.Inputs:
     recipe["task"] = {"name": "chat", "train": str(rows), "eval": str(rows), "eval_prompts": 1}
     (folder / "r.yaml").write_text(yaml.safe_dump(recipe))
     parsed = load_recipe(folder / "r.yaml")
-    return doctor.load_inputs(parsed, place(parsed, 0))
+    return load_inputs(parsed, place(parsed, 0))
 
 
 def test_prompts_that_a_server_cannot_take_are_dropped_up_front(tmp_path: Path, server: Server) -> None:

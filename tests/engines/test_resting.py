@@ -80,7 +80,7 @@ def test_a_samplers_weights_are_given_anew_and_never_copied_back() -> None:
 
 
 def trained(rank: int, world: int, pair: str, adapters: bool, sleeps: bool) -> Any:
-    """Three steps in bf16, with or without a sleep between them; losses, a rank's weights, what was copied."""
+    """Three steps in bf16, with or without a sleep between them; losses, weights, what was copied."""
     samples = kit.make_samples(Path(pair))
     model: Any = hf.load_model(str(Path(pair) / "student"), "m", torch.float32)
     if adapters:

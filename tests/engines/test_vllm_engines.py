@@ -37,15 +37,20 @@ def test_a_version_that_does_not_fit_is_named(
     assert expected in str(vllm_engine.problem())
 
 
-def new_host(folder: Path) -> kit.Host:
+def new_host(folder: Path, ahead: bool = False) -> kit.Host:
     if PROBLEM is not None:
         pytest.skip(PROBLEM)
-    return kit.Host(folder / "vllm.log")
+    server = kit.Host(folder / "vllm.log")
+    if ahead:
+        server(kit.schedule_ahead)
+        server.late = 1
+    return server
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Host]:
-    server = new_host(tmp_path_factory.mktemp("vllm"))
+@pytest.fixture(scope="module", params=["in step", pytest.param("ahead", marks=pytest.mark.slow)])
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Host]:
+    """Engines that schedule a batch when the one before is done, and engines that schedule one ahead."""
+    server = new_host(tmp_path_factory.mktemp("vllm"), request.param == "ahead")
     yield server
     server.close()
 
@@ -263,6 +268,7 @@ def _finishing_order(student: str) -> list[tuple[int, int]]:
 def test_no_batch_barrier(host: kit.Host, pair: Path) -> None:
     """Finished requests leave at once, new ones join at the next token."""
     left = dict((key, step) for step, key in host(_finishing_order, str(pair / "student")))
+    left = {key: step - host.late for key, step in left.items()}
     assert left[3] <= 2
     assert left[1] <= 3
     assert left[9] <= 6 < left[2] + 1 <= left[0]
@@ -377,6 +383,49 @@ def _abort(student: str) -> tuple[bool, int]:
 
 def test_abort_forgets_everything(host: kit.Host, pair: Path) -> None:
     assert host(_abort, str(pair / "student")) == (True, 5)
+
+
+def _turns(student: str) -> tuple[list[list[Rollout]], list[int]]:
+    """An episode's turns under one key: ended, aborted, and ended by an update; batches left under way."""
+    engine, turns, under_way = kit.original(kit.sampler(student), student), [], []
+    core = engine.engine._core
+
+    def ask(turn: int) -> None:
+        prompt = np.arange(4 + turn, 30 + turn, dtype=np.int32)
+        engine.submit([Request(key, prompt + key, 10 * turn + key, LONG) for key in range(3)])
+
+    for turn in range(4):
+        ask(turn)
+        turns.append(list(kit.drain(engine).values()))
+        under_way.append(len(core.batch_queue or ()))
+        if turn == 1:
+            ask(7)
+            engine.step()
+            engine.abort()
+            under_way.append(len(core.batch_queue or ()))
+        if turn == 2:
+            kit.original(engine, student)
+    return turns, under_way
+
+
+LONG = SamplingParams(max_new_tokens=6)
+
+
+def test_the_next_turn_under_the_same_key_begins_anew(tmp_path: Path, pair: Path) -> None:
+    """Where vLLM schedules ahead, the batch under way when a turn ends holds one more token of it."""
+    student, host = str(pair / "student"), new_host(tmp_path, ahead=True)
+    try:
+        turns, under_way = host(_turns, student)
+    finally:
+        host.close()
+    model = hf.load_model(student, "m", torch.float32)
+    assert under_way == [0] * 5
+    for rollouts in turns:
+        assert len(rollouts) == 3
+        for rollout in rollouts:
+            assert rollout.response_length <= 6
+            expected = of_sampled(model_logprobs(model, rollout), rollout)
+            np.testing.assert_allclose(rollout.logprobs, expected, atol=2e-5)
 
 
 # ---- tensor parallelism ------------------------------------------------------------------------------------
@@ -552,7 +601,7 @@ def _refusal(model: str, changes: dict[str, Any]) -> str:
 
 
 def test_what_vllm_refuses_is_one_clear_line(host: kit.Host, pair: Path) -> None:
-    message = host(_refusal, str(pair / "student"), {"kv_cache_bytes": 1 << 18, "max_tokens": 1000})
+    message = host(_refusal, str(pair / "student"), {"cache_bytes": 1 << 18, "max_tokens": 1000})
     assert message.startswith("sampler.vllm: vLLM refuses: ")
     assert "KV cache is needed" in message
     assert "\n" not in message

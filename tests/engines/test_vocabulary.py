@@ -11,7 +11,7 @@ import torch
 from conftest import Fopd, lines, small_recipe
 
 from fopd_cli.engines.models import hf
-from fopd_cli.runtime.build import transformers_sampler
+from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.samples import Request, SamplingParams
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_ids_past_the_shared_ones_are_never_sampled(llama_pair: Path, tmp_path: 
         SamplingParams(temperature=0.0, max_new_tokens=12, keep_topk=-1, draws=3),
     )
     for vocab in (288, 260):
-        sampler = transformers_sampler(path, torch.float32, CPU, 8, vocab)
+        sampler = on_weights(path, torch.float32, CPU, 8, vocab)
         wanted = [Request(i, np.array([5, 6, 7 + i], np.int32), i, params[i == 7]) for i in range(8)]
         sampler.submit(wanted)
         rollouts = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fopd_cli.collapse import collapse
 from fopd_cli.freshness import drift, score, trust
-from fopd_cli.freshness.policies import POLICIES
+from fopd_cli.freshness.policies import POLICIES, largest_xi
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.tensors import log1mexp
 
@@ -98,7 +98,7 @@ def test_quadratic_is_the_kl_of_near_policies_and_pulls_on_tokens_given_up() -> 
 
 
 @pytest.mark.parametrize("kind", ["sampled", "quadratic"])
-def test_slope_is_the_derivative_up_to_the_limit(kind: drift.TokenDrift) -> None:
+def test_slope_is_the_derivative_up_to_the_limit(kind: str) -> None:
     old = torch.zeros(5)
     new = torch.tensor([-70.0, -2.0, 0.0, 3.0, 61.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(drift.ONE_TOKEN[kind](new, old).sum(), new)
@@ -107,7 +107,7 @@ def test_slope_is_the_derivative_up_to_the_limit(kind: drift.TokenDrift) -> None
 
 
 @pytest.mark.parametrize("kind", ["sampled", "quadratic"])
-def test_far_apart_is_finite(kind: drift.TokenDrift) -> None:
+def test_far_apart_is_finite(kind: str) -> None:
     assert torch.isfinite(drift.ONE_TOKEN[kind](torch.tensor([0.0]), torch.tensor([-1e4]))).all()
 
 
@@ -145,7 +145,7 @@ def test_score_is_equation_11(lag: int, roll: float, sup: float, alpha: float, b
     )
     expected = math.exp(-(alpha * math.sqrt(roll) + beta * math.sqrt(sup))) / (lag + 1)
     assert f.item() == pytest.approx(expected, rel=1e-12)
-    assert f.item() <= score.largest_xi(lag)
+    assert f.item() <= largest_xi(lag)
 
 
 def test_score_is_zero_where_nothing_is_aligned() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
+from fopd_cli.freshness import drift as estimators
 from fopd_cli.losses.chunked import chunked_objective
-from fopd_cli.losses.divergence import divergence, policy_gradient
+from fopd_cli.losses.divergence import DIVERGENCES, divergence, policy_gradient
 from fopd_cli.losses.head import Head
 from fopd_cli.losses.objective import shares, weighting
 from fopd_cli.losses.terms import LossSpec, Positions, TokenTerms
+from fopd_cli.names import LossKind
 
 F64 = torch.float64
 
@@ -208,6 +211,13 @@ def halving(samples: torch.Tensor, drifts: torch.Tensor) -> torch.Tensor:
     return torch.exp(-drifts) / (samples + 1)
 
 
+# From log rho of the sampled token.
+DRIFTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sampled": lambda log_rho: log_rho.exp() * log_rho - log_rho.exp() + 1,
+    "quadratic": lambda log_rho: log_rho**2 / 2,
+}
+
+
 def reference(
     spec: LossSpec,
     hidden: torch.Tensor,
@@ -232,11 +242,8 @@ def reference(
     else:
         advantage = at.teacher_logprobs.to(F64) - acting.gather(-1, y)[:, 0].detach()
         loss = -advantage * acting.gather(-1, y)[:, 0]
-    if spec.drift == "sampled":
-        rho = (acting.gather(-1, y)[:, 0] - at.behaviour.to(F64)).exp()
-        drift = rho * rho.log() - rho + 1
-    elif spec.drift == "quadratic":
-        drift = (acting.gather(-1, y)[:, 0] - at.behaviour.to(F64)) ** 2 / 2
+    if spec.drift in DRIFTS:
+        drift = DRIFTS[spec.drift](acting.gather(-1, y)[:, 0] - at.behaviour.to(F64))
     else:
         new, old = acting.gather(-1, at.behaviour_topk_ids).exp(), at.behaviour_topk.to(F64).exp()
         new, old = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (new, old))
@@ -329,6 +336,37 @@ def check_objective(
         found, reference(spec, hidden, whole, head, teacher_head, weighed, mask), strict=True
     ):
         torch.testing.assert_close(ours.to(F64), theirs, rtol=2e-4, atol=2e-6)
+
+
+def chi_squared(student: torch.Tensor, teacher: torch.Tensor, beta: float) -> torch.Tensor:
+    """A divergence that nobody has a kernel for: sum of (p - pi)^2 / (beta p + (1 - beta) pi)."""
+    p, pi = teacher.exp(), student.exp()
+    return ((p - pi).square() / (beta * p + (1 - beta) * pi)).sum(-1)
+
+
+@pytest.mark.parametrize("support", ["full", "topk"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_new_divergence_needs_no_more_than_its_formula(
+    monkeypatch: pytest.MonkeyPatch, support: str, compiled: bool
+) -> None:
+    """Whatever has formulas by hand must not take it for one of its own."""
+    monkeypatch.setitem(DIVERGENCES, "chi_squared", chi_squared)  # type: ignore[misc]
+    for drift in ("sampled", "topk"):
+        check_objective("chi_squared", support, drift, 0.9, 1.0, True, 7, compile=compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_new_estimator_of_drift_needs_no_more_than_its_formula(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """Beside a loss that has a derivative by hand it has none."""
+    monkeypatch.setitem(estimators.ONE_TOKEN, "cosh", lambda new, old: torch.cosh(new - old) - 1)
+    monkeypatch.setitem(DRIFTS, "cosh", lambda log_rho: torch.cosh(log_rho) - 1)
+    check_objective("forward_kl", "full", "cosh", 0.9, 1.1, True, 7, compile=compiled)
+
+
+def test_every_name_of_a_loss_has_a_formula() -> None:
+    assert set(get_args(LossKind)) == set(DIVERGENCES)
 
 
 @pytest.mark.parametrize("support", ["full", "topk", "sampled"])

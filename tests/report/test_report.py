@@ -174,10 +174,10 @@ def test_a_file_that_is_no_report_is_not_written_over(tmp_path: Path) -> None:
     write([run], out)
     assert write([run], out) == out.stat().st_size  # a report is
     out.write_text("precious")
-    with pytest.raises(UserError, match="exists and is no report"):
+    with pytest.raises(UserError, match="exists and is not a fopd report"):
         write([run], out)
     assert out.read_text() == "precious"
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         write([tmp_path], tmp_path / "other.html")
 
 
@@ -204,5 +204,5 @@ def test_watching_tells_news_and_hears_only_this_machine(tmp_path: Path) -> None
             with pytest.raises(urllib.error.HTTPError):
                 get(path, **headers)
         http.shutdown()
-    with pytest.raises(UserError, match="is no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         watch.server([tmp_path], 0)

@@ -69,8 +69,8 @@ def test_weights_are_kept_as_published_and_as_long_as_a_checkpoint_may_go_back_t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["eval.patience=2"], "eval.patience: has no measure to go by"),
-        (["eval.keep_best=kl"], "no evaluations in between"),
+        (["eval.patience=2"], "eval.patience: needs to know what is best"),
+        (["eval.keep_best=kl"], "no evaluations to choose from"),
         (["eval.keep_best=KL", "eval.every=2"], "did you mean 'kl'"),
         (
             ["eval.keep_best=score", "eval.every=2", 'task={"name": "chat", "train": "x.jsonl"}'],
@@ -118,3 +118,10 @@ def test_a_run_that_only_gets_worse_ends_early_with_its_best_student(fopd: Fopd,
         student, start = (load_file(p / "model.safetensors") for p in (run / "student", pair / "student"))
         assert all(torch.equal(student[name], tensor) for name, tensor in start.items())
     assert "finished" in fopd("runs", run).out
+    exported = fopd.folder / "exported"
+    assert f"student of step {best}" in fopd("export", run, exported).out
+    assert (exported / "model.safetensors").read_bytes() == (
+        run / "student" / "model.safetensors"
+    ).read_bytes()
+    last = fopd("export", run, fopd.folder / "last", "--step", str(found["steps"])).out
+    assert f"student of step {found['steps']}" in last

@@ -104,8 +104,8 @@ def test_a_worker_sees_its_own_device_and_so_does_one_that_is_started_again(box:
 def test_shipped_recipes_use_the_devices_that_were_handed_out_each_by_its_name(
     box: Box, path: Path, count: int
 ) -> None:
-    """The real placement and environments: every role has devices, one process a device and role, no name that
-    is not on the list; what does not go says which key is to blame.
+    """The real placement and environments: every role has devices, one process a device and role, no name
+    that is not on the list; what does not go says which key is to blame.
     """
     names = [str(9 - i) for i in range(count)]
     box(",".join(names), count)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import SLOW, Fopd, check_accounts, lines, metrics, reach, summary
 from run_kit import checkpoints, worker
+from task_kit import built
 from tool_kit import needs_sandbox, tool_recipe
 from transformers import AutoTokenizer
 
@@ -50,7 +51,6 @@ def test_turns_and_observations_become_one_rollout(tmp_path: Path) -> None:
     episodes.start(first, replica=0)
     one = episodes.on_turn(turn(first, [10, 11], 4, k=2))
     assert one is not None
-    assert episodes.waiting(0) == 1
     assert episodes.on_observed(7, one.life, np.array([20, 21, 22], np.int32), [{"tool": "python"}]) is one
     second = episodes.next_turn(one)
     assert second is not None
@@ -179,7 +179,9 @@ def code(source: str) -> str:
 
 @needs_sandbox
 def test_an_episode_with_an_interpreter() -> None:
-    task = Tool(max_calls=3, max_turns=6, wall_s=1, observation_chars=100, train_prompts=10, eval_prompts=4)
+    task = built(
+        "tool", max_calls=3, max_turns=6, wall_s=1, observation_chars=100, train_prompts=10, eval_prompts=4
+    )
     found = converse(
         task,
         code("x = 6 * 7"),
@@ -198,7 +200,7 @@ def test_an_episode_with_an_interpreter() -> None:
     (slow, after) = converse(task, code("import time; time.sleep(9)"), code("1"))
     assert "longer than 1 s" in str(slow.text)
     assert after.calls[0]["ok"]
-    patient = Tool(max_calls=9, max_turns=2, train_prompts=10, eval_prompts=4)
+    patient = built("tool", max_calls=9, max_turns=2, train_prompts=10, eval_prompts=4)
     assert (
         converse(patient, code("1"), code("2"))[1].text is None
     )  # the last turn is the answer, whatever it says
@@ -206,7 +208,7 @@ def test_an_episode_with_an_interpreter() -> None:
 
 @needs_sandbox
 def test_questions_grades_and_the_script() -> None:
-    task = Tool(train_prompts=50, eval_prompts=20)
+    task = built("tool", train_prompts=50, eval_prompts=20)
     train, held_out = task.prompts("train"), task.prompts("eval")
     assert not {p.text for p in train} & {p.text for p in held_out}
     for prompt in train[:5]:
@@ -215,20 +217,20 @@ def test_questions_grades_and_the_script() -> None:
         assert task.grade(prompt, answer) == 1
         assert task.grade(prompt, "\\boxed{x}") == task.grade(prompt, answer[:-1]) == 0
     with pytest.raises(UserError, match="only 243 questions"):
-        Tool(terms=2, digits=1, train_prompts=20_000)
+        built("tool", terms=2, digits=1, train_prompts=20_000)
 
 
 def test_native_calls_come_with_the_tools_description(tmp_path: Path) -> None:
     rows = tmp_path / "q.jsonl"
     rows.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "3"}\n')
-    task = Tool(train=str(rows), eval=str(rows), notation="native", sandbox="none", eval_prompts=1)
+    task = built("tool", train=str(rows), eval=str(rows), notation="native", sandbox="none", eval_prompts=1)
     (prompt,) = task.prompts("eval")
     assert prompt.tools == [PYTHON_TOOL]
     assert task.grade(prompt, "so it is \\boxed{2}") == 1
     (found,) = converse(task, '<tool_call>{"name": "python", "arguments": {"code": "40 + 2"}}</tool_call>')
     assert (found.text, found.role) == ("42", "tool")
     with pytest.raises(UserError, match="plain text and have no native calls"):
-        Tool(notation="native", sandbox="none")
+        built("tool", notation="native", sandbox="none")
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------

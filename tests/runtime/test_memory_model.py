@@ -79,7 +79,7 @@ def test_published_models_have_the_parameters_that_their_makers_name() -> None:
 
 def held(rank: int, world: int, path: str, compute: str, moments: str) -> dict[str, int]:
     """Bytes of this rank's masters, gradients and states after an optimizer step."""
-    cfg = kit.config(compute_dtype=getattr(torch, compute), optimizer_dtype=hf.DTYPES[moments])
+    cfg = kit.config(compute_dtype=getattr(torch, compute), optimizer_dtype=moments)
     samples = kit.make_samples(Path(path), width=128)
     learner = kit.make_learner(Path(path), cfg, rank, world)
     learner.train(0, samples)

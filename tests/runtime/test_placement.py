@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import TINY, small_recipe
+from conftest import small_recipe
 
+from fopd_cli.engines.building import SamplerOrder, TeacherOrder
 from fopd_cli.engines.models.shapes import Shapes
+from fopd_cli.engines.vllm import build as vllm_build
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, load_recipe
-from fopd_cli.runtime.build import _vllm_options
+from fopd_cli.runtime.build import Setup, build_sampler, build_teacher
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.model import Fit, Models
+from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import Plan, place
+from fopd_cli.samples import TargetSpec
 
 
 def recipe(tmp_path: Path, *overrides: str, **placement: Any) -> Recipe:
@@ -142,7 +145,7 @@ def sized(
 
 
 def test_auto_colocates_where_a_device_holds_every_role_at_once(tmp_path: Path) -> None:
-    """1.5B learning takes 16 bytes a parameter, 24 GB; a 7B judge 14 GB; what is left of nine tenths is vLLM's."""
+    """1.5B learning takes 16 bytes a parameter, 24 GB; a 7B judge 14 GB; vLLM has what is left."""
     small, fit = sized(tmp_path, 1.5, 7, 80)
     for count in (1, 2):
         plan = place(small, count, 8, fit)
@@ -208,15 +211,25 @@ def _eight(made: tuple[Recipe, Fit]) -> tuple[Recipe, int, int, Fit]:
     return made[0], 8, 64, made[1]
 
 
-def test_the_share_that_is_left_is_what_vllm_is_told(tmp_path: Path) -> None:
-    wanted = recipe(tmp_path, "sampler.engine=vllm", f"student.model={TINY / 'student'}")
-    cpu = torch.device("cpu")
-
-    def told(spec: WorkerSpec | None) -> float:
-        model = wanted.student.model
-        found = _vllm_options("sampler.vllm", model, wanted.sampler.vllm, torch.float32, cpu, 260, spec)
-        return found["gpu_memory"]
-
-    spec = WorkerSpec("sampler", 0, 1, (0,), 1)
-    assert told(None) == told(spec) == 0.85
-    assert told(replace(spec, share=0.31)) == 0.31
+def test_the_share_that_is_left_is_what_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of the worker's place reaches vLLM's own arguments; without one its section's stands."""
+    orders = list[SamplerOrder | TeacherOrder]()
+    monkeypatch.setattr(vllm_build, "sampler", orders.append)
+    monkeypatch.setattr(vllm_build, "teacher", orders.append)
+    wanted = recipe(tmp_path, "sampler.engine=vllm", "teacher.engine=vllm", "loss.support=topk")
+    setup = Setup(
+        wanted,
+        260,
+        (TargetSpec("topk", 4, torch.float32),),
+        (None,),
+        64,
+        64,
+        torch.empty(0),
+        WeightChannel.create([]),
+        tmp_path / "r",
+    )
+    for share in (None, 0.31):
+        build_sampler(WorkerSpec("sampler", 0, 1, (0,), 1, share=share), setup)
+        build_teacher(WorkerSpec("teacher", 0, 1, (0,), 1, share=share), setup, lambda: None)
+    given = [vllm_build._keys(order.section.vllm, order.share) for order in orders]
+    assert [keys.gpu_memory for keys in given] == [0.85, 0.85, 0.31, 0.31]

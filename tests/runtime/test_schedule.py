@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from fopd_cli.runtime.memory.sizes import SMALLEST_BATCHES
 from fopd_cli.runtime.scheduling.schedule import Schedule
 from fopd_cli.runtime.scheduling.tickets import (
-    Abort,
     Generate,
     Lease,
     Load,
@@ -220,8 +219,6 @@ class Simulator:
                 self.after("train", lambda: self.finish_measure(version, keys))
             case Lease(_, waker):
                 s.on_leased(waker)
-            case Abort(_):
-                pass
 
     def account(self, key: int) -> Any:
         """How a sample came about: all that its bits depend on."""

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+from conftest import ROOT
+
+from fopd_cli.recipe import load_recipe
 from fopd_cli.runtime.crew.messages import Span
-from fopd_cli.runtime.journal.sinks import JsonLines, Progress, Resume, Telemetry
+from fopd_cli.runtime.journal.journal import Journal
+from fopd_cli.runtime.journal.sinks import JsonLines, Resume, Telemetry
 from fopd_cli.runtime.journal.trace import Trace
 
 
@@ -48,12 +53,16 @@ def test_a_timeline_that_was_cut_short_is_put_in_order(tmp_path: Path) -> None:
     assert [e["ts"] for e in json.loads(path.read_text()) if e["ph"] == "X"] == [0, 1e6, 9e6]
 
 
-def test_warnings_are_said_and_kept_and_those_that_are_redone_put_aside(tmp_path: Path) -> None:
-    first = Telemetry(tmp_path, Progress(10, 0), None)
-    first.warn(2, "the KL climbs")
-    first.warn(7, "it still climbs")
-    first.close()
-    Telemetry(tmp_path, Progress(10, 5), Resume(5, frozenset())).close()
+def test_warnings_are_said_and_kept_and_those_that_are_redone_put_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [])
+    with Journal(recipe, None, lambda resume, changed: Telemetry(tmp_path, resume)) as journal:
+        journal.begin()
+        journal.warn(2, "the KL climbs")
+        journal.warn(7, "it still climbs")
+    assert "step 7: it still climbs" in capsys.readouterr().err
+    Telemetry(tmp_path, Resume(5, frozenset())).close()
     assert [json.loads(line)["step"] for line in (tmp_path / "warnings.jsonl").read_text().splitlines()] == [
         2
     ]

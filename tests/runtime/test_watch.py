@@ -49,4 +49,4 @@ def test_a_student_that_falls_silent_is_told_from_one_that_learns() -> None:
             text for _ in range(2 * WINDOW) for text in watch.step(1.0, float(np.mean(quarters)), quarters)
         ]
         assert len(found) == uneven
-        assert not found or "1.6 nats a token in their first quarter, 0.27 in their last" in found[0]
+        assert not found or "1.6 nats per token in their first quarter, 0.27 in their last" in found[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from task_kit import built
 
 from fopd_cli.samples import Prompt
 from fopd_cli.tasks.base import Observation
@@ -145,7 +146,7 @@ def converse(task: Tool, *turns: str) -> list[Observation]:
 def task(folder: Path, **options: Any) -> Tool:
     rows = folder / "q.jsonl"
     rows.write_text('{"question": "1+1?", "answer": "2"}\n{"question": "1+2?", "answer": "3"}\n')
-    return Tool(train=str(rows), eval=str(rows), sandbox="none", eval_prompts=1, **options)
+    return built("tool", train=str(rows), eval=str(rows), sandbox="none", eval_prompts=1, **options)
 
 
 def test_parallel_calls_are_executed_in_one_session_and_answered_one_by_one(tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from task_kit import built
 
 from fopd_cli.errors import UserError
 from fopd_cli.tasks import load_task
-from fopd_cli.tasks.chat import Chat
 from fopd_cli.tasks.conversations import asked
 from fopd_cli.tasks.files import read_rows
-from fopd_cli.tasks.math import Math
 from fopd_cli.tasks.swe.instances import load_instances
 
 ROWS: list[dict[str, Any]] = [
@@ -56,7 +55,7 @@ KINDS = ["a.jsonl", "a.ndjson", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arro
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file_gives_the_same_prompts(tmp_path: Path, name: str) -> None:
     path = str(write(tmp_path / name, ROWS))
-    task = Math(path, path, answer="reward.truth", eval_prompts=4)
+    task = built("math", train=path, eval=path, answer="reward.truth", eval_prompts=4)
     assert [p.payload["answer"] for p in task.prompts("eval")] == ["1", "2", "3", "4"]
     train = task.prompts("train")
     assert [p.messages[-1]["content"] for p in train] == [row["question"] for row in ROWS[4:]]  # type: ignore[index]
@@ -73,7 +72,7 @@ def test_messages_in_every_kind_of_file(tmp_path: Path, name: str) -> None:
         {"role": "assistant", "content": "a"},
     ]
     path = str(write(tmp_path / name, [{"data": {"messages": talk}}, {"data": {"messages": talk[1:2]}}]))
-    task = Chat(path, path, question="data.messages", eval_prompts=1)
+    task = built("chat", train=path, eval=path, question="data.messages", eval_prompts=1)
     assert task.prompts("eval")[0].messages == talk[:2]
     assert task.prompts("eval")[0].payload["solution"] == "a"
     assert task.prompts("train")[0].messages == talk[1:2]
@@ -101,8 +100,8 @@ def test_a_directory_is_all_its_files_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "x", "of no known kind; fopd reads .jsonl"),
-        ("a.json", "[1]", "row 1 of '.*a.json' is no JSON object"),
+        ("a.txt", "x", "of an unknown kind; fopd reads .jsonl"),
+        ("a.json", "[1]", "row 1 of '.*a.json' is not a JSON object"),
         ("a.json", "{", r"is not JSON \(.*, line 1\)"),
         ("a.json", '{"question": "1"}\n{"question": 2', "line 2 of '.*a.json' is not JSON"),
         ("a.json", '{"data": 1}', "must be a list of JSON objects"),
@@ -131,7 +130,7 @@ def test_a_directory_is_all_its_files_by_name(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_file_names_it(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        Math(str(tmp_path / name), str(tmp_path / name)).prompts("eval")
+        built("math", train=str(tmp_path / name), eval=str(tmp_path / name)).prompts("eval")
     assert "\n" not in str(error.value)
 
 
@@ -194,7 +193,7 @@ def test_a_missing_extra_is_one_line_with_the_command(
 def test_a_hub_dataset_in_a_local_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write(tmp_path / "train.parquet", ROWS)
-    task = Math(f"hf:{tmp_path}", f"hf:{tmp_path}:train[:3]", answer="reward.truth")
+    task = built("math", train=f"hf:{tmp_path}", eval=f"hf:{tmp_path}:train[:3]", answer="reward.truth")
     assert len(task.prompts("eval")) == 3
     assert len(task.prompts("train")) == 6
     with pytest.raises(UserError, match=r"cannot load 'hf:.*:nothing'"):
@@ -269,7 +268,7 @@ def test_what_is_asked(value: Any, content: Any, said: str | None) -> None:
         ("[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]", "looks like messages"),
         ([], "is empty"),
         ([A], "only the assistant's words"),
-        ([S], "holds no message of the user"),
+        ([S], "holds no user message"),
         ([{"content": "x"}], "no role in message 1"),
         (["x"], "no role in message 1"),
         ([U, {"role": "user", "content": None}], "no text in message 2"),
@@ -281,7 +280,7 @@ def test_what_is_no_question(tmp_path: Path, value: Any, message: str) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"messages": [U]}) + "\n" + json.dumps({"messages": value}) + "\n")
     with pytest.raises(UserError, match=rf"task.eval: row 2 of '.*q.jsonl': column 'messages' .*{message}"):
-        Chat(str(path), str(path)).prompts("eval")
+        built("chat", train=str(path), eval=str(path)).prompts("eval")
 
 
 def test_conversations_that_end_alike_are_different_questions(tmp_path: Path) -> None:
@@ -290,7 +289,7 @@ def test_conversations_that_end_alike_are_different_questions(tmp_path: Path) ->
     """
     talks = [[{**U, "content": f"story {i}"}, A, {**U, "content": "go on"}] for i in range(200)]
     path = write(tmp_path / "q.jsonl", [{"messages": talk} for talk in [*talks, talks[0], talks[150]]])
-    task = Chat(str(path), str(path), eval_prompts=50)
+    task = built("chat", train=str(path), eval=str(path), eval_prompts=50)
     assert len(task.prompts("eval")) == 50
     assert [p.messages for p in task.prompts("train")] == talks[50:]
     assert task.notices == ["task.train: 2 of 202 rows repeat a question; each is used once"]
@@ -299,20 +298,20 @@ def test_conversations_that_end_alike_are_different_questions(tmp_path: Path) ->
 def test_answers_at_the_end_are_left_out_and_said_once(tmp_path: Path) -> None:
     talks = [[{**U, "content": f"q{i}"}, *([{**A, "content": f"a{i}"}] if i % 2 else [])] for i in range(6)]
     path = write(tmp_path / "q.jsonl", [{"messages": talk, "worked": "w"} for talk in talks])
-    task = Chat(str(path), str(path), eval_prompts=2)
+    task = built("chat", train=str(path), eval=str(path), eval_prompts=2)
     task.prompts("train")
     assert [p.payload["solution"] for p in task.prompts("train")] == [None, "a3", None, "a5"]
     assert all(p.messages == [t[0]] for p, t in zip(task.prompts("train"), talks[2:], strict=True))
     (said,) = [notice for notice in task.notices if notice.startswith("task.train")]
     assert "3 of 6 rows end with the assistant's answer, left out of the prompt; it is {solution}" in said
-    own = Chat(str(path), str(path), eval_prompts=2, solution="worked")
+    own = built("chat", train=str(path), eval=str(path), eval_prompts=2, solution="worked")
     assert own.prompts("train")[1].payload["solution"] == "w"
 
 
 def test_messages_without_a_chat_template_are_not_half_shown(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", [{"messages": [U]}, {"messages": [S, U]}])
     with pytest.raises(UserError, match=r"row 2 of .* holds 2 messages, .* set task.chat: true"):
-        Chat(str(path), str(path), chat=False).prompts("eval")
+        built("chat", train=str(path), eval=str(path), chat=False).prompts("eval")
 
 
 def test_rows_without_an_answer(tmp_path: Path) -> None:
@@ -320,12 +319,12 @@ def test_rows_without_an_answer(tmp_path: Path) -> None:
     train, held_out = tmp_path / "t.jsonl", tmp_path / "e.jsonl"
     write(train, [{"question": "a", "answer": None}, {"question": "b", "answer": "2"}])
     write(held_out, [{"question": "c", "answer": "2"}])
-    task = Math(str(train), str(held_out))
+    task = built("math", train=str(train), eval=str(held_out))
     assert math.isnan(task.grade(task.prompts("train")[0], "2"))
     assert task.notices[-1] == "task.train: 1 of 2 rows have no answer; they are trained on, and not graded"
     write(held_out, [{"question": "c", "answer": "2"}, {"question": "d", "answer": " "}])
     with pytest.raises(UserError, match=r"task.eval: row 2 of .*: column 'answer' is null or empty"):
-        Math(str(train), str(held_out)).prompts("eval")
+        built("math", train=str(train), eval=str(held_out)).prompts("eval")
 
 
 def test_the_chat_task_grades_nothing(tmp_path: Path) -> None:

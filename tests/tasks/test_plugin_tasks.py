@@ -25,7 +25,8 @@ class Mine:
         self.lines = Path(path).read_text().split()
 
     def prompts(self, split):
-        return [Prompt(i, text=line) for i, line in enumerate(self.lines[:4] if split == "eval" else self.lines[4:])]
+        lines = self.lines[:4] if split == "eval" else self.lines[4:]
+        return [Prompt(i, text=line) for i, line in enumerate(lines)]
 
     def grade(self, prompt, response):
         {grade}
@@ -143,3 +144,21 @@ def test_an_environment_that_raises_is_named_like_all_else(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"observe\(\) raised IndexError: .*\(.*talks.py, line 7\)"):
         asyncio.run(episode.observe("short"))
     assert asyncio.run(episode.close()) is None
+
+
+def test_a_class_that_builds_on_one_of_ours_gives_it_keys_by_keyword(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"question": "{i}+1?", "answer": "{i + 1}"}}\n' for i in range(9))
+    )
+    (tmp_path / "builds_on_ours.py").write_text(
+        "from fopd_cli.tasks.math import Math\n"
+        "class Mine(Math):\n"
+        "    def __init__(self, rows, **keys):\n"
+        "        super().__init__(train=rows, eval=rows, eval_prompts=2, **keys)\n"
+    )
+    options = {"rows": str(tmp_path / "rows.jsonl"), "template": "Q: {question}"}
+    task = load_task("builds_on_ours:Mine", options, str(tmp_path))
+    assert [len(task.prompts(split)) for split in ("train", "eval")] == [7, 2]
+    assert task.prompts("eval")[0].messages == [{"role": "user", "content": "Q: 0+1?"}]
+    with pytest.raises(UserError, match=r"Mine: its constructor raised TypeError: colour: .*line 4\)"):
+        load_task("builds_on_ours:Mine", {**options, "colour": 1}, str(tmp_path))

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from task_kit import built
 
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Prompt
 from fopd_cli.tasks import load_task
-from fopd_cli.tasks.arithmetic import Arithmetic, solve, worked
+from fopd_cli.tasks.arithmetic import solve, worked
 from fopd_cli.tasks.math import Math
 
 
@@ -24,7 +25,7 @@ def test_arithmetic_is_right_step_by_step() -> None:
 
 @given(st.integers(2, 8), st.sampled_from([1, 2, 3]))
 def test_arithmetic_answers_are_pythons(horizon: int, difficulty: int) -> None:
-    task = Arithmetic(horizon=horizon, difficulty=difficulty, train_prompts=30, eval_prompts=10)
+    task = built("arithmetic", horizon=horizon, difficulty=difficulty, train_prompts=30, eval_prompts=10)
     for prompt in task.prompts("train"):
         assert prompt.text
         value, rest = int(prompt.text[0]), prompt.text[1:-1]
@@ -36,21 +37,21 @@ def test_arithmetic_answers_are_pythons(horizon: int, difficulty: int) -> None:
 
 
 def test_arithmetic_holds_out_what_it_evaluates_on() -> None:
-    task = Arithmetic(horizon=2)
+    task = built("arithmetic", horizon=2)
     train, held_out = ({p.text for p in task.prompts(split)} for split in ("train", "eval"))
     assert len(held_out) == 256
     assert not train & held_out
-    assert task.prompts("eval") == Arithmetic(horizon=2, train_prompts=7).prompts("eval")
+    assert task.prompts("eval") == built("arithmetic", horizon=2, train_prompts=7).prompts("eval")
 
 
 def test_arithmetic_refuses_more_questions_than_exist() -> None:
     with pytest.raises(UserError, match=r"raise task\.horizon"):
-        Arithmetic(horizon=1, eval_prompts=150)
+        built("arithmetic", horizon=1, eval_prompts=150)
 
 
 @pytest.mark.parametrize("garbage", ["", "....", "\x00", "1e999999", "=" * 10_000, "\ud800"])
 def test_graders_survive_anything(garbage: str, tmp_path: Path) -> None:
-    assert Arithmetic().grade(Prompt(0, text="1+1=", payload={"answer": "2"}), garbage) == 0
+    assert built("arithmetic").grade(Prompt(0, text="1+1=", payload={"answer": "2"}), garbage) == 0
     assert math_task(tmp_path).grade(Prompt(0, payload={"answer": "72"}), garbage) == 0
 
 
@@ -58,7 +59,7 @@ def math_task(folder: Path, **options: object) -> Math:
     rows = [{"question": f"What is {i}+1?", "answer": f"Add.\n#### {i + 1}"} for i in range(10)]
     path = folder / "questions.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return Math(train=str(path), eval=str(path), eval_prompts=4, **options)  # type: ignore[arg-type]
+    return built("math", train=str(path), eval=str(path), eval_prompts=4, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -91,9 +92,10 @@ def test_math_takes_nested_columns_and_chat_messages(tmp_path: Path) -> None:
     row = {"prompt": messages, "reward_model": {"ground_truth": "2"}}
     train.write_text((json.dumps(row) + "\n") * 3)
     held_out.write_text(json.dumps({"problem": "What is 2+2?", "answer": "4"}) + "\n")
-    task = Math(
-        str(train),
-        str(held_out),
+    task = built(
+        "math",
+        train=str(train),
+        eval=str(held_out),
         question="prompt",
         answer="reward_model.ground_truth",
         eval_question="problem",
@@ -116,7 +118,7 @@ def test_math_without_answers_grades_nothing(tmp_path: Path) -> None:
         (None, "there is no file"),
         ("", "has no rows"),
         ("{nonsense", "line 1 of .* is not JSON"),
-        ("[1]", "line 1 of .* is no JSON object"),
+        ("[1]", "line 1 of .* is not a JSON object"),
         (
             '{"problem": "x", "answer": "1"}',
             r"row 1 of .* has no column 'question'; it has \['answer', 'problem'\]; set task.question",
@@ -129,7 +131,7 @@ def test_math_names_what_is_wrong_with_a_file(tmp_path: Path, content: str | Non
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message):
-        Math(train=str(path), eval=str(path)).prompts("eval")
+        built("math", train=str(path), eval=str(path)).prompts("eval")
 
 
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,32 +2,28 @@
 does.
 
 One request a sample: its token ids as the prompt, `prompt_logprobs: k`, one token generated because none is
-refused. Requests go out side by side, at most `concurrency` of them; what can pass (a refused connection, a
-time-out, status 408, 429 and 5xx) is tried again with doubling pauses, what cannot (a wrong key, an unknown
-model, a redirect, a web page, a k over the server's limit) is the user's to mend and says so. A time-out is
-that of the whole request: a server that sends a byte now and then is as lost as one that sends none.
+refused. Requests go out side by side, at most `concurrency` of them, over connections that stay open.
+
+What can pass (a refused connection, a time-out, status 408, 429 and 5xx) is tried again with doubling pauses.
+What cannot (a wrong key, an unknown model, a redirect, a web page, a k over the server's limit) is the user's
+to mend and says so. How one request is made is in `request.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import json
+import asyncio
 import math
 import re
-import socket
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from fopd_cli.engines.building import TooLong
+from fopd_cli.engines.http.request import Connections, NoAnswer, Refused
 from fopd_cli.engines.tokens.topk import first_k, log_shared
 from fopd_cli.errors import UserError
 from fopd_cli.samples import Rollout, TeacherTargets
@@ -36,7 +32,6 @@ FIRST_PAUSE_S = 0.5
 CHECK_S = 10.0  # for all requests of the check at the start, with its own few retries
 CHECK_RETRIES = 2
 MODELS_S = 3.0  # for the question how long its context is, which it need not answer
-MOST_BYTES = 1 << 30  # of an answer
 MASS_TOLERANCE = 0.01
 TOO_LONG = re.compile(
     r"context length|max_model_len|too (?:long|many tokens)|maximum (?:input|model|sequence) length", re.I
@@ -44,15 +39,13 @@ TOO_LONG = re.compile(
 TRANSIENT = {408, 429, 500, 502, 503, 504}
 PROBES = ("2+2=4, é ß 中文 🙂\n\n\tif x >= 10: return 'done'", "The answer is \\boxed{42}.  <|im_end|> </s>")
 
+Found = TypeVar("Found")
+
 
 class Unreachable(Exception):
     """The server failed so often that it is given up; in the middle of a run the worker fails and is started
     again.
     """
-
-
-class TooLong(UserError):
-    """A sample is longer than the server's context."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +66,16 @@ class HttpTeacher:
     def __init__(self, server: HttpServer, vocab: int) -> None:
         self.server, self.vocab = server, vocab
         self._until: float | None = None  # of the check: when it must be over
-        self._pool = ThreadPoolExecutor(server.concurrency)
+        self._loop = asyncio.Runner()
+        self._connections = Connections(server.api_key, server.concurrency)
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
-        list(self._pool.map(self._score, rollouts, targets))
+        self._run(self._score_all(rollouts, targets))
+
+    async def _score_all(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for rollout, target in zip(rollouts, targets, strict=True):
+                group.create_task(self._score(rollout, target))
 
     def head(self) -> None:
         """It stays with the server."""
@@ -86,6 +85,21 @@ class HttpTeacher:
 
     def wake(self) -> None:
         pass
+
+    def close(self) -> None:
+        """Of one that was only asked about itself."""
+        self._run(self._connections.close())
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, Found]) -> Found:
+        """To its end; of several errors at once the first."""
+        try:
+            return self._loop.run(work)
+        except BaseExceptionGroup as errors:
+            first: BaseException = errors
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
 
     def check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
         """Raises `UserError` unless the server answers, has our token ids and gives prompt log-probs for
@@ -121,25 +135,25 @@ class HttpTeacher:
                     f"{text!r} is {theirs[:12]} "
                     f"there and {ours[:12]} here; choose a teacher of the student's family"
                 )
-        self._prompt_logprobs(probe, k)
+        self._entries(self._post(_judging(probe, k)), probe, k)
 
     def context(self) -> int | None:
         """Tokens that the server's model takes, if the server says; None also while it cannot be reached,
         which `check` tells.
         """
         server = self.server
-        headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
-        request = urllib.request.Request(f"{server.url}/models", headers=headers)
+        asked = self._connections.ask(f"{server.url}/models", None, min(server.timeout_s, MODELS_S))
         try:
-            models = ask(request, min(server.timeout_s, MODELS_S))["data"]
+            models = self._run(asked)["data"]
             return next((int(m["max_model_len"]) for m in models if m["id"] == server.model), None)
-        except (NoAnswer, _Refused, ValueError, KeyError, TypeError):
+        except (NoAnswer, Refused, ValueError, KeyError, TypeError):
             return None
 
-    def _score(self, rollout: Rollout, target: TeacherTargets) -> None:
+    async def _score(self, rollout: Rollout, target: TeacherTargets) -> None:
         wanted = 0 if target.topk_ids is None else target.topk_ids.shape[-1]
         context = rollout.judged
-        found = self._prompt_logprobs(context.token_ids, wanted)
+        answer = await self._answer(_judging(context.token_ids, wanted))
+        found = self._entries(answer, context.token_ids, wanted)
         # a position that the context does not have gets some row; nobody reads it
         at = context.positions.clip(min=1)
         entries, tokens = [found[i] for i in at], context.token_ids[at]
@@ -164,10 +178,9 @@ class HttpTeacher:
             target.topk_logprobs.copy_(values - shared[:, None])
             target.topk_ids.copy_(top)
 
-    def _prompt_logprobs(self, ids: np.ndarray, k: int) -> list[dict[str, Any]]:
-        """One entry a token: id -> log-prob and rank; the first one's is empty."""
-        body = {"prompt": ids.tolist(), "prompt_logprobs": k}
-        found = self._choice(self._post(body)).get("prompt_logprobs")
+    def _entries(self, answer: Any, ids: np.ndarray, k: int) -> list[dict[str, Any]]:
+        """Of an answer one entry a token: id -> log-prob and rank; the first one's is empty."""
+        found = self._choice(answer).get("prompt_logprobs")
         if found is None or len(found) != len(ids):
             raise UserError(
                 f"teacher.http.url: {self.server.url} returned no prompt log-probs; fopd needs a server "
@@ -205,21 +218,18 @@ class HttpTeacher:
         return choices[0]
 
     def _post(self, body: dict[str, Any]) -> Any:
-        """The server's answer. Raises `UserError` for what cannot pass, `Unreachable` when it has failed too
-        often.
-        """
+        return self._run(self._answer(body))
+
+    async def _answer(self, body: dict[str, Any]) -> Any:
+        """Raises `UserError` for what cannot pass, `Unreachable` when the server has failed too often."""
         server, pause, tries, began = self.server, FIRST_PAUSE_S, 0, time.monotonic()
         retries = server.retries if self._until is None else min(server.retries, CHECK_RETRIES)
         payload = {"model": server.model, "max_tokens": 1, "temperature": 1.0, **body}
-        headers = {"Content-Type": "application/json"}
-        if server.api_key:
-            headers["Authorization"] = f"Bearer {server.api_key}"
-        request = urllib.request.Request(f"{server.url}/completions", json.dumps(payload).encode(), headers)
         while True:
             tries += 1
             try:
-                return ask(request, self._seconds())
-            except _Refused as refused:
+                return await self._connections.ask(f"{server.url}/completions", payload, self._seconds)
+            except Refused as refused:
                 if refused.code not in TRANSIENT:
                     kind = TooLong if TOO_LONG.search(refused.said) else UserError
                     raise kind(_refusal(server, refused, len(body["prompt"]))) from None
@@ -228,7 +238,7 @@ class HttpTeacher:
                 trouble = str(error)
             if tries > retries or (self._until is not None and time.monotonic() + pause >= self._until):
                 break
-            time.sleep(pause)
+            await asyncio.sleep(pause)
             pause *= 2
         how_often = "once" if tries == 1 else f"{tries} times"
         seconds = time.monotonic() - began
@@ -242,123 +252,11 @@ class HttpTeacher:
         return min(self.server.timeout_s, max(0.1, left))
 
 
-class NoAnswer(Exception):
-    """What happened instead of an answer; it may pass."""
+def _judging(ids: np.ndarray, k: int) -> dict[str, Any]:
+    return {"prompt": ids.tolist(), "prompt_logprobs": k}
 
 
-class _Refused(Exception):
-    """An answer that says no."""
-
-    def __init__(self, code: int, said: str, location: str | None) -> None:
-        super().__init__(said)
-        self.code, self.said, self.location = code, said, location
-
-
-def ask(request: urllib.request.Request, seconds: float) -> Any:
-    """The JSON that a server answers within so many seconds, all told."""
-    with _Watch(seconds) as watch:
-        try:
-            opener = urllib.request.build_opener(_NoRedirects(), _Http(watch), _Https(watch))
-            with opener.open(request, timeout=seconds) as response:
-                watch.answered = not watch.expired
-                raw = response.read(MOST_BYTES + 1)
-        except urllib.error.HTTPError as error:
-            said = b""
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                said = error.read(10_000)
-            raise _Refused(error.code, _message(said), error.headers.get("Location")) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: TLS that was cut off
-            if watch.expired or isinstance(getattr(error, "reason", error), TimeoutError):
-                raise NoAnswer(watch.verdict) from None
-            raise NoAnswer(
-                " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__
-            ) from None
-    if watch.expired:
-        raise NoAnswer(watch.verdict)
-    if len(raw) > MOST_BYTES:
-        raise _Refused(200, f"an answer of more than {MOST_BYTES >> 20} MB", None)
-    try:
-        return json.loads(raw)
-    except ValueError:
-        if raw.lstrip()[:1] == b"<":
-            raise _Refused(200, "a web page", None) from None
-        raise NoAnswer(f"an answer that is no JSON: {raw[:80]!r}") from None
-
-
-class _Watch:
-    """Ends a request at its time, however busily the server sends: the time-outs of a socket are those of
-    each byte.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.expired, self.answered = seconds, False, False
-        self._socket: socket.socket | None = None
-        self._timer = threading.Timer(seconds, self._expire)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Watch:
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._timer.cancel()
-
-    def take(self, connected: socket.socket) -> None:
-        self._socket = connected
-        if self.expired:
-            self._expire()
-
-    def _expire(self) -> None:
-        self.expired = True
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
-
-    @property
-    def verdict(self) -> str:
-        if self.answered:
-            return f"an answer that was not complete after {self.seconds:.0f} s"
-        connected = "it accepts connections, but" if self._socket is not None else "there was"
-        return f"{connected} no answer within {self.seconds:.0f} s"
-
-
-class _Http(urllib.request.HTTPHandler):
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def http_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(_watched(http.client.HTTPConnection, self.watch), req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self.watch = watch
-
-    def https_open(self, req: urllib.request.Request) -> Any:
-        return self.do_open(_watched(http.client.HTTPSConnection, self.watch), req)
-
-
-def _watched(base: Any, watch: _Watch) -> Any:
-    """A kind of connection that hands its socket to the watch."""
-
-    class Watched(base):
-        def connect(self) -> None:
-            super().connect()
-            watch.take(self.sock)
-
-    return Watched
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would follow with a GET, without what we asked, and with the key to whoever is there."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def _refusal(server: HttpServer, refused: _Refused, length: int) -> str:
+def _refusal(server: HttpServer, refused: Refused, length: int) -> str:
     code, said = refused.code, refused.said
     if code in (401, 403):
         return f"teacher.http.api_key_env: {server.url} refuses the API key ({code}: {said})"
@@ -386,14 +284,3 @@ def _refusal(server: HttpServer, refused: _Refused, length: int) -> str:
         )
     hint = "; is teacher.k over the server's max_logprobs?" if "logprobs" in said else ""
     return f"teacher.http: {server.url} refuses the request ({code}: {said}){hint}"
-
-
-def _message(raw: bytes) -> str:
-    """What a server says in the body of an error, in one line."""
-    text = raw.decode(errors="replace")
-    with contextlib.suppress(ValueError, AttributeError):
-        answer = json.loads(text)
-        text = str((answer.get("error") or {}).get("message") or answer.get("message") or text)
-    if text.lstrip().startswith("<"):
-        return "a web page"
-    return " ".join(text.split())[:300]

@@ -3,13 +3,14 @@ same pass.
 
 One optimizer step on a batch of B samples:
 
-    1. every rank takes a share of the samples (balanced by squared lengths) and splits it under a token budget
-    2. per micro-batch: one forward gives drifts D_roll_i, from these f_i and w_i, losses and the head's gradients; then backward
-    3. the gradient is summed over ranks, divided by the batch's mean weight if weights are normalised, clipped, applied
+    1. every rank takes a share of the samples (balanced by squared lengths), split under a token budget
+    2. per micro-batch, one forward gives the drifts D_roll_i, from these f_i and w_i, then losses and the
+       head's gradients; backward follows
+    3. the gradient is summed over ranks, divided by the batch's mean weight if weights are normalised,
+       clipped, applied
 
-A micro-batch's weights need only its own forward pass; what needs the whole batch (normalisation, the
-learning rate's
-`step_scale`) is a common factor, and is applied to the summed gradient or the learning rate afterwards.
+A micro-batch's weights need only its own forward pass. What needs the whole batch (normalisation,
+`step_scale`) is a common factor: it is applied to the summed gradient or the learning rate afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import numpy as np
 import torch
@@ -41,18 +42,19 @@ from torch.distributed.fsdp import (
 from fopd_cli.engines.learner import dcp, lora
 from fopd_cli.engines.learner.micro_batch import MicroBatch, placeholder
 from fopd_cli.engines.models.heads import HeadRule
-from fopd_cli.engines.models.hf import blocks, head_rule, modules_in_fp32
+from fopd_cli.engines.models.hf import DTYPES, blocks, head_rule, modules_in_fp32
 from fopd_cli.engines.resting import Resting
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.batching import balanced_shares, by_token_budget
 from fopd_cli.engines.tokens.packing import check_packing
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
 from fopd_cli.freshness import drift, score
-from fopd_cli.freshness.policies import Policy
+from fopd_cli.freshness.policies import POLICIES, Policy
 from fopd_cli.losses.chunked import Weighting, chunked_objective
 from fopd_cli.losses.head import Head
 from fopd_cli.losses.objective import shares, weighting
 from fopd_cli.losses.terms import LossSpec, TokenTerms
+from fopd_cli.recipe import Freshness, Learner
 from fopd_cli.samples import Sample, SampleStats, StepReport
 
 TRAINABLE = StateDictOptions(
@@ -62,36 +64,26 @@ TRAINABLE = StateDictOptions(
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The recipe's learner, loss and freshness sections, as the learner needs them."""
+    """The recipe's sections that the learner goes by, and what the whole recipe and the run make of them."""
 
+    learner: Learner
+    freshness: Freshness
     loss: LossSpec
-    policy: Policy
-    alpha: float
-    beta: float
-    xi: float
-    anchor: float  # lambda; 0: none
-    weights: Literal["raw", "normalized"]
-    labels: Literal["cached", "current"]  # of replayed samples
-    step_scale: Literal["none", "freshness"]
     average: Literal["sample", "token"]
-    lr: float
-    warmup_steps: int
-    decay: Literal["constant", "cosine", "linear"]
-    min_lr_ratio: float
-    steps: int
-    betas: tuple[float, float]
-    weight_decay: float
-    clip: float
-    micro_tokens: int
-    packing: bool
+    anchor: float  # lambda; 0: none
     compute_dtype: torch.dtype
-    activation_checkpointing: bool
-    compile: bool
-    offload: bool
-    optimizer_dtype: torch.dtype  # of AdamW's states between steps
-    adapter_only: bool  # what is published of a LoRA student
     vocab: int
     longest: int  # tokens of the longest sample that there can be
+    adapter_only: bool = False  # what is published of a LoRA student
+
+    @property
+    def policy(self) -> Policy:
+        return POLICIES[self.freshness.policy]
+
+    @property
+    def optimizer_dtype(self) -> torch.dtype:
+        """Of AdamW's states between steps."""
+        return DTYPES[self.learner.optimizer_dtype]
 
 
 def sharded(compute_dtype: torch.dtype, offload: bool, world: int) -> bool:
@@ -99,18 +91,24 @@ def sharded(compute_dtype: torch.dtype, offload: bool, world: int) -> bool:
     return world > 1 or offload or compute_dtype != torch.float32
 
 
-def lr_factor(config: LearnerConfig, step: int) -> float:
+def lr_factor(section: Learner, step: int) -> float:
     """Warm-up from 1/warmup to 1, then the decay, which is at `min_lr_ratio` in the last step, `steps - 1`,
     even if the warm-up is not over by then. A pure function of the step.
     """
-    last = config.steps - 1
-    if step < config.warmup_steps and (step < last or config.decay == "constant"):
-        return (step + 1) / config.warmup_steps
-    if config.decay == "constant":
+    last = section.steps - 1
+    if step < section.warmup_steps and (step < last or section.decay == "constant"):
+        return (step + 1) / section.warmup_steps
+    if section.decay == "constant":
         return 1.0
-    progress = 1.0 if step >= last else (step - config.warmup_steps) / (last - config.warmup_steps)
-    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.decay == "cosine" else 1 - progress
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
+    progress = 1.0 if step >= last else (step - section.warmup_steps) / (last - section.warmup_steps)
+    match section.decay:
+        case "cosine":
+            shape = 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            shape = 1 - progress
+        case _:
+            assert_never(section.decay)
+    return section.min_lr_ratio + (1 - section.min_lr_ratio) * shape
 
 
 class _Student(nn.Module):
@@ -157,35 +155,43 @@ class FsdpLearner:
         self._heads_at_rest = [Head.of(head).first(config.vocab) for head in teacher_heads]
         self.teacher_heads = [head.to(device) for head in self._heads_at_rest]
         self.shared = not rope.by_length(model.config)
-        if config.packing:
-            enable_packing(model, config.compile)
+        if config.learner.packing:
+            enable_packing(model, config.learner.compile)
         # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
         self.student = _Student(model.eval(), head_rule(model.config, "student.model"))
         self._shard()
-        if config.packing:
+        if config.learner.packing:
             self._check_packing()
         self.optimizer = torch.optim.AdamW(
             [p for p in self.student.parameters() if p.requires_grad],
-            lr=config.lr,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            foreach=True,
+            lr=config.learner.lr,
+            betas=config.learner.betas,
+            weight_decay=config.learner.weight_decay,
+            **self._kernel(),
         )
+
+    def _kernel(self) -> dict[str, bool]:
+        """Of AdamW. The fused one needs no memory beside the states, where the other makes several shards'
+        worth on the way, and visits offloaded states on the host once, not a dozen times. They round
+        differently, and runs on a CPU are to repeat those of earlier versions to the bit.
+        """
+        fused = self.device.type == "cuda" or self.config.learner.offload
+        return {"fused": fused, "foreach": not fused}
 
     def _shard(self) -> None:
         """One rank that computes in fp32 has nothing to shard or cast; otherwise FSDP2 keeps the fp32
         masters.
         """
         lm, config = self.student.lm, self.config
-        if config.activation_checkpointing:
+        if config.learner.activation_checkpointing:
             block_type = type(blocks(lm)[0])
             apply_activation_checkpointing(
                 lm, checkpoint_wrapper, check_fn=lambda m: isinstance(m, block_type)
             )
-        if config.compile:
+        if config.learner.compile:
             for block in blocks(lm):
                 block.compile()
-        if not sharded(config.compute_dtype, config.offload, self.world):
+        if not sharded(config.compute_dtype, config.learner.offload, self.world):
             self.student.to(self.device)
             return
         mesh = dist.init_device_mesh(self.device.type, (self.world,))
@@ -196,7 +202,7 @@ class FsdpLearner:
             ),
             "offload_policy": OffloadPolicy(),
         }
-        if config.offload:
+        if config.learner.offload:
             policy["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         narrow = policy["mp_policy"]
         # samplers keep them so, and a router's choice hangs on it
@@ -228,8 +234,9 @@ class FsdpLearner:
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
         micro, stats, loss, anchor = self._batches(samples), [], 0.0, 0.0
-        for number, indices in enumerate(micro):
-            self._sync_gradients(last=number == len(micro) - 1)
+        # Sharded gradients are scattered after each micro-batch: to do it once at the end would save the bus
+        # some work, and keep 4 bytes of every parameter, whole, on every rank until then.
+        for indices in micro:
             part, objective_value, anchor_value = self._forward(samples, indices)
             objective_value.backward()
             loss, anchor = loss + objective_value.item() / self.world, anchor + anchor_value
@@ -238,11 +245,15 @@ class FsdpLearner:
         merged = self._gather(stats, len(samples))
         loss, anchor = self._sum(loss), self._sum(anchor)
         mean_weight = float(merged.weight.mean())
-        if config.weights == "normalized" and mean_weight > 0:
+        if config.freshness.weights == "normalized" and mean_weight > 0:
             loss, anchor = loss / mean_weight, anchor / mean_weight
             self._scale_gradients(1 / mean_weight)
         grad_norm = self._clip()
-        lr = config.lr * lr_factor(config, step) * (mean_weight if config.step_scale == "freshness" else 1.0)
+        lr = (
+            config.learner.lr
+            * lr_factor(config.learner, step)
+            * (mean_weight if config.freshness.step_scale == "freshness" else 1.0)
+        )
         skipped = mean_weight == 0
         if not math.isfinite(grad_norm):
             raise RuntimeError(
@@ -262,7 +273,7 @@ class FsdpLearner:
             loss=loss,
             anchor=anchor,
             grad_norm=grad_norm,
-            clipped=0 < config.clip < grad_norm,
+            clipped=0 < config.learner.clip < grad_norm,
             lr=lr,
             skipped=skipped,
             noise_floor=floor,
@@ -306,7 +317,7 @@ class FsdpLearner:
             for teacher in sorted({samples[i].targets.teacher for i in share}):  # each has a head of its own
                 own = [i for i in share if samples[i].targets.teacher == teacher]
                 found = by_token_budget(
-                    [lengths[i] for i in own], self.config.micro_tokens, self.config.packing
+                    [lengths[i] for i in own], self.config.learner.micro_tokens, self.config.learner.packing
                 )
                 groups += [[own[i] for i in group] for group in found]
             split.append(groups)
@@ -320,11 +331,11 @@ class FsdpLearner:
         """
         config = self.config
         chosen = [samples[i] for i in indices] or [placeholder(samples[0])]
-        batch, n = MicroBatch.of(chosen, config.packing, self.device, self.shared), len(chosen)
+        batch, n = MicroBatch.of(chosen, config.learner.packing, self.device, self.shared), len(chosen)
         sample, lag, lengths = batch.sample, batch.lag, batch.lengths
         # A cached label is of the context that the student has read, whether or not that one still exists.
         still_there = batch.sampled & batch.current
-        mask = batch.sampled if config.labels == "cached" else still_there
+        mask = batch.sampled if config.freshness.replay.labels == "cached" else still_there
         aligned = torch.isfinite(batch.at.behaviour)
         _, coverage = drift.per_sample(
             torch.zeros_like(batch.at.behaviour), aligned, batch.sampled, sample, n
@@ -335,11 +346,17 @@ class FsdpLearner:
         def freshness(of: Tensor, drift_roll: Tensor) -> Tensor:
             above = self.floor.subtract(drift_roll)
             return score.freshness(
-                lag[of], above, drift_sup[of], coverage[of], coverage_sup[of], config.alpha, config.beta
+                lag[of],
+                above,
+                drift_sup[of],
+                coverage[of],
+                coverage_sup[of],
+                config.freshness.alpha,
+                config.freshness.beta,
             )
 
         def weigh(of: Tensor, drift_roll: Tensor) -> Tensor:
-            return score.weights(config.policy, freshness(of, drift_roll), lag[of], config.xi)
+            return score.weights(config.policy, freshness(of, drift_roll), lag[of], config.freshness.xi)
 
         total = sum(int(s.rollout.loss_mask.sum()) for s in samples)
         share = shares(lengths, config.average, len(samples), total) * bool(indices)
@@ -387,10 +404,6 @@ class FsdpLearner:
 
     # ---- ranks ---------------------------------------------------------------------------------------------
 
-    def _sync_gradients(self, last: bool) -> None:
-        if isinstance(self.student, FSDPModule):
-            self.student.set_requires_gradient_sync(last)
-
     def _sum(self, value: float) -> float:
         if self.world == 1:
             return value
@@ -416,14 +429,14 @@ class FsdpLearner:
 
     def _padded(self, samples: Sequence[Sample], micro: list[list[int]]) -> int:
         lengths = [[len(samples[i].rollout.token_ids) for i in group] for group in micro if group]
-        own = sum(sum(group) if self.config.packing else max(group) * len(group) for group in lengths)
+        own = sum(sum(group) if self.config.learner.packing else max(group) * len(group) for group in lengths)
         return int(self._sum(own))
 
     def _scale_gradients(self, factor: float) -> None:
         torch._foreach_mul_([p.grad for p in self.student.parameters() if p.grad is not None], factor)
 
     def _clip(self) -> float:
-        clip = self.config.clip if self.config.clip > 0 else math.inf
+        clip = self.config.learner.clip if self.config.learner.clip > 0 else math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), clip, foreach=True)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
@@ -456,8 +469,12 @@ class FsdpLearner:
             optim_state_dict=state["optimizer"],
             options=TRAINABLE,
         )
-        for group in self.optimizer.param_groups:  # the recipe may have changed since
-            group.update(betas=self.config.betas, weight_decay=self.config.weight_decay)
+        for group in self.optimizer.param_groups:  # recipe or device may have changed since
+            group.update(
+                betas=self.config.learner.betas,
+                weight_decay=self.config.learner.weight_decay,
+                **self._kernel(),
+            )
         if extra.get("optimizer_begun", True):
             self._rest_states()
         else:
@@ -475,7 +492,7 @@ class FsdpLearner:
         if self.device.type == "cpu":
             return
         self.optimizer.zero_grad(set_to_none=True)
-        if not self.config.offload:  # offloaded, all this is on the host at all times
+        if not self.config.learner.offload:  # offloaded, all this is on the host at all times
             self._resting.sleep(self.student)
             self._resting.sleep_states(self.optimizer.state)
         self.teacher_heads = self._heads_at_rest
@@ -486,7 +503,7 @@ class FsdpLearner:
     def wake(self) -> None:
         if self.device.type == "cpu":
             return
-        if not self.config.offload:
+        if not self.config.learner.offload:
             self._resting.wake(self.student)
             self._resting.wake_states(self.optimizer.state)
         self.teacher_heads = [head.to(self.device) for head in self._heads_at_rest]

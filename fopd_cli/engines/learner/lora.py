@@ -133,18 +133,21 @@ def write_adapter(
     folder: Path, weights: Iterable[tuple[str, Tensor]], alpha: float, base: str | None = None
 ) -> None:
     """What `adapters` gave, as a directory in peft's format; `base` is the model that they belong to."""
+    from peft import LoraConfig
+
     tensors = {name: tensor.contiguous() for name, tensor in weights}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "bias": "none",
-        "lora_alpha": alpha,
-        "base_model_name_or_path": base,
-        "r": next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name),
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
-    }
+    config = LoraConfig(
+        r=next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name),
+        lora_alpha=alpha,
+        target_modules=[name.split(".")[-3] for name in tensors],
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    # peft's own `save_pretrained` writes sets in whatever order they have today.
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True))
 
 
 def _delta(layer: Any) -> Tensor:

@@ -15,27 +15,13 @@ import torch
 from torch import Tensor
 
 from fopd_cli.engines.tokens.token_batch import TokenBatch
-from fopd_cli.losses.terms import Positions
+from fopd_cli.losses.terms import SOURCES, Positions
 from fopd_cli.samples import Rollout, Sample, TeacherTargets
 
-OF_ROLLOUT = {  # field of `Positions` -> field of `Rollout`, dtype
-    "tokens": ("response_ids", torch.int64),
-    "behaviour": ("logprobs", torch.float32),
-    "behaviour_topk": ("topk_logprobs", torch.float32),
-    "behaviour_topk_ids": ("topk_ids", torch.int64),
-    "draw_ids": ("draw_ids", torch.int64),
-    "draw_behaviour": ("draw_logprobs", torch.float32),
-}
-OF_TARGETS = {  # field of `Positions` -> field of `TeacherTargets`, dtype (None: its own)
-    "teacher_hidden": ("hidden", None),
-    "teacher_logprobs": ("logprobs", torch.float32),
-    "teacher_topk": ("topk_logprobs", torch.float32),
-    "teacher_topk_ids": ("topk_ids", torch.int64),
-}
-SUPERVISION = {
+SUPERVISION = {  # field of `MicroBatch` -> field of `TeacherTargets`, dtype
     "drift_sup": ("drift", torch.float32),
     "current": ("aligned", torch.bool),
-}  # likewise, of `MicroBatch`
+}
 
 
 @dataclass
@@ -68,11 +54,13 @@ class MicroBatch:
         index = [
             p[r.prompt_length - 1 + own] for p, r, own in zip(tokens.places, rollouts, rows, strict=True)
         ]
-        found = {name: _of_rollouts(rollouts, rows, *source) for name, source in OF_ROLLOUT.items()}
-        found |= {
-            name: _of_targets([s.targets for s in samples], rows, *source)
-            for name, source in OF_TARGETS.items()
-        }
+        targets = [s.targets for s in samples]
+        found = {}
+        for name, source in SOURCES.items():
+            if source.of == "rollout":
+                found[name] = _of_rollouts(rollouts, rows, source.name, source.dtype)
+            else:
+                found[name] = _of_targets(targets, rows, source.name, source.dtype)
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
@@ -84,8 +72,8 @@ class MicroBatch:
         positions: dict[str, Any] = {name: move(tensor) for name, tensor in found.items()}
         sampled = array([r.loss_mask[own] for r, own in zip(rollouts, rows, strict=True)])
         labels = {
-            name: move(_of_targets([s.targets for s in samples], rows, *source))
-            for name, source in SUPERVISION.items()
+            name: move(_of_targets(targets, rows, label, dtype))
+            for name, (label, dtype) in SUPERVISION.items()
         }
         current, drift_sup = labels["current"], labels["drift_sup"]
         return cls(
@@ -103,12 +91,13 @@ class MicroBatch:
 
 
 def _of_rollouts(
-    rollouts: Sequence[Rollout], rows: Sequence[np.ndarray], name: str, dtype: torch.dtype
+    rollouts: Sequence[Rollout], rows: Sequence[np.ndarray], name: str, dtype: torch.dtype | None
 ) -> Tensor | None:
     arrays = [getattr(r, name) for r in rollouts]
     if any(a is None for a in arrays):
         return None
-    return torch.from_numpy(np.concatenate([a[own] for a, own in zip(arrays, rows, strict=True)])).to(dtype)
+    kept = torch.from_numpy(np.concatenate([a[own] for a, own in zip(arrays, rows, strict=True)]))
+    return kept.to(dtype or kept.dtype)
 
 
 def _of_targets(

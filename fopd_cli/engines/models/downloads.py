@@ -1,7 +1,7 @@
 """Models of the hub, on this machine before any process that needs them: once, with a bar and a size.
 
-Workers that each found their model missing would download side by side, in silence, on the time that they have
-to start.
+Workers that each found their model missing would download side by side, in silence, on the time that they
+have to start.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ PICKLED = ["*.json", "*.bin", "*.model", "*.txt", "*.jinja"]
 def obtain(model: str, key: str, say: Callable[[str], None]) -> bool:
     """Have all files of a model here; returns whether any had to be downloaded.
 
-    Raises `UserError`, one line that `key` begins, if the hub cannot be reached or has no such model, or if the
-    disk is too small.
+    Raises `UserError`, one line that `key` begins, if the hub cannot be reached or has no such model, or if
+    the disk is too small.
     """
     if Path(model).is_dir() or _whole(model):
         return False
@@ -67,6 +67,6 @@ def _room_for(size: int, cache: Path, model: str, key: str) -> None:
         folder = folder.parent
     if size > (free := shutil.disk_usage(folder).free):
         raise UserError(
-            f"{key}: {model!r} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; free some, or set "
-            "HF_HOME to a larger disk"
+            f"{key}: {model!r} takes {size / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free; free "
+            "some, or set HF_HOME to a larger disk"
         )

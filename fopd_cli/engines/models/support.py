@@ -1,7 +1,8 @@
 """Which architectures fopd can distil, told from a configuration alone: before weights are loaded and workers
 started.
 
-docs/models.md is the table of what was tried; `tests/engines/test_architectures.py` holds both against the engines.
+docs/models.md is the table of what was tried; `tests/engines/test_architectures.py` holds both against the
+engines.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ Rounding is no reason to refuse. A row of another length may run other kernels, 
 states of a 30-layer model then move by 1e-5 of their size. So two questions are asked that tell an error from
 rounding, and both answers are held against what rounding does to this model here, which is measured, too:
 
-    leak      does a sequence move when only its *neighbours* change? Rounding does not care who they are; a state that
-              runs on from one sequence into the next moves its first positions by their own size
-    distance  is a sequence in a packed row what it is alone, under the model's own attention? A window or a rope that
-              packing loses moves its last positions far, hence a probe longer than each of them; and a short one
-              beside a neighbour longer than all of them, whose length must not become its own
+    leak      does a sequence move when only its *neighbours* change? Rounding does not care who they are; a
+              state that runs on from one sequence into the next moves its first positions by their own size
+    distance  is a sequence in a packed row what it is alone, under the model's own attention? A window or a
+              rope that packing loses moves its last positions far, hence a probe longer than each of them;
+              and a short one beside a neighbour longer than all, whose length must not become its own
 """
 
 from __future__ import annotations

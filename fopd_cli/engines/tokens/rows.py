@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from fopd_cli.samples import PER_TOKEN, Request, Rollout
-
-EXTRAS = tuple(name for name in PER_TOKEN if name != "logprobs")
+from fopd_cli.samples import Request, Rollout
 
 
 @dataclass
@@ -19,10 +18,8 @@ class Row:
     request: Request
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    topk_logprobs: list[np.ndarray] = field(default_factory=list)
-    topk_ids: list[np.ndarray] = field(default_factory=list)
-    draw_ids: list[np.ndarray] = field(default_factory=list)
-    draw_logprobs: list[np.ndarray] = field(default_factory=list)
+    # By the names of `Rollout`'s arrays, a row a token: what the sampler was asked for beside the tokens.
+    extras: defaultdict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     spans: list[tuple[int, int, int]] = field(default_factory=list)
 
     def append(self, token: int, logprob: float, version: int) -> None:
@@ -37,9 +34,7 @@ class Row:
 
     def rollout(self, finish: Literal["stop", "length"]) -> Rollout:
         prompt = self.request.token_ids
-        extras: dict[str, Any] = {
-            name: np.stack(rows) if (rows := getattr(self, name)) else None for name in EXTRAS
-        }
+        extras: dict[str, Any] = {name: np.stack(rows) for name, rows in self.extras.items()}
         return Rollout(
             key=self.request.key,
             token_ids=np.concatenate([prompt, np.asarray(self.ids, dtype=np.int32)]),

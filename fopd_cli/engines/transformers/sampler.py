@@ -195,20 +195,20 @@ class TransformersSampler:
         drawn = inverse_transform(logprobs, uniforms)
         values = logprobs.gather(-1, drawn).cpu().numpy()
         for row, ids, value in zip(self._rows, drawn.int().cpu().numpy(), values, strict=True):
-            row.draw_ids.append(ids)
-            row.draw_logprobs.append(value)
+            row.extras["draw_ids"].append(ids)
+            row.extras["draw_logprobs"].append(value)
 
     def _keep_topk(self, logprobs: Tensor, k: int) -> None:
         if k == 0:
             return
         if k < 0:
             for row, full in zip(self._rows, logprobs.cpu().numpy(), strict=True):
-                row.topk_logprobs.append(full)
+                row.extras["topk_logprobs"].append(full)
             return
         values, ids = logprobs.topk(k, -1)
         for row, value, index in zip(self._rows, values.cpu().numpy(), ids.int().cpu().numpy(), strict=True):
-            row.topk_logprobs.append(value)
-            row.topk_ids.append(index)
+            row.extras["topk_logprobs"].append(value)
+            row.extras["topk_ids"].append(index)
 
     def _finish(self, chosen: np.ndarray) -> list[Rollout]:
         finished = []

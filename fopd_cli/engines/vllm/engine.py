@@ -3,7 +3,7 @@ teacher make.
 
 The engine core runs in the worker's own process and is driven by `step`, one forward pass a call: no second
 process that could be orphaned, no serialisation between us and vLLM's scheduler, and weights can be replaced
-between any two steps. Only tensor parallelism starts processes, which `vllm_plugin` ties to this one.
+between any two steps. Only tensor parallelism starts processes, which `plugin` ties to this one.
 
 This talks to vLLM below its `LLM` class (`EngineCore`, numpy log-probs, no text), so it is pinned to one
 version;
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import Vllm
 
 TESTED_VERSION = "0.32.0"
 TELLING = ("Value error", "Assertion failed", "must")  # in the line of an error that says what is wrong
@@ -41,8 +43,9 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """What a recipe's `vllm` section and the run around it say. `key` names the section in errors."""
+    """A recipe's `vllm` section, and what the run around it says. `key` names the section in errors."""
 
+    section: Vllm
     key: str
     model: str
     dtype: torch.dtype
@@ -50,16 +53,22 @@ class VllmOptions:
     max_tokens: int  # of prompt and response together
     max_requests: int  # running at once
     max_logprobs: int  # largest k asked for; -1: the whole vocabulary
-    tensor_parallel: int = 1
-    gpu_memory: float = 0.85
-    kv_cache_bytes: int | None = None
-    eager: bool = False
-    max_batched_tokens: int | None = None
+    cache_bytes: int | None = None  # KV cache where the section does not say; None: vLLM's own choice
+    batched_tokens: int | None = None  # the same of tokens a forward pass
     prefix_caching: bool = False
     live_weights: bool = False  # whether `load` will be called
     seeded: bool = False  # whether requests have seeds of their own
     adapter: AdapterOptions | None = None
     vocab: int | None = None  # ids from here on have no probability; None: the pair shares all
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        gigabytes = self.section.kv_cache_gb
+        return self.cache_bytes if gigabytes is None else int(gigabytes * 1e9)
+
+    @property
+    def max_batched_tokens(self) -> int | None:
+        return self.section.max_batched_tokens or self.batched_tokens
 
 
 def installed_version() -> str | None:
@@ -110,6 +119,7 @@ class VllmEngine:
         self._core: Any = self._client.engine_core
         self._engine = engine  # keeps the core alive
         self._running: set[str] = set()
+        self._names = itertools.count()
         self._adapter: Any = None  # vLLM's name of the one that requests are to use
         if options.vocab is not None:
             self._rpc("share_vocabulary", options.vocab)
@@ -119,12 +129,18 @@ class VllmEngine:
         """Whether `step` has anything to do."""
         return bool(self._running)
 
-    def add(self, key: int, token_ids: np.ndarray, **sampling: Any) -> None:
-        """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it."""
+    def add(self, token_ids: np.ndarray, **sampling: Any) -> str:
+        """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it. Returns the name
+        that its outputs will bear.
+
+        No name is ever used twice. On CUDA vLLM schedules a step ahead of what it has seen: a request that
+        has ended may still be in the batch that is under way, and another one of its name would be given that
+        batch's token.
+        """
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
-        name = str(key)
+        name = str(next(self._names))
         self._running.add(name)
         self._client.add_request(
             EngineCoreRequest(
@@ -139,9 +155,20 @@ class VllmEngine:
                 data_parallel_rank=None,
             )
         )
+        return name
 
     def step(self) -> list[Any]:
-        """One forward pass; vLLM's `EngineCoreOutput`s, with `new_token_ids` and `new_logprobs` (numpy)."""
+        """One forward pass; vLLM's `EngineCoreOutput`s, with `new_token_ids` and `new_logprobs` (numpy).
+
+        Where vLLM schedules ahead they are those of the pass before, and once nothing runs any more no batch
+        is left under way.
+        """
+        outputs = self._advance()
+        if not self._running:
+            self._drop_batches()
+        return outputs
+
+    def _advance(self) -> list[Any]:
         outputs = self._client.get_output().outputs
         for output in outputs:
             if output.finished:
@@ -155,8 +182,7 @@ class VllmEngine:
         if self._running:
             self._client.abort_requests(list(self._running))
             self._running.clear()
-            for _ in self._drain():
-                pass  # what the aborted requests had sampled last
+        self._drop_batches()
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> list[Any]:
         """Replace all weights; returns the outputs of steps that were still under way, sampled by the old
@@ -210,7 +236,12 @@ class VllmEngine:
     def _drain(self) -> Iterator[Any]:
         """Outputs of batches that vLLM has in flight (asynchronous scheduling on CUDA; none on a CPU)."""
         while self._core.batch_queue:
-            yield from self.step()
+            yield from self._advance()
+
+    def _drop_batches(self) -> None:
+        """Finish those of requests that have ended, or were aborted: nobody wants what they sample."""
+        for _ in self._drain():
+            pass
 
     def _rpc(self, method: str, *args: Any) -> None:
         self._client.collective_rpc(method, args=args)
@@ -267,9 +298,9 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
         "max_logprobs": options.max_logprobs,
         "logprobs_mode": "processed_logprobs",  # of the distribution really sampled from
         "enable_prefix_caching": options.prefix_caching,
-        "tensor_parallel_size": options.tensor_parallel,
-        "gpu_memory_utilization": options.gpu_memory,
-        "enforce_eager": options.eager or not options.cuda,
+        "tensor_parallel_size": options.section.tensor_parallel,
+        "gpu_memory_utilization": options.section.gpu_memory,
+        "enforce_eager": options.section.eager or not options.cuda,
         "kv_cache_memory_bytes": options.kv_cache_bytes,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,

@@ -31,7 +31,7 @@ class VllmSampler:
         self.engine = VllmEngine(options)
         self.stop, self.aliases = sorted(rules.eos), aliases
         self.version = 0
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, Row] = {}  # by vLLM's name
         self._late: list[Rollout] = []  # finished by a step that a weight update had to wait for
 
     @property
@@ -41,9 +41,7 @@ class VllmSampler:
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
             p = request.params
-            self._rows[str(request.key)] = Row(request)
-            self.engine.add(
-                request.key,
+            name = self.engine.add(
                 request.token_ids,
                 temperature=p.temperature,
                 top_p=p.top_p,
@@ -53,6 +51,7 @@ class VllmSampler:
                 stop_token_ids=self.stop,
                 ignore_eos=True,
             )
+            self._rows[name] = Row(request)
 
     def step(self) -> list[Rollout]:
         finished, self._late = self._late, []
@@ -105,9 +104,9 @@ class VllmSampler:
         for i, token in enumerate(output.new_token_ids):
             row.append(token, float(logprobs[i, 0]), self.version)
             if params.keep_topk > 0:
-                row.topk_ids.append(ids[i, 1 : params.keep_topk + 1].copy())
-                row.topk_logprobs.append(logprobs[i, 1 : params.keep_topk + 1].copy())
+                row.extras["topk_ids"].append(ids[i, 1 : params.keep_topk + 1].copy())
+                row.extras["topk_logprobs"].append(logprobs[i, 1 : params.keep_topk + 1].copy())
             elif params.keep_topk < 0:
                 everything = np.empty(ids.shape[1] - 1, dtype=np.float32)
                 everything[ids[i, 1:]] = logprobs[i, 1:]
-                row.topk_logprobs.append(everything)
+                row.extras["topk_logprobs"].append(everything)

@@ -26,15 +26,16 @@ class VllmTeacher:
         self.engine = VllmEngine(options)
 
     def score(self, rollouts: Sequence[Rollout], targets: Sequence[TeacherTargets]) -> None:
-        for i, (rollout, target) in enumerate(zip(rollouts, targets, strict=True)):
+        asked = {}
+        for rollout, target in zip(rollouts, targets, strict=True):
             k = 0 if target.topk_logprobs is None else target.topk_logprobs.shape[-1]
-            self.engine.add(
-                i, rollout.judged.token_ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True
+            name = self.engine.add(
+                rollout.judged.token_ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True
             )
+            asked[name] = rollout, target
         while self.engine.busy:
             for output in self.engine.step():
-                i = int(output.request_id)
-                self._fill(output.new_prompt_logprobs_tensors, rollouts[i], targets[i])
+                self._fill(output.new_prompt_logprobs_tensors, *asked[output.request_id])
 
     def head(self) -> None:
         """vLLM's stays inside."""

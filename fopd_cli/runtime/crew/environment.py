@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 
@@ -38,19 +38,26 @@ class Environments:
         self._turns: dict[int, asyncio.Task[None]] = {}
         self._replays: set[asyncio.Task[None]] = set()
 
-    def turn(self, command: m.TurnCommand) -> None:
-        """Start executing a turn; must be called from within the event loop."""
+    async def do(self, command: m.EnvironmentCommand) -> None:
+        """Start it; must be called from within the event loop."""
+        match command:
+            case m.TurnCommand():
+                self._turn(command)
+            case m.ReplayCommand():
+                replaying = asyncio.ensure_future(self._guarded(self._replay(command)))
+                self._replays.add(replaying)
+                replaying.add_done_callback(self._replays.discard)
+            case m.CancelCommand(keys):
+                await self._cancel(keys)
+            case _:
+                assert_never(command)
+
+    def _turn(self, command: m.TurnCommand) -> None:
         if command.life not in self._episodes:
             self._episodes[command.life] = (command.key, self.task.episode(command.prompt, command.now))
         self._turns[command.life] = asyncio.ensure_future(self._guarded(self._observe(command)))
 
-    def replay(self, command: m.ReplayCommand) -> None:
-        """Start rebuilding a stored episode's context; must be called from within the event loop."""
-        replaying = asyncio.ensure_future(self._guarded(self._replay(command)))
-        self._replays.add(replaying)
-        replaying.add_done_callback(self._replays.discard)
-
-    async def cancel(self, keys: list[int]) -> None:
+    async def _cancel(self, keys: list[int]) -> None:
         """Give episodes up."""
         for life in [life for life, (key, _) in self._episodes.items() if key in keys]:
             if (running := self._turns.pop(life, None)) is not None:
@@ -62,7 +69,7 @@ class Environments:
         for replaying in self._replays:
             replaying.cancel()
         await asyncio.gather(*self._replays, return_exceptions=True)
-        await self.cancel([key for key, _ in self._episodes.values()])
+        await self._cancel([key for key, _ in self._episodes.values()])
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
@@ -128,15 +135,12 @@ class LocalEnvironments:
         self._thread.join()
         self._loop.close()
 
-    def turn(self, command: m.TurnCommand) -> None:
-        self._loop.call_soon_threadsafe(self._environments.turn, command)
+    def send(self, command: m.EnvironmentCommand) -> None:
+        asyncio.run_coroutine_threadsafe(self._environments.do(command), self._loop)
 
-    def cancel(self, keys: list[int]) -> None:
-        asyncio.run_coroutine_threadsafe(self._environments.cancel(keys), self._loop)
-
-    def receive(self, block: bool) -> list[m.Observed]:
+    def receive(self, block: bool) -> list[m.Observed | m.Replayed]:
         """All answers at hand; if there is none and `block`, the next one. Raises what a task failed with."""
-        found: list[m.Observed] = []
+        found: list[m.Observed | m.Replayed] = []
         while True:
             try:
                 answer = self.answers.get(block and not found)
@@ -144,5 +148,4 @@ class LocalEnvironments:
                 return found
             if isinstance(answer, m.Failed):
                 raise UserError(f"task: {answer.message}")
-            assert isinstance(answer, m.Observed)
             found.append(answer)

@@ -56,8 +56,8 @@ class WorkerSpec:
 
     `threads` is its fixed share of the cores; None: all of them, divided with those who compute at the same
     time. `index` is the number of the teacher, where there are several; `label` then tells them apart. `life`
-    counts restarts. `share` is the part of each device that an engine may take that takes a fixed one (None: as
-    its section says); `whole`: each rank holds all of its model, and none waits for another.
+    counts restarts. `share` is the part of each device that an engine may take that takes a fixed one (None:
+    as its section says); `whole`: each rank holds all of its model, and none waits for another.
     """
 
     role: str

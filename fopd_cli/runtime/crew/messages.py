@@ -1,5 +1,8 @@
-"""What the conductor and its workers say to each other. Commands are answered in the order in which they were
+"""What the conductor and its engines say to each other. Commands are answered in the order in which they were
 sent.
+
+Each kind of engine has a union of the commands that it takes, `Event` is all that the conductor may hear: who
+handles one ends in `assert_never`, so that a new message that somebody forgot is a type error, and raises.
 """
 
 from __future__ import annotations
@@ -89,9 +92,18 @@ class ReplayCommand:
 
 @dataclass
 class TrainCommand:
-    """`step` None: measure only."""
+    """Take optimizer step `step` on these samples; `lags` are their ages in optimizer steps."""
 
-    step: int | None
+    step: int
+    rollouts: list[Rollout]
+    slots: list[Slot]
+    lags: list[int]
+
+
+@dataclass
+class MeasureCommand:
+    """The same without a step."""
+
     rollouts: list[Rollout]
     slots: list[Slot]
     lags: list[int]
@@ -117,6 +129,15 @@ class StopCommand:
     pass
 
 
+SamplerCommand = GenerateCommand | LoadCommand | AbortCommand
+TeacherCommand = ScoreCommand
+LearnerCommand = TrainCommand | MeasureCommand | SaveCommand
+GraderCommand = GradeCommand
+EnvironmentCommand = TurnCommand | CancelCommand | ReplayCommand
+RestCommand = SleepCommand | WakeCommand
+Command = SamplerCommand | TeacherCommand | LearnerCommand | GraderCommand | EnvironmentCommand
+
+
 # ---- worker -> conductor
 
 
@@ -134,7 +155,7 @@ class Span:
 
 @dataclass
 class Ready:
-    """The worker has built its engine (and, after a restore, the learner says at which version it stands)."""
+    """The worker has built its engine."""
 
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -234,3 +255,44 @@ class Lost:
 
     reason: str
     mistake: bool = False
+
+
+Answer = Sampled | Loaded | Scored | Graded | Observed | Replayed | Trained | Measured | Saved
+Message = Answer | Ready | Asleep | Awake | Failed | Lost
+
+# ---- crew -> conductor
+
+
+@dataclass
+class Worked:
+    """A worker did something, whatever came of it."""
+
+    worker: str
+    span: Span
+
+
+@dataclass
+class Leased:
+    """It is this role's turn."""
+
+    role: Literal["sampler", "teacher", "learner"]
+
+
+@dataclass
+class EngineLost:
+    """What the engine had under way has to be done again. `restarted`: it is being started again. `fatal`:
+    why the run cannot go on; `mistake`: because of what the user has to mend.
+    """
+
+    reason: str
+    restarted: bool = False
+    fatal: bool = False
+    mistake: bool = False
+
+
+@dataclass
+class EngineBack:
+    """It takes commands again."""
+
+
+Event = Answer | Worked | Leased | EngineLost | EngineBack

@@ -1,27 +1,24 @@
-"""What each worker process does with its commands."""
+"""What each engine does with its commands, and the processes in which it does so.
+
+A role takes one command at a time and says what came of it; its `*_main` is a worker process that hands it
+what its mailbox holds. A crew within one process (`inprocess.py`) hands commands to the same roles itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, assert_never
 
 import torch
 import torch.distributed as dist
 
-from fopd_cli.engines.models import hf
-from fopd_cli.engines.protocols import Learner, Teacher
+from fopd_cli.engines.protocols import Learner, Sampler, Teacher
+from fopd_cli.engines.registry import sampler_facts
 from fopd_cli.freshness import supervision
 from fopd_cli.recipe import Labels
-from fopd_cli.runtime.build import (
-    Setup,
-    build_learner,
-    build_sampler,
-    build_teacher,
-    student_frame,
-    task_arguments,
-)
+from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_teacher, task_arguments
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.environment import Environments
 from fopd_cli.runtime.crew.fleet import Mailbox, WorkerSpec
@@ -29,91 +26,134 @@ from fopd_cli.runtime.journal.checkpoint import disk_error
 from fopd_cli.runtime.memory.arena import targets_at
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.samples import Prompt, Rollout, Sample, TeacherTargets
+from fopd_cli.tasks import load_task
 from fopd_cli.tasks.base import Grade
 
 SPAN_S = 0.25  # a sampler that is never idle reports its work in spans of about this length
 
 
-def _rest(engine: Any, mailbox: Mailbox, command: Any) -> None:
-    if isinstance(command, m.SleepCommand):
-        engine.sleep()
-        mailbox.send(m.Asleep(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0))
-    else:
-        engine.wake()
-        mailbox.send(m.Awake())
+def _serve(mailbox: Mailbox, do: Callable[[Any], m.Message]) -> None:
+    """Answer every command with one message, until it is time to stop."""
+    mailbox.send(m.Ready())
+    while not isinstance(command := mailbox.receive(block=True), m.StopCommand):
+        mailbox.send(do(command))
+
+
+def _rest(engine: Sampler | Teacher | Learner, command: m.RestCommand) -> m.Asleep | m.Awake:
+    match command:
+        case m.SleepCommand():
+            engine.sleep()
+            return m.Asleep(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+        case m.WakeCommand():
+            engine.wake()
+            return m.Awake()
+        case _:
+            assert_never(command)
+
+
+# ---- sampler
+
+
+class Sampling:
+    """Takes commands between tokens; finished rollouts leave at once."""
+
+    def __init__(self, spec: WorkerSpec, setup: Setup) -> None:
+        self.engine, self.channel = build_sampler(spec, setup), setup.channel
+        self._began: float | None = None  # of the span that is open
+        self._tokens = self._aborts = 0
+
+    @property
+    def busy(self) -> bool:
+        return self.engine.busy
+
+    def do(self, command: m.SamplerCommand | m.RestCommand) -> m.Message | None:
+        match command:
+            case m.GenerateCommand(requests):
+                self.engine.submit(requests)
+                return None
+            case m.LoadCommand(version):
+                return self._load(version)
+            case m.AbortCommand():
+                self.engine.abort()
+                self._began, self._tokens, self._aborts = None, 0, self._aborts + 1
+                return None
+            case m.SleepCommand() | m.WakeCommand():
+                return _rest(self.engine, command)
+            case _:
+                assert_never(command)
+
+    def step(self) -> m.Sampled | None:
+        """One token for everyone who is running; what is finished, if anything is."""
+        self._began = self._began or time.time()
+        rollouts = self.engine.step()
+        self._tokens += sum(r.response_length for r in rollouts)
+        if not rollouts:
+            return None
+        spans = []
+        if not self.engine.busy or time.time() - self._began > SPAN_S:
+            spans.append(m.Span("generate", self._began, time.time(), {"tokens": self._tokens}))
+            self._began, self._tokens = None, 0
+        return m.Sampled(rollouts, spans, self._aborts)
+
+    def _load(self, version: int) -> m.Loaded:
+        start = time.time()
+        self.engine.load(version, self.channel.read(version))
+        self.channel.check(version)
+        end = time.time()
+        gb_per_s = self.channel.slot_bytes / 1e9 / max(end - start, 1e-9)
+        found = {"version": version, "ms": 1e3 * (end - start), "gb_per_s": gb_per_s}
+        return m.Loaded(version, m.Span("load", start, end, found))
 
 
 def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
-    """Take commands between tokens; finished rollouts leave at once."""
-    engine = build_sampler(spec, setup)
-    if spec.devices and setup.recipe.sampler.engine == "transformers":  # vLLM copies in processes of its own
+    """A sampler replica's process."""
+    role = Sampling(spec, setup)
+    if spec.devices and sampler_facts(setup.recipe.sampler).copies:
         setup.channel.page_lock()
     mailbox.send(m.Ready())
-    began: float | None = None  # of the span that is open
-    tokens = aborts = 0
-    while True:
-        command = mailbox.receive(block=not engine.busy)
-        if command is None:
-            began = began or time.time()
-            rollouts = engine.step()
-            tokens += sum(r.response_length for r in rollouts)
-            if rollouts:
-                spans = []
-                if not engine.busy or time.time() - began > SPAN_S:
-                    spans.append(m.Span("generate", began, time.time(), {"tokens": tokens}))
-                    began, tokens = None, 0
-                mailbox.send(m.Sampled(rollouts, spans, aborts))
-        elif isinstance(command, m.GenerateCommand):
-            engine.submit(command.requests)
-        elif isinstance(command, m.LoadCommand):
-            start = time.time()
-            engine.load(command.version, setup.channel.read(command.version))
-            setup.channel.check(command.version)
-            mailbox.send(m.Loaded(command.version, _load_span(command.version, setup.channel, start)))
-        elif isinstance(command, m.AbortCommand):
-            engine.abort()
-            began, tokens, aborts = None, 0, aborts + 1
-        elif isinstance(command, m.StopCommand):
-            return
-        else:
-            _rest(engine, mailbox, command)
+    while not isinstance(command := mailbox.receive(block=not role.busy), m.StopCommand):
+        answer = role.step() if command is None else role.do(command)
+        if answer is not None:
+            mailbox.send(answer)
 
 
-def _load_span(version: int, channel: WeightChannel, start: float) -> m.Span:
-    end = time.time()
-    gb_per_s = channel.slot_bytes / 1e9 / max(end - start, 1e-9)
-    return m.Span("load", start, end, {"version": version, "ms": 1e3 * (end - start), "gb_per_s": gb_per_s})
+# ---- teacher
+
+
+class Teaching:
+    """All ranks get the same command; each scores its share.
+
+    The crew waits for every rank's answer, so the targets of a group are complete when the last one is in.
+    """
+
+    def __init__(self, spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> None:
+        self.engine, self.setup = build_teacher(spec, setup, breathe), setup
+        self._share = slice(spec.rank, None, spec.world)
+        self._delay_s = setup.recipe.teachers[spec.index].delay_ms / 1000
+        self._labels = setup.recipe.freshness.replay.labels
+
+    def do(self, command: m.TeacherCommand | m.RestCommand) -> m.Message:
+        match command:
+            case m.ScoreCommand(rollouts, slots, again):
+                return self._score(rollouts, slots, again)
+            case m.SleepCommand() | m.WakeCommand():
+                return _rest(self.engine, command)
+            case _:
+                assert_never(command)
+
+    def _score(self, rollouts: list[Rollout], slots: list[m.Slot], again: bool) -> m.Scored:
+        start = time.time()
+        own, targets = rollouts[self._share], _targets(self.setup, slots)[self._share]
+        score(self.engine, own, targets, self._labels if again else None)
+        time.sleep(self._delay_s * len(targets))
+        tokens = sum(len(r.judged.token_ids) for r in own)
+        span = m.Span("score", start, time.time(), {"tokens": tokens, "samples": len(targets)})
+        return m.Scored([r.key for r in rollouts], span)
 
 
 def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
-    """All ranks get the same command; each scores its share, rank 0 answers when it is done with its own.
-
-    The conductor waits for every rank's answer, so the targets of a group are complete when the last one is
-    in.
-    """
-    engine = build_teacher(spec, setup, mailbox.beat)
-    delay_s = setup.recipe.teachers[spec.index].delay_ms / 1000
-    labels = setup.recipe.freshness.replay.labels
-    mailbox.send(m.Ready())
-    while True:
-        command = mailbox.receive(block=True)
-        if isinstance(command, m.ScoreCommand):
-            start = time.time()
-            share = slice(spec.rank, None, spec.world)
-            rollouts, targets = command.rollouts[share], _targets(setup, command.slots)[share]
-            score(engine, rollouts, targets, labels if command.again else None)
-            time.sleep(delay_s * len(targets))
-            tokens = sum(len(r.judged.token_ids) for r in rollouts)
-            keys = [r.key for r in command.rollouts]
-            mailbox.send(
-                m.Scored(
-                    keys, m.Span("score", start, time.time(), {"tokens": tokens, "samples": len(targets)})
-                )
-            )
-        elif isinstance(command, m.StopCommand):
-            return
-        else:
-            _rest(engine, mailbox, command)
+    """The process of one of a teacher's ranks."""
+    _serve(mailbox, Teaching(spec, setup, mailbox.beat).do)
 
 
 def score(
@@ -138,66 +178,94 @@ def score(
             supervision.take_over(target, new)
 
 
-def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
-    """All ranks get the same command; rank 0's report counts."""
-    engine = build_learner(spec, setup, mailbox.beat)
-    if spec.devices and spec.rank == 0:
-        setup.channel.page_lock()
-    publish(spec, engine, setup.channel)
-    mailbox.send(m.Ready({"version": engine.version}))
-    while True:
-        command = mailbox.receive(block=True)
+# ---- learner
+
+
+class Learning:
+    """All ranks get the same command and answer it; rank 0's report counts."""
+
+    def __init__(self, spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> None:
+        self.engine, self.spec, self.setup = build_learner(spec, setup, breathe), spec, setup
+        if spec.devices and spec.rank == 0:
+            setup.channel.page_lock()
+        publish(spec, self.engine, setup.channel)
+
+    def do(self, command: m.LearnerCommand | m.RestCommand) -> m.Message:
         start = time.time()
-        if isinstance(command, m.TrainCommand):
-            targets = _targets(setup, command.slots)
-            samples = [
-                Sample(r, t, lag) for r, t, lag in zip(command.rollouts, targets, command.lags, strict=True)
-            ]
-            if command.step is None:
-                stats = engine.measure(samples)
-                mailbox.send(m.Measured(stats, m.Span("measure", start, time.time())))
-                continue
-            report = engine.train(command.step, samples)
-            trained = time.time()
-            report.publish_bytes = publish(spec, engine, setup.channel)
-            report.publish_seconds = time.time() - trained
-            spans = [
-                m.Span("train", start, trained, {"step": command.step, "tokens": report.tokens}),
-                m.Span("publish", trained, time.time(), {"version": engine.version}),
-            ]
-            mailbox.send(m.Trained(report, spans))
-        elif isinstance(command, m.SaveCommand):
-            extra, error = {}, None
-            try:
-                extra = engine.save(command.folder)
-            except (
-                BaseException
-            ) as problem:  # a full disk comes wrapped in torch's CheckpointException, no Exception
-                error = disk_error(problem)
-                if error is None:
-                    raise
-            mailbox.send(m.Saved(extra, m.Span("save", start, time.time()), error))
-        elif isinstance(command, m.StopCommand):
-            break
-        else:
-            _rest(engine, mailbox, command)
+        match command:
+            case m.TrainCommand(step, rollouts, slots, lags):
+                return self._train(start, step, self._samples(rollouts, slots, lags))
+            case m.MeasureCommand(rollouts, slots, lags):
+                stats = self.engine.measure(self._samples(rollouts, slots, lags))
+                return m.Measured(stats, m.Span("measure", start, time.time()))
+            case m.SaveCommand():
+                return self._save(start, command)
+            case m.SleepCommand() | m.WakeCommand():
+                return _rest(self.engine, command)
+            case _:
+                assert_never(command)
+
+    def _train(self, start: float, step: int, samples: list[Sample]) -> m.Trained:
+        report = self.engine.train(step, samples)
+        trained = time.time()
+        report.publish_bytes = publish(self.spec, self.engine, self.setup.channel)
+        report.publish_seconds = time.time() - trained
+        spans = [
+            m.Span("train", start, trained, {"step": step, "tokens": report.tokens}),
+            m.Span("publish", trained, time.time(), {"version": self.engine.version}),
+        ]
+        return m.Trained(report, spans)
+
+    def _save(self, start: float, command: m.SaveCommand) -> m.Saved:
+        extra, error = {}, None
+        try:
+            extra = self.engine.save(command.folder)
+        # a full disk comes wrapped in torch's CheckpointException, no Exception
+        except BaseException as problem:
+            error = disk_error(problem)
+            if error is None:
+                raise
+        return m.Saved(extra, m.Span("save", start, time.time()), error)
+
+    def _samples(self, rollouts: list[Rollout], slots: list[m.Slot], lags: list[int]) -> list[Sample]:
+        targets = _targets(self.setup, slots)
+        return [Sample(r, t, lag) for r, t, lag in zip(rollouts, targets, lags, strict=True)]
+
+
+def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
+    """The process of one of the learner's ranks."""
+    _serve(mailbox, Learning(spec, setup, mailbox.beat).do)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def grader_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
-    """Grading apart from the conductor: a slow or hanging grader must not hold up the run's bookkeeping."""
-    from fopd_cli.tasks import load_task
+def publish(spec: WorkerSpec, engine: Learner, channel: WeightChannel) -> int:
+    """Write the learner's weights into their slot; all ranks gather, rank 0 writes."""
+    return channel.write(engine.version, engine.publish(), keep=spec.rank == 0)
 
-    task = load_task(*task_arguments(setup.recipe))
-    mailbox.send(m.Ready())
-    while True:
-        command = mailbox.receive(block=True)
-        if isinstance(command, m.StopCommand):
-            return
-        start = time.time()
-        grades = [(key, *graded(task, prompt, text)) for key, prompt, text in command.items]
-        mailbox.send(m.Graded(grades, m.Span("grade", start, time.time(), {"samples": len(grades)})))
+
+# ---- grader
+
+
+class Grading:
+    """Apart from the conductor: a slow or hanging grader must not hold up the run's bookkeeping."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.task = load_task(*task_arguments(setup.recipe))
+
+    def do(self, command: m.GraderCommand) -> m.Message:
+        match command:
+            case m.GradeCommand(items):
+                start = time.time()
+                grades = [(key, *graded(self.task, prompt, text)) for key, prompt, text in items]
+                return m.Graded(grades, m.Span("grade", start, time.time(), {"samples": len(grades)}))
+            case _:
+                assert_never(command)
+
+
+def grader_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
+    """The grader's process."""
+    _serve(mailbox, Grading(setup).do)
 
 
 def graded(task: Any, prompt: Prompt, text: str) -> tuple[float, dict[str, float]]:
@@ -206,26 +274,22 @@ def graded(task: Any, prompt: Prompt, text: str) -> tuple[float, dict[str, float
     return (float(found.score), dict(found.figures)) if isinstance(found, Grade) else (float(found), {})
 
 
+# ---- environment
+
+
 def environment_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """Commands come in while tools run; every turn is answered once, in whatever order they end."""
-    from fopd_cli.tasks import load_task
-
     task: Any = load_task(*task_arguments(setup.recipe))
-    frame = student_frame(setup.recipe, hf.load_tokenizer(setup.recipe.student.model, "student.model"))
+    environments = Environments(task, setup.frame(), mailbox.send)
     mailbox.send(m.Ready())
-    asyncio.run(_serve_episodes(mailbox, Environments(task, frame, mailbox.send)))
+    asyncio.run(_serve_episodes(mailbox, environments))
 
 
 async def _serve_episodes(mailbox: Mailbox, environments: Environments) -> None:
     loop = asyncio.get_running_loop()
     beating = asyncio.ensure_future(_beat(mailbox))
     while not isinstance(command := await loop.run_in_executor(None, mailbox.receive, True), m.StopCommand):
-        if isinstance(command, m.TurnCommand):
-            environments.turn(command)
-        elif isinstance(command, m.ReplayCommand):
-            environments.replay(command)
-        elif isinstance(command, m.CancelCommand):
-            await environments.cancel(command.keys)
+        await environments.do(command)
     beating.cancel()
     await environments.close()
 
@@ -235,11 +299,6 @@ async def _beat(mailbox: Mailbox) -> None:
     while True:
         mailbox.beat()
         await asyncio.sleep(1)
-
-
-def publish(spec: WorkerSpec, engine: Learner, channel: WeightChannel) -> int:
-    """Write the learner's weights into their slot; all ranks gather, rank 0 writes."""
-    return channel.write(engine.version, engine.publish(), keep=spec.rank == 0)
 
 
 def _targets(setup: Setup, slots: Sequence[m.Slot]) -> list[TeacherTargets]:

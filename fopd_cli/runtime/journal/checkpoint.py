@@ -1,11 +1,12 @@
 """Checkpoints: whole or absent. Written beside their final name, hashed, synced to disk, renamed; then old
 ones go.
 
-checkpoints/step-000100/   learner/ (torch.distributed.checkpoint: any number of ranks reads it)
-                           buffer.safetensors (rollouts in flight with their teacher targets)
-                           published.bin (weights of the version before, where a fixed lag still samples with them)
-                           state.json (recipe, schedule, accounting, refresh, noise floor, evaluations, totals)
-                           MANIFEST.json (size and SHA-256 of every other file)
+checkpoints/step-000100/
+    learner/             torch.distributed.checkpoint: any number of ranks reads it
+    buffer.safetensors   rollouts in flight with their teacher targets
+    published.bin        weights of the version before, where a fixed lag still samples with them
+    state.json           recipe, schedule, accounting, refresh, noise floor, evaluations, totals
+    MANIFEST.json        size and SHA-256 of every other file
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fopd_cli.errors import UserError
-from fopd_cli.samples import Rollout
+from fopd_cli.samples import PER_TOKEN, Rollout
 
 FORMAT = 2
 SUPERSEDED = ".superseded"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ARRAYS = ("token_ids", "loss_mask", "logprobs", "topk_logprobs", "topk_ids", "draw_ids", "draw_logprobs")
+ARRAYS = ("token_ids", *PER_TOKEN)  # of a rollout
 
 
 class Rhythm:

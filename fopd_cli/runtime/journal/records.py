@@ -13,7 +13,7 @@ from fopd_cli.runtime.journal.sinks import mean_and_error
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
 if TYPE_CHECKING:
-    from fopd_cli.runtime.conductor import Totals
+    from fopd_cli.runtime.journal.totals import Totals
     from fopd_cli.runtime.scheduling.schedule import Schedule
 
 MANY_TRUNCATED = 0.5  # share of responses
@@ -62,13 +62,11 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
     }
 
 
-def ledger(
-    step: int, samples: dict[int, SampleId], outcomes: dict[int, Literal["trained", "gated"]]
-) -> dict[str, Any]:
-    """Which samples a step consumed, by id."""
+def ledger(step: int, outcomes: dict[str, Literal["trained", "gated"]]) -> dict[str, Any]:
+    """What became of the samples that a step consumed, by id."""
     ids: dict[str, list[str]] = {"trained": [], "gated": []}
-    for key, what in outcomes.items():
-        ids[what].append(str(samples[key]))
+    for sample, what in outcomes.items():
+        ids[what].append(sample)
     return {"step": step, **ids}
 
 

@@ -1,8 +1,10 @@
 """The run directory: made once, locked while in use, never overwritten.
 
-runs/NAME/  recipe.yaml (resolved)  recipe-history.jsonl (what was changed at which step)  metrics.jsonl
-ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/
-            checkpoints/step-000100/  best/ (weights of eval.keep_best)  student/ (Hugging Face format)  summary.json  logs/WORKER.log
+runs/NAME/
+    recipe.yaml  recipe-history.jsonl      resolved; what was changed at which step
+    metrics.jsonl  ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/  logs/WORKER.log
+    checkpoints/step-000100/  best/        what a resume goes on from; weights of eval.keep_best
+    student/  summary.json                 the end: the student in Hugging Face's format
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from fopd_cli import paths
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, dump_recipe, load_recipe
 from fopd_cli.runtime.journal.checkpoint import verify, write_synced
+from fopd_cli.runtime.journal.sinks import Changes, JsonLines, Resume
 
 LOCK = "run.lock"
 RECORDS = ("metrics.jsonl", "ledger.jsonl", "samples.jsonl", "warnings.jsonl")
@@ -113,7 +116,7 @@ class RunDir:
         """An existing run."""
         run = cls(path)
         if not paths.is_file(run.recipe):
-            raise UserError(f"{path}: is no run directory (it has no recipe.yaml){paths.similar(path)}")
+            raise UserError(f"{path}: is not a run directory (it has no recipe.yaml){paths.similar(path)}")
         return run
 
     def load_recipe(self, overrides: list[str]) -> Recipe:
@@ -127,6 +130,17 @@ class RunDir:
                 record = json.loads(line)
                 found.append((int(record["step"]), dict(record["changed"])))
         return found
+
+    def take_up(self, recipe: Recipe, resume: Resume, changes: Changes) -> None:
+        """A run goes on with this recipe; what has changed goes down in the history."""
+        text = dump_recipe(recipe)
+        if text != self.recipe.read_text(encoding="utf-8"):
+            write_synced(self.recipe, text)
+        if changes or self.history.exists():
+            history = JsonLines(self.history, resume)
+            if changes:
+                history.write({"step": resume.step, "changed": changes})
+            history.close()
 
     def lock(self) -> None:
         """Hold the directory for this process; the kernel lets go when it dies, however it dies."""

@@ -1,7 +1,7 @@
 """What a run leaves for people to look at. All files are append-only and survive a crash.
 
 metrics.jsonl   one record a step, an evaluation, a refresh; what depends on the clock stands under "timing"
-ledger.jsonl    which samples each step trained, gated, and which a refresh dropped: the accounting, by sample id
+ledger.jsonl    the accounting, by sample id: what each step trained and gated, and what a refresh dropped
 samples.jsonl   a few rollouts as text
 warnings.jsonl  what the run said is going wrong, by step
 trace.json      a timeline for Perfetto or chrome://tracing, one track a worker
@@ -16,15 +16,16 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal.trace import Trace
+from fopd_cli.runtime.journal.trackers import Tracker
 
 BUSY = ("generate", "score", "train", "publish", "measure", "grade")
 
@@ -35,6 +36,9 @@ class Resume:
 
     step: int
     evaluated: frozenset[int]
+
+
+Changes = Mapping[str, tuple[Any, Any]]  # key of the recipe -> value before, value since
 
 
 class JsonLines:
@@ -73,21 +77,85 @@ class JsonLines:
         temporary.replace(self.path)
 
 
+class Sink(Protocol):
+    """Records of one kind."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+
+class Sinks(Protocol):
+    """Where a journal's records go."""
+
+    @property
+    def metrics(self) -> Sink: ...
+
+    @property
+    def ledger(self) -> Sink: ...
+
+    @property
+    def samples(self) -> Sink: ...
+
+    @property
+    def warnings(self) -> Sink: ...
+
+    def span(self, worker: str, span: Span) -> None: ...
+
+    def busy_shares(self) -> dict[str, float]: ...
+
+    def busy_shares_total(self) -> dict[str, float]: ...
+
+    def scalars(self, values: dict[str, float], step: int) -> None: ...
+
+    def histograms(self, values: dict[str, np.ndarray], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Recorded:
+    """Keeps records in memory: a study's, a test's. What depends on the clock is left out."""
+
+    def __init__(self) -> None:
+        self.metrics, self.ledger, self.samples, self.warnings = Records(), Records(), Records(), Records()
+
+    def span(self, worker: str, span: Span) -> None: ...
+
+    def busy_shares(self) -> dict[str, float]:
+        return {}
+
+    def busy_shares_total(self) -> dict[str, float]:
+        return {}
+
+    def scalars(self, values: dict[str, float], step: int) -> None: ...
+
+    def histograms(self, values: dict[str, np.ndarray], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Records(list[dict[str, Any]]):
+    """Of one kind, as they were written."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.append(record)
+
+    def kind(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self if record["kind"] == kind]
+
+
 class Telemetry:
-    """All of a run's output files and its progress bar."""
+    """All of a run's output files."""
 
-    def __init__(self, run_dir: Path, progress: Progress, resume: Resume | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(
+        self, run_dir: Path, resume: Resume | None, board: bool = True, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        """`board`: whether TensorBoard's files are written; `trackers` get the same scalars."""
         self.metrics = JsonLines(run_dir / "metrics.jsonl", resume)
         self.ledger = JsonLines(run_dir / "ledger.jsonl", resume)
         self.samples = JsonLines(run_dir / "samples.jsonl", resume)
         self.warnings = JsonLines(run_dir / "warnings.jsonl", resume)
         self.trace = Trace(run_dir / "trace.json")
-        self.board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=None if resume is None else resume.step + 1
-        )
-        self.progress = progress
+        self.board = _board(run_dir / "tensorboard", resume) if board else None
+        self.trackers = trackers
         self._busy: dict[str, float] = defaultdict(float)
         self._busy_total: dict[str, float] = defaultdict(float)
         self._window = self._began = time.time()
@@ -113,24 +181,28 @@ class Telemetry:
         return _by_role(self._busy_total, time.time() - self._began)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
+        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        for tracker in self.trackers:
+            tracker.log(finite, step)
+        if self.board is not None:
+            for name, value in finite.items():
                 self.board.add_scalar(name, value, step)
 
     def histograms(self, values: dict[str, np.ndarray], step: int) -> None:
+        if self.board is None:
+            return
         for name, array in values.items():
             finite = array[np.isfinite(array)]
             if len(finite):
                 self.board.add_histogram(name, finite, step)
 
-    def warn(self, step: int, text: str) -> None:
-        """Say what is going wrong, and keep it for those who look later."""
-        self.progress.say(f"step {step}: {text}")
-        self.warnings.write({"step": step, "text": text})
-
     def close(self) -> None:
-        for file in (self.metrics, self.ledger, self.samples, self.warnings, self.trace, self.board):
+        for file in (self.metrics, self.ledger, self.samples, self.warnings, self.trace):
             file.close()
+        if self.board is not None:
+            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 class Progress:
@@ -169,6 +241,12 @@ class Progress:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
+
+
+def _board(folder: Path, resume: Resume | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=None if resume is None else resume.step + 1)
 
 
 def mean_and_error(grades: Iterable[Iterable[float]]) -> tuple[float, float]:

@@ -1,11 +1,13 @@
 """What a run's own figures say is going wrong, while there is still time to act. Each thing is said once.
 
-clipping   a threshold that acts at every step guards against nothing: it sets the size of every step. Where the
-           gradient shrinks as the student learns, AdamW's steps shrink with it; clipped to one norm, they do not,
-           and a rate that was right at the start is too high later (docs/real-pair.md: this, not staleness, undid a run)
+clipping   a threshold that acts at every step guards against nothing: it sets the size of every step. Where
+           the gradient shrinks as the student learns, AdamW's steps shrink with it; clipped to one norm, they
+           do not, and a rate that was right at the start is too high later (docs/real-pair.md: this, not
+           staleness, undid a run)
 climbing   the KL to the teacher on the training samples is far above where it was
-silence    what is left of the KL stands at the beginning of answers. A student that only repeats itself is agreed with: after ten
-           equal lines the teacher expects the eleventh, and the mean over all tokens falls (docs/real-pair.md)
+silence    what is left of the KL stands at the beginning of answers. A student that only repeats itself is
+           agreed with: after ten equal lines the teacher expects the eleventh, and the mean over all tokens
+           falls (docs/real-pair.md)
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ class Watch:
         if not first > max(UNEVEN * last, FAR):
             return None
         return (
-            f"what is left of the KL stands at the beginning of answers ({first:.2g} nats a token in "
+            f"what is left of the KL stands at the beginning of answers ({first:.2g} nats per token in "
             f"their first quarter, {last:.2g} in "
-            "their last): a student that repeats itself is agreed with; read what it says (samples.jsonl, "
-            "or fopd report RUN)"
+            "their last): the teacher agrees with a student that repeats itself; read what it says "
+            "(samples.jsonl, or fopd report RUN)"
         )

@@ -1,19 +1,22 @@
 """How much memory each process takes, by arithmetic: nothing is loaded, no device is asked.
 
-A process holds some things at all times and others in phases of its work, one phase at a time; its peak is the
-former and the largest of the latter. `tests/runtime/test_memory_model.py` holds the sums against measured bytes
-on a CPU: shards and their states, what a block keeps for its backward pass, resident memory of real processes.
-What needs a GPU to be measured, a CUDA context and the buffers of its libraries, is an estimate and says so.
+A process holds some things at all times and others in phases of its work, one phase at a time; its peak is
+the former and the largest of the latter. `tests/runtime/test_memory_model.py` holds the sums against measured
+bytes on a CPU: shards and their states, what a block keeps for its backward pass, resident memory of real
+processes. What needs a GPU to be measured, a CUDA context and the buffers of its libraries, is an estimate
+and says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from fopd_cli.engines.models.shapes import Shapes
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.recipe.schema import Learner, Recipe, Sampler, Teacher
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory.sizes import total_memory
@@ -84,9 +87,9 @@ def largest(parts: Parts, count: int = 4) -> str:
 
 
 def kept_by_a_block(s: Shapes, size: int) -> int:
-    """Bytes a token that a block keeps for its backward pass, computing in numbers of `size` bytes: both norms'
-    fp32 input, their result before and after their weight; queries, keys, values and what attention makes of
-    them; of the MLP the gate, its activation, the other half and their product.
+    """Bytes a token that a block keeps for its backward pass, computing in numbers of `size` bytes: both
+    norms' fp32 input, their result before and after their weight; queries, keys, values and what attention
+    makes of them; of the MLP the gate, its activation, the other half and their product.
     """
     norm = 4 + 2 * size
     normed = (4 + size) * (s.queries + s.keys // 2) if s.normed_queries else 0
@@ -94,8 +97,8 @@ def kept_by_a_block(s: Shapes, size: int) -> int:
 
 
 def under_way_in_a_block(s: Shapes, size: int) -> int:
-    """Bytes a token at the widest place of a block's forward pass without gradients: the residual, a norm, the
-    MLP's gate, other half and product.
+    """Bytes a token at the widest place of a block's forward pass without gradients: the residual, a norm,
+    the MLP's gate, other half and product.
     """
     return size * 2 * s.width + (4 + size) * s.width + size * max(3 * s.inner, 2 * s.queries + s.keys)
 
@@ -241,8 +244,8 @@ def vllm(
     log_probs: bool,
     live: bool,
 ) -> Use:
-    """One replica split over `split` devices of `device` bytes, of each of which it takes `share` at its start,
-    whatever it needs. `live`: its weights are updated.
+    """One replica split over `split` devices of `device` bytes, of each of which it takes `share` at its
+    start, whatever it needs. `live`: its weights are updated.
     """
     size = dtype.itemsize
     weights = Part("weights", size * s.parameters // split)
@@ -324,7 +327,7 @@ def workers(recipe: Recipe, plan: Plan, models: Models, device_bytes: int) -> li
     """Every process that holds a model, on devices of so many bytes each."""
     found = [Worker(spec, of_learner(recipe, spec, models)) for spec in plan.learners]
     for section, ranks in zip(recipe.teachers, plan.teachers, strict=True):
-        if section.engine != "http":
+        if not engine_of(section).remote:
             found += [Worker(r, of_teacher(recipe, section, r, models, device_bytes)) for r in ranks]
     found += [Worker(spec, of_sampler(recipe, spec, models, device_bytes)) for spec in plan.samplers]
     return found
@@ -352,25 +355,21 @@ def of_learner(recipe: Recipe, spec: WorkerSpec, models: Models) -> Use:
 
 def of_teacher(recipe: Recipe, section: Teacher, spec: WorkerSpec, models: Models, device_bytes: int) -> Use:
     """One rank of a teacher that runs here."""
-    cuda, s = bool(spec.devices), models.teachers[section.name]
+    cuda, s, keys = bool(spec.devices), models.teachers[section.name], _keys(section)
     dtype = _dtype(section.dtype, cuda)
-    if section.engine == "vllm" and not cuda:
+    if engine_of(section).claims and not cuda:
         return vllm_on_cpu(
-            s,
-            dtype=dtype,
-            rows=section.batch_samples,
-            longest=models.judged,
-            batched=section.vllm.max_batched_tokens,
+            s, dtype=dtype, rows=section.batch_samples, longest=models.judged, batched=keys.max_batched_tokens
         )
-    if section.engine == "vllm":
+    if engine_of(section).claims:
         return vllm(
             s,
             dtype=dtype,
             split=len(spec.devices),
-            share=spec.share or section.vllm.gpu_memory,
+            share=spec.share or keys.gpu_memory,
             device=device_bytes,
             longest=models.judged,
-            batched=section.vllm.max_batched_tokens,
+            batched=keys.max_batched_tokens,
             log_probs=True,
             live=False,
         )
@@ -387,25 +386,25 @@ def of_teacher(recipe: Recipe, section: Teacher, spec: WorkerSpec, models: Model
 
 def of_sampler(recipe: Recipe, spec: WorkerSpec, models: Models, device_bytes: int) -> Use:
     """One replica of a plan's sampler."""
-    section, cuda = recipe.sampler, bool(spec.devices)
+    section, cuda, keys = recipe.sampler, bool(spec.devices), _keys(recipe.sampler)
     dtype = _dtype(section.dtype, cuda)
-    if section.engine == "vllm" and not cuda:
+    if engine_of(section).claims and not cuda:
         return vllm_on_cpu(
             models.student,
             dtype=dtype,
             rows=section.concurrency,
             longest=models.longest,
-            batched=section.vllm.max_batched_tokens,
+            batched=keys.max_batched_tokens,
         )
-    if section.engine == "vllm":
+    if engine_of(section).claims:
         return vllm(
             models.student,
             dtype=dtype,
             split=len(spec.devices),
-            share=spec.share or section.vllm.gpu_memory,
+            share=spec.share or keys.gpu_memory,
             device=device_bytes,
             longest=models.longest,
-            batched=section.vllm.max_batched_tokens,
+            batched=keys.max_batched_tokens,
             log_probs=False,
             live=True,
         )
@@ -466,6 +465,12 @@ def _named(worker: Worker, part: Part, several: bool) -> Part:
     return Part(f"{worker.spec.name}: {part.what}", part.nbytes) if several else part
 
 
+def _keys(section: Sampler | Teacher) -> Any:
+    """Of an engine that claims a share of a device."""
+    engine = engine_of(section)
+    return engine.keys(section) if engine.claims else None
+
+
 def _dtype(name: str, cuda: bool) -> torch.dtype:
     wide = name == "fp32" or (name == "auto" and not cuda)
     return torch.float32 if wide else torch.bfloat16
@@ -489,14 +494,14 @@ class Fit:
         """
         room = (1 - SPARE) * self.device_bytes
         found = workers(self.recipe, plan, self.models, self.device_bytes)
-        claims = self.recipe.sampler.engine == "vllm"
+        claims = engine_of(self.recipe.sampler).claims
         by_teacher: dict[str, float] = {}
         taken = 0
         for worker in {(w.spec.role, w.spec.index): w for w in found}.values():
             if worker.spec.role == "sampler" and claims:
                 continue
             section = self.recipe.teachers[worker.spec.index] if worker.spec.role == "teacher" else None
-            if section is not None and section.engine == "vllm":
+            if section is not None and engine_of(section).claims:
                 by_teacher[section.name] = worker.use.least / self.device_bytes
                 taken += worker.use.least
             else:

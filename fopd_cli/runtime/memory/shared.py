@@ -46,8 +46,8 @@ def shared_bytes(nbytes: int) -> Tensor:
 def page_lock(memory: Tensor, runtime: Any) -> int:
     """Have CUDA's runtime library lock the memory's pages; returns its error, 0 if there is none.
 
-    A refusal stays pending in the library until somebody asks for it, and would be taken for the failure of the
-    next kernel that is launched: so it is asked for here.
+    A refusal stays pending in the library until somebody asks for it, and would be taken for the failure of
+    the next kernel that is launched: so it is asked for here.
     """
     pointer, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)
     error = int(runtime.cudaHostRegister(pointer, size, ctypes.c_uint(PORTABLE)))

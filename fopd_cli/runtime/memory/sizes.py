@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from fopd_cli.recipe import Recipe
 from fopd_cli.samples import TargetSpec
@@ -31,15 +32,12 @@ def arena_bytes(recipe: Recipe, specs: Sequence[TargetSpec]) -> int:
 
 def total_memory() -> int:
     """RAM of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().total)
 
 
 def available_memory() -> int:
     """RAM that can be had now without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return total_memory()
+    return int(psutil.virtual_memory().available)
 
 
 def free_shared_memory() -> int:

@@ -1,6 +1,6 @@
 """Learner weights -> samplers: two slots in shared memory, each one whole version under Hugging Face names.
 
-    learner: gather, cast, write slot (t + 1) % 2   ->   conductor: Load   ->   sampler: read it, entirely or not at all
+    learner: gather, cast, write slot (t + 1) % 2  ->  conductor: Load  ->  sampler: read it, all or nothing
 
 The memory belongs to the conductor, is inherited by the workers, and has no name in the file system. A
 sampler that splits its model over processes of its own (vLLM, tensor parallel) hands them the slot by the

@@ -32,7 +32,6 @@ class Running:
     observations: list[np.ndarray] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     answer: str | None = None
-    sampling: bool = True  # else it waits, for its environment or for the others of its group
 
     @property
     def spent(self) -> int:
@@ -57,7 +56,6 @@ class Episodes:
         episode = self.running.get(turn.key)
         if episode is not None:
             episode.turns.append(turn)
-            episode.sampling = False
         return episode
 
     def on_observed(
@@ -102,10 +100,6 @@ class Episodes:
         """Give some up; returns those that there were."""
         return [key for key in list(keys) if self.running.pop(key, None) is not None]
 
-    def waiting(self, replica: int) -> int:
-        """Episodes of a replica that it has nothing to do for."""
-        return sum(e.replica == replica and not e.sampling for e in self.running.values())
-
 
 def _seed(seed: int, turn: int) -> int:
     """Of a later turn; depends on the sample and the turn alone."""
@@ -118,7 +112,7 @@ def joined(episode: Running) -> Rollout:
     nan.
     """
     turns, observations = episode.turns, episode.observations[: len(episode.turns) - 1]
-    ids, mask, spans, places = [episode.first.token_ids], [], [], []
+    ids, spans, places = [episode.first.token_ids], [], []
     arrays: dict[str, list[np.ndarray]] = {
         name: [] for name in PER_TOKEN if getattr(turns[0], name) is not None
     }
@@ -126,7 +120,6 @@ def joined(episode: Running) -> Rollout:
     for number, turn in enumerate(turns):
         n = turn.response_length
         ids.append(turn.response_ids)
-        mask.append(turn.loss_mask)
         spans += [(version, at + start, at + stop) for version, start, stop in turn.spans]
         places.append((at, at + n))
         for name, parts in arrays.items():
@@ -135,18 +128,16 @@ def joined(episode: Running) -> Rollout:
         if number < len(observations):
             n = len(observations[number])
             ids.append(observations[number])
-            mask.append(np.zeros(n, dtype=bool))
             spans.append((spans[-1][0], at, at + n))
             for name, parts in arrays.items():
-                filler = np.nan if name == "logprobs" else 0
-                parts.append(np.full((n, *parts[-1].shape[1:]), filler, dtype=parts[-1].dtype))
+                shape = (n, *parts[-1].shape[1:])
+                parts.append(np.full(shape, PER_TOKEN[name].unsampled, dtype=parts[-1].dtype))
             at += n
     whole: dict[str, Any] = {name: np.concatenate(parts) for name, parts in arrays.items()}
     return Rollout(
         key=episode.first.key,
         token_ids=np.concatenate(ids).astype(np.int32),
         prompt_length=len(episode.first.token_ids),
-        loss_mask=np.concatenate(mask),
         spans=_merged(spans),
         finish=turns[-1].finish,
         turns=places,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fopd_cli.engines.models import hf
+from fopd_cli.engines.registry import teacher_facts
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream
@@ -35,7 +36,7 @@ def rooms(
     for t in recipe.teachers:
         key, config = teachers.get(t.name, ("teacher.http.url", None))
         known = served.get(t.name) if config is None else _context(config)
-        found.append(Room(key, known, t.name, tells(t), int(t.engine != "transformers")))
+        found.append(Room(key, known, t.name, tells(t), teacher_facts(t).generates))
     return found
 
 

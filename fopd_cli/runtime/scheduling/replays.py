@@ -1,21 +1,15 @@
-"""Replayed contexts between the environment and the teacher, and what they cost."""
+"""What replayed contexts cost: how many were looked at, and how long the learner waited for them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 
-from fopd_cli.runtime.crew import messages as m
-from fopd_cli.samples import Context
-
 
 class Replays:
-    """`contexts` holds the current context of each sample whose context changed, until the sample is done
-    with.
-    """
+    """Those under way, and sums since the last optimizer step."""
 
     def __init__(self) -> None:
-        self.contexts: dict[int, Context] = {}
         self._under_way: set[int] = set()
         self._since: float | None = None  # when they began to hold the learner, if they do
         self._clear()
@@ -34,21 +28,15 @@ class Replays:
         """The learner is free now."""
         self._since = time.time() if self._under_way else None
 
-    def end(self, message: m.Replayed) -> None:
-        """One of them is known."""
-        if message.context is not None:
-            self.contexts[message.key] = message.context
-            self._changed += 1
+    def end(self, key: int, changed: bool, seconds: float) -> None:
+        """One of them is known; its execution took that long."""
+        self._changed += changed
         self._replayed += 1
-        self._executed += message.span.end - message.span.start
-        self._done(message.key)
+        self._executed += seconds
+        self.forget(key)
 
     def forget(self, key: int) -> None:
-        """Its sample is gone."""
-        self.contexts.pop(key, None)
-        self._done(key)
-
-    def _done(self, key: int) -> None:
+        """It is known, or its sample is gone."""
         if key in self._under_way:
             self._under_way.discard(key)
             if not self._under_way and self._since is not None:

@@ -275,7 +275,7 @@ class Schedule:
         running.clear()
 
     # ---- what to start -------------------------------------------------------------------------------------
-    # `_plan_*` only look; `_start_*` change the state and return the actions that the conductor must carry out.
+    # `_plan_*` only look; `_start_*` change the state and return the actions for the conductor to carry out.
 
     @property
     def done(self) -> bool:

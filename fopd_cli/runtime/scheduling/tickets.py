@@ -15,7 +15,7 @@ Role = Literal["sampler", "teacher", "learner"]
 
 
 class State(StrEnum):
-    """Where a sample is. TRAINED, GATED and REFRESHED are final; such tickets are only counted."""
+    """Where a sample is. One that was trained on, gated or dropped by a refresh has no ticket any more."""
 
     PLANNED = "planned"  # its prompt is to be sampled again (after a refresh or a restart)
     SAMPLING = "sampling"
@@ -89,11 +89,6 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Abort:
-    replica: int
-
-
-@dataclass(frozen=True)
 class Score:
     teacher: int
     keys: tuple[int, ...]
@@ -132,4 +127,4 @@ class Lease:
     waker: Role
 
 
-Action = Generate | Load | Abort | Score | Replay | Train | Measure | Lease
+Action = Generate | Load | Score | Replay | Train | Measure | Lease

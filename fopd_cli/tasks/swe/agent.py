@@ -71,7 +71,7 @@ class Scaffold:
             self.model["observation_template"], self.model["format_error_template"]  # both are needed
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"task.scaffold: {found} has no {error}; it is no configuration of mini-swe-agent"
+                f"task.scaffold: {found} has no {error}; it is not a configuration of mini-swe-agent"
             ) from None
         self.notation = notation
         self.environment = dict(config.get("environment", {}))

@@ -44,7 +44,7 @@ def _instance(row: dict[str, Any], place: str, key: str, source: str) -> Instanc
         if name not in row
     ]
     if missing:
-        raise UserError(f"{where} has no column {missing[0]!r}; an instance of SWE-bench has it")
+        raise UserError(f"{where} has no column {missing[0]!r}, which every SWE-bench instance has")
     for name in ("instance_id", "problem_statement"):
         if row[name] is None or not str(row[name]).strip():
             raise UserError(

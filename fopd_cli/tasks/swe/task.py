@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import SweTask
 from fopd_cli.samples import Prompt
 from fopd_cli.sandbox import bubblewrap
 from fopd_cli.sandbox.limits import Limits
 from fopd_cli.tasks import held_out
 from fopd_cli.tasks.base import Grade
+from fopd_cli.tasks.sections import takes
 from fopd_cli.tasks.swe import generated
 from fopd_cli.tasks.swe.agent import AgentEpisode, Scaffold, require
 from fopd_cli.tasks.swe.grading import harness, judge
@@ -25,48 +27,32 @@ class Swe:
     repositories of ours.
     """
 
-    def __init__(
-        self,
-        train: str | None = None,
-        eval: str | None = None,
-        scaffold: str = "swebench_backticks",
-        notation: Literal["code", "native"] = "code",
-        max_turns: int = 50,
-        chat: bool = True,
-        sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap",
-        wall_s: float = 60.0,
-        test_wall_s: float = 1800.0,
-        memory_mb: int = 2048,
-        grader: Literal["tests", "swebench"] = "tests",
-        train_prompts: int = 20_000,
-        eval_prompts: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        if train is None and eval is not None:
+    @takes("swe", SweTask)
+    def __init__(self, options: SweTask) -> None:
+        train, own = options.train, options.eval
+        if train is None and own is not None:
             raise UserError(
-                "task.train: give it, too, or neither it nor task.eval for generated repositories"
+                "task.train: is missing; give it together with task.eval, or leave out both for generated "
+                "repositories"
             )
-        if grader == "swebench" and (eval is None or not eval.startswith("hf:")):
+        if options.grader == "swebench" and (own is None or not own.startswith("hf:")):
             raise UserError(
                 "task.grader: swebench judges instances of a dataset that it knows; set task.eval: "
                 "hf:owner/name:split"
             )
         require()
-        if sandbox == "bubblewrap":
+        if options.sandbox == "bubblewrap":
             bubblewrap.check()
-        self.sources = {"train": train, "eval": eval}
-        self.scaffold = Scaffold(scaffold, notation, max_turns)
-        self.chat, self.notation, self.sandbox, self.grader = chat, notation, sandbox, grader
+        self.options = options
+        self.scaffold = Scaffold(options.scaffold, options.notation, options.max_turns)
         self.limits = Limits(
-            wall_s=wall_s,
-            cpu_s=int(max(wall_s, test_wall_s)),
-            memory_mb=memory_mb,
+            wall_s=options.wall_s,
+            cpu_s=int(max(options.wall_s, options.test_wall_s)),
+            memory_mb=options.memory_mb,
             processes=256,
             disk_mb=512,
             workspace_mb=2048,
         )
-        self.test_wall_s = test_wall_s
-        self.train_prompts, self.eval_prompts, self.seed = train_prompts, eval_prompts, seed
         self.notices: list[str] = []
         self._slots: threading.Semaphore | None = None
 
@@ -75,14 +61,15 @@ class Swe:
 
     def instances(self, split: Literal["train", "eval"]) -> list[Instance]:
         """Of a split; what is held out is not trained on."""
-        train, own = self.sources["train"], self.sources["eval"]
+        options = self.options
+        train, own = options.train, options.eval
         if train is None:
             return generated.instances(
-                split, self.train_prompts, self.seed, self.eval_prompts or held_out.DEFAULT
+                split, options.train_prompts, options.seed, options.eval_prompts or held_out.DEFAULT
             )
         ours = self._split_off(train) if own is None else load_instances(own, "task.eval")
         if own is not None:
-            ours = ours[: held_out.size(self.eval_prompts, len(ours), shared=own == train)]
+            ours = ours[: held_out.size(self.options.eval_prompts, len(ours), shared=own == train)]
         if split == "eval":
             return ours
         known = {made.id for made in ours}
@@ -96,7 +83,7 @@ class Swe:
     def _split_off(self, source: str) -> list[Instance]:
         found = load_instances(source, "task.train")
         chosen = held_out.drawn(
-            [made.id for made in found], held_out.size(self.eval_prompts, len(found), shared=True)
+            [made.id for made in found], held_out.size(self.options.eval_prompts, len(found), shared=True)
         )
         self.notices = [
             (
@@ -109,15 +96,15 @@ class Swe:
     def grade(self, prompt: Prompt, response: str) -> Grade:
         """Of the submitted patch. An agent that never submitted has none."""
         instance: Instance = prompt.payload["instance"]
-        if self.grader == "swebench":
-            assert self.sources["eval"] is not None
-            name, _, split = self.sources["eval"].removeprefix("hf:").partition(":")
+        if self.options.grader == "swebench":
+            assert self.options.eval is not None
+            name, _, split = self.options.eval.removeprefix("hf:").partition(":")
             return harness(instance, response, name.partition("@")[0], split or "test")
         if not response.lstrip().startswith("diff "):
             return Grade(0.0, {"submitted": 0.0})
         place = self.place(instance)
         try:
-            return judge(instance, place, response, self.test_wall_s)
+            return judge(instance, place, response, self.options.test_wall_s)
         finally:
             place.close()
 
@@ -127,21 +114,21 @@ class Swe:
 
     def place(self, instance: Instance) -> Place:
         """A fresh checkout."""
-        if self.sandbox in ("docker", "podman"):
-            return ContainerPlace(instance, self.limits, self.sandbox)
+        if self.options.sandbox in ("docker", "podman"):
+            return ContainerPlace(instance, self.limits, self.options.sandbox)
         if self._slots is None:  # one a process: a task is built in several, and a semaphore does not travel
             self._slots = threading.Semaphore(max(4, os.cpu_count() or 1))
-        return LocalPlace(instance, self.limits, self._slots, self.sandbox == "bubblewrap")
+        return LocalPlace(instance, self.limits, self._slots, self.options.sandbox == "bubblewrap")
 
     def _prompt(self, index: int, instance: Instance) -> Prompt:
         messages = self.scaffold.messages(instance.problem)
         tools: list[dict[str, Any]] = []
-        if self.notation == "native":
+        if self.options.notation == "native":
             from minisweagent.models.utils.actions_toolcall import BASH_TOOL
 
             tools = [BASH_TOOL]
         payload = {"instance": instance, "problem": instance.problem}
-        if self.chat:
+        if self.options.chat:
             return Prompt(index, messages=messages, payload=payload, tools=tools, place=instance.place)
         return Prompt(
             index,

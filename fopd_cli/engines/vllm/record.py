@@ -1,0 +1,12 @@
+"""vLLM, inside our worker processes."""
+
+from fopd_cli.engines.record import Engine, SamplerFacts, TeacherFacts
+
+RECORD = Engine(
+    "vllm",
+    sampler=SamplerFacts(adapters=True, copies=False, one_rotation=True),
+    teacher=TeacherFacts(frozenset({"topk", "sampled"})),
+    claims=True,
+    cuda=True,
+    split="tensor_parallel",
+)

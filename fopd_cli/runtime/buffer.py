@@ -1,0 +1,152 @@
+"""Samples at hand: from the sampler's hands until the learner is done with them, one entry each.
+
+    add ──> reserve (room for the teacher's targets) ──> grade, context ──> forget
+
+The schedule knows who a sample is and what may be done with it; what there is of it stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fopd_cli.errors import UserError
+from fopd_cli.runtime.crew.messages import Slot
+from fopd_cli.runtime.journal.checkpoint import load_buffer, save_buffer
+from fopd_cli.runtime.memory.arena import Arena
+from fopd_cli.samples import Context, Rollout, TargetSpec
+from fopd_cli.tasks.replay import cached
+
+
+@dataclass
+class Entry:
+    """One sample. `teacher` is the number of the teacher that judges it."""
+
+    rollout: Rollout
+    teacher: int
+    slot: Slot | None = None  # where its targets lie, once there is room for them
+    scoring: bool = False  # a teacher has been asked and has not answered
+    grade: float | None = None  # None: not graded yet; nan: nobody can tell
+    metrics: dict[str, float] = field(default_factory=dict)  # what its grader said beside the grade
+    context: Context | None = None  # as a replay found it, if it has changed since the sample was judged
+
+    @property
+    def key(self) -> int:
+        return self.rollout.key
+
+    @property
+    def targets(self) -> Slot:
+        """Where its targets lie, for those who know that there are some."""
+        assert self.slot is not None
+        return self.slot
+
+    @property
+    def score(self) -> float:
+        """The grade, for those who know that there is one."""
+        assert self.grade is not None
+        return self.grade
+
+    def judged(self, told: np.ndarray | None) -> Rollout:
+        """The rollout with the context on which its teacher is to judge it now; `told` are int32 ids of the
+        prompt as the teacher reads it, None: as the student does.
+        """
+        context = self.context
+        if context is None and told is not None:
+            context = cached(self.rollout, told)
+        return self.rollout if context is None else replace(self.rollout, context=context)
+
+
+class Buffer:
+    """All samples at hand, by key, and the shared memory of their targets. `specs` are those of each
+    teacher.
+    """
+
+    def __init__(self, specs: tuple[TargetSpec, ...], nbytes: int) -> None:
+        self.specs, self.arena = specs, Arena(nbytes)
+        self.entries: dict[int, Entry] = {}
+
+    def __contains__(self, key: int) -> bool:
+        return key in self.entries
+
+    def __getitem__(self, key: int) -> Entry:
+        return self.entries[key]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, rollout: Rollout, teacher: int) -> Entry:
+        """A sampler has finished it."""
+        entry = self.entries[rollout.key] = Entry(rollout, teacher)
+        return entry
+
+    def reserve(self, keys: Iterable[int]) -> bool:
+        """Room for the targets of all these samples, or for none."""
+        taken: list[int] = []
+        for key in keys:
+            if not self._allocate(self.entries[key]):
+                for other in taken:
+                    self.release(other)
+                return False
+            taken.append(key)
+        return True
+
+    def _allocate(self, entry: Entry) -> bool:
+        positions = entry.rollout.response_length
+        offset = self.arena.allocate(self.specs[entry.teacher].nbytes(positions))
+        if offset is not None:
+            entry.slot = Slot(offset, positions, entry.teacher)
+        return offset is not None
+
+    def release(self, key: int) -> None:
+        """Give the room of its targets back. Scored once more, it is judged on its first context, as ever."""
+        entry = self.entries[key]
+        self.arena.free(entry.targets.offset)
+        entry.slot = entry.context = None
+
+    def forget(self, key: int) -> None:
+        """A sample is done with, whatever became of it."""
+        if key in self.entries:
+            if self.entries[key].slot is not None:
+                self.release(key)
+            del self.entries[key]
+
+    def ungraded(self) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.grade is None]
+
+    # ---- on disk -------------------------------------------------------------------------------------------
+
+    def save(self, path: Path, keys: Collection[int], scored: Iterable[int]) -> dict[str, Any]:
+        """Write these samples, and the targets of those that are `scored`; returns what else must be
+        remembered of them, as JSON.
+        """
+        targets = {key: self._memory(self.entries[key].targets) for key in sorted(scored)}
+        entries = [self.entries[key] for key in sorted(keys)]
+        return {
+            "rollouts": save_buffer(path, [e.rollout for e in entries], targets),
+            "grades": {e.key: e.grade for e in entries if e.grade is not None},
+        }
+
+    def load(self, path: Path, state: Mapping[str, Any], teachers: Mapping[int, int]) -> None:
+        """The inverse; `teachers` says who judges each sample. Raises `UserError` if the targets find no
+        room.
+        """
+        rollouts, targets = load_buffer(path, state["rollouts"])
+        for rollout in rollouts:
+            self.add(rollout, teachers[rollout.key])
+        for key, grade in state["grades"].items():
+            self.entries[int(key)].grade = grade
+        for key, raw in targets.items():
+            if not self._allocate(self.entries[key]):
+                raise UserError("teacher.buffer_gb: too small for the buffer in the checkpoint; raise it")
+            self._memory(self.entries[key].targets)[:] = raw
+
+    def _memory(self, slot: Slot) -> np.ndarray:
+        """uint8, a view of the targets that lie there."""
+        nbytes = self.specs[slot.teacher].nbytes(slot.positions)
+        memory: torch.Tensor = self.arena.memory[slot.offset : slot.offset + nbytes]
+        return memory.numpy()

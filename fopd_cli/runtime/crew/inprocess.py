@@ -1,0 +1,168 @@
+"""A crew within this process, on a virtual clock. What is sampled, judged and learnt is real, or made up;
+*when* it ends is made up by a cost model, so that a run is deterministic and lags mix as they do where
+engines work side by side.
+
+    send ──> Engines.do, at once ──> answers, each at its time on the clock ──receive──> conductor
+
+For studies, tests and plans: nobody is lost, nobody sleeps, and everything runs on the CPU of the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Protocol, assert_never
+
+from fopd_cli.runtime.build import Setup
+from fopd_cli.runtime.crew import messages as m
+from fopd_cli.runtime.crew.crew import Engine
+from fopd_cli.runtime.crew.environment import LocalEnvironments
+from fopd_cli.runtime.crew.fleet import WorkerSpec
+from fopd_cli.runtime.crew.roles import Grading, Learning, Sampling, Teaching
+from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.scheduling.tickets import Role
+
+
+class Engines(Protocol):
+    """Who does the work."""
+
+    def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
+        """All that comes of a command: one answer, of a `GenerateCommand` one for each of its samples, of
+        others that ask for nothing none.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Costs(Protocol):
+    """How long things take, in the units of the clock."""
+
+    def ends(
+        self, now: float, engine: Engine, command: m.Command, answers: Sequence[m.Answer]
+    ) -> Sequence[float]:
+        """When an engine that was told something now gives each of its answers."""
+        ...
+
+    def stopped(self, now: float, engine: Engine) -> None:
+        """What a sampler had under way is given up."""
+
+
+class InProcess:
+    """See `Crew`. `now` is the virtual time."""
+
+    def __init__(self, engines: Engines, costs: Costs) -> None:
+        self.engines, self.costs, self.now = engines, costs, 0.0
+        self._events: list[tuple[float, int, Engine, m.Event]] = []  # a heap
+        self._order = itertools.count()
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> None:
+        self.engines.close()
+
+    def start(self) -> None:
+        """They stand since they were made."""
+
+    def send(self, engine: Engine, command: m.Command) -> None:
+        answers = self.engines.do(engine, command)
+        if isinstance(command, m.AbortCommand):
+            self._events = [e for e in self._events if e[2] != engine or not isinstance(e[3], m.Sampled)]
+            heapq.heapify(self._events)
+            self.costs.stopped(self.now, engine)
+        ends = self.costs.ends(self.now, engine, command, answers)
+        for end, answer in zip(ends, answers, strict=True):
+            self._happens(end, engine, answer)
+
+    def lease(self, sleeper: Role | None, waker: Role) -> None:
+        self._happens(self.now, Engine(waker), m.Leased(waker))
+
+    def _happens(self, at: float, engine: Engine, event: m.Event) -> None:
+        heapq.heappush(self._events, (at, next(self._order), engine, event))
+
+    def receive(self) -> Iterator[tuple[Engine, m.Event]]:
+        """All that happens next at one moment, what follows from it at the same moment included."""
+        if not self._events:
+            raise RuntimeError("nothing is under way, and nothing can start: the schedule is broken")
+        self.now = self._events[0][0]
+        while self._events and self._events[0][0] <= self.now:
+            _, _, engine, event = heapq.heappop(self._events)
+            yield engine, event
+
+    def end_programs(self) -> None:
+        """Those of the environment end with it."""
+
+    def memory(self) -> dict[str, int]:
+        return {}
+
+
+class LocalEngines:
+    """The engines of a run, each made as its worker process would make it, of one rank each."""
+
+    def __init__(self, plan: Plan, setup: Setup) -> None:
+        self.setup = setup
+        self.learner = Learning(_alone(plan.learners[0]), setup, _breathe)
+        self.teachers = [Teaching(_alone(ranks[0]), setup, _breathe) for ranks in plan.teachers]
+        self.samplers = [Sampling(_alone(spec), setup) for spec in plan.samplers]
+        self.grader = Grading(setup)
+        self._open = contextlib.ExitStack()
+
+    @cached_property
+    def environments(self) -> LocalEnvironments:
+        """Of a task that has some."""
+        task: Any = self.grader.task
+        return self._open.enter_context(LocalEnvironments(task, self.setup.frame()))
+
+    def close(self) -> None:
+        self._open.close()
+
+    def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
+        match command:
+            case m.GenerateCommand():
+                return self._generate(self.samplers[engine.index], command)
+            case m.LoadCommand() | m.AbortCommand():
+                return _answers(self.samplers[engine.index].do(command))
+            case m.ScoreCommand():
+                return _answers(self.teachers[engine.index].do(command))
+            case m.TrainCommand() | m.MeasureCommand() | m.SaveCommand():
+                return _answers(self.learner.do(command))
+            case m.GradeCommand():
+                return _answers(self.grader.do(command))
+            case m.TurnCommand() | m.ReplayCommand():
+                self.environments.send(command)
+                return self.environments.receive(block=True)
+            case m.CancelCommand():
+                self.environments.send(command)
+                return ()
+            case _:
+                assert_never(command)
+
+    def _generate(self, sampler: Sampling, command: m.GenerateCommand) -> list[m.Answer]:
+        """One answer a sample, in the order of their keys."""
+        sampler.do(command)
+        found = []
+        while sampler.busy:
+            if (sampled := sampler.step()) is not None:
+                found += sampled.rollouts
+        return [m.Sampled([rollout], [], 0) for rollout in sorted(found, key=lambda r: r.key)]
+
+
+def _alone(spec: WorkerSpec) -> WorkerSpec:
+    """The same engine as one rank."""
+    return replace(spec, rank=0, world=1)
+
+
+def _breathe() -> None:
+    """Nobody waits for a sign of life."""
+
+
+def _answers(message: m.Message | None) -> Sequence[m.Answer]:
+    if message is None:
+        return ()
+    assert isinstance(message, m.Answer)
+    return (message,)

@@ -1,0 +1,112 @@
+"""Engines that do no work: what a run would do, and when, if only the costs of its commands are known.
+
+Responses have lengths drawn from the sample's own seed, and nothing in them; every grade is 0; environments
+end an episode after its first turn and never change their mind. Nothing here says anything about learning.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import assert_never
+
+import numpy as np
+
+from fopd_cli.runtime.crew import messages as m
+from fopd_cli.runtime.crew.crew import Engine
+from fopd_cli.samples import Request, Rollout, SampleStats, StepReport
+
+NOW = m.Span("pretend", 0.0, 0.0, {"ms": 0.0, "gb_per_s": 0.0})
+QUARTERS = 4
+
+
+class Pretend:
+    """See `Engines` in `inprocess.py`."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[Engine, int] = {}
+
+    def close(self) -> None: ...
+
+    def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
+        match command:
+            case m.GenerateCommand(requests):
+                version = self._loaded[engine]
+                return [m.Sampled([_response(request, version)], [], 0) for request in requests]
+            case m.LoadCommand(version):
+                self._loaded[engine] = version
+                return [m.Loaded(version, NOW)]
+            case m.ScoreCommand(rollouts):
+                return [m.Scored([rollout.key for rollout in rollouts], NOW)]
+            case m.TrainCommand(step, rollouts, _, lags):
+                return [m.Trained(_report(step, rollouts, lags), [])]
+            case m.MeasureCommand(rollouts, _, lags):
+                return [m.Measured(_stats(rollouts, lags), NOW)]
+            case m.SaveCommand():
+                return [m.Saved({}, NOW)]
+            case m.GradeCommand(items):
+                return [m.Graded([(key, 0.0, {}) for key, _, _ in items], NOW)]
+            case m.TurnCommand(key, life):
+                return [m.Observed(key, life, None, [], None, NOW)]
+            case m.ReplayCommand(rollout):
+                return [m.Replayed(rollout.key, None, NOW)]
+            case m.AbortCommand() | m.CancelCommand():
+                return []
+            case _:
+                assert_never(command)
+
+
+def _response(request: Request, version: int) -> Rollout:
+    length = random.Random(request.seed).randint(1, request.params.max_new_tokens)
+    return Rollout(
+        key=request.key,
+        token_ids=np.concatenate([request.token_ids, np.zeros(length, np.int32)]),
+        prompt_length=len(request.token_ids),
+        loss_mask=np.ones(length, dtype=bool),
+        logprobs=np.zeros(length, np.float32),
+        spans=[(version, 0, length)],
+        finish="stop" if length < request.params.max_new_tokens else "length",
+    )
+
+
+def _stats(rollouts: Sequence[Rollout], lags: Sequence[int]) -> SampleStats:
+    zeros, ones = np.zeros(len(rollouts)), np.ones(len(rollouts))
+    lag = np.array(lags, dtype=np.int64)
+    return SampleStats(
+        keys=np.array([rollout.key for rollout in rollouts], dtype=np.int64),
+        lag=lag,
+        length=np.array([rollout.response_length for rollout in rollouts], dtype=np.int64),
+        loss=zeros,
+        kl=zeros,
+        forward_kl=zeros,
+        entropy=zeros,
+        kl_quartiles=np.zeros((len(rollouts), QUARTERS)),
+        student_mass=ones,
+        teacher_mass=ones,
+        clamped=zeros,
+        drift_roll=zeros,
+        drift_sup=zeros,
+        coverage_roll=ones,
+        coverage_sup=ones,
+        freshness=1 / (lag + 1),
+        weight=ones,
+    )
+
+
+def _report(step: int, rollouts: Sequence[Rollout], lags: Sequence[int]) -> StepReport:
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    return StepReport(
+        step=step,
+        stats=_stats(rollouts, lags),
+        loss=0.0,
+        anchor=0.0,
+        grad_norm=0.0,
+        clipped=False,
+        lr=0.0,
+        skipped=False,
+        noise_floor=0.0,
+        tokens=tokens,
+        padded_tokens=tokens,
+        publish_seconds=0.0,
+        publish_bytes=0,
+    )

@@ -1,0 +1,43 @@
+"""Several ranks that answer as one."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from fopd_cli.runtime.crew import messages as m
+
+
+class Calls:
+    """The commands that an engine of `ranks` processes has not answered in full, the oldest first. Each rank
+    answers all of them, in order.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self._open: deque[dict[int, m.Answer]] = deque()
+
+    def asked(self) -> None:
+        self._open.append({})
+
+    def answered(self, rank: int, answer: m.Answer) -> m.Answer | None:
+        """The engine's answer, with the last rank's; else None."""
+        call = next(answers for answers in self._open if rank not in answers)
+        call[rank] = answer
+        if len(call) < self._ranks:
+            return None
+        self._open.popleft()  # the oldest is always complete first
+        return _as_one([call[rank] for rank in range(self._ranks)])
+
+    def clear(self) -> None:
+        """The engine is lost; nobody answers any more."""
+        self._open.clear()
+
+
+def _as_one(answers: list[m.Answer]) -> m.Answer:
+    """Rank 0's counts. A part of a checkpoint that one rank could not write is missing from the whole."""
+    saved = [a for a in answers if isinstance(a, m.Saved)]
+    if not saved:
+        return answers[0]
+    error = next((s.error for s in saved if s.error), None)
+    extra = next((s.extra for s in saved if s.extra), {})
+    return m.Saved(extra, saved[0].span, error)

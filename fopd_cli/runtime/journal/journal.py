@@ -1,0 +1,225 @@
+"""What a run writes down and says. The conductor tells it what happened; it keeps the clock and the sums.
+
+    conductor ──trained, measured, refreshed──> Journal ──records.py──> sinks.py: files, TensorBoard, progress
+
+`begin` comes once every worker stands: until then what is on disk says what the run before did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fopd_cli.engines.models import hf
+from fopd_cli.recipe import Recipe
+from fopd_cli.runtime.buffer import Entry
+from fopd_cli.runtime.crew.messages import Span
+from fopd_cli.runtime.journal import records
+from fopd_cli.runtime.journal.pace import Pace, readable
+from fopd_cli.runtime.journal.sinks import Changes, Progress, Resume, Sinks
+from fopd_cli.runtime.journal.totals import Totals
+from fopd_cli.runtime.journal.watch import Watch
+from fopd_cli.runtime.scheduling.schedule import Schedule
+from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
+
+OpenSinks = Callable[[Resume | None, Changes], Sinks]
+SAMPLES = 20  # of a whole run, that are written as text
+HELD_OUT_SAMPLES = 2  # of an evaluation
+
+
+@dataclass
+class _Evaluation:
+    """The one that is being measured."""
+
+    stats: list[SampleStats] = field(default_factory=list)
+    rows: dict[int, tuple[SampleId, Entry]] = field(default_factory=dict)
+
+
+class Journal:
+    """Use as a context manager: leaving it closes all files."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, open_sinks: OpenSinks, quiet: bool = False) -> None:
+        self.recipe, self.tokenizer, self.quiet = recipe, tokenizer, quiet
+        self._open_sinks = open_sinks
+        self.totals = Totals()
+        self._watch = Watch(recipe.learner.clip)
+        self._resume: Resume | None = None
+        self._changes: Changes = {}
+        self._progress: Progress | None = None
+        self._sinks: Sinks | None = None
+        self._evaluation = _Evaluation()
+        self._pace = Pace(recipe.learner.steps, recipe.eval.every or recipe.learner.steps)
+        self._load: dict[str, float] = {}  # a sampler's latest weight update
+        self._began = self._step_began = self._version_since = time.time()
+
+    def resume(self, at: Resume, totals: Mapping[str, Any], changes: Changes) -> None:
+        """Go on from a checkpoint; `changes` of the recipe go down in the history."""
+        self._resume, self.totals, self._changes = at, Totals(**totals), changes
+
+    def __enter__(self) -> Journal:
+        self._began = time.time() - self.totals.wall_seconds
+        if not self.quiet:
+            self._progress = Progress(self.recipe.learner.steps, self._resume.step if self._resume else 0)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for one in (self._progress, self._sinks):
+            if one is not None:
+                one.close()
+
+    def begin(self) -> None:
+        """Everyone stands: from here on what is on disk says what this run does."""
+        self._sinks = self._open_sinks(self._resume, self._changes)
+        self._version_since = time.time()
+
+    @property
+    def sinks(self) -> Sinks:
+        """After `begin`."""
+        assert self._sinks is not None
+        return self._sinks
+
+    # ---- for people ----------------------------------------------------------------------------------------
+
+    def say(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.say(line)
+
+    def warn(self, step: int, text: str) -> None:
+        """Say what is going wrong, and keep it for those who look later."""
+        self.say(f"step {step}: {text}")
+        self.sinks.warnings.write({"step": step, "text": text})
+
+    # ---- what happened -------------------------------------------------------------------------------------
+
+    def worked(self, worker: str, span: Span) -> None:
+        """A worker did something."""
+        self.sinks.span(worker, span)
+
+    def sampled(self, rollout: Rollout) -> None:
+        self.totals.generated_tokens += generated(rollout)
+
+    def loaded(self, span: Span) -> None:
+        """A sampler has taken up new weights."""
+        self._load = {f"load_{k}": span.args[k] for k in ("ms", "gb_per_s")}
+
+    def step_begins(self) -> None:
+        self._step_began = time.time()
+
+    def trained(
+        self, report: StepReport, batch: Sequence[tuple[SampleId, Entry]], runtime: Mapping[str, Any]
+    ) -> None:
+        """An optimizer step and its publication are done. `batch` is in the order of `report.stats`;
+        `runtime` are figures of the moment that depend on the clock.
+        """
+        step, stats = report.step + 1, report.stats
+        self.totals.count(stats, report.skipped)
+        rollouts = [entry.rollout for _, entry in batch]
+        self._version_since = time.time()
+        timing = {
+            "seconds": time.time() - self._step_began,
+            "busy": self.sinks.busy_shares(),
+            **runtime,
+            "publish_seconds": report.publish_seconds,
+            "publish_bytes": report.publish_bytes,
+            "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
+            **records.tool_seconds(rollouts),
+            "wall_seconds": self.wall_seconds,
+            **self._load,
+        }
+        record = records.step(step, report, rollouts, [entry.score for _, entry in batch])
+        outcomes = {
+            str(sample): records.outcome(weight)
+            for (sample, _), weight in zip(batch, stats.weight, strict=True)
+        }
+        self.sinks.metrics.write({**record, "timing": timing})
+        self.sinks.ledger.write(records.ledger(step, outcomes))
+        self.sinks.scalars(records.scalars(record, timing), step)
+        self.sinks.histograms(records.histograms(stats), step)
+        if self._progress is not None:
+            self._pace.step(step, time.time())
+            left = self._pace.remaining()
+            eta = {} if left is None else {"left": readable(left)}
+            self._progress.step(step, {**records.bar(record, timing), **eta})
+        for warning in self._watch.step(report.grad_norm, record["kl"], record["kl_by_quartile"]):
+            self.warn(step, warning)
+        if step % max(1, self.recipe.learner.steps // SAMPLES) == 0:
+            self._write_sample(step, *batch[0])
+
+    def measured(self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry]]) -> None:
+        """Some held-out samples were measured."""
+        self._evaluation.stats.append(stats)
+        self._evaluation.rows |= {entry.key: (sample, entry) for sample, entry in rows}
+
+    def evaluated(self, version: int) -> None:
+        """All of them were."""
+        stats, rows = self._evaluation.stats, self._evaluation.rows
+        self._evaluation = _Evaluation()
+        samples = [(sample, entry.score, entry.rollout) for sample, entry in rows.values()]
+        record = records.evaluation(version, stats, samples, [entry.metrics for _, entry in rows.values()])
+        self.totals.evaluations[str(version)] = record
+        timing = {
+            **records.tool_seconds([rollout for _, _, rollout in samples]),
+            "seconds": time.time() - self._version_since,
+            "wall_seconds": self.wall_seconds,
+        }
+        self._pace.evaluated(timing["seconds"])
+        self.sinks.metrics.write({**record, "timing": timing})
+        self.sinks.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
+        for key in sorted(rows)[:HELD_OUT_SAMPLES]:
+            self._write_sample(version, *rows[key])
+        self.say(records.evaluation_line(record))
+
+    def refreshed(self, step: int, reason: str, samples: Iterable[SampleId]) -> None:
+        """The buffer was dropped."""
+        ids = [str(sample) for sample in samples]
+        timing = {"dropped": len(ids)}
+        self.sinks.metrics.write({"kind": "refresh", "step": step, "reason": reason, "timing": timing})
+        self.sinks.ledger.write({"step": step, "refreshed": ids})
+        self.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
+
+    def _write_sample(self, step: int, sample: SampleId, entry: Entry) -> None:
+        rollout = entry.rollout
+        record: dict[str, Any] = {
+            "kind": sample.split,
+            "step": step,
+            "sample": str(sample),
+            "versions": rollout.spans,
+            "prompt": hf.decode(self.tokenizer, rollout.token_ids[: rollout.prompt_length]),
+            "response": hf.decode(self.tokenizer, rollout.response_ids),
+            "score": entry.score,
+            "finish": rollout.finish,
+        }
+        if rollout.turns:
+            record |= {"turns": rollout.turns, "calls": rollout.calls}
+        self.sinks.samples.write(record)
+
+    # ---- sums ----------------------------------------------------------------------------------------------
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of the whole run, restarts included."""
+        return time.time() - self._began
+
+    def kept_totals(self, given_up: Iterable[Rollout]) -> dict[str, Any]:
+        """The totals for a checkpoint. What a run that goes on from it samples again does not count:
+        samples that are `given_up`, and those of an evaluation that is half done.
+        """
+        again = [*given_up, *(entry.rollout for _, entry in self._evaluation.rows.values())]
+        return {
+            **vars(self.totals),
+            "wall_seconds": self.wall_seconds,
+            "generated_tokens": self.totals.generated_tokens - sum(map(generated, again)),
+        }
+
+    def summary(self, schedule: Schedule, student: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the whole run; `student` says which one was exported, and why."""
+        self.totals.wall_seconds = self.wall_seconds
+        busy = self.sinks.busy_shares_total()
+        return {**records.summary(schedule, self.totals, busy), **student}
+
+
+def generated(rollout: Rollout) -> int:
+    """Tokens that the student sampled; in an episode observations stand between them."""
+    return int(rollout.loss_mask.sum())

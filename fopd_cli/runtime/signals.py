@@ -1,0 +1,54 @@
+"""Ctrl-C, SIGTERM, a closed terminal: the first asks the run to end with a checkpoint, the next one ends it
+at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fopd_cli.errors import Interrupted
+from fopd_cli.runtime.crew.warm import STOPPING
+
+# `timeout` sends its signal to the command and then to the whole group: what comes so soon after the first is
+# the same.
+SAME_SIGNAL_S = 0.3
+
+
+class Signals:
+    """While it is entered, `received` tells whether one came. One that is never entered never hears any."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._last: float | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    @property
+    def received(self) -> bool:
+        return self._last is not None
+
+    def __enter__(self) -> Signals:
+        # With nohup a terminal that closes is none of our business.
+        ours = [s for s in STOPPING if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
+        self._handlers = {s: signal.signal(s, self._on_signal) for s in ours}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            # On the way out after a Ctrl-C another one must not turn a clean end into a torn one.
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        now, last = time.monotonic(), self._last
+        if last is not None and now - last < SAME_SIGNAL_S:
+            return
+        self._last = now
+        if last is not None:
+            raise Interrupted("stopped at once; the last checkpoint stands")
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another line
+            self._say(
+                "stopping: the running optimizer step is finished and a checkpoint written (again: stop now)"
+            )

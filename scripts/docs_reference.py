@@ -1,0 +1,62 @@
+"""Two pages of the documentation that cannot go stale: mkdocs makes them from the schema and the commands.
+
+A hook of mkdocs (see mkdocs.yml). Nothing that it writes is committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from typer.cli import get_docs_for_click
+
+from fopd_cli import cli
+from fopd_cli.recipe import explain
+
+KEYS_INTRO = """\
+# Recipe keys
+
+Every key of a recipe: its type, its default, and what it means. `fopd recipe --explain SECTION` prints the
+same in a terminal.
+"""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Called by mkdocs before it builds the navigation."""
+    for name, text in (("keys.md", keys_page()), ("cli.md", cli_page())):
+        files.append(File.generated(config, f"reference/{name}", content=text))
+    return files
+
+
+def keys_page() -> str:
+    """A table for each section of the schema."""
+    lines = [KEYS_INTRO]
+    for section, keys in groupby(explain(), key=lambda found: _section(found[0])):
+        lines += [f"## {section}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [*_rows(keys), ""]
+    return "\n".join(lines)
+
+
+def cli_page() -> str:
+    """Every command, as its --help has it."""
+    command = typer.main.get_command(cli.app)
+    context = typer.Context(command, info_name="fopd")
+    return str(get_docs_for_click(obj=command, ctx=context, name="fopd", title="Commands"))
+
+
+def _section(key: str) -> str:
+    return key.rpartition(".")[0] or "Top level"
+
+
+def _rows(keys: Iterator[tuple[str, str, str, str]]) -> Iterator[str]:
+    for key, kind, default, meaning in keys:
+        alternatives = " or ".join(f"`{one}`" for one in kind.split(" | "))
+        yield f"| `{key.rpartition('.')[2]}` | {alternatives} | `{default}` | {_escaped(meaning)} |"
+
+
+def _escaped(text: str) -> str:
+    """Plain text in a cell: what Markdown or HTML would take for its own."""
+    return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>|" else c for c in text)
