@@ -24,8 +24,8 @@ from fopd_cli.errors import UserError  # noqa: E402
 from fopd_cli.recipe import Recipe, load_recipe  # noqa: E402
 from fopd_cli.runtime.build import add_adapters  # noqa: E402
 from fopd_cli.runtime.memory import model as memory  # noqa: E402
-from fopd_cli.runtime.pace import Device, Pace, pace  # noqa: E402
 from fopd_cli.runtime.placement import Plan, place  # noqa: E402
+from fopd_cli.runtime.time_model import Device, Pace, pace  # noqa: E402
 
 PAGE = ROOT / "docs" / "gpus.md"
 DEVICE_BYTES = 80 * 10**9

@@ -97,7 +97,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.memory.sizes",
         "runtime.placement",
     },
-    "runtime.pace": {"recipe", "runtime.memory.model", "runtime.placement"},
+    "runtime.time_model": {"recipe", "runtime.memory.model", "runtime.placement"},
     "runtime.placing": {
         "engines.learner.lora",
         "engines.models",

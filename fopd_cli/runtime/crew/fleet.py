@@ -107,6 +107,11 @@ class Mailbox:
     def beat(self) -> None:
         """I am alive and getting on; while I compute, with as many threads as fall to me now."""
         self._pulse[0] = time.monotonic()
+        if torch.cuda.is_initialized():
+            self._pulse[1], self._pulse[2] = (
+                torch.cuda.max_memory_allocated(),
+                torch.cuda.max_memory_reserved(),
+            )
         if self._cores is not None:
             self._cores.share()
 
@@ -169,7 +174,8 @@ class Fleet:
         """Spawn `target(spec, mailbox, *args)`. Its output goes to `logs/NAME.log`."""
         inbox: Any = self._context.Queue()
         outbox: Any = self._context.Queue()
-        pulse = torch.tensor([time.monotonic()], dtype=torch.float64).share_memory_()
+        # the time of its last beat, and bytes of its first device: allocated and reserved at most
+        pulse = torch.tensor([time.monotonic(), 0, 0], dtype=torch.float64).share_memory_()
         log = self.logs / f"{spec.name}.log"
         row = self._rows.setdefault(spec.name, len(self._rows))
         share = Cores(self._computing, row, cores.here()) if spec.threads is None else None
@@ -321,6 +327,16 @@ class Fleet:
             with contextlib.suppress(OSError):  # not Linux, or it died this moment
                 found[worker.name] = _own_memory(worker.process.pid)
         return found
+
+    def device_memory(self) -> dict[str, dict[str, int]]:
+        """Bytes that each worker's allocator has handed out, and reserved, at most, on its first CUDA device;
+        empty for those that have none, or whose engine works in processes of its own.
+        """
+        return {
+            worker.name: {"allocated": int(worker.pulse[1]), "reserved": int(worker.pulse[2])}
+            for worker in self.workers.values()
+            if worker.pulse[2] > 0
+        }
 
     def stop(self, roles: Collection[str] | None = None) -> None:
         """Ask everyone, or these roles, to leave and wait a moment."""

@@ -76,6 +76,9 @@ class Processes:
     def memory(self) -> dict[str, int]:
         return self.fleet.memory()
 
+    def device_memory(self) -> dict[str, dict[str, int]]:
+        return self.fleet.device_memory()
+
     def end_programs(self) -> None:
         self.fleet.stop(STARTERS)
 
