@@ -459,7 +459,9 @@ def export(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: for you alone.")] = False,
 ) -> None:
-    """Write a checkpoint's student as a Hugging Face model directory, tokenizer and model card included."""
+    """Write a run's student as a Hugging Face model directory, tokenizer and model card included: the best by
+    eval.keep_best if the recipe keeps one, else the newest checkpoint's; or of --step.
+    """
     if dtype not in EXPORTED:
         raise UserError(f"--dtype: {dtype!r} is none of {', '.join(EXPORTED)}")
     if adapter and dtype != "auto":
@@ -477,13 +479,16 @@ def export(
 
     from fopd_cli import card
     from fopd_cli.engines.models import hub
-    from fopd_cli.export import export_student
+    from fopd_cli.export import export_best, export_student
     from fopd_cli.runtime.journal.rundir import RunDir
 
     run, chosen = RunDir.open(run_dir), EXPORTED[dtype]
     if push is not None:
         hub.check(push)
-    done = export_student(run, out, step, adapter, None if chosen is None else getattr(torch, chosen))
+    wanted = None if chosen is None else getattr(torch, chosen)
+    done = export_best(run, out, wanted) if step is None and not adapter else None
+    if done is None:
+        done = export_student(run, out, step, adapter, wanted)
     card.write(run_dir, out, done, license_, push)
     typer.echo(f"{out}: {'adapter' if adapter else 'student'} of step {done}")
     if push is not None:

@@ -14,7 +14,9 @@ from fopd_cli.engines.learner import dcp, lora
 from fopd_cli.engines.models import hf, model_files
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe
+from fopd_cli.report.reading import jsonl
 from fopd_cli.runtime.build import load_student, published_adapter
+from fopd_cli.runtime.journal.best import Best
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify
 from fopd_cli.runtime.journal.rundir import RunDir
 
@@ -57,10 +59,25 @@ def export_student(
     return step
 
 
-def export_kept(run: RunDir, out: Path, step: int, weights: Path, dtype: torch.dtype) -> None:
-    """The same from weights of a step that were kept as they were published, in `dtype`
-    (`runtime/journal/best.py`).
+def export_best(run: RunDir, out: Path, dtype: torch.dtype | None = None) -> int | None:
+    """The same for the student of the best evaluation, where `eval.keep_best` kept one; returns its step, or
+    None where there is none.
     """
+    keep = run.load_recipe([]).eval.keep_best
+    if keep is None:
+        return None
+    records = (r for r in jsonl(run.path / "metrics.jsonl") if r.get("kind") == "eval")
+    best = Best(keep, 0, run.best)
+    step = best.of_kept({str(r["step"]): r for r in records})
+    if step is not None:
+        store = CheckpointStore(run.checkpoints)
+        evaluated_in = getattr(torch, store.state(store.newest_sound()[0])["student_dtype"])
+        _export_kept(run, out, step, best.file(step), dtype or evaluated_in)
+    return step
+
+
+def _export_kept(run: RunDir, out: Path, step: int, weights: Path, dtype: torch.dtype) -> None:
+    """From weights that were kept as they were published (`runtime/journal/best.py`)."""
     recipe, tensors = run.load_recipe([]), load_file(weights)
     if published_adapter(recipe) is None:
         model: Any = hf.load_model(recipe.student.model, "student.model", dtype)

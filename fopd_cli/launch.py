@@ -181,15 +181,12 @@ class _Run:
 
     def _export(self) -> dict[str, Any]:
         """The last student, or the best, in Hugging Face's format; returns which."""
-        from fopd_cli.export import export_kept, export_student
+        from fopd_cli.export import export_best, export_student
 
-        run_dir, best = self.run_dir, self.saver.best
-        if run_dir.student.exists():  # of an end before this one
-            shutil.rmtree(run_dir.student)
-        step = None if best is None else best.of_kept(self.journal.totals.evaluations)
-        if best is None or step is None:
-            step, why = export_student(run_dir, run_dir.student, None), "last"
-        else:
-            export_kept(run_dir, run_dir.student, step, best.file(step), self.saver.student_dtype)
-            why = best.metric
-        return {"student_step": step, "student_chosen_by": why}
+        out = self.run_dir.student
+        if out.exists():  # of an end before this one
+            shutil.rmtree(out)
+        step = export_best(self.run_dir, out)
+        if step is not None:
+            return {"student_step": step, "student_chosen_by": self.recipe.eval.keep_best}
+        return {"student_step": export_student(self.run_dir, out, None), "student_chosen_by": "last"}

@@ -161,7 +161,7 @@ ALLOWED: dict[str, set[str]] = {
     # The commands.
     "inputs": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks"},
     "doctor": {"inputs", "engines", "errors", "paths", "recipe", "runtime", "samples", "tasks"},
-    "export": {"engines", "errors", "recipe", "runtime"},
+    "export": {"engines", "errors", "recipe", "report.reading", "runtime"},
     "teacher_kl": {"doctor", "inputs", "errors", "recipe", "runtime", "samples", "tasks.replay"},
     "evaluation": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks", "teacher_kl"},
     "chat": {"inputs", "engines", "errors", "recipe", "runtime.build", "samples"},

@@ -118,3 +118,10 @@ def test_a_run_that_only_gets_worse_ends_early_with_its_best_student(fopd: Fopd,
         student, start = (load_file(p / "model.safetensors") for p in (run / "student", pair / "student"))
         assert all(torch.equal(student[name], tensor) for name, tensor in start.items())
     assert "finished" in fopd("runs", run).out
+    exported = fopd.folder / "exported"
+    assert f"student of step {best}" in fopd("export", run, exported).out
+    assert (exported / "model.safetensors").read_bytes() == (
+        run / "student" / "model.safetensors"
+    ).read_bytes()
+    last = fopd("export", run, fopd.folder / "last", "--step", str(found["steps"])).out
+    assert f"student of step {found['steps']}" in last
