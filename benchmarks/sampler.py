@@ -36,7 +36,8 @@ from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.engines.vllm.sampler import VllmSampler
 from fopd_cli.engines.vllm.teacher import VllmTeacher
 from fopd_cli.recipe import Vllm
-from fopd_cli.runtime.memory.arena import shared_bytes, targets_at
+from fopd_cli.runtime.memory.arena import targets_at
+from fopd_cli.runtime.memory.shared import shared_bytes
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec
 

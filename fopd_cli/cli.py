@@ -139,12 +139,13 @@ def run(
     path = run_dir or Path("runs") / recipe.stem
     if dry_run:
         from fopd_cli.inputs import with_engines
-        from fopd_cli.runtime.placement import cuda_devices, place
+        from fopd_cli.runtime import devices
+        from fopd_cli.runtime.placing import placed
 
-        devices, parsed = cuda_devices(), with_engines(parsed)
+        parsed = with_engines(parsed)
         typer.echo(dump_recipe(parsed), nl=False)
         try:
-            typer.echo(f"# here ({devices} CUDA devices): {place(parsed, devices).describe()}")
+            typer.echo(f"# here ({devices.count()} CUDA devices): {placed(parsed).describe()}")
         except UserError as error:
             typer.echo(f"# here: {error}")
         return
@@ -371,10 +372,10 @@ def doctor_command(
     from fopd_cli import doctor
     from fopd_cli.inputs import load_inputs, with_engines
     from fopd_cli.recipe import load_recipe
-    from fopd_cli.runtime.placement import cuda_devices, place
+    from fopd_cli.runtime.placing import placed
 
     parsed = with_engines(load_recipe(recipe, set_ or ()))
-    inputs = load_inputs(parsed, place(parsed, cuda_devices()))
+    inputs = load_inputs(parsed, placed(parsed))
     typer.echo(f"placement: {inputs.plan.describe()}")
     for section, spec in zip(parsed.teachers, inputs.target_specs, strict=True):
         typer.echo(

@@ -29,16 +29,23 @@ from fopd_cli.engines.tokens import rope
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame
 from fopd_cli.recipe import PluginTask, Recipe, Sampler, Teacher
-from fopd_cli.runtime import devices
+from fopd_cli.runtime import devices, placing
 from fopd_cli.runtime.build import resolve_dtype
 from fopd_cli.runtime.journal import trackers
+from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.sizes import arena_bytes, available_memory, free_shared_memory
 from fopd_cli.runtime.memory.weights import layout_bytes
+from fopd_cli.runtime.placement import SPARE
 from fopd_cli.runtime.scheduling.lengths import tells
 from fopd_cli.runtime.scheduling.prompts import SPLITS, context_tokens
 from fopd_cli.samples import Prompt
 
 GB = 1e9
+DEVICE_CURE = (
+    "give that role more devices (placement), lower learner.micro_tokens or sampler.max_new_tokens, set "
+    "learner.activation_checkpointing: true, or use a smaller model"
+)
+RAM_CURE = "use smaller models, fewer processes (placement), or a machine with more memory"
 PROMPTS_LOOKED_AT = 64
 SANITY_LIMIT_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -80,7 +87,7 @@ def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from _plain_text(inputs)
     yield from _amounts(inputs)
     yield from _conversation(inputs)
-    yield from _models(inputs)
+    yield from of_models(inputs)
     yield from _vocabulary(inputs)
     yield from _servers(inputs)
     yield from _temperatures(inputs.recipe)
@@ -95,7 +102,7 @@ def of_pairs(inputs: Inputs) -> Iterator[Finding]:
     yield from _servers(inputs)
 
 
-def _models(inputs: Inputs) -> Iterator[Finding]:
+def of_models(inputs: Inputs) -> Iterator[Finding]:
     """Whether each model's files are all of it and nothing else."""
     models = [("student.model", inputs.recipe.student.model, inputs.student_config)]
     models += [(t.key, t.section.model, t.config) for t in inputs.teachers]
@@ -501,7 +508,6 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
 
 def _memory(inputs: Inputs) -> Iterator[Finding]:
     recipe, plan = inputs.recipe, inputs.plan
-    sampler_bytes = layout_bytes(inputs.layout)
     shared = arena_bytes(recipe, inputs.target_specs) + 2 * layout_bytes(inputs.published)
     if shared > free_shared_memory():
         yield Finding(
@@ -511,49 +517,30 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
             "in Docker add --ipc=host (or --shm-size); else lower learner.batch_samples or "
             "sampler.max_new_tokens",
         )
-    ranks = {t.name: r for t, r in zip(recipe.teachers, plan.teachers, strict=True)}
-    teachers = []
-    for t in inputs.teachers:
-        dtype = resolve_dtype(t.section.dtype, bool(ranks[t.section.name][0].devices))
-        teachers.append((t, ranks[t.section.name], layout_bytes(hf.weight_layout(t.config, dtype))))
-    learner = inputs.learner_bytes
-    if not plan.learners[0].devices:
-        needed = learner + sum(size * len(r) for _, r, size in teachers) + sampler_bytes * len(plan.samplers)
-        if needed + shared > available_memory():
-            yield Finding(
-                "error",
-                f"the models need about {(needed + shared) / GB:.1f} GB of RAM, "
-                f"{available_memory() / GB:.1f} GB are free",
-                "use smaller models, or a machine with more memory",
-            )
-        return
-    if recipe.learner.offload and learner > available_memory():
-        yield Finding(
-            "error",
-            f"learner.offload: weights and optimizer need {learner / GB:.1f} GB of RAM, "
-            f"{available_memory() / GB:.1f} GB are free",
-            "use a smaller model, student.lora, or more devices instead of offloading",
-        )
-    groups = [
-        (plan.learners, 0 if recipe.learner.offload else learner / len(plan.learners)),
-        (plan.samplers, sampler_bytes / len(plan.samplers[0].devices)),
-    ]
-    for t, workers, total in teachers:  # sharded over its ranks, or all of it in every rank
-        ours = teacher_facts(t.section).our_forward
-        groups.append((workers, total / len(workers if ours else workers[0].devices)))
-    for workers, need in groups:
-        for worker in workers:
-            yield from _device_memory(f"{worker.name} on cuda:{worker.devices[0]}", worker.devices[0], need)
+    stream = inputs.stream
+    response = max(recipe.sampler.max_new_tokens, recipe.eval.max_new_tokens or 0)
+    asked, told = (context_tokens(recipe, stream, judged=judged) - response for judged in (False, True))
+    known = placing.models(recipe, asked, told)
+    size = min(filter(None, map(devices.memory, range(devices.count()))), default=None)
+    found = memory.workers(recipe, plan, known, size or 80 * 10**9)
+    if size is not None:
+        for demand in memory.demands(plan, found):
+            who = f"{demand.who} on cuda:{demand.device}"
+            yield from _room(who, demand.parts, size, "the device", DEVICE_CURE)
+    yield from _room(
+        "the run", memory.host(plan, found, shared), available_memory(), "this machine", RAM_CURE
+    )
 
 
-def _device_memory(who: str, device: int, need: float) -> Iterator[Finding]:
-    free = devices.memory(device)
-    if free is not None and need > free:
+def _room(who: str, parts: memory.Parts, there: int, where: str, cure: str) -> Iterator[Finding]:
+    """By arithmetic: more than there is ends the run, more than nine tenths of it may."""
+    needed = memory.total(parts)
+    if needed > (1 - SPARE) * there:
         yield Finding(
-            "error",
-            f"{who} needs {need / GB:.1f} GB for weights and optimizer alone, the device has "
-            f"{free / GB:.1f} GB",
-            "give that role more devices (placement) or use a smaller model",
+            "error" if needed > there else "warning",
+            f"{who} needs {needed / GB:.1f} GB by arithmetic, {where} has {there / GB:.1f} GB "
+            f"(the largest parts: {memory.largest(parts)})",
+            cure,
         )
 
 

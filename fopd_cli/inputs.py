@@ -121,18 +121,6 @@ class Inputs:
         """What samplers are sent after each step."""
         return self.layout if published_adapter(self.recipe) is None else self.adapters
 
-    @property
-    def learner_bytes(self) -> int:
-        """Weights, gradients and optimizer states of all learner ranks together."""
-        learner = self.recipe.learner
-        moments = 2 * hf.DTYPES[learner.optimizer_dtype].itemsize
-        frozen = 0
-        if self.recipe.student.lora is not None:
-            frozen = (
-                self.parameters * resolve_dtype(learner.dtype, bool(self.plan.learners[0].devices)).itemsize
-            )
-        return (4 + 4 + moments) * self.trainable + frozen  # fp32 masters, gradients, two moments
-
     def setup(self, arena: torch.Tensor, folder: Path) -> Setup:
         """What workers are given at their start: `arena` is the memory of teacher targets, `folder` where
         their ranks meet.

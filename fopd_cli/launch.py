@@ -7,10 +7,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fopd_cli import doctor
+from fopd_cli.engines.models.downloads import obtain
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, load_inputs, with_engines
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
@@ -23,7 +25,7 @@ from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.saving import Saver
 from fopd_cli.runtime.journal.sinks import Changes, Resume, Telemetry
 from fopd_cli.runtime.journal.trackers import Subject, open_trackers
-from fopd_cli.runtime.placement import cuda_devices, place
+from fopd_cli.runtime.placing import placed
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
 
@@ -130,15 +132,23 @@ def _undone(run_dir: RunDir, step: int) -> list[str]:
 
 def check(recipe: Recipe, path: Path) -> Inputs:
     """Preflight: warnings are printed, the first errors stop the run."""
-    inputs = load_inputs(recipe, place(recipe, cuda_devices()))
-    found = list(doctor.findings(inputs, path))
+    inputs = load_inputs(recipe, placed(recipe))
+    _heed(doctor.findings(inputs, path))
+    models = [("student.model", recipe.student.model), *((t.key, t.section.model) for t in inputs.teachers)]
+    if any([obtain(model, key, say) for key, model in models]):
+        _heed(doctor.of_models(inputs))  # now that there are files, they can be looked at
+    return inputs
+
+
+def _heed(found: Iterable[doctor.Finding]) -> None:
+    errors = []
     for finding in found:
-        if finding.level != "error":
+        if finding.level == "error":
+            errors.append(f"{finding.what}; {finding.cure}")
+        else:
             say(str(finding))
-    errors = [f"{f.what}; {f.cure}" for f in found if f.level == "error"]
     if errors:
         raise UserError(" | ".join(errors))
-    return inputs
 
 
 def say(line: str) -> None:

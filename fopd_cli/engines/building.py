@@ -29,6 +29,7 @@ class SamplerOrder:
     context: int  # tokens of the longest sample that there can be
     vocab: int  # ids from here on are never sampled
     logprobs: int = 0  # largest k of behaviour log-probs that requests ask for; -1: the whole vocabulary
+    share: float | None = None  # of a device, for an engine that claims one; None: as its section says
     adapter: Lora | None = None  # what `load` will be given are such adapters for these weights, not weights
     stale_kv: bool = False  # running requests keep their keys and values when new weights come
 
@@ -43,6 +44,7 @@ class TeacherOrder:
     world: int  # ranks
     context: int  # tokens of the longest sample that there can be, as it judges them
     vocab: int  # ids from here on are padding that the student does not have
+    share: float | None = None  # of a device, for an engine that claims one; None: as its section says
     student_k: int = 0  # how many of a position's classes are the student's own likeliest tokens
     one_rotation: bool = False  # the sampler's engine chooses rotary factors once: so must the teacher
     join: Callable[[], None] = lambda: None  # meets the other ranks

@@ -47,6 +47,7 @@ class Engine:
     sampler: SamplerFacts | None = None
     teacher: TeacherFacts | None = None
     remote: bool = False  # it is somewhere else: no model, devices or cores of this machine
+    claims: bool = False  # takes a share of a device at its start, whatever it needs
     cuda: bool = False  # made for CUDA: elsewhere `auto` does not take it
     split: str | None = (
         None  # key of its section: devices (on a CPU: processes) that one replica is split over

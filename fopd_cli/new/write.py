@@ -10,7 +10,8 @@ from fopd_cli.errors import UserError
 from fopd_cli.inputs import load_inputs
 from fopd_cli.new import data, models, recipe
 from fopd_cli.recipe import load_recipe
-from fopd_cli.runtime.placement import cuda_devices, place
+from fopd_cli.runtime.placement import cuda_devices
+from fopd_cli.runtime.placing import placed
 
 
 def write(
@@ -40,5 +41,5 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     parsed = load_recipe(path)
-    inputs = load_inputs(parsed, place(parsed, devices))
+    inputs = load_inputs(parsed, placed(parsed))
     return path, list(doctor.findings(inputs, Path("runs")))

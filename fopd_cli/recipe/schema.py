@@ -683,9 +683,11 @@ class Threads(Section):
 
 
 class Placement(Section):
-    mode: Literal["auto", "cpu", "timeslice", "partition"] = "auto"
-    """partition: each role has devices of its own. timeslice: all roles take turns on all devices. cpu: no
-    CUDA. auto: by the number of CUDA devices (0: cpu, 1 or 2: timeslice, more: partition).
+    mode: Literal["auto", "cpu", "timeslice", "partition", "colocate"] = "auto"
+    """partition: each role has devices of its own. colocate: all roles stay on all devices and nobody takes
+    turns; vLLM gets the share of memory that is left. timeslice: all roles take turns on all devices. cpu: no
+    CUDA. auto: by the number of CUDA devices (0: cpu; 1 or 2: colocate if a device holds all roles by
+    arithmetic, else timeslice; more: partition).
     """
     sampler: Processes | None = None
     """Devices (on a CPU: processes) for samplers. Default: half the devices; on a CPU 1."""
@@ -700,7 +702,7 @@ class Runtime(Section):
     timeout_s: Seconds = 900.0
     """A worker that owes an answer and has not moved for this long is stopped and named."""
     start_timeout_s: Seconds = 1800.0
-    """The same while a worker loads its model."""
+    """The same while a worker loads its model, from its first breath on; downloads come before."""
     restarts: NonNegative = 2
     """How often each sampler, teacher, grader or environment that died or hung is started again. A learner is
     not: resume the run.

@@ -72,7 +72,7 @@ def _device(spec: WorkerSpec) -> torch.device:
 
 def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
     """One process group a role. A file is the meeting point: ports can be taken, a fresh file cannot."""
-    if spec.world == 1 and not always:
+    if (spec.world == 1 or spec.whole) and not always:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if spec.devices else "gloo"
@@ -183,9 +183,10 @@ def _teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Tea
         teacher,
         dtype,
         _device(spec),
-        spec.world,
+        1 if spec.whole else spec.world,
         setup.judged,
         setup.vocab,
+        spec.share,
         setup.recipe.loss.student_k,
         sampler_facts(setup.recipe.sampler).one_rotation,
         lambda: _join_group(spec, setup, always=False),
@@ -198,7 +199,9 @@ def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
     dtype = resolve_dtype(setup.recipe.sampler.dtype, bool(spec.devices))
     adapter = published_adapter(setup.recipe)
     model = setup.recipe.student.model
-    return make_sampler(setup.recipe, model, dtype, _device(spec), setup.context, setup.vocab, adapter)
+    return make_sampler(
+        setup.recipe, model, dtype, _device(spec), setup.context, setup.vocab, spec.share, adapter
+    )
 
 
 def published_adapter(recipe: Recipe) -> Lora | None:
@@ -214,12 +217,14 @@ def make_sampler(
     device: torch.device,
     context: int,
     vocab: int,
+    share: float | None = None,
     adapter: Lora | None = None,
 ) -> Sampler:
     """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does. It
     samples ids below `vocab`.
 
-    With `adapter`, what `load` is given are such adapters for these weights, not weights.
+    `share` is as of `SamplerOrder`. With `adapter`, what `load` is given are such adapters for these weights,
+    not weights.
     """
     logprobs = sampling_params(recipe, evaluation=False).keep_topk
     order = SamplerOrder(
@@ -230,6 +235,7 @@ def make_sampler(
         context,
         vocab,
         logprobs,
+        share,
         adapter,
         stale_kv=recipe.schedule.inflight == "keep_stale_kv",
     )

@@ -308,6 +308,7 @@ class Conductor:
             "buffer_bytes": self.buffer.arena.used_bytes,
             "in_flight": self.schedule.in_flight,
             "memory_bytes": self.crew.memory(),
+            "device_bytes": self.crew.device_memory(),
         }
 
     def _refresh(self, step: int, reason: str) -> None:

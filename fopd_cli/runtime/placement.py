@@ -1,17 +1,22 @@
-"""Which process runs on which device. Pure arithmetic over the recipe and the number of devices."""
+"""Which process runs on which device. Pure arithmetic over the recipe, the number of devices and, where that
+is known, what a device can hold (`memory/model.py`).
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
-from fopd_cli.engines.registry import engine_of
+from fopd_cli.engines.registry import engine_of, teacher_facts
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices as visible
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 
+SPARE = 0.1  # of a device: the allocator's holes, and what arithmetic does not see
+Mode = Literal["cpu", "timeslice", "partition", "colocate"]
 Devices = tuple[int, ...]  # of one process, counted among those visible here; empty: the CPU
 
 
@@ -19,7 +24,7 @@ Devices = tuple[int, ...]  # of one process, counted among those visible here; e
 class Plan:
     """All worker processes of a run; `exclusive`: roles take turns (time-slicing)."""
 
-    mode: Literal["cpu", "timeslice", "partition"]
+    mode: Mode
     samplers: tuple[WorkerSpec, ...]
     teachers: tuple[tuple[WorkerSpec, ...], ...]  # the ranks of each teacher
     learners: tuple[WorkerSpec, ...]
@@ -28,6 +33,13 @@ class Plan:
     @property
     def exclusive(self) -> bool:
         return self.mode == "timeslice"
+
+    @property
+    def shared(self) -> bool:
+        """Whether a device is used by several roles, which then start one after the other: vLLM measures what
+        is free.
+        """
+        return self.mode in ("timeslice", "colocate")
 
     @property
     def everyone(self) -> tuple[WorkerSpec, ...]:
@@ -50,12 +62,46 @@ def cuda_devices() -> int:
     return visible.count()
 
 
-def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
-    """Resolve the recipe's placement on a box with so many CUDA devices and cores."""
+@dataclass(frozen=True)
+class Shares:
+    """The part of a device that each vLLM engine may take, where several roles stay on it."""
+
+    sampler: float | None
+    teachers: Mapping[str, float]  # by name
+
+
+class Memory(Protocol):
+    """What a device can hold."""
+
+    def whole(self, section: Teacher, spec: WorkerSpec) -> bool:
+        """Whether one device holds all of a teacher, and nothing else that is awake."""
+
+    def shares(self, plan: Plan) -> Shares | None:
+        """Of a plan in which nobody takes turns; None: its devices cannot hold all roles at once."""
+
+
+def place(recipe: Recipe, devices: int, cores: int | None = None, memory: Memory | None = None) -> Plan:
+    """Resolve the recipe's placement on a box with so many CUDA devices and cores.
+
+    Without `memory` nothing is known to fit: auto does not choose colocate, and a teacher's ranks shard it.
+    """
     cores = cores or len(os.sched_getaffinity(0))
     mode = recipe.placement.mode
+    if mode == "auto" and 0 < devices < 3 and (plan := _colocated(recipe, devices, cores, memory)):
+        return plan
     if mode == "auto":
         mode = "cpu" if devices == 0 else "timeslice" if devices < 3 else "partition"
+    if mode == "colocate":
+        if devices == 0:
+            raise UserError(
+                "placement.mode: colocate needs CUDA devices and there are none; set it to cpu or auto"
+            )
+        if (plan := _colocated(recipe, devices, cores, memory)) is None:
+            raise UserError(
+                "placement.mode: colocate: a device cannot hold all roles at once (or its memory is not "
+                "known); set it to timeslice"
+            )
+        return plan
     if mode == "partition" and devices == 0:
         raise UserError(
             "placement.mode: partition needs CUDA devices and there are none; set it to cpu or timeslice"
@@ -63,19 +109,44 @@ def place(recipe: Recipe, devices: int, cores: int | None = None) -> Plan:
     if mode == "partition":
         groups = _partition(recipe, devices)
     elif mode == "timeslice" and devices > 0:
-        everywhere = list(range(devices))
-        groups = _Groups(
-            _replicas(everywhere, recipe.sampler, "sampler"),
-            [_replicas(everywhere, t, "teacher") for t in recipe.teachers],
-            [(d,) for d in everywhere],
-        )
+        groups = _everywhere(recipe, devices)
     else:
         p = recipe.placement
         teachers: list[list[Devices]] = [
             [()] * (1 if engine_of(t).remote else p.teacher or 1) for t in recipe.teachers
         ]
         groups = _Groups([()] * (p.sampler or 1), teachers, [()] * (p.learner or 1))
-    return _plan(recipe, mode, groups, cores)
+    return _with_whole_teachers(recipe, _plan(recipe, mode, groups, cores), memory)
+
+
+def _colocated(recipe: Recipe, devices: int, cores: int, memory: Memory | None) -> Plan | None:
+    """Every role on every device, and nobody takes turns; None: it does not fit, as far as is known."""
+    plan = _plan(recipe, "colocate", _everywhere(recipe, devices), cores)
+    shares = None if memory is None else memory.shares(plan)
+    if shares is None:
+        return None
+    teachers = tuple(
+        tuple(replace(rank, share=shares.teachers.get(section.name)) for rank in ranks)
+        for section, ranks in zip(recipe.teachers, plan.teachers, strict=True)
+    )
+    samplers = tuple(replace(spec, share=shares.sampler) for spec in plan.samplers)
+    return replace(plan, samplers=samplers, teachers=teachers)
+
+
+def _with_whole_teachers(recipe: Recipe, plan: Plan, memory: Memory | None) -> Plan:
+    """Replicas where a device holds a teacher: sharded ranks wait for each other in every layer."""
+    if memory is None:
+        return plan
+    teachers = tuple(
+        tuple(replace(rank, whole=True) for rank in ranks)
+        if not engine_of(section).remote
+        and teacher_facts(section).our_forward
+        and len(ranks) > 1
+        and memory.whole(section, ranks[0])
+        else ranks
+        for section, ranks in zip(recipe.teachers, plan.teachers, strict=True)
+    )
+    return replace(plan, teachers=teachers)
 
 
 @dataclass
@@ -85,6 +156,16 @@ class _Groups:
     samplers: list[Devices]
     teachers: list[list[Devices]]
     learners: list[Devices]
+
+
+def _everywhere(recipe: Recipe, devices: int) -> _Groups:
+    """Each role on all devices."""
+    numbers = list(range(devices))
+    return _Groups(
+        _replicas(numbers, recipe.sampler, "sampler"),
+        [_replicas(numbers, t, "teacher") for t in recipe.teachers],
+        [(d,) for d in numbers],
+    )
 
 
 def _partition(recipe: Recipe, devices: int) -> _Groups:
@@ -139,9 +220,7 @@ def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[
     return [tuple(devices[i : i + split]) for i in range(0, len(devices), split)]
 
 
-def _plan(
-    recipe: Recipe, mode: Literal["cpu", "timeslice", "partition"], groups: _Groups, cores: int
-) -> Plan:
+def _plan(recipe: Recipe, mode: Mode, groups: _Groups, cores: int) -> Plan:
     threads = recipe.placement.threads
     # Taking turns, as at depth 0, each role may use all cores; side by side they divide them: by need on a
     # CPU, in fixed shares where two runs must agree to the bit (another number of threads adds up in another

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from conftest import TINY, small_recipe
 from fopd_cli import doctor
 from fopd_cli.inputs import load_inputs
 from fopd_cli.recipe import load_recipe
+from fopd_cli.runtime import devices
 from fopd_cli.runtime.placement import place
 
 PLAIN = """
@@ -92,3 +94,52 @@ def test_one_thing_is_said_once(tmp_path: Path) -> None:
     parsed = load_recipe(path)
     lines = [str(f) for f in doctor.findings(load_inputs(parsed, place(parsed, 0)), tmp_path)]
     assert len([line for line in lines if "the same model: every loss is 0" in line]) == 1
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "level"),
+    [(2.0, "error"), (3.2, "warning"), (80.0, None)],
+    ids=["too small", "tight", "large"],
+)
+def test_a_device_is_held_against_the_sum_of_all_that_a_role_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: float, level: str | None
+) -> None:
+    """Time-sliced on one device a learner of 0.3 million parameters has little of its own: what fills it is
+    what CUDA, its libraries and the loss's chunks take, and the others, asleep.
+    """
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(TINY, placement={"mode": "timeslice"})))
+    parsed = load_recipe(path)
+    inputs = load_inputs(parsed, place(parsed, 1))
+    monkeypatch.setattr(devices, "count", lambda: 1)
+    monkeypatch.setattr(devices, "memory", lambda device: int(gigabytes * 1e9))
+    lines = [f for f in doctor.findings(inputs, tmp_path) if "by arithmetic" in f.what]
+    if level is None:
+        assert lines == []
+        return
+    (line,) = lines
+    assert line.level == level
+    assert re.match(
+        rf"learner-0 on cuda:0 needs \d\.\d GB by arithmetic, the device has {gigabytes} GB "
+        r"\(the largest parts: [^)]*CUDA and its libraries \(estimate\) 1.0",
+        line.what,
+    ), line.what
+    assert "micro_tokens" in line.cure
+
+
+def test_main_memory_is_held_against_the_sum_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(TINY)))
+    parsed = load_recipe(path)
+    inputs = load_inputs(parsed, place(parsed, 0))
+    monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
+    (line,) = [f for f in doctor.findings(inputs, tmp_path) if "by arithmetic" in f.what]
+    assert line.level == "error"
+    assert re.match(
+        r"the run needs \d\.\d GB by arithmetic, this machine has 1.0 GB \(the largest", line.what
+    )

@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import small_recipe
 
+from fopd_cli.engines.building import SamplerOrder, TeacherOrder
+from fopd_cli.engines.models.shapes import Shapes
+from fopd_cli.engines.vllm import build as vllm_build
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, load_recipe
+from fopd_cli.runtime.build import Setup, build_sampler, build_teacher
+from fopd_cli.runtime.crew.fleet import WorkerSpec
+from fopd_cli.runtime.memory import model as memory
+from fopd_cli.runtime.memory.model import Fit, Models
+from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import Plan, place
+from fopd_cli.samples import TargetSpec
 
 
 def recipe(tmp_path: Path, *overrides: str, **placement: Any) -> Recipe:
@@ -99,3 +109,127 @@ def test_several_teachers_share_their_devices_and_a_remote_one_has_none(tmp_path
 def test_what_cannot_be_placed(tmp_path: Path, placement: dict[str, Any], count: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         place(recipe(tmp_path, **placement), count, 8)
+
+
+# ---- what a device holds -----------------------------------------------------------------------------------
+
+GB = 10**9
+
+
+def shapes(billions: float, width: int = 2048, layers: int = 24) -> Shapes:
+    """A model of so many parameters, in round numbers."""
+    count = int(billions * GB)
+    head = 32_000 * width
+    return Shapes(
+        parameters=count,
+        active=count,
+        layers=layers,
+        block=(count - 2 * head) // layers,
+        root=2 * head,
+        head=head,
+        width=width,
+        queries=width,
+        keys=width // 2,
+        inner=3 * width,
+        normed_queries=False,
+        vocab=32_000,
+    )
+
+
+def sized(
+    tmp_path: Path, learning: float, judging: float, gb: int, *overrides: str, **placement: Any
+) -> tuple[Recipe, Fit]:
+    wanted = recipe(tmp_path, "sampler.engine=vllm", *overrides, **placement)
+    models = Models(shapes(learning), {"teacher": shapes(judging, 4096, 40)}, 64, 576, 576)
+    return wanted, Fit(wanted, models, gb * GB)
+
+
+def test_auto_colocates_where_a_device_holds_every_role_at_once(tmp_path: Path) -> None:
+    """1.5B learning takes 16 bytes a parameter, 24 GB; a 7B judge 14 GB; vLLM has what is left."""
+    small, fit = sized(tmp_path, 1.5, 7, 80)
+    for count in (1, 2):
+        plan = place(small, count, 8, fit)
+        assert plan.mode == "colocate"
+        assert plan.shared
+        assert not plan.exclusive
+        assert devices(plan) == [list(range(count))] * 3
+    plan = place(small, 1, 8, fit)
+    (share,) = {s.share for s in plan.samplers}
+    taken = {w.spec.role: w.use.peak for w in memory.workers(small, plan, fit.models, fit.device_bytes)}
+    assert share == pytest.approx(0.9 - (taken["learner"] + taken["teacher"]) / (80 * GB), abs=0.01)
+    assert sum(taken.values()) <= 0.9 * 80 * GB  # an update on its way included
+    assert taken["learner"] > 24 * GB
+    assert taken["teacher"] > 14 * GB
+    assert 0.2 < share < 0.5
+    assert taken["sampler"] == pytest.approx(share * 80 * GB, rel=0.1)
+    assert all(w.share is None for w in (*plan.learners, *plan.teachers[0]))
+    assert place(small, 8, 64, fit).mode == "partition"
+    assert place(*_one(sized(tmp_path, 1.5, 7, 40))).mode == "timeslice"
+    assert place(small, 1, 8).mode == "timeslice"  # nothing is known of the device
+
+
+def _one(made: tuple[Recipe, Fit]) -> tuple[Recipe, int, int, Fit]:
+    return made[0], 1, 8, made[1]
+
+
+def test_colocate_is_refused_where_it_does_not_fit(tmp_path: Path) -> None:
+    wanted, fit = sized(tmp_path, 4, 14, 80, mode="colocate")
+    with pytest.raises(UserError, match=r"placement.mode: colocate: a device cannot hold all roles at once"):
+        place(wanted, 1, 8, fit)
+    with pytest.raises(UserError, match=r"placement.mode: colocate needs CUDA devices"):
+        place(wanted, 0, 8)
+
+
+def test_transformers_engines_colocate_without_shares(tmp_path: Path) -> None:
+    wanted, fit = sized(tmp_path, 0.5, 1, 80, "sampler.engine=transformers")
+    plan = place(wanted, 1, 8, fit)
+    assert plan.mode == "colocate"
+    assert [w.share for w in plan.everyone] == [None] * 4
+
+
+def test_a_vllm_teacher_beside_others_takes_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    wanted, fit = sized(tmp_path, 1.5, 7, 80, "teacher.engine=vllm", "loss.support=topk")
+    plan = place(wanted, 1, 8, fit)
+    assert plan.mode == "colocate"
+    (judge,), (sampler,) = plan.teachers[0], plan.samplers
+    assert judge.share is not None
+    assert 14 / 80 < judge.share < 24 / 80
+    assert sampler.share is not None
+    assert judge.share + sampler.share < 0.9
+
+
+def test_a_teacher_is_replicated_where_a_device_holds_it_and_sharded_where_not(tmp_path: Path) -> None:
+    two = {"mode": "partition", "sampler": 3, "teacher": 2, "learner": 3}
+    for billions, whole in ((14.0, True), (40.0, False)):
+        plan = place(*_eight(sized(tmp_path, 1.5, billions, 80, **two)))
+        assert [rank.whole for rank in plan.teachers[0]] == [whole, whole]
+    alone = sized(tmp_path, 1.5, 14, 80, mode="partition", sampler=3, teacher=1, learner=4)
+    assert not place(*_eight(alone)).teachers[0][0].whole  # one rank has nobody to wait for
+
+
+def _eight(made: tuple[Recipe, Fit]) -> tuple[Recipe, int, int, Fit]:
+    return made[0], 8, 64, made[1]
+
+
+def test_the_share_that_is_left_is_what_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of the worker's place reaches vLLM's own arguments; without one its section's stands."""
+    orders = list[SamplerOrder | TeacherOrder]()
+    monkeypatch.setattr(vllm_build, "sampler", orders.append)
+    monkeypatch.setattr(vllm_build, "teacher", orders.append)
+    wanted = recipe(tmp_path, "sampler.engine=vllm", "teacher.engine=vllm", "loss.support=topk")
+    setup = Setup(
+        wanted,
+        260,
+        (TargetSpec("topk", 4, torch.float32),),
+        (None,),
+        64,
+        64,
+        torch.empty(0),
+        WeightChannel.create([]),
+        tmp_path / "r",
+    )
+    for share in (None, 0.31):
+        build_sampler(WorkerSpec("sampler", 0, 1, (0,), 1, share=share), setup)
+        build_teacher(WorkerSpec("teacher", 0, 1, (0,), 1, share=share), setup, lambda: None)
+    given = [vllm_build._keys(order.section.vllm, order.share) for order in orders]
+    assert [keys.gpu_memory for keys in given] == [0.85, 0.85, 0.31, 0.31]

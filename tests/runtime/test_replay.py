@@ -22,7 +22,8 @@ from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.errors import UserError
 from fopd_cli.freshness import drift
 from fopd_cli.runtime.crew.roles import score
-from fopd_cli.runtime.memory.arena import shared_bytes, targets_at
+from fopd_cli.runtime.memory.arena import targets_at
+from fopd_cli.runtime.memory.shared import shared_bytes
 from fopd_cli.samples import Prompt, Rollout, TargetSpec
 from fopd_cli.tasks.base import Observation
 from fopd_cli.tasks.privileged import told

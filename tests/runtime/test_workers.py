@@ -122,3 +122,34 @@ def test_forked_workers_have_their_own_environment_and_die_with_their_server(
             assert isinstance(heard(fleet, 1)[0][1], Ready)
     finally:
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+def breathing(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    time.sleep(60)
+
+
+def test_the_time_to_start_counts_from_a_workers_first_breath(tmp_path: Path) -> None:
+    """Not from when its process was asked for: its imports may come over a slow disk."""
+    with Fleet(tmp_path, 60, 60) as fleet:
+        worker = fleet.start(SPEC, breathing)
+        asked_for = float(worker.pulse[0])
+        wait_for(lambda: float(worker.pulse[0]) > asked_for, "its first breath", 60)
+        assert not worker.started
+
+
+def allocating(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    """With a device that is pretended: what its allocator says."""
+    torch.cuda.is_initialized = lambda: spec.rank == 0
+    torch.cuda.max_memory_allocated = lambda *_: 7 * 10**9
+    torch.cuda.max_memory_reserved = lambda *_: 9 * 10**9
+    mailbox.send(Ready())
+    mailbox.receive(block=True)
+
+
+def test_memory_of_devices_is_known_of_those_that_have_one(tmp_path: Path) -> None:
+    with Fleet(tmp_path, 60, 60) as fleet:
+        for rank in (0, 1):
+            fleet.start(WorkerSpec("learner", rank, 2, (), 1), allocating)
+        heard(fleet, 2)
+        wait_for(fleet.device_memory, "a beat that says it", 10)
+        assert fleet.device_memory() == {"learner-0": {"allocated": 7 * 10**9, "reserved": 9 * 10**9}}

@@ -321,7 +321,7 @@ def test_rows_without_an_answer(tmp_path: Path) -> None:
     write(held_out, [{"question": "c", "answer": "2"}])
     task = built("math", train=str(train), eval=str(held_out))
     assert math.isnan(task.grade(task.prompts("train")[0], "2"))
-    assert task.notices[-1] == "task.train: 1 of 2 rows have no answer; they are trained on, and not graded"
+    assert task.notices[-1] == "task.train: 1 of 2 rows have no answer; they are trained on, but not graded"
     write(held_out, [{"question": "c", "answer": "2"}, {"question": "d", "answer": " "}])
     with pytest.raises(UserError, match=r"task.eval: row 2 of .*: column 'answer' is null or empty"):
         built("math", train=str(train), eval=str(held_out)).prompts("eval")

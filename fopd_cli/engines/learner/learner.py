@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -46,6 +45,7 @@ from fopd_cli.engines.learner.prefetch import Lane, Prefetched
 from fopd_cli.engines.models.heads import HeadRule
 from fopd_cli.engines.models.hf import DTYPES, blocks, head_rule, modules_in_fp32
 from fopd_cli.engines.models.shards import Unread
+from fopd_cli.engines.resting import Resting
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.batching import balanced_shares, by_token_budget
 from fopd_cli.engines.tokens.packing import check_looks_back, check_packing
@@ -155,7 +155,9 @@ class FsdpLearner:
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.version = 0
         self.floor = drift.NoiseFloor()
-        self.teacher_heads = [Head.of(head).first(config.vocab).to(device) for head in teacher_heads]
+        self._resting = Resting(device)
+        self._heads_at_rest = [Head.of(head).first(config.vocab) for head in teacher_heads]
+        self.teacher_heads = [head.to(device) for head in self._heads_at_rest]
         # what samples begin with lies in a row once
         self.shared = device.type == "cpu" and not rope.by_length(model.config)
         self.lane = Lane(device)
@@ -518,27 +520,24 @@ class FsdpLearner:
         self.optimizer.state.clear()
 
     def sleep(self) -> None:
-        self._move("cpu")
-
-    def wake(self) -> None:
-        self._move(self.device)
-
-    def _move(self, device: torch.device | str) -> None:
         if self.device.type == "cpu":
             return
         self.optimizer.zero_grad(set_to_none=True)
         if not self.config.learner.offload:  # offloaded, all this is on the host at all times
-            self.student.to(device)
-            self._move_states(device)
-        self.teacher_heads = [head.to(device) for head in self.teacher_heads]
-        with torch.cuda.device(self.device) if device == "cpu" else nullcontext():
+            self._resting.sleep(self.student)
+            self._resting.sleep_states(self.optimizer.state)
+        self.teacher_heads = self._heads_at_rest
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()  # what was copied is there before its memory is another role's
             torch.cuda.empty_cache()
 
-    def _move_states(self, device: torch.device | str) -> None:
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.dim() > 0:
-                    state[name] = value.to(device)
+    def wake(self) -> None:
+        if self.device.type == "cpu":
+            return
+        if not self.config.learner.offload:
+            self._resting.wake(self.student)
+            self._resting.wake_states(self.optimizer.state)
+        self.teacher_heads = [head.to(self.device) for head in self._heads_at_rest]
 
 
 def _stats(samples: Sequence[Sample], indices: list[int], figures: dict[str, Tensor]) -> SampleStats:

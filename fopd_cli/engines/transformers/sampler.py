@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fopd_cli.engines.models.hf import TokenRules
 from fopd_cli.engines.models.support import bears_no_padding
+from fopd_cli.engines.resting import Resting
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.rows import Row
 from fopd_cli.engines.transformers import cpu_attention
@@ -80,6 +81,7 @@ class TransformersSampler:
         self.prefill_tokens, self.stale_kv = prefill_tokens, stale_kv
         if device.type == "cpu":
             cpu_attention.enable(model)
+        self._resting = Resting(device, forgetful=True)
         self.vocab = vocab
         self.model, self.rules, self.device, self.batch_size = (
             model.to(device).eval(),
@@ -125,12 +127,13 @@ class TransformersSampler:
 
     def sleep(self) -> None:
         self._cache = None
-        self.model.to("cpu")
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
+            self._resting.sleep(self.model)
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        self.model.to(self.device)
+        if self.device.type != "cpu":
+            self._resting.wake(self.model)
 
     @torch.inference_mode()
     def step(self) -> list[Rollout]:

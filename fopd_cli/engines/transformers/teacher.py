@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fopd_cli.engines.models.heads import HeadRule
 from fopd_cli.engines.models.hf import blocks, head_rule
 from fopd_cli.engines.models.shards import Unread
+from fopd_cli.engines.resting import Resting
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.batching import by_token_budget
 from fopd_cli.engines.tokens.packing import check_looks_back, check_packing
@@ -66,6 +67,7 @@ class TransformersTeacher:
         unread: Unread | None = None,
     ) -> None:
         self.device, self.world, self.micro_tokens, self.packing = device, world, micro_tokens, packing
+        self._resting = Resting(device)
         self.vocab = vocab  # logits past it are padding and are cut off
         self.student_k = student_k  # of top-k targets: so many ids are the student's own likeliest
         self.shared = not rope.by_length(model.config)
@@ -107,12 +109,13 @@ class TransformersTeacher:
         return replace(head, weight=_whole(head.weight), bias=bias).first(self.vocab)
 
     def sleep(self) -> None:
-        self.model.to("cpu")
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
+            self._resting.sleep(self.model)
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
-        self.model.to(self.device)
+        if self.device.type != "cpu":
+            self._resting.wake(self.model)
 
     def _most(self, count: int) -> int:
         if self.world == 1:

@@ -14,6 +14,7 @@ from fopd_cli.engines.protocols import Sampler, Teacher
 from fopd_cli.engines.vllm.engine import AdapterOptions, VllmOptions, problem
 from fopd_cli.recipe import Sampler as SamplerSection
 from fopd_cli.recipe import Teacher as TeacherSection
+from fopd_cli.recipe import Vllm
 
 TEACHER_BATCHED_TOKENS = 2048  # vLLM keeps [tokens, vocab] logits of them, twice, outside its memory profile
 KV_BLOCK = 128  # tokens; vLLM's on a CPU
@@ -45,7 +46,7 @@ def sampler(order: SamplerOrder) -> Sampler:
     rules = hf.token_rules(model, tokenizer, config, "student.model")
     cuda = order.device.type == "cuda"
     options = VllmOptions(
-        section.vllm,
+        _keys(section.vllm, order.share),
         key="sampler.vllm",
         model=model,
         dtype=order.dtype,
@@ -70,7 +71,7 @@ def teacher(order: TeacherOrder) -> Teacher:
     section = order.section
     config = hf.load_config(section.model, "teacher.vllm")
     options = VllmOptions(
-        section.vllm,
+        _keys(section.vllm, order.share),
         key="teacher.vllm",
         model=section.model,
         dtype=order.dtype,
@@ -84,6 +85,11 @@ def teacher(order: TeacherOrder) -> Teacher:
     )
     head = hf.load_head(section.model, "teacher.model", order.dtype) if options.hidden else None
     return VllmTeacher(with_cpu_cache(options, config), head, order.vocab)
+
+
+def _keys(section: Vllm, share: float | None) -> Vllm:
+    """The recipe's, with the share of a device that this engine was given, where several roles stay on it."""
+    return section if share is None else section.model_copy(update={"gpu_memory": share, "kv_cache_gb": None})
 
 
 def _fewer(vocab: int, config: Any) -> int | None:

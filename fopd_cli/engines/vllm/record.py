@@ -6,6 +6,7 @@ RECORD = Engine(
     "vllm",
     sampler=SamplerFacts(adapters=True, copies=False, one_rotation=True),
     teacher=TeacherFacts(frozenset({"topk", "sampled"}), by_name=frozenset({"hidden"})),
+    claims=True,
     cuda=True,
     split="tensor_parallel",
 )

@@ -75,3 +75,7 @@ class Crew(Protocol):
     def memory(self) -> dict[str, int]:
         """Bytes of main memory that each worker holds for itself, as far as that is known."""
         ...
+
+    def device_memory(self) -> dict[str, dict[str, int]]:
+        """Bytes that each worker had allocated, and reserved, on its CUDA device at most."""
+        ...

@@ -56,7 +56,8 @@ class WorkerSpec:
 
     `threads` is its fixed share of the cores; None: all of them, divided with those who compute at the same
     time. `index` is the number of the teacher, where there are several; `label` then tells them apart. `life`
-    counts restarts.
+    counts restarts. `share` is the part of each device that an engine may take that takes a fixed one (None:
+    as its section says); `whole`: each rank holds all of its model, and none waits for another.
     """
 
     role: str
@@ -67,6 +68,8 @@ class WorkerSpec:
     index: int = 0
     label: str = ""
     life: int = 0
+    share: float | None = None
+    whole: bool = False
 
     @property
     def name(self) -> str:
@@ -104,6 +107,11 @@ class Mailbox:
     def beat(self) -> None:
         """I am alive and getting on; while I compute, with as many threads as fall to me now."""
         self._pulse[0] = time.monotonic()
+        if torch.cuda.is_initialized():
+            self._pulse[1], self._pulse[2] = (
+                torch.cuda.max_memory_allocated(),
+                torch.cuda.max_memory_reserved(),
+            )
         if self._cores is not None:
             self._cores.share()
 
@@ -166,7 +174,8 @@ class Fleet:
         """Spawn `target(spec, mailbox, *args)`. Its output goes to `logs/NAME.log`."""
         inbox: Any = self._context.Queue()
         outbox: Any = self._context.Queue()
-        pulse = torch.tensor([time.monotonic()], dtype=torch.float64).share_memory_()
+        # the time of its last beat, and bytes of its first device: allocated and reserved at most
+        pulse = torch.tensor([time.monotonic(), 0, 0], dtype=torch.float64).share_memory_()
         log = self.logs / f"{spec.name}.log"
         row = self._rows.setdefault(spec.name, len(self._rows))
         share = Cores(self._computing, row, cores.here()) if spec.threads is None else None
@@ -270,6 +279,8 @@ class Fleet:
             if code is not None and code < 0
             else f"exited with {code}"
         )
+        if code == -signal.SIGBUS:  # its own answer to memory that could not be committed
+            how += ", as when /dev/shm is full"
         return f"{worker.name} (pid {worker.process.pid}) {how}; its log: {worker.log}"
 
     def _lost(self, worker: Worker, reason: str) -> list[tuple[Worker, Any]]:
@@ -316,6 +327,16 @@ class Fleet:
             with contextlib.suppress(OSError):  # not Linux, or it died this moment
                 found[worker.name] = _own_memory(worker.process.pid)
         return found
+
+    def device_memory(self) -> dict[str, dict[str, int]]:
+        """Bytes that each worker's allocator has handed out, and reserved, at most, on its first CUDA device;
+        empty for those that have none, or whose engine works in processes of its own.
+        """
+        return {
+            worker.name: {"allocated": int(worker.pulse[1]), "reserved": int(worker.pulse[2])}
+            for worker in self.workers.values()
+            if worker.pulse[2] > 0
+        }
 
     def stop(self, roles: Collection[str] | None = None) -> None:
         """Ask everyone, or these roles, to leave and wait a moment."""
@@ -418,6 +439,7 @@ def _main(
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(spec.threads or cores.here())
     mailbox = Mailbox(inbox, outbox, pulse, share)
+    mailbox.beat()  # its first breath: from here on start_timeout_s counts
     where = f"CUDA devices {ours[devices.VISIBLE]}" if spec.devices else "the CPU"
     _log(
         f"{spec.name} starts: pid {os.getpid()}, on {where}, "

@@ -100,6 +100,9 @@ class InProcess:
     def memory(self) -> dict[str, int]:
         return {}
 
+    def device_memory(self) -> dict[str, dict[str, int]]:
+        return {}
+
 
 class LocalEngines:
     """The engines of a run, each made as its worker process would make it, of one rank each."""

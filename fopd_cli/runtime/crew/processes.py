@@ -76,6 +76,9 @@ class Processes:
     def memory(self) -> dict[str, int]:
         return self.fleet.memory()
 
+    def device_memory(self) -> dict[str, dict[str, int]]:
+        return self.fleet.device_memory()
+
     def end_programs(self) -> None:
         self.fleet.stop(STARTERS)
 
@@ -92,8 +95,9 @@ class Processes:
             for spec in specs:
                 self._spawn(spec)
                 waiting.add(spec.name)
-            if self.plan.exclusive and role not in ALWAYS_AWAKE:
+            if self.plan.shared and role not in ALWAYS_AWAKE:
                 self._await(waiting, m.Ready)
+            if self.plan.exclusive and role not in ALWAYS_AWAKE:
                 self._tell(specs, m.SleepCommand())
                 self._await({spec.name for spec in specs}, m.Asleep)
         self._await(waiting, m.Ready)

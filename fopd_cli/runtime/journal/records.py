@@ -177,6 +177,8 @@ def scalars(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, float]:
     flat |= {f"train/kl_quarter_{i}": value for i, value in enumerate(record["kl_by_quartile"], 1)}
     flat |= {f"busy/{role}": share for role, share in timing["busy"].items()}
     flat |= {f"idle/{role}": 1 - share for role, share in timing["busy"].items()}
+    for worker, sizes in timing.get("device_bytes", {}).items():
+        flat |= {f"device_gb/{worker} {what}": size / 1e9 for what, size in sizes.items()}
     names = ("seconds", "buffer_samples", "buffer_bytes", "in_flight", "publish_seconds", "publish_gb_per_s")
     return flat | {f"runtime/{name}": float(timing[name]) for name in names}
 

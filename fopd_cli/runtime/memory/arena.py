@@ -1,8 +1,7 @@
 """Shared memory that outlives no process: the teacher targets' arena.
 
 It is made by the conductor before it spawns the workers and is inherited by them. The memory has no name in
-the file system (torch unlinks it at once), so nothing can leak, whatever kills the command. Queues carry only
-offsets.
+the file system, so nothing can leak, whatever kills the command. Queues carry only offsets.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fopd_cli.runtime.memory.shared import shared_bytes
 from fopd_cli.samples import TargetSpec, TeacherTargets
 
 ALIGNMENT = 64
@@ -21,11 +21,6 @@ ALIGNMENT = 64
 def aligned(nbytes: int) -> int:
     """Rounded up to whole cache lines."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def shared_bytes(nbytes: int) -> Tensor:
-    """Shared uint8 memory, zeroed lazily by the kernel; pages that are never written cost nothing."""
-    return torch.empty(max(nbytes, ALIGNMENT), dtype=torch.uint8).share_memory_()
 
 
 def view(memory: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -40,7 +35,7 @@ class Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.memory = shared_bytes(nbytes)
+        self.memory = shared_bytes(max(nbytes, ALIGNMENT))
         self.nbytes = nbytes
         self._free = [(0, nbytes)]  # (offset, size), sorted, never adjacent
         self._used: dict[int, int] = {}

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fopd_cli.runtime.memory.arena import aligned, shared_bytes, view
+from fopd_cli.runtime.memory.arena import ALIGNMENT, aligned, view
+from fopd_cli.runtime.memory.shared import cuda_runtime, page_lock, shared_bytes
 
 Layout = list[tuple[str, tuple[int, ...], torch.dtype]]  # name, shape and dtype of each tensor
 
@@ -66,7 +67,7 @@ class WeightChannel:
     @classmethod
     def create(cls, layout: Layout) -> WeightChannel:
         channel = cls(layout, torch.empty(0), torch.full((2, 2), -1, dtype=torch.int64).share_memory_())
-        channel.memory = shared_bytes(2 * channel.slot_bytes)
+        channel.memory = shared_bytes(max(2 * channel.slot_bytes, ALIGNMENT))
         return channel
 
     @property
@@ -79,9 +80,7 @@ class WeightChannel:
         without a detour through a buffer of the driver's. Where the kernel refuses to lock so much, they are
         slower, and the worker's log says so.
         """
-        # 1: portable
-        error = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 1))
-        if error:
+        if error := page_lock(self.memory, cuda_runtime()):
             print(
                 f"the weight slots ({self.memory.nbytes / 1e9:.1f} GB) could not be page-locked (CUDA "
                 f"error {error}); updates of weights "

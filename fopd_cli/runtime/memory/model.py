@@ -1,0 +1,519 @@
+"""How much memory each process takes, by arithmetic: nothing is loaded, no device is asked.
+
+A process holds some things at all times and others in phases of its work, one phase at a time; its peak is
+the former and the largest of the latter. `tests/runtime/test_memory_model.py` holds the sums against measured
+bytes on a CPU: shards and their states, what a block keeps for its backward pass, resident memory of real
+processes. What needs a GPU to be measured, a CUDA context and the buffers of its libraries, is an estimate
+and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fopd_cli.engines.models.shapes import Shapes
+from fopd_cli.engines.registry import engine_of
+from fopd_cli.recipe.schema import Learner, Recipe, Sampler, Teacher
+from fopd_cli.runtime.crew.fleet import WorkerSpec
+from fopd_cli.runtime.memory.sizes import total_memory
+from fopd_cli.runtime.placement import SPARE, Plan, Shares
+
+MB, GB = 1 << 20, 10**9
+CONTEXT = 1 * GB  # of CUDA and its libraries in each process; an estimate
+RANKS = int(0.5 * GB)  # NCCL's buffers where there are several; an estimate
+GRAPHS = int(1.5 * GB)  # vLLM's CUDA graphs and workspaces; an estimate
+ASLEEP = 2 * GB  # what vLLM keeps of a device while it sleeps; an estimate
+PROCESS = 450 * MB  # of main memory: Python, torch, transformers
+VLLM = 500 * MB  # and vLLM
+CUDA_PROCESS = 3 * GB  # the same with CUDA's libraries; an estimate
+BATCHED_TOKENS = 8192  # vLLM's tokens a forward pass, if nobody says
+HEAD_CHUNK = 512 << 20  # of the teacher's log-probs, twice HEAD_CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes memory."""
+
+    what: str
+    nbytes: int
+
+
+Parts = tuple[Part, ...]
+
+
+def total(parts: Parts) -> int:
+    """Bytes of all of them."""
+    return sum(part.nbytes for part in parts)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one process holds of one device (or of main memory, on a CPU), and of main memory beside it."""
+
+    always: Parts
+    phases: dict[str, Parts] = field(default_factory=dict)  # what comes on top, one phase at a time
+    asleep: Parts = ()  # of the device, while other roles have their turn
+    host: Parts = ()  # of main memory, where the rest is on a device
+    host_asleep: Parts = ()
+    least: int = 0  # of vLLM: bytes of the device without which it refuses to start, an update included
+    rows: float = 0.0  # of vLLM: samples of full length whose keys and values its cache holds at once
+
+    @property
+    def phase(self) -> str:
+        """The one that takes most; empty: there are none."""
+        return max(self.phases, key=lambda name: total(self.phases[name]), default="")
+
+    @property
+    def parts(self) -> Parts:
+        """At its peak, the largest first."""
+        found = (*self.always, *self.phases.get(self.phase, ()))
+        return tuple(sorted((p for p in found if p.nbytes), key=lambda p: -p.nbytes))
+
+    @property
+    def peak(self) -> int:
+        return total(self.parts)
+
+
+def largest(parts: Parts, count: int = 4) -> str:
+    """For people: the sum's largest parts in GB."""
+    return ", ".join(f"{part.what} {part.nbytes / GB:.1f}" for part in parts[:count])
+
+
+# ---- what a token leaves behind ----------------------------------------------------------------------------
+
+
+def kept_by_a_block(s: Shapes, size: int) -> int:
+    """Bytes a token that a block keeps for its backward pass, computing in numbers of `size` bytes: both
+    norms' fp32 input, their result before and after their weight; queries, keys, values and what attention
+    makes of them; of the MLP the gate, its activation, the other half and their product.
+    """
+    norm = 4 + 2 * size
+    normed = (4 + size) * (s.queries + s.keys // 2) if s.normed_queries else 0
+    return 2 * norm * s.width + normed + size * (2 * s.queries + s.keys) + 4 * size * s.inner
+
+
+def under_way_in_a_block(s: Shapes, size: int) -> int:
+    """Bytes a token at the widest place of a block's forward pass without gradients: the residual, a norm,
+    the MLP's gate, other half and product.
+    """
+    return size * 2 * s.width + (4 + size) * s.width + size * max(3 * s.inner, 2 * s.queries + s.keys)
+
+
+def backward_of_a_block(s: Shapes, size: int) -> int:
+    """Bytes a token of gradients at the widest place: of the MLP's inner values, and of a norm in fp32."""
+    return 3 * size * s.inner + 8 * s.width
+
+
+def chunk_bytes(recipe_mb: int | None, s: Shapes, cuda: bool) -> int:
+    """Of one `[positions, vocab]` buffer of the loss, see `losses/chunked.py`."""
+    if recipe_mb is not None:
+        return recipe_mb << 20
+    return max((512 if cuda else 64) << 20, s.head)
+
+
+# ---- the roles ---------------------------------------------------------------------------------------------
+
+
+def learner(
+    section: Learner,
+    s: Shapes,
+    heads: Sequence[Shapes],
+    *,
+    world: int,
+    compute: torch.dtype,
+    cuda: bool,
+    tokens: int,
+    longest: int,
+    trainable: int | None = None,
+    head_dtype: torch.dtype = torch.bfloat16,
+    full: bool = True,
+    chunk_mb: int | None = None,
+) -> Use:
+    """One rank of `world`. `tokens` and `longest` are those of its share of a batch and of one sample.
+
+    `heads` are of the teachers that give hidden states; `trainable` counts adapters, None: all weights learn.
+    `full`: the loss has a formula of its own; others go by autograd and keep twice as many buffers.
+    """
+    size, learns = compute.itemsize, s.parameters if trainable is None else trainable
+    sharded = world > 1 or section.offload or compute != torch.float32
+    moments = 2 * (4 if section.optimizer_dtype == "fp32" else 2)
+    frozen = 0 if trainable is None else s.parameters * size // world
+    state = (
+        Part("master weights in fp32", 4 * learns // world),
+        Part("gradients in fp32", 4 * learns // world),
+        Part("AdamW's states", moments * learns // world),
+    )
+    always = (
+        *(() if section.offload else state),
+        Part("frozen base", frozen),
+        Part("teacher heads", sum(h.head * head_dtype.itemsize for h in heads)),
+        *_context(cuda, world),
+    )
+    batch = max(min(section.micro_tokens, tokens), longest)
+    layers = s.layers * size * s.width if section.activation_checkpointing else 0
+    block = kept_by_a_block(s, size) * (1 if section.activation_checkpointing else s.layers)
+    gathered = size * (s.root + 2 * s.block) if sharded else 0
+    chunk = min(chunk_bytes(chunk_mb, s, cuda), 4 * s.vocab * batch)
+    head_learns = trainable is None
+    inputs = sum({h.width * head_dtype.itemsize for h in heads}) * batch
+    loss = (
+        Part("gathered weights", gathered),
+        Part("activations", batch * (layers + (0 if section.activation_checkpointing else block))),
+        Part("logits, a chunk at a time", (3 if full else 6) * chunk),
+        Part("head's gradient", (4 + size) * s.head if head_learns else 0),
+        Part("hidden states, theirs and ours", inputs + 2 * size * s.width * batch),
+    )
+    narrow = size * s.head if head_learns else 0
+    backward = (
+        Part("gathered weights", gathered),
+        Part("activations", batch * (layers + block + backward_of_a_block(s, size))),
+        Part("head's gradient", narrow),
+        Part("hidden states, theirs and ours", inputs + 2 * size * s.width * batch),
+        Part(
+            "gradients on their way to the shards", 2 * (size + 4) * s.block if sharded and head_learns else 0
+        ),
+    )
+    # At the end of a pass the embedding's and the head's gradients are scattered, once in fp32.
+    scatter = (
+        Part("gathered weights", size * s.root if sharded else 0),
+        Part("gradients on their way to the shards", (size + 4) * s.root if sharded and head_learns else 0),
+    )
+    step = (Part("AdamW's states, widened", 0 if moments == 8 or section.offload else 8 * learns // world),)
+    phases = {"loss": loss, "backward": backward, "scatter": scatter, "step": step}
+    host = (Part("process", CUDA_PROCESS), *(state if section.offload else ()))
+    if not cuda:
+        return Use((*always, Part("process", PROCESS)), phases)
+    resting = () if section.offload else state
+    return Use(always, phases, _context(cuda, world), host, (*resting, Part("frozen base", frozen)))
+
+
+def teacher(
+    section: Teacher, s: Shapes, *, world: int, dtype: torch.dtype, cuda: bool, longest: int, log_probs: bool
+) -> Use:
+    """One rank of `world` of a teacher on transformers; `log_probs`: it makes logits, a chunk at a time."""
+    size = dtype.itemsize
+    weights = Part("weights", size * s.parameters // world)
+    batch = max(min(section.micro_tokens, section.batch_samples * longest), longest)
+    always = (
+        weights,
+        Part("gathered weights", size * s.root if world > 1 else 0),  # the root stays gathered
+        *_context(cuda, world),
+    )
+    forward = (
+        Part("gathered blocks", 2 * size * s.block if world > 1 else 0),
+        Part("activations", batch * (under_way_in_a_block(s, size) + size * s.width)),
+        Part("logits, a chunk at a time", HEAD_CHUNK if log_probs else 0),
+    )
+    if not cuda:
+        return Use((*always, Part("process", PROCESS)), {"forward": forward, "load": (_files(s, size),)})
+    host = (Part("process", CUDA_PROCESS),)
+    return Use(always, {"forward": forward}, _context(cuda, world), host, (weights,))
+
+
+def sampler(section: Sampler, s: Shapes, *, dtype: torch.dtype, cuda: bool, longest: int, prompt: int) -> Use:
+    """On transformers: one replica on one device. `prompt` tokens of the longest prompt."""
+    size, rows = dtype.itemsize, section.concurrency
+    weights = Part("weights", size * s.parameters)
+    held = rows * longest
+    always = (weights, *_context(cuda, 1))
+    # After an update in mid-rollout all rows are read again at once.
+    read = held if section.max_new_tokens else rows * prompt
+    forward = (
+        Part("KV cache", size * s.kv * held),
+        Part("activations", read * under_way_in_a_block(s, size)),
+        Part("logits", rows * s.vocab * (size + 3 * 4 + 2 * 8)),
+    )
+    if not cuda:
+        return Use((*always, Part("process", PROCESS)), {"forward": forward, "load": (_files(s, size),)})
+    return Use(always, {"forward": forward}, _context(cuda, 1), (Part("process", CUDA_PROCESS),), (weights,))
+
+
+def vllm(
+    s: Shapes,
+    *,
+    dtype: torch.dtype,
+    split: int,
+    share: float,
+    device: int,
+    longest: int,
+    batched: int | None,
+    log_probs: bool,
+    live: bool,
+) -> Use:
+    """One replica split over `split` devices of `device` bytes, of each of which it takes `share` at its
+    start, whatever it needs. `live`: its weights are updated.
+    """
+    size = dtype.itemsize
+    weights = Part("weights", size * s.parameters // split)
+    tokens = batched or (2048 if log_probs else max(BATCHED_TOKENS, longest))
+    logits = tokens * s.vocab * 8 if log_probs else 256 * s.vocab * 4 * 3
+    working = (
+        weights,
+        Part("activations", tokens * under_way_in_a_block(s, size)),
+        Part("logits", logits),
+        Part("vLLM's graphs and workspaces (estimate)", GRAPHS),
+        *_context(True, split),
+    )
+    # An update comes a layer at a time, outside what vLLM counts.
+    update = Part("an update on its way", 2 * size * s.block if live else 0)
+    token = max(1, size * s.kv // split)
+    cache = max(0, int(share * device) - total(working))
+    return Use(
+        (*working, Part("KV cache", cache)),
+        {"update": (update,)},
+        (Part("vLLM, asleep (estimate)", ASLEEP),),
+        (Part("process", split * CUDA_PROCESS),),
+        () if live else (weights,),
+        least=total(working) + token * longest + update.nbytes,
+        rows=cache / (token * longest),
+    )
+
+
+def vllm_on_cpu(s: Shapes, *, dtype: torch.dtype, rows: int, longest: int, batched: int | None) -> Use:
+    """One process of vLLM's CPU build. Its cache holds what all requests can need, at most an eighth of the
+    memory, see `build.with_cpu_cache`.
+    """
+    size = dtype.itemsize
+    tokens = max(batched or 4096, longest)
+    return Use(
+        (
+            Part("weights", size * s.parameters),
+            Part("KV cache", min(size * s.kv * rows * (longest + 256), total_memory() // 8)),
+            Part("activations", tokens * under_way_in_a_block(s, size)),
+            Part("process", PROCESS + VLLM),
+        )
+    )
+
+
+def _files(s: Shapes, size: int) -> Part:
+    """Pages of the checkpoint that stay mapped while it is made wider; most have two bytes a number."""
+    return Part("files that are being read", 2 * s.parameters if size > 2 else 0)
+
+
+def _context(cuda: bool, world: int) -> Parts:
+    if not cuda:
+        return ()
+    return (Part("CUDA and its libraries (estimate)", CONTEXT + (RANKS if world > 1 else 0)),)
+
+
+# ---- a run -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is known of a run's models without loading them, and how long its samples can get."""
+
+    student: Shapes
+    teachers: Mapping[str, Shapes]  # those that run here, by name
+    prompt: int  # tokens of the longest prompt
+    longest: int  # of the longest sample, as the student has it
+    judged: int  # and as teachers judge it
+    trainable: int | None = None  # parameters of adapters; None: all weights learn
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process of a plan and what it takes."""
+
+    spec: WorkerSpec
+    use: Use
+
+
+def workers(recipe: Recipe, plan: Plan, models: Models, device_bytes: int) -> list[Worker]:
+    """Every process that holds a model, on devices of so many bytes each."""
+    found = [Worker(spec, of_learner(recipe, spec, models)) for spec in plan.learners]
+    for section, ranks in zip(recipe.teachers, plan.teachers, strict=True):
+        if not engine_of(section).remote:
+            found += [Worker(r, of_teacher(recipe, section, r, models, device_bytes)) for r in ranks]
+    found += [Worker(spec, of_sampler(recipe, spec, models, device_bytes)) for spec in plan.samplers]
+    return found
+
+
+def of_learner(recipe: Recipe, spec: WorkerSpec, models: Models) -> Use:
+    """One rank of a plan's learner."""
+    section, cuda = recipe.learner, bool(spec.devices)
+    hidden = recipe.targets == "hidden"
+    return learner(
+        section,
+        models.student,
+        [models.teachers[t.name] for t in recipe.teachers if t.name in models.teachers] if hidden else [],
+        world=spec.world,
+        compute=_dtype(section.dtype, cuda),
+        cuda=cuda,
+        tokens=-(-section.batch_samples // spec.world) * models.longest,
+        longest=models.longest,
+        trainable=models.trainable,
+        head_dtype=_dtype(recipe.teachers[0].dtype, cuda),
+        full=recipe.support == "full",
+        chunk_mb=recipe.loss.chunk_mb,
+    )
+
+
+def of_teacher(recipe: Recipe, section: Teacher, spec: WorkerSpec, models: Models, device_bytes: int) -> Use:
+    """One rank of a teacher that runs here."""
+    cuda, s, keys = bool(spec.devices), models.teachers[section.name], _keys(section)
+    dtype = _dtype(section.dtype, cuda)
+    if engine_of(section).claims and not cuda:
+        return vllm_on_cpu(
+            s, dtype=dtype, rows=section.batch_samples, longest=models.judged, batched=keys.max_batched_tokens
+        )
+    if engine_of(section).claims:
+        return vllm(
+            s,
+            dtype=dtype,
+            split=len(spec.devices),
+            share=spec.share or keys.gpu_memory,
+            device=device_bytes,
+            longest=models.judged,
+            batched=keys.max_batched_tokens,
+            log_probs=True,
+            live=False,
+        )
+    return teacher(
+        section,
+        s,
+        world=1 if spec.whole else spec.world,
+        dtype=dtype,
+        cuda=cuda,
+        longest=models.judged,
+        log_probs=recipe.targets != "hidden",
+    )
+
+
+def of_sampler(recipe: Recipe, spec: WorkerSpec, models: Models, device_bytes: int) -> Use:
+    """One replica of a plan's sampler."""
+    section, cuda, keys = recipe.sampler, bool(spec.devices), _keys(recipe.sampler)
+    dtype = _dtype(section.dtype, cuda)
+    if engine_of(section).claims and not cuda:
+        return vllm_on_cpu(
+            models.student,
+            dtype=dtype,
+            rows=section.concurrency,
+            longest=models.longest,
+            batched=keys.max_batched_tokens,
+        )
+    if engine_of(section).claims:
+        return vllm(
+            models.student,
+            dtype=dtype,
+            split=len(spec.devices),
+            share=spec.share or keys.gpu_memory,
+            device=device_bytes,
+            longest=models.longest,
+            batched=keys.max_batched_tokens,
+            log_probs=False,
+            live=True,
+        )
+    return sampler(
+        section, models.student, dtype=dtype, cuda=cuda, longest=models.longest, prompt=models.prompt
+    )
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a device must hold at the worst moment, and whose it is."""
+
+    device: int
+    who: str
+    parts: Parts
+
+    @property
+    def nbytes(self) -> int:
+        return total(self.parts)
+
+
+def demands(plan: Plan, found: Sequence[Worker]) -> list[Demand]:
+    """The worst moment of each device that the plan uses. Where roles take turns, those that sleep leave
+    something behind; where they share, all have their peak at once.
+    """
+    worst = []
+    for device in sorted({d for w in found for d in w.spec.devices}):
+        here = [w for w in found if device in w.spec.devices]
+        if plan.mode == "timeslice":
+            moments = [
+                (w.spec.name, (*w.use.parts, *(_asleep(o) for o in here if o.spec.role != w.spec.role)))
+                for w in here
+            ]
+        else:
+            names = " + ".join(w.spec.name for w in here)
+            moments = [(names, tuple(_named(w, p, len(here) > 1) for w in here for p in w.use.parts))]
+        who, parts = max(moments, key=lambda m: total(m[1]))
+        worst.append(Demand(device, who, tuple(sorted(parts, key=lambda p: -p.nbytes))))
+    return worst
+
+
+def host(plan: Plan, found: Sequence[Worker], shared: int) -> Parts:
+    """Main memory of all processes together. `shared`: the teacher targets' arena and the weights' slots."""
+    parts = [Part("teacher targets and weights in shared memory", shared)]
+    for worker in found:
+        own = worker.use.host if worker.spec.devices else worker.use.parts
+        if plan.mode == "timeslice":
+            own = (*own, *worker.use.host_asleep)
+        parts.append(Part(worker.spec.name, total(own)))
+    return tuple(sorted(parts, key=lambda p: -p.nbytes))
+
+
+def _asleep(worker: Worker) -> Part:
+    return Part(f"{worker.spec.name}, asleep", total(worker.use.asleep))
+
+
+def _named(worker: Worker, part: Part, several: bool) -> Part:
+    return Part(f"{worker.spec.name}: {part.what}", part.nbytes) if several else part
+
+
+def _keys(section: Sampler | Teacher) -> Any:
+    """Of an engine that claims a share of a device."""
+    engine = engine_of(section)
+    return engine.keys(section) if engine.claims else None
+
+
+def _dtype(name: str, cuda: bool) -> torch.dtype:
+    wide = name == "fp32" or (name == "auto" and not cuda)
+    return torch.float32 if wide else torch.bfloat16
+
+
+class Fit:
+    """What placement asks: which roles a device can hold at once. Implements `placement.Memory`."""
+
+    def __init__(self, recipe: Recipe, models: Models, device_bytes: int) -> None:
+        self.recipe, self.models, self.device_bytes = recipe, models, device_bytes
+
+    def whole(self, section: Teacher, spec: WorkerSpec) -> bool:
+        """Whether one device holds all of a teacher, and nothing else that is awake."""
+        use = of_teacher(self.recipe, section, replace(spec, whole=True), self.models, self.device_bytes)
+        return use.peak <= (1 - SPARE) * self.device_bytes
+
+    def shares(self, plan: Plan) -> Shares | None:
+        """The parts of a device that vLLM engines may take where nobody takes turns; None: it does not fit.
+
+        A sampler's cache must hold an eighth of its concurrent samples at full length, as few ever reach it.
+        """
+        room = (1 - SPARE) * self.device_bytes
+        found = workers(self.recipe, plan, self.models, self.device_bytes)
+        claims = engine_of(self.recipe.sampler).claims
+        by_teacher: dict[str, float] = {}
+        taken = 0
+        for worker in {(w.spec.role, w.spec.index): w for w in found}.values():
+            if worker.spec.role == "sampler" and claims:
+                continue
+            section = self.recipe.teachers[worker.spec.index] if worker.spec.role == "teacher" else None
+            if section is not None and engine_of(section).claims:
+                by_teacher[section.name] = worker.use.least / self.device_bytes
+                taken += worker.use.least
+            else:
+                taken += worker.use.peak
+        left = room - taken
+        if not claims:
+            return Shares(None, by_teacher) if left >= 0 else None
+        update = max(total(p) for w in found if w.spec.role == "sampler" for p in w.use.phases.values())
+        share = (left - update) / self.device_bytes
+        if share <= 0:
+            return None
+        spec = replace(plan.samplers[0], share=share)
+        use = of_sampler(self.recipe, spec, self.models, self.device_bytes)
+        wanted = max(1, self.recipe.sampler.concurrency / 8)
+        return Shares(share, by_teacher) if use.least <= left and use.rows >= wanted else None

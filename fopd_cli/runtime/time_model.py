@@ -1,0 +1,95 @@
+"""How long an optimizer step takes each role, by arithmetic; nothing of it was measured on a GPU.
+
+A device does so many floating-point operations and reads so many bytes in a second, of which real work
+reaches a part. Training and judging are counted in operations, sampling in bytes: every token of a running
+batch reads all weights once, and the keys and values of its own row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fopd_cli.recipe import Recipe
+from fopd_cli.runtime.memory.model import Models, Use, workers
+from fopd_cli.runtime.placement import Plan
+
+# FLOP a second in dense bf16, by a part of the name that CUDA gives the device (makers' data sheets).
+PEAKS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "A10": 125e12,
+}
+
+
+def peak_of(name: str) -> float | None:
+    """FLOP a second in dense bf16 of a device of this name; None: not known."""
+    return next((flops for part, flops in PEAKS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device can do in a second, and which part of it we reckon with."""
+
+    name: str = "H100 SXM"
+    flops: float = 989e12  # dense bf16
+    bandwidth: float = 3.35e12  # bytes
+    host: float = 25e9  # bytes, to or from pinned main memory
+    training: float = 0.35  # of flops
+    judging: float = 0.45
+    reading: float = 0.6  # of bandwidth
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds a step; `step` is what a run takes for one, once all roles are under way."""
+
+    sampler: float
+    teacher: float
+    learner: float
+    publish: float
+    step: float
+
+
+def learner_flops(recipe: Recipe, models: Models, tokens: int) -> float:
+    """Of forward and backward on so many tokens; with checkpointing the forward once more."""
+    passes = 8 if recipe.learner.activation_checkpointing else 6
+    heads = sum(2 * s.head for s in models.teachers.values()) / max(1, len(models.teachers))
+    return tokens * (passes * models.student.active + heads)
+
+
+def pace(
+    recipe: Recipe, plan: Plan, models: Models, response: int, device_bytes: int, device: Device | None = None
+) -> Pace:
+    """Of a plan on CUDA devices whose responses are `response` tokens long on the average."""
+    d = device or Device()
+    batch = recipe.learner.batch_samples
+    tokens = batch * (models.prompt // 2 + response)
+    learners = max(1, len({x for w in plan.learners for x in w.devices}))
+    learn = learner_flops(recipe, models, tokens) / (learners * d.flops * d.training)
+    judge = 0.0
+    for section, ranks in zip(recipe.teachers, plan.teachers, strict=True):
+        if section.name in models.teachers:
+            there = max(1, len({x for w in ranks for x in w.devices}))
+            flops = 2 * models.teachers[section.name].active * tokens / len(recipe.teachers)
+            judge += flops / (there * d.flops * d.judging)
+    found = {w.spec.name: w.use for w in workers(recipe, plan, models, device_bytes)}
+    made = sum(_tokens_a_second(recipe, models, found[s.name], len(s.devices), d) for s in plan.samplers)
+    sample = batch * response / made
+    publish = 2 * 2 * models.student.parameters / d.host  # to main memory, and from there
+    roles = (sample, judge, learn + publish)
+    return Pace(sample, judge, learn, publish, sum(roles) if plan.shared else max(roles))
+
+
+def _tokens_a_second(recipe: Recipe, models: Models, use: Use, devices: int, d: Device) -> float:
+    """Of one replica: as many rows run at once as its cache holds at half their full length."""
+    s, size = models.student, 2
+    rows = min(recipe.sampler.concurrency, max(1.0, 2 * use.rows)) if use.rows else recipe.sampler.concurrency
+    read = size * s.parameters + rows * size * s.kv * models.longest / 2
+    return rows * devices * d.bandwidth * d.reading / read

@@ -1,0 +1,424 @@
+"""What a machine with a GPU says of fopd, as one markdown section: started by `scripts/gpu`.
+
+Each part is a process of its own, so that one that crashes or hangs does not keep the others from being
+tried; what needs a package that is not there is skipped, with the reason. With `--device cpu` every part runs
+the same code in tiny sizes, so that none is executed for the first time on a machine that is paid for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SKIPPED = 75  # exit code of a part that cannot run here
+LIMIT_S = 1800.0
+
+
+class Skip(Exception):
+    """A part cannot run here; says why."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of: {', '.join(PARTS)}")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of logs and the section"
+    )
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        return _one(options.part, options.device, options.out)
+    unknown = [name for name in options.only.split(",") if name not in PARTS]
+    if unknown:
+        parser.error(f"--only: there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines, failed = [*_machine(options.device), ""], 0
+    for name in options.only.split(","):
+        state, found = _run(name, options.device, options.out)
+        failed += state == "failed"
+        lines += [f"### {name}: {state}", "", *found, ""]
+        print("\n".join(lines[-len(found) - 3 :]), flush=True)
+    section = options.out / "section.md"
+    section.write_text("\n".join(lines))
+    print(f"the section is in {section}; logs beside it", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _machine(device: str) -> list[str]:
+    import torch
+    import transformers
+
+    name = torch.cuda.get_device_name(0) if device == "cuda" and torch.cuda.is_available() else "a CPU"
+    count = torch.cuda.device_count() if device == "cuda" else os.cpu_count()
+    vllm = importlib.util.find_spec("vllm") is not None
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return [
+        f"## {count} x {name}, {time.strftime('%Y-%m-%d')}",
+        "",
+        f"fopd at {commit.stdout.strip() or 'no commit'}, torch {torch.__version__} "
+        f"(CUDA {torch.version.cuda}), "
+        f"transformers {transformers.__version__}, vLLM {'there' if vllm else 'not installed'}.",
+    ]
+
+
+def _run(name: str, device: str, out: Path) -> tuple[str, list[str]]:
+    """A part in a process of its own: how it ended, and its lines."""
+    command = [sys.executable, __file__, "--part", name, "--device", device, "--out", str(out)]
+    log = out / f"{name}.log"
+    began = time.monotonic()
+    with log.open("w") as errors:
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=LIMIT_S)
+            code, lines = done.returncode, done.stdout.splitlines()
+        except subprocess.TimeoutExpired:
+            return "failed", [f"It was stopped after {LIMIT_S:.0f} s; its log: {log}"]
+    seconds = f"({time.monotonic() - began:.0f} s)"
+    if code == SKIPPED:
+        return "skipped", lines
+    if code:
+        last = (log.read_text().strip().splitlines() or ["no word"])[-1]
+        return "failed", [*lines, f"Exit code {code}: {last[:300]} {seconds}"]
+    return "done", [*lines, "", seconds]
+
+
+def _one(name: str, device: str, out: Path) -> int:
+    import torch
+
+    try:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise Skip("torch finds no CUDA device")
+        for line in PARTS[name](device, out):
+            print(line, flush=True)
+    except Skip as reason:
+        print(reason)
+        return SKIPPED
+    return 0
+
+
+def _package(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise Skip(f"the package {name} is not installed")
+
+
+def _pair(out: Path) -> Path:
+    """An untrained pair of heads that vLLM bears, made once."""
+    folder = out / "pair"
+    if not (folder / "student").exists():
+        program = ROOT / "scripts" / "make_tiny_pair.py"
+        command = [sys.executable, str(program), str(folder), "--arch", "qwen3", "--untrained"]
+        subprocess.run([*command, "--dtype", "float32"], check=True, capture_output=True, cwd=ROOT)
+    return folder
+
+
+# ---- the parts, in the order of what can be wrong ----------------------------------------------------------
+
+
+def tests(device: str, out: Path) -> Iterator[str]:
+    """The tests that are skipped without a GPU."""
+    _package("pytest")
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "tests/commands/test_gpu.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    yield from (line for line in done.stdout.splitlines() if re.match(r"(FAILED|ERROR|\d+ )", line))
+    if done.returncode:
+        raise SystemExit(1)
+
+
+def _sampled(path: str, device: str, out: Path, before: Callable[[Any], None]) -> Iterator[float]:
+    """Differences of vLLM's log-probs from a plain forward pass, token by token."""
+    import numpy as np
+    import torch
+
+    from fopd_cli.engines.models import hf
+    from fopd_cli.engines.vllm import engine
+    from fopd_cli.engines.vllm.sampler import VllmSampler
+    from fopd_cli.recipe.schema import SamplerVllm
+    from fopd_cli.samples import Request, SamplingParams
+
+    if (problem := engine.problem()) is not None:
+        raise Skip(problem)
+    config, tokenizer = hf.load_config(path, "m"), hf.load_tokenizer(path, "m")
+    options = engine.VllmOptions(
+        SamplerVllm(gpu_memory=0.4),
+        key="sampler.vllm",
+        model=path,
+        dtype=torch.float32,
+        cuda=device == "cuda",
+        max_tokens=128,
+        max_requests=8,
+        max_logprobs=1,
+        cache_bytes=64 << 20,
+        live_weights=True,
+        seeded=True,
+    )
+    rules = hf.token_rules(path, tokenizer, config, "m")
+    sampler = VllmSampler(options, rules, hf.tied_names(config))
+    before(sampler)
+    rng = np.random.Generator(np.random.PCG64(0))
+    prompts = [rng.integers(4, 200, size=5 + i).astype(np.int32) for i in range(8)]
+    sampler.submit([Request(i, p, i, SamplingParams(max_new_tokens=32)) for i, p in enumerate(prompts)])
+    model = hf.load_model(path, "m", torch.float32)
+    while sampler.busy:
+        for r in sampler.step():
+            with torch.no_grad():
+                logits = model(torch.from_numpy(r.token_ids).long()[None]).logits[0, r.prompt_length - 1 : -1]
+            y = torch.from_numpy(r.response_ids).long()[:, None]
+            found = torch.log_softmax(logits, -1).gather(-1, y)[:, 0].numpy()
+            yield from np.abs(found - r.logprobs).tolist()
+
+
+def _close(found: list[float], what: str, limit: float) -> str:
+    worst = max(found)
+    if not worst < limit:
+        raise RuntimeError(f"{what}: {worst:.2e} nats off, limit {limit}")
+    return f"{what}: {len(found)} tokens, at most {worst:.1e} nats from transformers in fp32 (limit {limit})."
+
+
+def vllm(device: str, out: Path) -> Iterator[str]:
+    """vLLM's log-probs (on CUDA its Model Runner V2's) against transformers."""
+    _package("vllm")
+    found = list(_sampled(str(_pair(out) / "student"), device, out, lambda sampler: None))
+    yield _close(found, "vLLM's sampled log-probs", 5e-3)
+
+
+def sleep(device: str, out: Path) -> Iterator[str]:
+    """Sleep at level 2, wake, load: the weights are then forgotten and given anew."""
+    _package("vllm")
+    import torch
+
+    from fopd_cli.engines.models import hf
+
+    path = str(_pair(out) / "student")
+
+    def nap(sampler: Any) -> None:
+        weights = list(hf.load_model(path, "m", torch.float32).state_dict().items())
+        first = [(n, t) for n, t in weights if n not in sampler.aliases]
+        for version in (1, 2):
+            sampler.sleep()
+            sampler.wake()
+            sampler.load(version, first)
+
+    yield _close(list(_sampled(path, device, out, nap)), "after sleep, wake and load, twice", 5e-3)
+
+
+def varlen(device: str, out: Path) -> Iterator[str]:
+    """Packed rows against each sequence alone through PyTorch's attention, forward and backward."""
+    import numpy as np
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
+
+    yield "| head size | query / key heads | dtype | hidden states, relative | gradients, relative |"
+    yield "|---|---|---|---|---|"
+    longest = 2000 if device == "cuda" else 60
+    for head, dtype in (
+        (64, "float32"),
+        (64, "bfloat16"),
+        (96, "bfloat16"),
+        (128, "bfloat16"),
+        (256, "bfloat16"),
+    ):
+        config = CONFIG_MAPPING["llama"](
+            hidden_size=4 * head,
+            head_dim=head,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=8 * head,
+            vocab_size=512,
+        )
+        torch.manual_seed(0)
+        made = [AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)) for _ in range(2)]
+        made[1].load_state_dict(made[0].state_dict())
+        plain, packed = (m.to(device).eval() for m in made)
+        enable_packing(packed)
+        rng = np.random.Generator(np.random.PCG64(0))
+        lengths = (longest, 1, longest // 2, 7)
+        rows = [rng.integers(4, 500, size=n).astype(np.int32) for n in lengths]
+        where = torch.device(device)
+        expected = torch.cat([TokenBatch.of([r], False, where).hidden(plain) for r in rows])
+        batch = TokenBatch.of(rows, True, where, shared=False)
+        found = batch.hidden(packed)
+        for hidden in (expected, found):
+            hidden.float().square().mean().backward()
+        apart = float((found - expected).float().norm() / expected.float().norm())
+        off = max(
+            float((p.grad - q.grad).float().norm() / (q.grad.float().norm() + 1e-12))
+            for p, q in zip(packed.parameters(), plain.parameters(), strict=True)
+            if p.grad is not None and q.grad is not None
+        )
+        yield f"| {head} | 4 / 2 | {dtype} | {apart:.1e} | {off:.1e} |"
+        limit = 1e-4 if dtype == "float32" else 5e-2
+        if not (apart < limit and off < 2 * limit):
+            raise RuntimeError(f"head size {head} in {dtype}: {apart:.1e} and {off:.1e}, limit {limit}")
+
+
+def memory(device: str, out: Path) -> Iterator[str]:
+    """The memory model against what was allocated at most, each role in a process of its own."""
+    pair = ROOT / "recipes" / "real-pair"
+    if not (pair / "student").exists():
+        pair = _pair(out)
+    yield f"On {pair.name}; within 10% on CUDA (allocated), 15% on a CPU (resident)."
+    yield ""
+    yield "| role | measured GB | by the model | ratio | largest parts |"
+    yield "|---|---|---|---|---|"
+    program = ROOT / "tests" / "memory_kit.py"
+    off = 0.0
+    for role, how in (
+        ("learner", "plain"),
+        ("learner", "checkpointed"),
+        ("teacher", "bfloat16"),
+        ("sampler", "bfloat16"),
+    ):
+        command = [sys.executable, str(program), str(pair), role, how, device]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{role} {how}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        ratio = found["predicted"] / found["measured"]
+        off = max(off, abs(ratio - 1))
+        sizes = f"{found['measured'] / 1e9:.2f} | {found['predicted'] / 1e9:.2f} | {ratio:.2f}"
+        yield f"| {role}, {how} | {sizes} | {found['parts']} |"
+    if off > (0.1 if device == "cuda" else 0.15) and pair.name == "real-pair":
+        raise RuntimeError(f"the memory model is off by {off:.0%}")
+
+
+def ranks(device: str, out: Path) -> Iterator[str]:
+    """Several learner ranks (NCCL on CUDA) against one."""
+    import learner_kit as kit
+    import torch
+
+    from fopd_cli.engines.models import hf
+
+    count = torch.cuda.device_count() if device == "cuda" else 2
+    if count < 2:
+        raise Skip("one device: no second rank to talk to")
+    pair = _pair(out)
+    folder = out / f"ranks-{time.time_ns()}"
+    folder.mkdir()
+    losses = kit.on_ranks(min(count, 2), folder, _rank_losses, str(pair), device)
+    cfg = kit.config()
+    samples = kit.make_samples(pair)
+    head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
+    model = hf.load_model(str(pair / "student"), "m", torch.float32)
+    alone = kit.FsdpLearner(model, [head], cfg, torch.device("cpu"), 0, 1)
+    expected = [alone.train(step, samples).loss for step in range(3)]
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
+    yield f"2 ranks in bf16 against one in fp32, three steps: losses within {worst:.1%}."
+    if not worst < 0.05:
+        raise RuntimeError(f"losses of two ranks are {worst:.1%} off")
+
+
+def _rank_losses(rank: int, world: int, pair: str, device: str) -> list[float]:
+    import learner_kit as kit
+    import torch
+    import torch.distributed as dist
+
+    from fopd_cli.engines.models import hf
+
+    where = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
+    if device == "cuda":
+        torch.cuda.set_device(where)
+        dist.destroy_process_group()
+        store = dist.FileStore(f"{os.environ.get('TMPDIR', '/tmp')}/fopd-nccl-{os.getppid()}", world)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world)
+    samples = kit.make_samples(Path(pair))
+    head = hf.load_head(str(Path(pair) / "teacher"), "m", torch.float32)
+    model = hf.load_model(str(Path(pair) / "student"), "m", torch.float32)
+    cfg = kit.config(compute_dtype=torch.bfloat16)
+    learner = kit.FsdpLearner(model, [head], cfg, where, rank, world)
+    return [learner.train(step, samples).loss for step in range(3)]
+
+
+def _benchmark(*command: str) -> Iterator[str]:
+    """The lines of a benchmark that are its tables."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
+    sys.stderr.write(done.stderr)
+    yield from (line for line in done.stdout.splitlines() if line.strip())
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def loss(device: str, out: Path) -> Iterator[str]:
+    """The loss against its rivals; Liger and TRL where they are installed."""
+    quick = ["--quick", "--rounds", "1"] if device == "cpu" else []
+    yield from _benchmark("benchmarks/loss.py", *quick)
+
+
+def learner(device: str, out: Path) -> Iterator[str]:
+    """The learner's variants."""
+    size = ["--hidden", "64", "--vocab", "512", "--repeats", "2", "--samples", "2", "--length", "16"]
+    yield from _benchmark(
+        "benchmarks/learner.py", *(size if device == "cpu" else ["--hidden", "512", "--vocab", "64000"])
+    )
+
+
+def _run_of(mode: str, device: str, out: Path) -> Iterator[str]:
+    """A whole run; what its own records say of time and memory."""
+    real = ROOT / "recipes" / "real-pair" / "student"
+    name = "real-cpu" if device == "cuda" and real.exists() else "quickstart"
+    folder = out / f"{mode}-{time.time_ns()}"
+    keys = [f"placement.mode={mode if device == 'cuda' else 'cpu'}", "schedule.depth=1"]
+    if device == "cpu":
+        keys += [
+            "learner.steps=2",
+            "learner.batch_samples=8",
+            "task.eval_prompts=8",
+            "sampler.max_new_tokens=8",
+        ]
+    sets = [part for key in keys for part in ("--set", key)]
+    command = [
+        sys.executable,
+        "-m",
+        "fopd_cli",
+        "run",
+        f"recipes/{name}.yaml",
+        "--run-dir",
+        str(folder),
+        *sets,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["kind"] == "step"]
+    summary = json.loads((folder / "summary.json").read_text())
+    seconds = [r["timing"]["seconds"] for r in steps[1:] or steps]
+    mean = sum(seconds) / len(seconds)
+    yield f"{name}, {mode}: {len(steps)} steps in {summary['wall_seconds']:.0f} s, {mean:.2f} s a step;"
+    yield f"KL {summary['kl_first']:.3f} -> {summary['kl_last']:.3f}. The last step's timing:"
+    yield ""
+    yield "```json"
+    yield json.dumps(steps[-1]["timing"], indent=1)
+    yield "```"
+
+
+def timeslice(device: str, out: Path) -> Iterator[str]:
+    """A run whose roles take turns."""
+    yield from _run_of("timeslice", device, out)
+
+
+def colocate(device: str, out: Path) -> Iterator[str]:
+    """A run whose roles stay on one device."""
+    yield from _run_of("colocate", device, out)
+
+
+PARTS: dict[str, Callable[[str, Path], Iterator[str]]] = {
+    part.__name__: part
+    for part in (tests, vllm, sleep, varlen, memory, ranks, loss, learner, timeslice, colocate)
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""One role of a real pair in a process of its own, doing a step of its work: how much memory it took at most,
+and what the memory model says. `python memory_kit.py PAIR ROLE HOW [cpu|cuda]` prints both as JSON; on CUDA
+what was allocated at most is compared, without what CUDA and its libraries take.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import learner_kit as kit
+import numpy as np
+import torch
+
+from fopd_cli.engines.learner.learner import FsdpLearner
+from fopd_cli.engines.models import hf
+from fopd_cli.engines.models.shapes import shapes
+from fopd_cli.engines.transformers.build import on_weights
+from fopd_cli.engines.transformers.teacher import TransformersTeacher
+from fopd_cli.recipe.schema import Learner, Sampler, Teacher
+from fopd_cli.runtime.memory import model as memory
+from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTargets
+
+DEVICE = torch.device(sys.argv[4] if len(sys.argv) > 4 else "cpu")
+CUDA = DEVICE.type == "cuda"
+LENGTH, ROWS, PROMPT = 128, 6, 32
+
+
+def rollouts(vocab: int) -> list[Rollout]:
+    rng = np.random.Generator(np.random.PCG64(0))
+    n = LENGTH - PROMPT
+    return [
+        Rollout(
+            key=i,
+            token_ids=rng.integers(4, vocab, size=LENGTH).astype(np.int32),
+            prompt_length=PROMPT,
+            loss_mask=np.ones(n, dtype=bool),
+            logprobs=np.full(n, -5.0, dtype=np.float32),
+            spans=[(0, 0, n)],
+            finish="length",
+        )
+        for i in range(ROWS)
+    ]
+
+
+def learn(pair: Path, checkpointing: bool) -> memory.Use:
+    """Two steps, since gradients and states are made in the first."""
+    config, theirs = (hf.load_config(str(pair / m), "m") for m in ("student", "teacher"))
+    vocab = hf.vocab_size(config)
+    cfg = kit.config(
+        vocab=vocab, longest=LENGTH, micro_tokens=2 * LENGTH, activation_checkpointing=checkpointing
+    )
+    head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
+    learner = FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), [head], cfg, DEVICE, 0, 1)
+    width = hf.hidden_width(theirs)
+    targets = [TeacherTargets("hidden", hidden=torch.randn(LENGTH - PROMPT, width)) for _ in range(ROWS)]
+    samples = [Sample(r, t, 0) for r, t in zip(rollouts(vocab), targets, strict=True)]
+    for step in range(2):
+        learner.train(step, samples)
+    return memory.learner(
+        Learner(micro_tokens=2 * LENGTH, activation_checkpointing=checkpointing),
+        shapes(config),
+        [shapes(theirs)],
+        world=1,
+        compute=torch.float32,
+        cuda=CUDA,
+        tokens=ROWS * LENGTH,
+        longest=LENGTH,
+        head_dtype=torch.float32,
+    )
+
+
+def judge(pair: Path, dtype: torch.dtype) -> memory.Use:
+    config = hf.load_config(str(pair / "teacher"), "m")
+    model = hf.load_model(str(pair / "teacher"), "m", dtype)
+    section = Teacher(model="m", micro_tokens=8 * LENGTH, batch_samples=ROWS)
+    teacher = TransformersTeacher(model, DEVICE, 1, section.micro_tokens, hf.vocab_size(config), LENGTH)
+    width = hf.hidden_width(config)
+    targets = [
+        TeacherTargets("hidden", hidden=torch.empty(LENGTH - PROMPT, width, dtype=dtype)) for _ in range(ROWS)
+    ]
+    for _ in range(2):
+        teacher.score(rollouts(hf.vocab_size(config)), targets)
+    return memory.teacher(
+        section, shapes(config), world=1, dtype=dtype, cuda=CUDA, longest=LENGTH, log_probs=False
+    )
+
+
+def generate(pair: Path, dtype: torch.dtype) -> memory.Use:
+    config = hf.load_config(str(pair / "student"), "m")
+    sampler = on_weights(str(pair / "student"), dtype, DEVICE, ROWS)
+    params = SamplingParams(max_new_tokens=LENGTH - PROMPT)
+    prompts = [r.token_ids[:PROMPT] for r in rollouts(hf.vocab_size(config))]
+    sampler.submit([Request(i, ids, i, params) for i, ids in enumerate(prompts)])
+    weights = list(sampler.model.state_dict().items())
+    for step in range(LENGTH):
+        if not sampler.busy:
+            break
+        if step == LENGTH - PROMPT - 4:
+            sampler.load(1, weights)  # an update in mid-rollout: everything is read again
+        sampler.step()
+    return memory.sampler(
+        Sampler(max_new_tokens=LENGTH - PROMPT, concurrency=ROWS),
+        shapes(config),
+        dtype=dtype,
+        cuda=CUDA,
+        longest=LENGTH,
+        prompt=PROMPT,
+    )
+
+
+def most() -> int:
+    """Bytes that this process has held at most, of its device or of main memory."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    pair, role, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    if role == "learner":
+        use = learn(pair, what == "checkpointed")
+    else:
+        use = (judge if role == "teacher" else generate)(pair, getattr(torch, what))
+    predicted = use.peak - sum(p.nbytes for p in use.always if CUDA and "estimate" in p.what)
+    print(json.dumps({"measured": most(), "predicted": predicted, "parts": memory.largest(use.parts, 9)}))

