@@ -1,0 +1,51 @@
+"""`scripts/gpu`: its code is executed on a CPU, in tiny sizes; and what it does where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_report
+import pytest
+import torch
+from conftest import ROOT, SLOW
+
+
+def run(out: Path, *arguments: str) -> tuple[int, str]:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [str(ROOT / "scripts" / "gpu"), "--out", str(out), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return done.returncode, (out / "section.md").read_text() if (out / "section.md").exists() else done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_a_part_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    code, section = run(tmp_path, "--only", "varlen")
+    assert code == 0
+    assert re.search(r"^### varlen: skipped\n\ntorch finds no CUDA device$", section, re.M)
+
+
+def test_a_part_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    code, said = run(tmp_path, "--only", "varlen,magic")
+    assert code == 2
+    assert "there is no part magic; there are tests, vllm, sleep, varlen" in said
+
+
+def test_a_part_that_fails_is_told_with_its_last_word(tmp_path: Path) -> None:
+    state, lines = gpu_report._run("no such part", "cpu", tmp_path)
+    assert state == "failed"
+    assert "KeyError: 'no such part'" in lines[-1]
+
+
+@SLOW
+def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
+    """What needs a package that is not installed is skipped."""
+    code, section = run(tmp_path, "--device", "cpu")
+    states = dict(re.findall(r"^### (\w+): (\w+)$", section, re.M))
+    assert list(states) == list(gpu_report.PARTS)
+    assert "failed" not in states.values(), section
+    assert states["varlen"] == states["memory"] == states["ranks"] == states["colocate"] == "done"
+    assert code == 0
