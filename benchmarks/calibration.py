@@ -184,8 +184,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         (
             "| estimator of D_roll | Spearman with exact, all lags | the same at lag 8 | mean / exact's "
-            "mean, "
-            "lags 1, 8, 16 |"
+            "mean, lags 1, 8, 16 |"
         ),
         "|---|---|---|---|",
     ]

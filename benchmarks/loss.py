@@ -248,8 +248,7 @@ def report(size: tuple[int, int, int], found: dict[str, Any]) -> str:
         last = results[-1]
         rows.append(
             f"| {name} | {seconds * 1e3:,.0f} | {extra / 1e6:,.0f} | {times:.2f} | {memory:.1f} | "
-            f"{last['loss']:.5f} | "
-            f"{last['hidden']:.4g}, {last['head']:.4g} |"
+            f"{last['loss']:.5f} | {last['hidden']:.4g}, {last['head']:.4g} |"
         )
     return "\n".join(rows)
 

@@ -106,8 +106,7 @@ class Bench:
             ratios = [a / b for a, b in zip(self.figures[first], values, strict=True)]
             lines.append(
                 f"| {name} | {_plain(statistics.median(values) / scale)} {unit} | "
-                f"{statistics.median(ratios):.2f} "
-                f"({min(ratios):.2f} .. {max(ratios):.2f}) |"
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f}) |"
             )
         return lines
 

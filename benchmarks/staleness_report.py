@@ -123,9 +123,8 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         )
         lines.append(
             f"| {r['task']} | {r['loss']} | {r['lag']} | {name} | {r['score']:.3f} ± {r['error']:.3f} | "
-            f"{r['of_sync']:.0%} | {r['of_gain']:.0%} "
-            f"| {r['kl']:.3f} | {r['drop']:.3f} | {r['collapsed']}/{r['seeds']} | {r['steps_to_90']:.0f} "
-            f"| {r['throughput']:.2f} |"
+            f"{r['of_sync']:.0%} | {r['of_gain']:.0%} | {r['kl']:.3f} | {r['drop']:.3f} | "
+            f"{r['collapsed']}/{r['seeds']} | {r['steps_to_90']:.0f} | {r['throughput']:.2f} |"
         )
     return "\n".join(lines).replace("nan%", "-").replace("nan", "-").replace("inf", "never")
 

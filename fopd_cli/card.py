@@ -58,8 +58,7 @@ def text(run: Run, step: int, licence: str | None = None, name: str | None = Non
         "## Limits",
         "",
         "The figures are of the held-out prompts of one run and say nothing about other tasks. What the "
-        "teacher "
-        "gets wrong, the student was taught. The licenses of both models and of the data apply.",
+        "teacher gets wrong, the student was taught. The licenses of both models and of the data apply.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -106,9 +105,8 @@ def _evaluations(records: Sequence[Record]) -> Iterator[str]:
         return
     graded = any(r.get("score") is not None for r in records)
     yield (
-        f"Held-out prompts: {records[-1]['prompts']}. KL is the student's divergence from the teacher on "
-        "its own "
-        "answers, in nats per token; less is better. ± is the standard error over prompts."
+        f"Held-out prompts: {records[-1]['prompts']}. KL is the student's divergence from the teacher on its "
+        "own answers, in nats per token; less is better. ± is the standard error over prompts."
     )
     yield ""
     yield f"| step |{' score |' if graded else ''} KL |"

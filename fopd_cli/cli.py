@@ -29,10 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Distil a big language model into a small one, on policy and asynchronously, with freshness "
-    "control (f-OPD). "
-    "Exit codes: 0 done, 2 your mistake (nothing is lost), 3 a worker failed (the last checkpoint "
-    "stands), 130 interrupted "
-    "by Ctrl-C, SIGTERM or a terminal that closed (a checkpoint was written).",
+    "control (f-OPD). Exit codes: 0 done, 2 your mistake (nothing is lost), 3 a worker failed (the "
+    "last checkpoint stands), 130 interrupted by Ctrl-C, SIGTERM or a terminal that closed (a "
+    "checkpoint was written).",
 )
 
 RecipeArgument = Annotated[
@@ -553,8 +552,7 @@ def _report(summary: dict[str, Any], path: Path) -> None:
             )
         typer.echo(
             f"{score}KL to the teacher {summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in "
-            f"{summary['steps']} steps and "
-            f"{summary['wall_seconds']:.0f} s"
+            f"{summary['steps']} steps and {summary['wall_seconds']:.0f} s"
         )
 
 

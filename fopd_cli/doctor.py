@@ -127,9 +127,8 @@ def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
     if min(ends) >= vocab:
         yield Finding(
             "error",
-            f"the student ends a response with token {sorted(ends)}, but the models share only the ids "
-            f"below {vocab}: "
-            "none would ever end",
+            f"the student ends a response with token {sorted(ends)}, but the models share only the ids below "
+            f"{vocab}: none would ever end",
             "choose a teacher that has the token",
         )
     stream = inputs.stream
@@ -148,9 +147,8 @@ def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
     if own:
         yield Finding(
             "warning",
-            f"the student's tokenizer knows {len(own)} tokens (ids from {min(own)} on) past the {vocab} "
-            "ids that the models "
-            "share; they are never sampled",
+            f"the student's tokenizer knows {len(own)} tokens (ids from {min(own)} on) past the {vocab} ids "
+            "that the models share; they are never sampled",
             "make sure that the output of tools never holds them",
         )
 
@@ -261,9 +259,8 @@ def _tokenizers(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     if found.different:
         yield Finding(
             "error",
-            f"student and teacher have different tokenizers: {len(found.different)} of {found.shared} "
-            "shared ids differ, first "
-            f"{found.different[0]}",
+            f"student and teacher have different tokenizers: {len(found.different)} of {found.shared} shared "
+            f"ids differ, first {found.different[0]}",
             "choose a pair of one model family (distillation compares the two token by token)",
         )
         return
@@ -271,8 +268,7 @@ def _tokenizers(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"student and {teacher.section.name} differ in {len(found.renamed)} special tokens; the "
-            "student's are taken for the "
-            f"teacher's: {listed(found.renamed)}",
+            f"student's are taken for the teacher's: {listed(found.renamed)}",
             "make sure that they mean the same, or choose a pair with one tokenizer",
         )
     if found.beyond:
@@ -300,8 +296,7 @@ def _ends(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
     yield Finding(
         "warning" if ours & theirs else "error",
         f"the student ends a response with token {sorted(ours)}, the teacher with {sorted(theirs)}: the "
-        "student would be "
-        "taught to end with a token that does not stop it",
+        "student would be taught to end with a token that does not stop it",
         "put the teacher's eos_token_id into the student's generation_config.json (a list may hold both)",
     )
 
@@ -325,9 +320,8 @@ def _ends_of_turns(inputs: Inputs) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 f"the {frame.whose}'s chat template ends the assistant's turn with "
-                f"{frame.tokenizer.convert_ids_to_tokens(end)!r} "
-                f"({known}), but the student ends a response with {sorted(ours)}: its responses may all "
-                "be cut off at max_new_tokens",
+                f"{frame.tokenizer.convert_ids_to_tokens(end)!r} ({known}), but the student ends a response "
+                f"with {sorted(ours)}: its responses may all be cut off at max_new_tokens",
                 f"put {known} into eos_token_id of the student's generation_config.json (a list may hold "
                 "several)",
             )
@@ -404,19 +398,17 @@ def _temperatures(recipe: Recipe) -> Iterator[Finding]:
     if support == "topk":
         yield Finding(
             "warning",
-            f"sampler.temperature: {t:g}: the student learns from contexts that it sampled at {t:g}, "
-            "while loss.support topk compares "
-            "both models at temperature 1, so that it settles where the student is the teacher at "
-            "temperature 1",
+            f"sampler.temperature: {t:g}: the student learns from contexts that it sampled at {t:g}, while "
+            "loss.support topk compares both models at temperature 1, so that it settles where the student "
+            "is the teacher at temperature 1",
             "evaluate at the temperature that you will use (eval.temperature), or set sampler.temperature: 1",
         )
         return
     yield Finding(
         "warning",
-        f"sampler.temperature: {t:g}: loss.support {support} compares the student at {t:g} with the "
-        "teacher at 1, so that it settles where "
-        f"the student, sampled at {t:g}, is the teacher; at temperature 1 it is then the teacher to the "
-        f"power of {t:g}",
+        f"sampler.temperature: {t:g}: loss.support {support} compares the student at {t:g} with the teacher "
+        f"at 1, so that it settles where the student, sampled at {t:g}, is the teacher; at temperature 1 it "
+        f"is then the teacher to the power of {t:g}",
         "set loss.teacher_temperature: sampler (needs hidden states) or sampler.temperature: 1, unless "
         "you want that",
     )
@@ -468,8 +460,7 @@ def _amounts(inputs: Inputs) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"learner.batch_samples: a batch of {learner.batch_samples} is larger than the data ({there} "
-            "samples of all training prompts), "
-            "so each batch holds the same prompts several times",
+            "samples of all training prompts), so each batch holds the same prompts several times",
             "lower it, or give more data",
         )
     if learner.warmup_steps >= learner.steps:

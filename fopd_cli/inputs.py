@@ -196,8 +196,7 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     if frames and stream.replayable:
         raise UserError(
             "teacher.template: what stands between turns is in the student's frame, so a teacher with its "
-            "own can judge tasks of one "
-            "turn only; set teacher.template: student"
+            "own can judge tasks of one turn only; set teacher.template: student"
         )
     found = {t.section.name: (t.key, t.config) for t in teachers}
     stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, found, _served(recipe)))

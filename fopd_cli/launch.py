@@ -85,9 +85,8 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
     before = recorded_recipe(state["recipe"], store.path(step))
     if keys := changes.refused(before, recipe):
         raise UserError(
-            f"{store.path(step)}: was written with another recipe ({', '.join(keys[:5])} differ); resume "
-            "it with its own, "
-            "or start a new run"
+            f"{store.path(step)}: was written with another recipe ({', '.join(keys[:5])} differ); resume it "
+            "with its own, or start a new run"
         )
     if recipe.learner.steps < step:
         raise UserError(f"learner.steps: {recipe.learner.steps} is less than the {step} steps that are done")

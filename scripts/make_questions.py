@@ -89,8 +89,7 @@ STORIES: tuple[Story, ...] = (
     (
         (
             "A tank holds {a} litres of water. {n} adds {b} buckets of {c} litres. How many litres are in "
-            "the "
-            "tank?"
+            "the tank?"
         ),
         lambda a, b, c: a + b * c,
     ),

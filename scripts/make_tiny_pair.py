@@ -63,11 +63,8 @@ MAX_STEPS = 3000
 END = "<eos>"
 SPECIALS = ["<pad>", "<eos>", "<user>", "<assistant>"]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}<assistant>{{ m['content'] }}<eos>"
-    "{% else %}<user>{{ m['content'] }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<assistant>{{ m['content'] }}<eos>{% else "
+    "%}<user>{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 

@@ -80,8 +80,7 @@ def look(source: str, question: str | None = None, answer: str | None = None) ->
     if graded is not None and importlib.util.find_spec("math_verify") is None:
         notes.append(
             f"column {graded!r} could be graded, but math-verify is not installed (pip install "
-            "'fopd[data]'); "
-            "the KL to the teacher is the measure"
+            "'fopd[data]'); the KL to the teacher is the measure"
         )
         graded = None
     elif graded is not None:

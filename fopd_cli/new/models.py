@@ -52,8 +52,7 @@ def check_pair(student: Model, teacher: Model) -> list[str]:
     if found.different:
         raise UserError(
             f"--student, --teacher: different tokenizers: {len(found.different)} of {found.shared} shared "
-            "ids "
-            f"differ, first {found.different[0]}; choose a pair of one model family"
+            f"ids differ, first {found.different[0]}; choose a pair of one model family"
         )
     notes = []
     if found.renamed:

@@ -82,7 +82,7 @@ def text(folder: Path, student: Model, teacher: Model, data: Data, devices: int)
         f"student: {{model: {_value(_path(student.name, folder))}}}",
         f"# {teacher}",
         (
-            f"teacher: {{model: "
+            "teacher: {model: "
             f"{_value(_path(teacher.name, folder))}{'' if teacher.packs else ', packing: false'}}}"
         ),
         "task:",

@@ -23,8 +23,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     if policy.weights != "one" and fresh.xi >= largest:
         yield (
             f"freshness.xi: {fresh.xi} gates out every sample of full lag, because f <= 1/(lag + 1) = "
-            f"{largest:.4g} at "
-            f"lag {max_lag}; choose xi under {largest:.4g} or lower schedule.depth"
+            f"{largest:.4g} at lag {max_lag}; choose xi under {largest:.4g} or lower schedule.depth"
         )
     if fresh.policy == "sync" and max_lag > 0:
         yield (
@@ -38,9 +37,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     if policy.trust and support not in ("sampled", "mc"):
         yield (
             f"freshness.policy: {fresh.policy} leaves out sampled tokens by their advantage, and "
-            f"loss.support {support} has none; "
-            "set freshness.policy: fopd (such losses need no trust region, see docs/staleness.md) or "
-            "loss.support: sampled"
+            f"loss.support {support} has none; set freshness.policy: fopd (such losses need no trust region, "
+            "see docs/staleness.md) or loss.support: sampled"
         )
     if support == "topk" and not loss.tail:
         yield (
@@ -101,8 +99,7 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
     if support in ("sampled", "mc") and loss.temperature != 1:
         yield (
             f"loss.temperature: {support} support is about tokens drawn at sampler.temperature and has no "
-            "separate temperature; "
-            "set it to 1 (see sampler.temperature and loss.teacher_temperature)"
+            "separate temperature; set it to 1 (see sampler.temperature and loss.teacher_temperature)"
         )
     if loss.teacher_temperature == "sampler" and support not in ("sampled", "mc"):
         yield (

@@ -50,10 +50,9 @@ def page(runs: Sequence[Run], watching: bool = False) -> str:
         _section("Advice", _advice(runs)),
         _section("Recipes: what is different", _differences(runs)) if len(runs) > 1 else "",
         '<section id="curves"><h2>Curves</h2><div class="bar" id="axis" hidden><button type="button" '
-        'data-x="x" class="on">by step'
-        '</button><button type="button" data-x="t">by time</button><button type="button" '
-        'id="log">logarithmic</button></div><noscript><p>The curves need JavaScript.</p></noscript>'
-        '<div class="grid" id="charts"></div></section>',
+        'data-x="x" class="on">by step</button><button type="button" data-x="t">by time</button><button '
+        'type="button" id="log">logarithmic</button></div><noscript><p>The curves need '
+        'JavaScript.</p></noscript><div class="grid" id="charts"></div></section>',
         *(_section(_of("Timeline", run, runs), _timeline(run)) for run in runs),
         *(_section(_of("Answers", run, runs), _answers(run)) for run in runs),
         *(_section(_of("Recipe", run, runs), _recipe(run)) for run in runs),

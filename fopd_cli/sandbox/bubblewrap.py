@@ -72,10 +72,8 @@ def check() -> None:
     if tried.stdout != "1\n":
         raise UserError(
             f"sandbox: bubblewrap cannot make its namespaces here ({tried.stderr.strip()[-200:]}); allow "
-            "unprivileged user "
-            "namespaces (in Docker: --security-opt seccomp=unconfined --security-opt "
-            "systempaths=unconfined), or run without a "
-            "sandbox at your own risk: sandbox: none"
+            "unprivileged user namespaces (in Docker: --security-opt seccomp=unconfined --security-opt "
+            "systempaths=unconfined), or run without a sandbox at your own risk: sandbox: none"
         )
 
 

@@ -35,11 +35,9 @@ class Arithmetic:
         self.sizes = {"train": train_prompts, "eval": eval_prompts}
         if train_prompts < 1 or train_prompts + eval_prompts > space // 2:
             raise UserError(
-                f"task: {max(train_prompts, 1)} training and {eval_prompts} held-out prompts are more "
-                f"than half of the {space} "
-                f"questions with horizon {self.horizon} and difficulty {options.difficulty}; raise "
-                "task.horizon or ask "
-                "for fewer"
+                f"task: {max(train_prompts, 1)} training and {eval_prompts} held-out prompts are more than "
+                f"half of the {space} questions with horizon {self.horizon} and difficulty "
+                f"{options.difficulty}; raise task.horizon or ask for fewer"
             )
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:

@@ -91,8 +91,7 @@ def _files(folder: Path, key: str) -> list[Path]:
     if len(splits) > 1:
         raise UserError(
             f"{key}: {str(folder)!r} holds files of several splits ({', '.join(sorted(splits))}); name a "
-            "file, "
-            "or a directory of one split"
+            "file, or a directory of one split"
         )
     return files
 

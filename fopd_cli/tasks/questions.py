@@ -77,17 +77,15 @@ class Questions:
         found = [p for p in everyone if self.answers["train"] is None or p.payload["answer"] is not None]
         if not found:
             raise UserError(
-                f"task.train: no row of {self.sources['train']!r} has an answer, so none can be held out "
-                "to be graded; "
-                "set task.answer: null (task.name: chat)"
+                f"task.train: no row of {self.sources['train']!r} has an answer, so none can be held out to "
+                "be graded; set task.answer: null (task.name: chat)"
             )
         count = held_out.size(self.eval_prompts, len(found), shared=True)
         chosen = held_out.drawn([_identity(p) for p in found], count)
         self._notices["eval"] = [
             (
                 f"task.eval: not given; {len(chosen)} of the {len(everyone)} questions of task.train are "
-                "held "
-                "out, drawn by their text"
+                "held out, drawn by their text"
             )
         ]
         return [replace(found[i], index=number) for number, i in enumerate(chosen)]
@@ -121,9 +119,8 @@ class Questions:
             found["answer"] = None
             if split == "eval":
                 raise UserError(
-                    f"{source_key}: {row.place}: column {self.answers[split]!r} is null or empty, so "
-                    "nothing can be graded; leave the "
-                    "row out, or set task.answer: null (task.name: chat)"
+                    f"{source_key}: {row.place}: column {self.answers[split]!r} is null or empty, so nothing "
+                    "can be graded; leave the row out, or set task.answer: null (task.name: chat)"
                 )
             counts["no answer"] += 1
         if isinstance(found["answer"], dict | list):
@@ -143,8 +140,7 @@ class Questions:
         if len(messages) > 1:
             raise UserError(
                 f"{source_key}: {row.place} holds {len(messages)} messages, and without a chat template "
-                "(task.chat: false) "
-                "fopd cannot make one text of them; set task.chat: true"
+                "(task.chat: false) fopd cannot make one text of them; set task.chat: true"
             )
         return Prompt(index, text=messages[0]["content"], payload=payload, teacher=teacher, place=row.place)
 

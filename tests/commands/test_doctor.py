@@ -245,10 +245,9 @@ def test_a_template_that_does_not_show_what_a_tool_answers(tmp_path: Path) -> No
     """Found before anything runs, not at the first call."""
     student = changed(tmp_path, "student")
     (student / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-        "{% if m['role'] == 'assistant' %}<assistant>{{ m['content'] }}<eos>{% else %}<user>{{ "
-        "m['content'] }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif "
+        "%}{% if m['role'] == 'assistant' %}<assistant>{{ m['content'] }}<eos>{% else %}<user>{{ "
+        "m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     rows = questions(tmp_path, "a", "b")
     task = {"name": "tool", "train": rows, "eval": rows, "eval_prompts": 1, "sandbox": "none"}

@@ -25,25 +25,21 @@ from fopd_cli.samples import Prompt
 
 # name -> (template, special tokens, tokenizer.eos_token, what ends the assistant's turn)
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
-    "supported') }}{% endif %}"
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% endif %}"
-    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') "
+    "}}{% endif %}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ "
+    "raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}{% "
+    "if m['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = m['role'] %}{% endif "
+    "%}{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 GLM = (
-    "[gMASK]<sop>{% for m in messages %}{% if m['role'] == 'user' %}<|user|>\n{{ m['content'] }}"
-    "{% if enable_thinking is defined and not enable_thinking %}/nothink{% endif %}"
-    "{% elif m['role'] == 'assistant' %}<|assistant|>\n<think></think>\n{{ m['content'] }}"
-    "{% elif m['role'] == 'tool' %}{% if loop.first or messages[loop.index0 - 1]['role'] != 'tool' "
-    "%}<|observation|>{% endif %}"
-    "{{ '\n<tool_response>\n' + m['content'] + '\n</tool_response>' }}"
-    "{% elif m['role'] == 'system' %}<|system|>\n{{ m['content'] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{{ '\n<think></think>' if enable_thinking is defined and "
-    "not enable_thinking else '' }}"
-    "{% endif %}"
+    "[gMASK]<sop>{% for m in messages %}{% if m['role'] == 'user' %}<|user|>\n{{ m['content'] }}{% if "
+    "enable_thinking is defined and not enable_thinking %}/nothink{% endif %}{% elif m['role'] == "
+    "'assistant' %}<|assistant|>\n<think></think>\n{{ m['content'] }}{% elif m['role'] == 'tool' %}{% if "
+    "loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}<|observation|>{% endif %}{{ "
+    "'\n<tool_response>\n' + m['content'] + '\n</tool_response>' }}{% elif m['role'] == 'system' "
+    "%}<|system|>\n{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{{ "
+    "'\n<think></think>' if enable_thinking is defined and not enable_thinking else '' }}{% endif %}"
 )
 PHI4_MINI = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -56,9 +52,8 @@ CHATML = (
     "endif %}"
 )
 VICUNA = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} "
-    "{% else %}ASSISTANT: {{ m['content'] }} </s>{% endif %}{% endfor %}{% if add_generation_prompt "
-    "%}ASSISTANT:{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} {% else %}ASSISTANT: {{ "
+    "m['content'] }} </s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 MODELS: dict[str, tuple[str, list[str], str, str]] = {
     "gemma": (GEMMA, ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"], "<eos>", "<end_of_turn>"),

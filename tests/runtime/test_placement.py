@@ -81,8 +81,7 @@ def test_a_replica_may_span_devices(tmp_path: Path) -> None:
 def test_several_teachers_share_their_devices_and_a_remote_one_has_none(tmp_path: Path) -> None:
     teachers = (
         "teacher=[{name: maths, model: a/b}, {name: far, model: c, engine: http, http: {url: "
-        "'http://x/v1'}}, "
-        "{name: code, model: d/e}]",
+        "'http://x/v1'}}, {name: code, model: d/e}]",
         "loss.support=topk",
     )
     plan = place(recipe(tmp_path, *teachers, mode="partition", sampler=2, teacher=4, learner=2), 8, 64)

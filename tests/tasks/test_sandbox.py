@@ -164,9 +164,8 @@ def test_memory_is_bounded_for_each_process_and_for_all_together() -> None:
 
 def test_memory_that_a_fork_shares_counts_once() -> None:
     source = (
-        "import os, time\nx = bytearray(os.urandom(1 << 20)) * 50\nfor _ in range(4):\n    if "
-        "os.fork() == 0:\n        time.sleep(0.5)\n        os._exit(0)\nfor _ in range(4):\n    "
-        "os.wait()\nprint('done')"
+        "import os, time\nx = bytearray(os.urandom(1 << 20)) * 50\nfor _ in range(4):\n    if os.fork() == "
+        "0:\n        time.sleep(0.5)\n        os._exit(0)\nfor _ in range(4):\n    os.wait()\nprint('done')"
     )
     assert python(source).output == "done\n"
 

@@ -124,16 +124,14 @@ class HttpTeacher:
             )
             if theirs is None:
                 raise UserError(
-                    f"teacher.http.url: {self.server.url} does not say its token ids (return_token_ids), "
-                    "so it cannot be "
-                    "checked that its tokenizer is the student's; use a server that does (vLLM 0.10 and "
-                    "later)"
+                    f"teacher.http.url: {self.server.url} does not say its token ids (return_token_ids), so "
+                    "it cannot be checked that its tokenizer is the student's; use a server that does (vLLM "
+                    "0.10 and later)"
                 )
             if ours != theirs:
                 raise UserError(
-                    f"teacher.http.url: {self.server.url} has another tokenizer than the student: "
-                    f"{text!r} is {theirs[:12]} "
-                    f"there and {ours[:12]} here; choose a teacher of the student's family"
+                    f"teacher.http.url: {self.server.url} has another tokenizer than the student: {text!r} "
+                    f"is {theirs[:12]} there and {ours[:12]} here; choose a teacher of the student's family"
                 )
         self._entries(self._post(_judging(probe, k)), probe, k)
 
@@ -162,9 +160,8 @@ class HttpTeacher:
             own = [entry[str(token)]["logprob"] for entry, token in zip(entries, tokens, strict=True)]
         except KeyError as error:
             raise UserError(
-                f"teacher.http.url: {self.server.url} gives no log-prob of the prompt's own token "
-                f"{error}; fopd needs those "
-                "of vLLM's `prompt_logprobs`, which has them beside the likeliest"
+                f"teacher.http.url: {self.server.url} gives no log-prob of the prompt's own token {error}; "
+                "fopd needs those of vLLM's `prompt_logprobs`, which has them beside the likeliest"
             ) from None
         target.logprobs.copy_(torch.tensor(own))
         if target.topk_logprobs is not None and target.topk_ids is not None:
@@ -183,9 +180,8 @@ class HttpTeacher:
         found = self._choice(answer).get("prompt_logprobs")
         if found is None or len(found) != len(ids):
             raise UserError(
-                f"teacher.http.url: {self.server.url} returned no prompt log-probs; fopd needs a server "
-                "that knows "
-                "`prompt_logprobs` on /completions, such as vllm serve"
+                f"teacher.http.url: {self.server.url} returned no prompt log-probs; fopd needs a server that "
+                "knows `prompt_logprobs` on /completions, such as vllm serve"
             )
         entries = [entry or {} for entry in found]
         self._check_normalised(entries, k)
@@ -203,10 +199,9 @@ class HttpTeacher:
             if not mass < 1 + MASS_TOLERANCE or too_little:  # nan is neither
                 raise UserError(
                     f"teacher.http.url: {self.server.url} gives values that are no log-probs: its "
-                    f"{len(logprobs)} likeliest "
-                    f"tokens of a position have a probability of {mass:.4g} together; it must return "
-                    "those of the whole "
-                    "distribution at temperature 1 (vllm serve: --logprobs-mode raw_logprobs)"
+                    f"{len(logprobs)} likeliest tokens of a position have a probability of {mass:.4g} "
+                    "together; it must return those of the whole distribution at temperature 1 (vllm serve: "
+                    "--logprobs-mode raw_logprobs)"
                 )
 
     def _choice(self, answer: Any) -> dict[str, Any]:
@@ -268,9 +263,8 @@ def _refusal(server: HttpServer, refused: Refused, length: int) -> str:
     if TOO_LONG.search(said):
         return (
             f"teacher.http.url: {server.url} refuses a sample of {length} tokens as too long ({code}: "
-            f"{said}); lower "
-            "sampler.max_new_tokens, shorten the prompts, or serve the teacher with a longer context "
-            "(vllm serve: --max-model-len)"
+            f"{said}); lower sampler.max_new_tokens, shorten the prompts, or serve the teacher with a longer "
+            "context (vllm serve: --max-model-len)"
         )
     if 300 <= code < 400:
         return (

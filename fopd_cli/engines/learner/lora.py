@@ -117,8 +117,7 @@ def check_adapter_alone(lm: nn.Module, key: str) -> None:
         if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
             raise UserError(
                 f"{key}: {_adapted(name, module)} is no layer of its own, and its adapter can only be "
-                "merged; publish merged "
-                "weights, or name other student.lora.targets"
+                "merged; publish merged weights, or name other student.lora.targets"
             )
 
 

@@ -59,9 +59,8 @@ def choose(lm: Any, targets: Literal["all-linear"] | Sequence[str], router: bool
         if not own + fused + named:
             known = sorted({name.split(".")[-1] for name in layers + experts})
             raise UserError(
-                f"student.lora.targets: {type(lm).__name__} has nothing to adapt of the name {target!r}; "
-                "it has "
-                f"{', '.join(known[:SHOWN])}"
+                f"student.lora.targets: {type(lm).__name__} has nothing to adapt of the name {target!r}; it "
+                f"has {', '.join(known[:SHOWN])}"
             )
         found.layers += own
         found.parameters += fused + named

@@ -156,9 +156,8 @@ class LoadReport:
         if self.untied:
             found.append(
                 (
-                    f"{where} says that its input and output embeddings are one (tie_word_embeddings), "
-                    "but its file holds "
-                    f"two that differ: {', '.join(self.untied)}",
+                    f"{where} says that its input and output embeddings are one (tie_word_embeddings), but "
+                    f"its file holds two that differ: {', '.join(self.untied)}",
                     (
                         "set tie_word_embeddings: false in its config.json, or delete the one that is not "
                         "meant from the file"

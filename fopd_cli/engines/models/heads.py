@@ -70,9 +70,8 @@ def find_rule(lm: Any, backbone: nn.Module) -> HeadRule:
     cap = largest if largest < 0.5 * abs(after) * LARGE else None
     if not (_close(entered, before * hidden) and _close(logits, soft_cap(after * given, cap))):
         raise UnknownHead(
-            "does something between hidden states and logits that fopd does not know (it knows scales, "
-            "soft caps and a bias of the "
-            "output head)"
+            "does something between hidden states and logits that fopd does not know (it knows scales, soft "
+            "caps and a bias of the output head)"
         )
     if output.bias is not None and abs(before - 1) > ONE:
         raise UnknownHead(

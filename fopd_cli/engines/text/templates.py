@@ -37,9 +37,8 @@ class Frame:
             ids = self.tokenizer(prompt.text)["input_ids"]
         elif not getattr(self.tokenizer, "chat_template", None):
             raise UserError(
-                f"task.chat: the {self.whose}'s tokenizer has no chat template; set task.chat: false to "
-                "send plain text, "
-                "or use an instruct model"
+                f"task.chat: the {self.whose}'s tokenizer has no chat template; set task.chat: false to send "
+                "plain text, or use an instruct model"
             )
         else:
             ids = self._rendered(prompt, prompt.messages)
@@ -142,8 +141,7 @@ def _around(tokenizer: Any, role: str, count: int, variables: dict[str, Any]) ->
     except Exception as error:
         raise UserError(
             f"task: the student's chat template refuses a message of role {role!r} after the assistant's "
-            f"({_first_line(error)}); "
-            "set task.notation: code, or use a model whose template knows that role"
+            f"({_first_line(error)}); set task.notation: code, or use a model whose template knows that role"
         ) from None
     left, parts = whole.partition(SAID)[2], []
     for word in seen:
@@ -185,8 +183,7 @@ def check_variables(variables: Iterable[str], tokenizers: Sequence[Any]) -> None
         if not any(re.search(rf"\b{re.escape(name)}\b", template) for template in templates):
             raise UserError(
                 f"task.chat_template_kwargs: the chat template reads no variable {name!r}; look at the "
-                "model's "
-                "chat_template for the names that it knows, or leave it out"
+                "model's chat_template for the names that it knows, or leave it out"
             )
 
 

@@ -65,9 +65,8 @@ def check_packing(
                 else "a sample is not what it is alone"
             )
             raise UserError(
-                f"{key}: {name} gives other hidden states when samples are packed into one row: {what} "
-                f"(at {tokens} "
-                f"tokens by {max(leak, distance):.1%}); set {key}: false"
+                f"{key}: {name} gives other hidden states when samples are packed into one row: {what} (at "
+                f"{tokens} tokens by {max(leak, distance):.1%}); set {key}: false"
             )
 
 

@@ -313,8 +313,7 @@ class Fleet:
                 lost += self._lost(
                     worker,
                     f"{worker.name} (pid {worker.process.pid}) has not moved for {silence:.0f} s "
-                    f"(runtime.{key}); "
-                    f"its stacks are in {worker.log}",
+                    f"(runtime.{key}); its stacks are in {worker.log}",
                 )
         return lost
 

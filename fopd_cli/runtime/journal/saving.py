@@ -153,8 +153,8 @@ class Saver:
             if final:
                 raise UserError(
                     f"checkpoints: cannot save step {step}: {text}; free some space, then: "
-                    f"{self.how_to_go_on} "
-                    f"(goes on from {self._last if self._last is not None else 'the start'})"
+                    f"{self.how_to_go_on} (goes on from "
+                    f"{self._last if self._last is not None else 'the start'})"
                 ) from None
             self.journal.warn(step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand")
         self._rhythm.saved()

@@ -56,20 +56,17 @@ class Watch:
             return None
         return (
             f"learner.clip: all of the last {WINDOW} gradients were clipped to {self._clip:g} (norms "
-            f"{min(self._norms):.3g} to "
-            f"{max(self._norms):.3g}): every step has the same size, however little is left to learn; "
-            "raise it above them "
-            "or set it to 0, or lower learner.lr"
+            f"{min(self._norms):.3g} to {max(self._norms):.3g}): every step has the same size, however "
+            "little is left to learn; raise it above them or set it to 0, or lower learner.lr"
         )
 
     def _climbing(self, mean: float) -> str | None:
         if not mean > max(RISEN * self._lowest, SMALL_KL):
             return None
         return (
-            f"the KL to the teacher climbs: {mean:.3g} over the last {WINDOW} steps, {self._lowest:.3g} "
-            "at best; "
-            "lower learner.lr or let it decay (learner.decay: linear); fopd export RUN OUT --step N takes "
-            "an earlier checkpoint"
+            f"the KL to the teacher climbs: {mean:.3g} over the last {WINDOW} steps, {self._lowest:.3g} at "
+            "best; lower learner.lr or let it decay (learner.decay: linear); fopd export RUN OUT --step N "
+            "takes an earlier checkpoint"
         )
 
     def _silence(self) -> str | None:
@@ -77,8 +74,7 @@ class Watch:
         if not first > max(UNEVEN * last, FAR):
             return None
         return (
-            f"what is left of the KL stands at the beginning of answers ({first:.2g} nats per token in "
-            f"their first quarter, {last:.2g} in "
-            "their last): the teacher agrees with a student that repeats itself; read what it says "
-            "(samples.jsonl, or fopd report RUN)"
+            f"what is left of the KL stands at the beginning of answers ({first:.2g} nats per token in their "
+            f"first quarter, {last:.2g} in their last): the teacher agrees with a student that repeats "
+            "itself; read what it says (samples.jsonl, or fopd report RUN)"
         )

@@ -82,9 +82,8 @@ class WeightChannel:
         """
         if error := page_lock(self.memory, cuda_runtime()):
             print(
-                f"the weight slots ({self.memory.nbytes / 1e9:.1f} GB) could not be page-locked (CUDA "
-                f"error {error}); updates of weights "
-                "will be slower; raise the limit on locked memory (ulimit -l)",
+                f"the weight slots ({self.memory.nbytes / 1e9:.1f} GB) could not be page-locked (CUDA error "
+                f"{error}); updates of weights will be slower; raise the limit on locked memory (ulimit -l)",
                 file=sys.stderr,
             )
 
