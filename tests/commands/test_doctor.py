@@ -229,7 +229,7 @@ def test_what_no_template_reads_is_refused(tmp_path: Path) -> None:
         load(tmp_path, task={**plain, "chat_template_kwargs": {"m": 1}})
     with pytest.raises(UserError, match=r"no chat template is rendered with task.chat: false"):
         load(tmp_path, task={**task, "chat": False})
-    with pytest.raises(UserError, match=r"task.system: plain text .* put it into task.template"):
+    with pytest.raises(UserError, match=r"task.system: plain text .* put the text into task.template"):
         load(tmp_path, task={**task, "chat": False, "chat_template_kwargs": {}, "system": "s"})
 
 
