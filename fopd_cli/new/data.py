@@ -75,7 +75,7 @@ def look(source: str, question: str | None = None, answer: str | None = None) ->
     texts = {name: _texts(first, name) for name in names if name != question}
     gradable = [n for n in ANSWERS if n in texts and _gradable(texts[n])]
     reference = next((n for n in ANSWERS if n in texts and texts[n] and n not in gradable), None)
-    graded = given or next(iter(gradable), None)
+    answers = graded = given or next(iter(gradable), None)
     notes = [f"questions are in column {question!r}"]
     if graded is not None and importlib.util.find_spec("math_verify") is None:
         notes.append(
@@ -88,7 +88,7 @@ def look(source: str, question: str | None = None, answer: str | None = None) ->
     else:
         notes.append("no column holds short answers to grade by; the KL to the teacher is the measure")
     said = tuple(ask.said for ask in asks if ask.said)
-    responses = said or tuple(texts.get(reference or "", ())) or tuple(texts.get(graded or "", ()))
+    responses = said or tuple(texts.get(reference or "", ())) or tuple(texts.get(answers or "", ()))
     whole = responses if said or reference else _explained(responses)
     return Data(source, len(rows), question, graded, reference, asks, whole, tuple(notes))
 
