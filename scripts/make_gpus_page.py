@@ -33,6 +33,7 @@ PROMPT = 512  # tokens of the longest prompt
 ON_GPUS = ("one-gpu", "one-gpu-lora", "qwen-7b-from-32b", "paper-reasoning", "paper-tools", "paper-swe")
 BOXES = {"one-gpu": 1, "one-gpu-lora": 1}
 TEXT = ROOT / "scripts" / "gpus_page.md"
+CONFIGURATIONS = ROOT / "scripts" / "published_models.json"
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def published(name: str) -> Any:
     """The configuration of a model of the hub, from its published numbers."""
     from transformers import CONFIG_MAPPING
 
-    values = dict(json.loads((ROOT / "scripts" / "published_models.json").read_text())[name])
+    values = dict(json.loads(CONFIGURATIONS.read_text())[name])
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 

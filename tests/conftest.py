@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,10 @@ TINY = ROOT / "recipes" / "tiny"
 RUN_TIMEOUT_S = 600
 
 sys.path.insert(0, str(ROOT / "scripts"))
+
+# Under nohup these tests ignore hangups, and so would every run that they start. A handler is not inherited.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def make_pair(folder: Path, arch: str, *extra: str) -> Path:

@@ -57,12 +57,24 @@ def _serve(pipe: Any, log: str) -> None:
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     torch.set_num_threads(1)
+    _keep_engines()
     while True:
         function, args = pipe.recv()
         try:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+def _keep_engines() -> None:
+    """An engine that is garbage takes its process's groups with it, which all others in it use."""
+    kept, plain = [], vllm_engine.VllmEngine.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kept.append(self)
+        plain(self, *args, **kwargs)
+
+    vllm_engine.VllmEngine.__init__ = init
 
 
 def schedule_ahead() -> None:

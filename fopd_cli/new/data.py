@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fopd_cli.errors import UserError
 from fopd_cli.tasks.conversations import Asked, asked
@@ -117,7 +116,7 @@ def _question(rows: Sequence[Row], names: Sequence[str], source: str) -> str:
     answers = [name for name in names if name.lower() in ANSWERS]
     others = [name for name in names if name not in answers and name not in usual]
     for candidates in (usual, others):
-        good = [name for name in candidates if _share(rows, lambda row, n=name: _ask(row, n)) >= MOST]  # type: ignore[misc]
+        good = [name for name in candidates if _asks(rows, name)]
         if candidates is usual and good:
             return good[0]
         if len(good) == 1:
@@ -146,8 +145,9 @@ def _texts(rows: Sequence[Row], name: str) -> list[str]:
     return list(texts())
 
 
-def _share(rows: Sequence[Row], good: Callable[[Row], Any]) -> float:
-    return sum(good(row) is not None for row in rows) / len(rows)
+def _asks(rows: Sequence[Row], name: str) -> bool:
+    """Whether most rows have a question in this column."""
+    return sum(_ask(row, name) is not None for row in rows) >= MOST * len(rows)
 
 
 def _gradable(texts: Sequence[str]) -> bool:

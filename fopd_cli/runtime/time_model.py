@@ -13,25 +13,6 @@ from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.memory.model import Models, Use, workers
 from fopd_cli.runtime.placement import Plan
 
-# FLOP a second in dense bf16, by a part of the name that CUDA gives the device (makers' data sheets).
-PEAKS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "A10": 125e12,
-}
-
-
-def peak_of(name: str) -> float | None:
-    """FLOP a second in dense bf16 of a device of this name; None: not known."""
-    return next((flops for part, flops in PEAKS.items() if part in name), None)
-
 
 @dataclass(frozen=True)
 class Device:

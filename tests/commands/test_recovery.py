@@ -165,10 +165,7 @@ def test_a_signal_to_all_writes_a_checkpoint_and_resume_goes_on(
     """To the command and then to every process of its group, as `timeout` does; a terminal and SLURM do the
     latter alone.
     """
-    # A run under nohup rightly goes on at a hangup; these tests may be under one themselves.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process, run = start(fopd, slow(pair, 2, steps=60, checkpoint={"every": 0}))
-    signal.signal(signal.SIGHUP, before)
     reach(process, run, 3)
     family = descendants(process.pid)
     process.send_signal(number)

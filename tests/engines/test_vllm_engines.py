@@ -616,8 +616,7 @@ def _hidden(teacher: str, rollouts: list[Rollout]) -> list[TeacherTargets]:
         teacher, prefix_caching=False, live_weights=False, seeded=False, max_batched_tokens=64, hidden=True
     )
     head = hf.load_head(teacher, "m", torch.float32)
-    # kept: an engine that goes takes its process's groups with it, which others use
-    engine = _TEACHERS[f"hidden {teacher}"] = VllmTeacher(opts, head)
+    engine = VllmTeacher(opts, head)
     targets = [
         TeacherTargets("hidden", hidden=torch.zeros(r.response_length, head.weight.shape[1]))
         for r in rollouts

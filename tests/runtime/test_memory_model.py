@@ -41,37 +41,33 @@ def config(kind: str, **changes: Any) -> Any:
 # ---- shapes ------------------------------------------------------------------------------------------------
 
 
-def test_published_models_have_the_parameters_that_their_makers_name() -> None:
-    """By their configurations, in thousands of millions: all, and those that a token goes through."""
-    big: dict[str, Any] = {"vocab_size": 152064, "tie_word_embeddings": False}
-    seven = config(
-        "qwen2",
-        hidden_size=3584,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        intermediate_size=18944,
-        **big,
-    )
-    mixture = config(
-        "qwen3_moe",
-        hidden_size=2048,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        moe_intermediate_size=768,
-        num_experts=128,
-        num_experts_per_tok=8,
-        **{**big, "vocab_size": 151936},
-    )
-    dense = shapes(seven)
-    assert dense.parameters / 1e9 == pytest.approx(7.62, abs=0.005)
-    assert dense.active == dense.parameters
-    assert dense.kv == hf.kv_bytes_per_token(seven, torch.bfloat16) // 2
-    moe = shapes(mixture)
-    assert moe.parameters / 1e9 == pytest.approx(30.5, abs=0.05)
-    assert moe.active / 1e9 == pytest.approx(3.3, abs=0.1)
+PUBLISHED = {  # parameters in billions, as the models' pages on the hub say
+    "Qwen/Qwen2.5-Math-1.5B-Instruct": 1.54,
+    "Qwen/Qwen2.5-7B-Instruct": 7.62,
+    "Qwen/Qwen2.5-Math-7B-Instruct": 7.62,
+    "Qwen/Qwen3-8B": 8.19,
+    "Qwen/Qwen2.5-14B-Instruct": 14.8,
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": 30.5,
+    "Qwen/Qwen2.5-32B-Instruct": 32.8,
+    "Qwen/Qwen2.5-Math-72B-Instruct": 72.7,
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_published_models_have_the_parameters_that_their_makers_name(name: str, parameters: float) -> None:
+    """With the configurations from which docs/gpus.md is made."""
+    found = gpus_page.published(name)
+    counted = shapes(found)
+    assert counted.parameters / 1e9 == pytest.approx(parameters, rel=0.004)
+    assert counted.kv == hf.kv_bytes_per_token(found, torch.bfloat16) // 2
+    if found.model_type == "qwen3_moe":
+        assert counted.active / 1e9 == pytest.approx(3.3, abs=0.1)
+    else:
+        assert counted.active == counted.parameters
+
+
+def test_every_published_configuration_is_held_against_its_page() -> None:
+    assert set(json.loads(gpus_page.CONFIGURATIONS.read_text())) == set(PUBLISHED)
 
 
 # ---- shards ------------------------------------------------------------------------------------------------

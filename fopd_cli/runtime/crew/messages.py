@@ -231,7 +231,7 @@ class Saved:
 
 @dataclass
 class Asleep:
-    memory_bytes: int  # still held on the device
+    pass
 
 
 @dataclass

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
-import torch
 import torch.distributed as dist
 
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
@@ -44,7 +43,7 @@ def _rest(engine: Sampler | Teacher | Learner, command: m.RestCommand) -> m.Asle
     match command:
         case m.SleepCommand():
             engine.sleep()
-            return m.Asleep(torch.cuda.memory_allocated() if torch.cuda.is_available() else 0)
+            return m.Asleep()
         case m.WakeCommand():
             engine.wake()
             return m.Awake()

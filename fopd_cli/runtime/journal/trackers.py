@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -207,8 +208,7 @@ def missing(names: Sequence[str]) -> list[str]:
 
 def open_trackers(names: Sequence[str], subject: Subject, say: Say) -> list[Guarded]:
     """All that a recipe names but TensorBoard, which is a file and no service."""
-    chosen = {name: TRACKERS[name] for name in names if name in TRACKERS}
-    return [Guarded(name, lambda make=make: make(subject), say) for name, make in chosen.items()]  # type: ignore[misc]
+    return [Guarded(name, partial(TRACKERS[name], subject), say) for name in names if name in TRACKERS]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -355,29 +354,15 @@ def of_learner(recipe: Recipe, spec: WorkerSpec, models: Models) -> Use:
 
 def of_teacher(recipe: Recipe, section: Teacher, spec: WorkerSpec, models: Models, device_bytes: int) -> Use:
     """One rank of a teacher that runs here."""
-    cuda, s, keys = bool(spec.devices), models.teachers[section.name], _keys(section)
-    dtype = _dtype(section.dtype, cuda)
-    if engine_of(section).claims and not cuda:
-        return vllm_on_cpu(
-            s, dtype=dtype, rows=section.batch_samples, longest=models.judged, batched=keys.max_batched_tokens
-        )
+    s, rows = models.teachers[section.name], section.batch_samples
     if engine_of(section).claims:
-        return vllm(
-            s,
-            dtype=dtype,
-            split=len(spec.devices),
-            share=spec.share or keys.gpu_memory,
-            device=device_bytes,
-            longest=models.judged,
-            batched=keys.max_batched_tokens,
-            log_probs=True,
-            live=False,
-        )
+        return _claiming(section, spec, s, device_bytes, rows=rows, longest=models.judged)
+    cuda = bool(spec.devices)
     return teacher(
         section,
         s,
         world=1 if spec.whole else spec.world,
-        dtype=dtype,
+        dtype=_dtype(section.dtype, cuda),
         cuda=cuda,
         longest=models.judged,
         log_probs=recipe.targets != "hidden",
@@ -386,30 +371,32 @@ def of_teacher(recipe: Recipe, section: Teacher, spec: WorkerSpec, models: Model
 
 def of_sampler(recipe: Recipe, spec: WorkerSpec, models: Models, device_bytes: int) -> Use:
     """One replica of a plan's sampler."""
-    section, cuda, keys = recipe.sampler, bool(spec.devices), _keys(recipe.sampler)
-    dtype = _dtype(section.dtype, cuda)
-    if engine_of(section).claims and not cuda:
-        return vllm_on_cpu(
-            models.student,
-            dtype=dtype,
-            rows=section.concurrency,
-            longest=models.longest,
-            batched=keys.max_batched_tokens,
-        )
+    section, s, rows = recipe.sampler, models.student, recipe.sampler.concurrency
     if engine_of(section).claims:
-        return vllm(
-            models.student,
-            dtype=dtype,
-            split=len(spec.devices),
-            share=spec.share or keys.gpu_memory,
-            device=device_bytes,
-            longest=models.longest,
-            batched=keys.max_batched_tokens,
-            log_probs=False,
-            live=True,
-        )
-    return sampler(
-        section, models.student, dtype=dtype, cuda=cuda, longest=models.longest, prompt=models.prompt
+        return _claiming(section, spec, s, device_bytes, rows=rows, longest=models.longest)
+    cuda = bool(spec.devices)
+    dtype = _dtype(section.dtype, cuda)
+    return sampler(section, s, dtype=dtype, cuda=cuda, longest=models.longest, prompt=models.prompt)
+
+
+def _claiming(
+    section: Sampler | Teacher, spec: WorkerSpec, s: Shapes, device_bytes: int, *, rows: int, longest: int
+) -> Use:
+    """An engine that claims a share of each device at its start. Only a sampler's weights are updated."""
+    keys, cuda, samples = engine_of(section).keys(section), bool(spec.devices), isinstance(section, Sampler)
+    dtype, batched = _dtype(section.dtype, cuda), keys.max_batched_tokens
+    if not cuda:
+        return vllm_on_cpu(s, dtype=dtype, rows=rows, longest=longest, batched=batched)
+    return vllm(
+        s,
+        dtype=dtype,
+        split=len(spec.devices),
+        share=spec.share or keys.gpu_memory,
+        device=device_bytes,
+        longest=longest,
+        batched=batched,
+        log_probs=not samples,
+        live=samples,
     )
 
 
@@ -463,12 +450,6 @@ def _asleep(worker: Worker) -> Part:
 
 def _named(worker: Worker, part: Part, several: bool) -> Part:
     return Part(f"{worker.spec.name}: {part.what}", part.nbytes) if several else part
-
-
-def _keys(section: Sampler | Teacher) -> Any:
-    """Of an engine that claims a share of a device."""
-    engine = engine_of(section)
-    return engine.keys(section) if engine.claims else None
 
 
 def _dtype(name: str, cuda: bool) -> torch.dtype:
