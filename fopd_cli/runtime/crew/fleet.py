@@ -324,7 +324,7 @@ class Fleet:
 
     def device_memory(self) -> dict[str, dict[str, int]]:
         """Peak bytes that each worker's allocator has handed out and reserved on its first CUDA device;
-        without workers that have no device, or whose engine runs in processes of its own.
+        workers without a device, or whose engine runs in processes of its own, are left out.
         """
         return {
             worker.name: {"allocated": int(worker.pulse[1]), "reserved": int(worker.pulse[2])}

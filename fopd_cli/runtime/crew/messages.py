@@ -247,7 +247,7 @@ class Failed:
 @dataclass
 class Lost:
     """Sent by the fleet for a worker that died, hung or raised, and is stopped. `reason` names it and its
-    log. `mistake`: the user made one, and a restart would not help.
+    log. `mistake`: it was the user's, and a restart would not help.
     """
 
     reason: str

@@ -112,7 +112,7 @@ class Processes:
         """Wait for one message of this kind from each of these workers; other messages are kept for later.
 
         A worker that dies in its first start ends the run. During a change of turns it is lost as at any
-        other time. After Ctrl-C there is no wait for workers that are starting.
+        other time. After Ctrl-C, workers that are starting are not waited for.
         """
         while names:
             if self._signals.received and not self._changing_turns:
