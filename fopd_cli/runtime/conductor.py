@@ -109,7 +109,7 @@ class Conductor:
         raise WorkerError(f"{self._fatal.reason}; go on with: {go_on}")
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
-        """The learner's part of a checkpoint, written while it is idle. Raises OSError."""
+        """The learner's part of a checkpoint, written while the learner is idle. Raises OSError."""
         self._saved = None
         self.schedule.learner_busy = True
         self.crew.send(engines.LEARNER, m.SaveCommand(folder))

@@ -59,7 +59,7 @@ class GradeCommand:
 
 @dataclass
 class TurnCommand:
-    """The environment is to execute what the student wrote; `life` names the episode, see `episodes.py`."""
+    """The environment must execute what the student wrote; `life` names the episode, see `episodes.py`."""
 
     key: int
     life: int
@@ -182,7 +182,7 @@ class Scored:
 
 @dataclass
 class Graded:
-    grades: list[tuple[int, float, dict[str, float]]]  # key, score, figures beside it
+    grades: list[tuple[int, float, dict[str, float]]]  # key, score, further figures
     span: Span
 
 

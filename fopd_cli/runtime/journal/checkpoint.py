@@ -67,7 +67,7 @@ class CheckpointStore:
         """For the process that trains: prepare the folder. A run that goes on from `step` sets later
         checkpoints aside.
 
-        They are kept until the run has come as far itself. Otherwise the next plain resume would start from
+        They are kept until the run has come as far itself, but the next plain resume must not start from
         them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)

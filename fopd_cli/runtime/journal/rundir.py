@@ -174,7 +174,7 @@ def _linked(source: str, target: str) -> None:
 
 
 def _copy_until(source: Path, target: Path, step: int) -> None:
-    """Copy records up to a step; copy other files unchanged, and so the history (a resume takes back later
+    """Copy records up to a step; copy other files unchanged, the history too (a resume takes back later
     changes).
     """
     text = source.read_text(encoding="utf-8")

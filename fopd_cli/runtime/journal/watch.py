@@ -25,7 +25,7 @@ FAR = 0.5  # nats per token, in the first quarter: an unsure teacher is this far
 
 
 class Watch:
-    """Sees every optimizer step; a resumed run starts from nothing."""
+    """Sees every optimizer step; a resumed run starts afresh."""
 
     def __init__(self, clip: float) -> None:
         self._clip = clip

@@ -2,7 +2,7 @@
 
 The kernel commits a page when it is first touched, so tens of gigabytes cost no time at the start (torch's
 own shared storages are committed when made, at a second per gigabyte). Memory that could not be committed
-later, with SIGBUS for the process that writes, is refused at once.
+later (SIGBUS for the process that writes) is refused at once.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class WeightChannel:
             file.write(self.memory[start : start + self.slot_bytes].numpy().data)
 
     def load(self, version: int, path: Path, dtypes: Sequence[torch.dtype]) -> None:
-        """Load what `save` wrote; `dtypes` are those that the same tensors had then."""
+        """Load what `save` wrote; `dtypes` are those that the tensors had at the time."""
         saved = [(name, shape, dtype) for (name, shape, _), dtype in zip(self.layout, dtypes, strict=True)]
         memory = torch.from_file(str(path), shared=False, size=layout_bytes(saved), dtype=torch.uint8)
         self.write(version, iter(SharedWeights(memory, 0, saved)))
