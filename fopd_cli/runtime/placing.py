@@ -32,7 +32,7 @@ def fit(recipe: Recipe, count: int) -> Fit | None:
 
 def models(recipe: Recipe, prompt: int = PROMPT, told: int | None = None) -> Models:
     """The shapes of all models that run here. `prompt` and `told` are the tokens of the longest prompt, as
-    the student and as a teacher reads them.
+    the student and as a teacher reads it.
     """
     config = hf.load_config(recipe.student.model, "student.model")
     trainable = None

@@ -19,7 +19,7 @@ SAME_SIGNAL_S = 0.3
 
 
 class Signals:
-    """Inside its `with` block, `received` tells whether a signal came. Never entered, it receives none."""
+    """Inside its `with` block, `received` tells whether a signal came. If never entered, it receives none."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

@@ -44,7 +44,7 @@ class Costs(Protocol):
     def ends(
         self, now: float, engine: Engine, command: m.Command, answers: Sequence[m.Answer]
     ) -> Sequence[float]:
-        """When an engine that gets this command now gives each of its answers."""
+        """The time of each answer, for an engine that gets the command at `now`."""
         ...
 
     def stopped(self, now: float, engine: Engine) -> None:
