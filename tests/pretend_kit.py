@@ -1,7 +1,7 @@
-"""Engines that do no work: what a run would do, and when, if only the costs of its commands are known.
+"""Engines that do no work: they show what a run would do, and when, given only the costs of its commands.
 
-Responses have lengths drawn from the sample's own seed, and nothing in them; every grade is 0; environments
-end an episode after its first turn and never change their mind. Nothing here says anything about learning.
+Responses have lengths drawn from the sample's own seed, and no content. Every grade is 0. Environments end an
+episode after its first turn, and contexts never change. Nothing here says anything about learning.
 """
 
 from __future__ import annotations

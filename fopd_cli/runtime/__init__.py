@@ -1,3 +1,3 @@
-"""One command's processes: who does what when (`schedule.py`), on which device (`placement.py`), and who
-keeps it running.
+"""One command's processes: what each does and when (`schedule.py`), on which device (`placement.py`), and
+what keeps them running.
 """

@@ -1,8 +1,8 @@
-"""Samples at hand: from the sampler's hands until the learner is done with them, one entry each.
+"""The samples of a run, from the sampler until the learner is done with them, one entry each.
 
     add ──> reserve (room for the teacher's targets) ──> grade, context ──> forget
 
-The schedule knows who a sample is and what may be done with it; what there is of it stands here.
+The schedule knows which sample it is and what may be done with it; its data is here.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Entry:
 
     rollout: Rollout
     teacher: int
-    slot: Slot | None = None  # where its targets lie, once there is room for them
+    slot: Slot | None = None  # where its targets are, once there is room for them
     scoring: bool = False  # a teacher has been asked and has not answered
-    grade: float | None = None  # None: not graded yet; nan: nobody can tell
-    metrics: dict[str, float] = field(default_factory=dict)  # what its grader said beside the grade
+    grade: float | None = None  # None: not graded yet; nan: cannot be graded
+    metrics: dict[str, float] = field(default_factory=dict)  # the grader's further figures
     context: Context | None = None  # as a replay found it, if it has changed since the sample was judged
 
     @property
@@ -41,18 +41,18 @@ class Entry:
 
     @property
     def targets(self) -> Slot:
-        """Where its targets lie, for those who know that there are some."""
+        """Where its targets are; room must have been reserved."""
         assert self.slot is not None
         return self.slot
 
     @property
     def score(self) -> float:
-        """The grade, for those who know that there is one."""
+        """The grade of a sample that has one."""
         assert self.grade is not None
         return self.grade
 
     def judged(self, told: np.ndarray | None) -> Rollout:
-        """The rollout with the context on which its teacher is to judge it now; `told` are int32 ids of the
+        """The rollout with the context on which its teacher must judge it now; `told` holds int32 ids of the
         prompt as the teacher reads it, None: as the student does.
         """
         context = self.context
@@ -62,7 +62,7 @@ class Entry:
 
 
 class Buffer:
-    """All samples at hand, by key, and the shared memory of their targets. `specs` are those of each
+    """All current samples, by key, and the shared memory for their targets. `specs` has one entry per
     teacher.
     """
 
@@ -80,12 +80,12 @@ class Buffer:
         return len(self.entries)
 
     def add(self, rollout: Rollout, teacher: int) -> Entry:
-        """A sampler has finished it."""
+        """A sampler has finished this rollout."""
         entry = self.entries[rollout.key] = Entry(rollout, teacher)
         return entry
 
     def reserve(self, keys: Iterable[int]) -> bool:
-        """Room for the targets of all these samples, or for none."""
+        """Reserve room for the targets of all these samples, or for none; returns whether it did."""
         taken: list[int] = []
         for key in keys:
             if not self._allocate(self.entries[key]):
@@ -103,13 +103,13 @@ class Buffer:
         return offset is not None
 
     def release(self, key: int) -> None:
-        """Give the room of its targets back. Scored once more, it is judged on its first context, as ever."""
+        """Free the room of its targets. If scored again, it is judged on its first context, as at first."""
         entry = self.entries[key]
         self.arena.free(entry.targets.offset)
         entry.slot = entry.context = None
 
     def forget(self, key: int) -> None:
-        """A sample is done with, whatever became of it."""
+        """Remove a sample, whatever its outcome."""
         if key in self.entries:
             if self.entries[key].slot is not None:
                 self.release(key)
@@ -121,8 +121,8 @@ class Buffer:
     # ---- on disk -------------------------------------------------------------------------------------------
 
     def save(self, path: Path, keys: Collection[int], scored: Iterable[int]) -> dict[str, Any]:
-        """Write these samples, and the targets of those that are `scored`; returns what else must be
-        remembered of them, as JSON.
+        """Write these samples, and the targets of those that are `scored`; returns the rest of their state,
+        as JSON.
         """
         targets = {key: self._memory(self.entries[key].targets) for key in sorted(scored)}
         entries = [self.entries[key] for key in sorted(keys)]
@@ -132,9 +132,7 @@ class Buffer:
         }
 
     def load(self, path: Path, state: Mapping[str, Any], teachers: Mapping[int, int]) -> None:
-        """The inverse; `teachers` says who judges each sample. Raises `UserError` if the targets find no
-        room.
-        """
+        """The inverse; `teachers` gives each key's teacher. Raises `UserError` if the targets do not fit."""
         rollouts, targets = load_buffer(path, state["rollouts"])
         for rollout in rollouts:
             self.add(rollout, teachers[rollout.key])
@@ -146,7 +144,7 @@ class Buffer:
             self._memory(self.entries[key].targets)[:] = raw
 
     def _memory(self, slot: Slot) -> np.ndarray:
-        """uint8, a view of the targets that lie there."""
+        """The targets in this slot, as a uint8 view."""
         nbytes = self.specs[slot.teacher].nbytes(slot.positions)
         memory: torch.Tensor = self.arena.memory[slot.offset : slot.offset + nbytes]
         return memory.numpy()

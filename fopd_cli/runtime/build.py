@@ -45,7 +45,7 @@ class Setup:
     tables: tuple[
         np.ndarray | None, ...
     ]  # of each teacher: the student's token id -> the teacher's; None: the same
-    context: int  # tokens of the longest sample that there can be, as the student has it
+    context: int  # tokens of the longest possible sample, as the student has it
     judged: int  # the same, as teachers judge it
     arena: torch.Tensor
     channel: WeightChannel
@@ -62,7 +62,7 @@ def resolve_dtype(name: str, cuda: bool) -> torch.dtype:
 
 
 def sampler_dtype(recipe: Recipe, plan: Plan) -> torch.dtype:
-    """In which the student samples and is evaluated."""
+    """The dtype in which the student samples and is evaluated."""
     return resolve_dtype(recipe.sampler.dtype, bool(plan.samplers[0].devices))
 
 
@@ -71,7 +71,7 @@ def _device(spec: WorkerSpec) -> torch.device:
 
 
 def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
-    """One process group a role. A file is the meeting point: ports can be taken, a fresh file cannot."""
+    """One process group per engine. A file is the meeting point: ports can be taken, a fresh file cannot."""
     if (spec.world == 1 or spec.whole) and not always:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -87,7 +87,7 @@ def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
 def learner_config(
     recipe: Recipe, compute: torch.dtype, vocab: int, longest: int, **loss_overrides: Any
 ) -> LearnerConfig:
-    """The learner's, loss's and freshness's sections as the learner wants them."""
+    """The recipe's learner, loss and freshness sections in the form that the learner takes."""
     from fopd_cli.engines.learner.learner import LearnerConfig
 
     loss, fresh = recipe.loss, recipe.freshness
@@ -115,7 +115,7 @@ def learner_config(
 
 
 def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Learner:
-    """`breathe` is called between layers, so that a long step shows that it gets on, and shares the cores."""
+    """`breathe` is called between layers, so that a long step shows signs of life and shares the cores."""
     from fopd_cli.engines.learner.learner import FsdpLearner, sharded
 
     recipe, device = setup.recipe, _device(spec)
@@ -127,7 +127,7 @@ def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
         heads = [h if t is None else renumbered_head(h, t) for h, t in zip(heads, setup.tables, strict=True)]
-    # peft begins adapters on a base that is there, so a LoRA student is loaded whole.
+    # peft starts adapters from a base that is loaded, so a LoRA student is loaded whole.
     read_later = spec.world > 1 and recipe.student.lora is None
     found = shards.empty(recipe.student.model, "student.model", torch.float32) if read_later else None
     model, unread = found or (None, None)
@@ -153,15 +153,15 @@ def load_student(recipe: Recipe, frozen_dtype: torch.dtype) -> Any:
 
 
 def as_sampled(model: Any, setup: Setup, longest: int) -> None:
-    """Where the sampler's engine chooses the factors of a rotary embedding once for the whole run, this model
-    does, too. `longest` is how many tokens a sequence can have.
+    """If the sampler's engine chooses the factors of a rotary embedding once for the whole run, so does this
+    model. `longest` is how many tokens a sequence can have.
     """
     if sampler_facts(setup.recipe.sampler).one_rotation:
         rope.by_sequence(model, longest)
 
 
 def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
-    """Nothing without a `student.lora` section."""
+    """Does nothing without a `student.lora` section."""
     if (wanted := recipe.student.lora) is not None:
         lora.add_adapters(
             model, wanted.rank, wanted.alpha, wanted.targets, recipe.seed, frozen_dtype, wanted.router
@@ -171,7 +171,7 @@ def add_adapters(model: Any, recipe: Recipe, frozen_dtype: torch.dtype) -> None:
 
 
 def build_teacher(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> Teacher:
-    """`breathe`: as of the learner."""
+    """`breathe`: as for the learner."""
     engine = _teacher(spec, setup, breathe)
     table = setup.tables[spec.index]
     return engine if table is None else RenumberedTeacher(engine, table)
@@ -205,7 +205,7 @@ def build_sampler(spec: WorkerSpec, setup: Setup) -> Sampler:
 
 
 def published_adapter(recipe: Recipe) -> Lora | None:
-    """The section of a LoRA student whose adapter alone is published."""
+    """The section of a LoRA student of which only the adapter is published; else None."""
     wanted = recipe.student.lora
     return wanted if wanted is not None and wanted.publish == "adapter" else None
 
@@ -223,8 +223,7 @@ def make_sampler(
     """The recipe's sampler on the weights of a model directory; `fopd eval` uses it as the run does. It
     samples ids below `vocab`.
 
-    `share` is as of `SamplerOrder`. With `adapter`, what `load` is given are such adapters for these weights,
-    not weights.
+    `share` is as in `SamplerOrder`. With `adapter`, `load` gets such adapters for these weights, not weights.
     """
     logprobs = sampling_params(recipe, evaluation=False).keep_topk
     order = SamplerOrder(
@@ -243,8 +242,8 @@ def make_sampler(
 
 
 def task_arguments(recipe: Recipe) -> tuple[str, dict[str, Any], str | None]:
-    """(name, keyword arguments, folder of its module) of the recipe's task, without what is not the task's
-    own to do.
+    """(name, keyword arguments, folder of its module) of the recipe's task, without the keys that fopd
+    handles itself.
     """
     if isinstance(recipe.task, PluginTask):
         return recipe.task.name, dict(recipe.task.options), recipe.task.path

@@ -1,12 +1,12 @@
-"""Carries out what `schedule.py` decides, with a crew; tells it what came back.
+"""Carries out what `schedule.py` decides, with a crew, and tells it the results.
 
     prompt ──> sampler ──Rollout──> teacher ──targets in the arena──> learner ──StepReport──> conductor
                   ^          └────────> grader ──grade──────────────────┘  │
                   └────────────── weights, version t, shared memory ───────┘
 
 One thread, no CUDA context, no clock in its decisions. Its loop: start what the schedule allows (an action
-becomes a command), then hear what happened (an event becomes a word to the schedule, the buffer, the
-journal). What a handler consumes and unblocks is said at the handler.
+becomes a command), then handle what happened (an event updates the schedule, the buffer, the journal). Each
+handler's docstring says what it consumes and unblocks.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Conductor:
             "eval": sampling_params(self.recipe, evaluation=True),
         }
         self._saved: m.Saved | None = None  # the learner's answer to a save
-        self._fatal: m.EngineLost | None = None  # the run has to end
-        self.stopped_early: str | None = None  # why
+        self._fatal: m.EngineLost | None = None  # why the run has to end
+        self.stopped_early: str | None = None  # why, if it was
 
     def _conversations(self) -> Conversations:
         return Conversations(
@@ -68,7 +68,7 @@ class Conductor:
             self.crew.start()
             self.saver.begin()
             self.journal.begin()
-            self._grade(self.buffer.ungraded())  # of a checkpoint's buffer
+            self._grade(self.buffer.ungraded())  # from a checkpoint's buffer
             self.schedule.on_learner_ready()
             while not self.schedule.done and self.stopped_early is None:
                 self._advance()
@@ -79,7 +79,7 @@ class Conductor:
             self.saver.save(True, self._save_learner)
 
     def _advance(self, act: bool = True) -> None:
-        """Start all that can start; hear what happened."""
+        """Start all that can start; handle what happened."""
         while act and (actions := self.schedule.actions()):
             for action in actions:
                 self._start(action)
@@ -87,7 +87,7 @@ class Conductor:
             self._handle(engine, event)
 
     def _come_to_rest(self) -> None:
-        """Let the running step end; what is in flight goes into the checkpoint."""
+        """Let the running step finish; samples in flight go into the checkpoint."""
         self.schedule.paused = True
         exclusive = self.schedule.config.exclusive
         if exclusive:
@@ -97,7 +97,7 @@ class Conductor:
             self._advance()
 
     def _leave(self) -> None:
-        """After a signal, or without samplers or a teacher: save and go."""
+        """After a signal, or a loss that the run cannot survive: save and end."""
         self._come_to_rest()
         self.saver.save(True, self._save_learner)
         self.crew.end_programs()
@@ -109,12 +109,13 @@ class Conductor:
         raise WorkerError(f"{self._fatal.reason}; go on with: {go_on}")
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
-        """The learner's part of a checkpoint, written while it holds still. Raises OSError."""
+        """The learner's part of a checkpoint, written while the learner is idle. Raises OSError."""
         self._saved = None
         self.schedule.learner_busy = True
         self.crew.send(engines.LEARNER, m.SaveCommand(folder))
         while self._saved is None:
-            # At depth 0 nothing else starts meanwhile, so that a resumed run has the same samples to sample.
+            # Where two runs must agree, nothing else starts meanwhile: a resumed run then has the same
+            # samples to sample.
             self._advance(act=not self.schedule.config.deterministic and not self.schedule.paused)
         self.schedule.learner_busy = False
         if self._saved.error:
@@ -169,7 +170,7 @@ class Conductor:
         return m.ReplayCommand(entry.rollout, self._prompt(key), told, template, now)
 
     def _batch(self, keys: Iterable[int]) -> tuple[list[Rollout], list[m.Slot], list[int]]:
-        """Rollouts, where their targets lie, and their lags."""
+        """Rollouts, the slots of their targets, and their lags."""
         entries = [self.buffer[key] for key in keys]
         lags = [self.schedule.step - self.schedule.tickets[entry.key].version for entry in entries]
         return [entry.rollout for entry in entries], [entry.targets for entry in entries], lags
@@ -234,7 +235,7 @@ class Conductor:
         self._grade(kept)
 
     def _grade(self, entries: list[Entry]) -> None:
-        """Send to the grader what has to be graded; the learner waits for it."""
+        """Send samples that must be graded to the grader; the learner waits for their grades."""
         for entry in [] if self.recipe.eval.training else entries:
             if self._sample(entry.key).split == "train":
                 entry.grade = math.nan
@@ -244,7 +245,7 @@ class Conductor:
             self.crew.send(engines.GRADER, m.GradeCommand(items))
 
     def _text(self, rollout: Rollout) -> str:
-        """What is graded."""
+        """The text to grade."""
         if rollout.answer is not None:
             return rollout.answer
         return hf.decode(self.inputs.tokenizer, rollout.last_turn)
@@ -256,14 +257,16 @@ class Conductor:
                 self.schedule.on_graded(key)
 
     def _on_scored(self, teacher: int, keys: list[int]) -> None:
-        """Targets are there; unblocks the learner, or a replay. What was dropped meanwhile is let go."""
+        """Targets are complete; unblocks the learner, or a replay. Samples dropped meanwhile are
+        forgotten.
+        """
         for key in keys:
             self.buffer[key].scoring = False
         for key in self.schedule.on_scored(teacher, keys):
             self._forget(key)
 
     def _on_replayed(self, event: m.Replayed) -> None:
-        """A context was looked at; the teacher is asked again if it has changed."""
+        """A context was replayed; the teacher is asked again if it has changed."""
         if event.key in self.buffer:
             changed = event.context is not None
             self.buffer[event.key].context = event.context
@@ -284,7 +287,7 @@ class Conductor:
     def _on_trained(self, report: StepReport) -> None:
         """An optimizer step and its publication are done; unblocks samplers, which load the new version.
 
-        Its samples are written down and let go, the buffer is dropped if it is stale.
+        Its samples are recorded and forgotten; the buffer is dropped if it is stale.
         """
         keys = report.stats.keys.tolist()
         batch = [(self._sample(key), self.buffer[key]) for key in keys]
@@ -302,7 +305,7 @@ class Conductor:
         self.replays.hold()
 
     def _figures(self) -> dict[str, Any]:
-        """Of the moment after a step; they depend on the clock."""
+        """Figures from right after a step; they depend on the clock."""
         return {
             "buffer_samples": len(self.buffer) - self.recipe.learner.batch_samples,
             "buffer_bytes": self.buffer.arena.used_bytes,
@@ -312,7 +315,7 @@ class Conductor:
         }
 
     def _refresh(self, step: int, reason: str) -> None:
-        """Drop the buffer; what a teacher is at is let go when it answers."""
+        """Drop the buffer; samples that a teacher is scoring are forgotten when it answers."""
         dropped = self.schedule.refresh()
         self._abort_all()
         for key in dropped:
@@ -321,7 +324,7 @@ class Conductor:
         self.journal.refreshed(step, reason, dropped.values())
 
     def _abort_all(self) -> None:
-        """Samplers stop what they have under way."""
+        """Stop all running work of the samplers."""
         for replica in range(self.schedule.config.replicas):
             self.crew.send(engines.sampler(replica), m.AbortCommand())
             self._give_up(replica)
@@ -331,7 +334,7 @@ class Conductor:
             self.conversations.give_up(replica)
 
     def _on_lost(self, engine: Engine, event: m.EngineLost) -> None:
-        """What it had under way is done again, by another or by itself when it is back."""
+        """The engine's unfinished work is redone, by another one or by itself when it is back."""
         match engine.role:
             case "teacher":
                 self._on_teacher_lost(engine.index)
@@ -352,7 +355,7 @@ class Conductor:
             self._fatal = event
 
     def _on_teacher_lost(self, index: int) -> None:
-        """Its samples are scored again; those that a refresh had dropped meanwhile are let go for good."""
+        """Its samples are scored again; those that a refresh had dropped meanwhile are forgotten."""
         for key in self.schedule.on_teacher_lost(index):
             self.buffer.release(key)
         for entry in [e for e in self.buffer.entries.values() if e.scoring and e.teacher == index]:
@@ -374,6 +377,6 @@ class Conductor:
                 assert_never(engine.role)
 
     def _forget(self, key: int) -> None:
-        """A sample is done with, whatever became of it."""
+        """Forget a sample, whatever its outcome."""
         self.buffer.forget(key)
         self.replays.forget(key)

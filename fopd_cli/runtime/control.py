@@ -34,8 +34,8 @@ class Control:
         return self._depth.update(report.stats.lag, report.drift_above_floor)
 
     def stale(self, step: int, stats: SampleStats) -> str | None:
-        """Why the buffer is to be dropped after `step` optimizer steps, the batch of the last one being like
-        this; None: it is not.
+        """Why the buffer must be dropped after `step` optimizer steps, given the `stats` of the last batch;
+        None: it need not be.
         """
         if step == self._steps:
             return None

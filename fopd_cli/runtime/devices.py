@@ -1,8 +1,8 @@
-"""The CUDA devices that this command was given, and how one of them is given on to a worker.
+"""The CUDA devices that this command was given, and how one is passed on to a worker.
 
 A batch system hands out devices by name: `CUDA_VISIBLE_DEVICES=4,5`, UUIDs, MIG instances. Everything here
-counts the devices that are visible from 0, as CUDA does; a worker gets the *entry* of the inherited list,
-since an ordinal in its place would be another job's device.
+numbers the visible devices from 0, as CUDA does. A worker gets the *entry* of the inherited list, since a
+bare number there could be another job's device.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ UUIDS = ("GPU-", "MIG-")
 
 
 def listed() -> tuple[str, ...] | None:
-    """The entries of the inherited list that CUDA reads, up to the first that means nothing; None: there is
-    no list. Raises `UserError` where a device stands twice.
+    """The entries of the inherited list that CUDA reads, up to the first invalid one; None: there is no list.
+    Raises `UserError` if a device is listed twice.
     """
     value = os.environ.get(VISIBLE)
     if value is None:
@@ -37,7 +37,7 @@ def listed() -> tuple[str, ...] | None:
             break
         found.append(entry)
     for one, other in combinations(found, 2):
-        # A UUID may be cut short.
+        # A UUID may be abbreviated.
         if one == other or (kind == "GPU-" and (one.startswith(other) or other.startswith(one))):
             raise UserError(
                 f"{VISIBLE}: {value!r} names device {one} twice, and CUDA then shows none at all; "
@@ -59,7 +59,7 @@ def count() -> int:
         return visible
     if names[0].startswith(
         "MIG-"
-    ):  # CUDA shows a process one instance only, but each worker can have its own
+    ):  # CUDA shows a process only one instance, but each worker can have its own
         return len(names)
     return min(visible, len(names))
 
@@ -76,8 +76,8 @@ def entry(device: int) -> str:
 
 
 def memory(device: int) -> int | None:
-    """Total bytes of a visible device, asked of nvidia-smi so that this process gets no CUDA context; None if
-    it does not say.
+    """Total bytes of a visible device, from nvidia-smi so that this process gets no CUDA context; None if it
+    does not say.
     """
     name = entry(device)
     if name.startswith("MIG-"):
@@ -90,7 +90,7 @@ def memory(device: int) -> int | None:
 
 
 def _instance_memory(name: str) -> int | None:
-    """Of a MIG instance by its UUID; its profile says it: `MIG 3g.40gb`."""
+    """Total bytes of a MIG instance by its UUID, from its profile, as in `MIG 3g.40gb`."""
     for line in _nvidia_smi("-L"):
         profile = re.search(r"MIG \S*?(\d+)gb", line)
         if profile and f"(UUID: {name}" in line:
@@ -99,7 +99,7 @@ def _instance_memory(name: str) -> int | None:
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:
-    """Lines; none where it is not there or fails."""
+    """Its output lines; none if it is missing or fails."""
     if (program := shutil.which("nvidia-smi")) is None:
         return []
     try:

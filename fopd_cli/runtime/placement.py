@@ -1,5 +1,5 @@
-"""Which process runs on which device. Pure arithmetic over the recipe, the number of devices and, where that
-is known, what a device can hold (`memory/model.py`).
+"""Which process runs on which device. Pure arithmetic over the recipe, the number of devices and, where
+known, what a device can hold (`memory/model.py`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fopd_cli.recipe import Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices as visible
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 
-SPARE = 0.1  # of a device: the allocator's holes, and what arithmetic does not see
+SPARE = 0.1  # fraction of a device: for the allocator's holes and what arithmetic misses
 Mode = Literal["cpu", "timeslice", "partition", "colocate"]
-Devices = tuple[int, ...]  # of one process, counted among those visible here; empty: the CPU
+Devices = tuple[int, ...]  # of one process, numbered among those visible here; empty: the CPU
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Plan:
 
     @property
     def shared(self) -> bool:
-        """Whether a device is used by several roles, which then start one after the other: vLLM measures what
-        is free.
+        """Whether several roles use one device. They then start one after the other: vLLM measures what is
+        free.
         """
         return self.mode in ("timeslice", "colocate")
 
@@ -64,7 +64,7 @@ def cuda_devices() -> int:
 
 @dataclass(frozen=True)
 class Shares:
-    """The part of a device that each vLLM engine may take, where several roles stay on it."""
+    """The fraction of a device that each vLLM engine may take, where several roles stay on it."""
 
     sampler: float | None
     teachers: Mapping[str, float]  # by name
@@ -74,14 +74,14 @@ class Memory(Protocol):
     """What a device can hold."""
 
     def whole(self, section: Teacher, spec: WorkerSpec) -> bool:
-        """Whether one device holds all of a teacher, and nothing else that is awake."""
+        """Whether one device can hold a whole teacher, with nothing else awake on it."""
 
     def shares(self, plan: Plan) -> Shares | None:
-        """Of a plan in which nobody takes turns; None: its devices cannot hold all roles at once."""
+        """For a plan in which roles do not take turns; None: its devices cannot hold all roles at once."""
 
 
 def place(recipe: Recipe, devices: int, cores: int | None = None, memory: Memory | None = None) -> Plan:
-    """Resolve the recipe's placement on a box with so many CUDA devices and cores.
+    """Resolve the recipe's placement on a box with this many CUDA devices and cores.
 
     Without `memory` nothing is known to fit: auto does not choose colocate, and a teacher's ranks shard it.
     """
@@ -120,7 +120,7 @@ def place(recipe: Recipe, devices: int, cores: int | None = None, memory: Memory
 
 
 def _colocated(recipe: Recipe, devices: int, cores: int, memory: Memory | None) -> Plan | None:
-    """Every role on every device, and nobody takes turns; None: it does not fit, as far as is known."""
+    """Every role on every device, without turns; None: this does not fit, or is not known to."""
     plan = _plan(recipe, "colocate", _everywhere(recipe, devices), cores)
     shares = None if memory is None else memory.shares(plan)
     if shares is None:
@@ -134,7 +134,9 @@ def _colocated(recipe: Recipe, devices: int, cores: int, memory: Memory | None) 
 
 
 def _with_whole_teachers(recipe: Recipe, plan: Plan, memory: Memory | None) -> Plan:
-    """Replicas where a device holds a teacher: sharded ranks wait for each other in every layer."""
+    """Replicas of a teacher where one device can hold it: sharded ranks wait for each other in every
+    layer.
+    """
     if memory is None:
         return plan
     teachers = tuple(
@@ -203,7 +205,7 @@ def _partition(recipe: Recipe, devices: int) -> _Groups:
 
 
 def devices_of_a_replica(engine: Sampler | Teacher) -> int:
-    """That one replica is split over; on a CPU they are processes."""
+    """How many devices one replica is split over; on a CPU, how many processes."""
     return engine_of(engine).devices(engine)
 
 
@@ -222,9 +224,9 @@ def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[
 
 def _plan(recipe: Recipe, mode: Mode, groups: _Groups, cores: int) -> Plan:
     threads = recipe.placement.threads
-    # Taking turns, as at depth 0, each role may use all cores; side by side they divide them: by need on a
-    # CPU, in fixed shares where two runs must agree to the bit (another number of threads adds up in another
-    # order).
+    # Roles that take turns, as at depth 0, may each use all cores. Side by side they divide them: by need on
+    # a CPU, in fixed shares where two runs must agree to the bit (another number of threads adds up in
+    # another order).
     turns = mode == "timeslice" or (mode == "cpu" and recipe.max_lag == 0)
     by_need = mode == "cpu" and recipe.schedule.lag is None and not turns
     busy = [

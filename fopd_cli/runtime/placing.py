@@ -1,6 +1,4 @@
-"""Placement on the machine that this runs on: its devices, their memory, and the shapes of the recipe's
-models.
-"""
+"""Placement on this machine: its devices, their memory, and the shapes of the recipe's models."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from fopd_cli.runtime.build import add_adapters
 from fopd_cli.runtime.memory.model import Fit, Models
 from fopd_cli.runtime.placement import Plan, place
 
-PROMPT = 1024  # tokens taken for the longest prompt, before prompts are read
+PROMPT = 1024  # tokens assumed for the longest prompt, before prompts are read
 
 
 def placed(recipe: Recipe) -> Plan:
@@ -26,7 +24,7 @@ def placed(recipe: Recipe) -> Plan:
 
 
 def fit(recipe: Recipe, count: int) -> Fit | None:
-    """What the smallest device holds; None where no device says how much that is."""
+    """What the smallest device can hold; None unless all devices report their memory."""
     sizes = [devices.memory(d) for d in range(count)]
     known = [size for size in sizes if size is not None]
     return Fit(recipe, models(recipe), min(known)) if len(known) == count else None

@@ -13,13 +13,13 @@ from typing import Any
 from fopd_cli.errors import Interrupted
 from fopd_cli.runtime.crew.warm import STOPPING
 
-# `timeout` sends its signal to the command and then to the whole group: what comes so soon after the first is
-# the same.
+# `timeout` sends its signal to the command and then to the whole group: one that comes this soon after the
+# first is the same.
 SAME_SIGNAL_S = 0.3
 
 
 class Signals:
-    """While it is entered, `received` tells whether one came. One that is never entered never hears any."""
+    """Inside its `with` block, `received` tells whether a signal came. If never entered, it receives none."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -31,14 +31,14 @@ class Signals:
         return self._last is not None
 
     def __enter__(self) -> Signals:
-        # With nohup a terminal that closes is none of our business.
+        # Under nohup, a closing terminal is none of our business.
         ours = [s for s in STOPPING if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
         self._handlers = {s: signal.signal(s, self._on_signal) for s in ours}
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._handlers.items():
-            # On the way out after a Ctrl-C another one must not turn a clean end into a torn one.
+            # On the way out after a Ctrl-C, another one must not spoil a clean end.
             signal.signal(number, signal.SIG_IGN if self.received else handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""All that changes while a run goes on and is not an engine's own: what a checkpoint holds beside the
+"""All state that changes during a run and is not an engine's own: what a checkpoint holds beside the
 learner.
 """
 
@@ -13,7 +13,7 @@ from fopd_cli.runtime.scheduling.schedule import Schedule
 
 
 class State:
-    """At the start of a run."""
+    """Starts as at the beginning of a run."""
 
     def __init__(self, inputs: Inputs) -> None:
         recipe, plan, stream = inputs.recipe, inputs.plan, inputs.stream

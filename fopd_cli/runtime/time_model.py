@@ -1,8 +1,8 @@
-"""How long an optimizer step takes each role, by arithmetic; nothing of it was measured on a GPU.
+"""How long an optimizer step takes each role, by arithmetic; none of it was measured on a GPU.
 
-A device does so many floating-point operations and reads so many bytes in a second, of which real work
-reaches a part. Training and judging are counted in operations, sampling in bytes: every token of a running
-batch reads all weights once, and the keys and values of its own row.
+A device has peak rates of floating-point operations and of bytes read, of which real work reaches a fraction.
+Training and judging are counted in operations, sampling in bytes: every decoding step of a running batch
+reads all weights once, and each row's keys and values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fopd_cli.runtime.placement import Plan
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do in a second, and which part of it we reckon with."""
+    """A device's peak rates per second, and the fraction of each that we count on."""
 
     name: str = "H100 SXM"
     flops: float = 989e12  # dense bf16
@@ -29,7 +29,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds a step; `step` is what a run takes for one, once all roles are under way."""
+    """Seconds per step of each role; `step` is what a run takes for one, once all roles are busy."""
 
     sampler: float
     teacher: float
@@ -39,7 +39,7 @@ class Pace:
 
 
 def learner_flops(recipe: Recipe, models: Models, tokens: int) -> float:
-    """Of forward and backward on so many tokens; with checkpointing the forward once more."""
+    """FLOP of forward and backward passes on `tokens` tokens; with checkpointing, one more forward."""
     passes = 8 if recipe.learner.activation_checkpointing else 6
     heads = sum(2 * s.head for s in models.teachers.values()) / max(1, len(models.teachers))
     return tokens * (passes * models.student.active + heads)
@@ -48,7 +48,7 @@ def learner_flops(recipe: Recipe, models: Models, tokens: int) -> float:
 def pace(
     recipe: Recipe, plan: Plan, models: Models, response: int, device_bytes: int, device: Device | None = None
 ) -> Pace:
-    """Of a plan on CUDA devices whose responses are `response` tokens long on the average."""
+    """The pace of a plan on CUDA devices, with responses of `response` tokens on average."""
     d = device or Device()
     batch = recipe.learner.batch_samples
     tokens = batch * (models.prompt // 2 + response)
@@ -69,7 +69,7 @@ def pace(
 
 
 def _tokens_a_second(recipe: Recipe, models: Models, use: Use, devices: int, d: Device) -> float:
-    """Of one replica: as many rows run at once as its cache holds at half their full length."""
+    """For one replica: as many rows run at once as its cache holds at half their full length."""
     s, size = models.student, 2
     rows = min(recipe.sampler.concurrency, max(1.0, 2 * use.rows)) if use.rows else recipe.sampler.concurrency
     read = size * s.parameters + rows * size * s.kv * models.longest / 2

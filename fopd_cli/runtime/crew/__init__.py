@@ -1,1 +1,1 @@
-"""Who works: processes, what they are told and answer, awake or asleep, lost or back."""
+"""Worker processes and engines: their messages, sleep, losses and restarts."""

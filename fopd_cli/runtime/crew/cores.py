@@ -1,9 +1,9 @@
-"""The machine's cores go to whoever computes at the moment.
+"""The machine's cores go to the workers that are computing right now.
 
-Roles that run beside each other seldom compute at the same time: at depth 0 they take turns, and at any depth
-a sampler waits for weights, a teacher for rollouts, a learner for a batch. With a fixed share each the cores
-of those who wait would stand idle. So every worker says when it computes, and how many others do then is how
-the cores are divided.
+Roles that run side by side seldom compute at the same time: at depth 0 they take turns, and at any depth a
+sampler waits for weights, a teacher for rollouts, a learner for a batch. With fixed shares, the cores of
+waiting workers would sit idle. So every worker says when it computes, and the cores are divided among those
+that do.
 """
 
 from __future__ import annotations
@@ -36,26 +36,24 @@ class Cores:
         self._threads = 0
 
     def compute(self) -> None:
-        """I compute from now on."""
+        """This worker computes from now on."""
         self._busy[self._row] = 1
         self.share()
 
     def rest(self) -> None:
-        """I wait for something: my cores are free."""
+        """This worker waits for something: its cores are free."""
         self._busy[self._row] = 0
 
     def share(self) -> None:
-        """Take as many threads as fall to this worker now; cheap enough to be called between two layers."""
+        """Take this worker's current share of threads; cheap enough to call between two layers."""
         threads = self.due()
         if threads != self._threads:
             torch.set_num_threads(threads)
             self._threads = threads
 
     def due(self) -> int:
-        """Threads for this worker: an equal share, and the cores left over one each to the first in the
-        table.
-        """
-        # A copy first: others write while we read, and an operator of torch's may look twice and stumble.
+        """Threads for this worker: an equal share; leftover cores go one each to the first in the table."""
+        # Copy first: others write while we read, and torch operators that read twice may trip over a change.
         working = [row for row, busy in enumerate(self._busy.tolist()) if busy]
         if self._row not in working:
             return self._total

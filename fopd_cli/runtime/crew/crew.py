@@ -1,10 +1,10 @@
-"""Who works for the conductor: engines that take commands and say what came of them.
+"""The engines that work for the conductor: they take commands and report results.
 
     conductor ──send(engine, command)──> Crew ──receive()──> (engine, event) ──> conductor
 
-The conductor does not know which crew it has: processes on this machine (`processes.py`), or engines in its
-own process on a virtual clock (`inprocess.py`). Whoever dies, sleeps or is one of several ranks is the crew's
-affair.
+The conductor does not know which crew it has: worker processes on this machine (`processes.py`), or engines
+in its own process on a virtual clock (`inprocess.py`). Deaths, sleep and multiple ranks are the crew's
+business.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fopd_cli.runtime.scheduling.tickets import Role
 
 @dataclass(frozen=True)
 class Engine:
-    """One sampler replica, one teacher with all its ranks, the learner with all of its, the grader, or the
+    """One sampler replica, one teacher with all its ranks, the learner with all its ranks, the grader, or the
     environment.
     """
 
@@ -40,7 +40,7 @@ def teacher(index: int) -> Engine:
 
 
 class Crew(Protocol):
-    """Use as a context manager: leaving it sends everyone home, an exception at once."""
+    """Use as a context manager: leaving it stops all engines, at once after an exception."""
 
     def __enter__(self) -> Self: ...
 
@@ -53,29 +53,29 @@ class Crew(Protocol):
     ) -> None: ...
 
     def start(self) -> None:
-        """Returns when everyone stands; the learner has then published its version."""
+        """Returns when all engines are ready; the learner has then published its version."""
 
     def send(self, engine: Engine, command: m.Command) -> None:
-        """To an engine that is lost nothing is sent: `receive` says so. For an environment that is being
-        started again commands wait.
+        """Nothing is sent to a lost engine: `receive` reports the loss. Commands to an environment that is
+        being restarted wait.
         """
 
     def lease(self, sleeper: Role | None, waker: Role) -> None:
         """Where roles take turns on a device: put one to sleep, then wake the other. Answered by `Leased`."""
 
     def receive(self) -> Iterator[tuple[Engine, m.Event]]:
-        """What happened meanwhile, one by one; waits a moment if nothing did. Raises `WorkerError` if the
-        learner is lost.
+        """Events since the last call, one by one; waits a moment if there are none. Raises `WorkerError` if
+        the learner is lost.
         """
         ...
 
     def end_programs(self) -> None:
-        """Engines that started programs end them."""
+        """Have engines end the programs that they started."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes of main memory that each worker holds for itself, as far as that is known."""
+        """Bytes of main memory that each worker holds for itself, where known."""
         ...
 
     def device_memory(self) -> dict[str, dict[str, int]]:
-        """Bytes that each worker had allocated, and reserved, on its CUDA device at most."""
+        """Peak bytes that each worker allocated and reserved on its CUDA device."""
         ...

@@ -1,6 +1,4 @@
-"""The environment worker: all running episodes' tools in one event loop, so that a slow one holds up
-nobody.
-"""
+"""The environment worker: one event loop runs the tools of all episodes, so a slow tool delays no other."""
 
 from __future__ import annotations
 
@@ -27,8 +25,8 @@ Answer = m.Observed | m.Replayed | m.Failed
 
 
 class Environments:
-    """Episodes by their life. `answer` is called with an `m.Observed` for every turn, unless the episode was
-    cancelled.
+    """Running episodes by `life`. `answer` is called with an `m.Observed` for every turn, unless the episode
+    was cancelled.
     """
 
     def __init__(self, task: EpisodicTask, frame: Frame, answer: Callable[[Answer], None]) -> None:
@@ -39,7 +37,7 @@ class Environments:
         self._replays: set[asyncio.Task[None]] = set()
 
     async def do(self, command: m.EnvironmentCommand) -> None:
-        """Start it; must be called from within the event loop."""
+        """Start the command; must be called from within the event loop."""
         match command:
             case m.TurnCommand():
                 self._turn(command)
@@ -58,7 +56,7 @@ class Environments:
         self._turns[command.life] = asyncio.ensure_future(self._guarded(self._observe(command)))
 
     async def _cancel(self, keys: list[int]) -> None:
-        """Give episodes up."""
+        """Give up these episodes."""
         for life in [life for life, (key, _) in self._episodes.items() if key in keys]:
             if (running := self._turns.pop(life, None)) is not None:
                 running.cancel()
@@ -74,7 +72,7 @@ class Environments:
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except Exception as error:  # of the task's own making; the run ends with it
+        except Exception as error:  # from the task's own code; it ends the run
             traceback.print_exc()
             user = isinstance(error, UserError)
             said = str(error) if user else f"{type(error).__name__}: {error}"
@@ -117,7 +115,7 @@ class Environments:
 
 
 class LocalEnvironments:
-    """The same in this process, its loop in a thread: for `fopd eval`. Use as a context manager."""
+    """The same within this process, its loop in a thread. Use as a context manager."""
 
     def __init__(self, task: EpisodicTask, frame: Frame) -> None:
         self.answers: queue.Queue[Answer] = queue.Queue()
@@ -139,7 +137,9 @@ class LocalEnvironments:
         asyncio.run_coroutine_threadsafe(self._environments.do(command), self._loop)
 
     def receive(self, block: bool) -> list[m.Observed | m.Replayed]:
-        """All answers at hand; if there is none and `block`, the next one. Raises what a task failed with."""
+        """All answers so far; if there are none and `block`, waits for one. Raises `UserError` if a task
+        failed.
+        """
         found: list[m.Observed | m.Replayed] = []
         while True:
             try:

@@ -1,19 +1,17 @@
 """Worker processes: spawned, watched, stopped. Nothing here knows what the workers compute.
 
-Each worker has an inbox and an outbox of its own, each with one writer and one reader, so that a worker
-killed in the middle of a message can spoil only its own queue. The conductor waits on all outboxes and all
-process sentinels at once.
+Each worker has its own inbox and outbox, each with one writer and one reader, so a worker killed in
+mid-message can corrupt only its own queue. The conductor waits on all outboxes and all process sentinels at
+once.
 
-Signals are the conductor's to handle: `timeout`, systemd and a terminal send them to every process, and a
-worker that obeyed would take the running step with it. Workers are born with them blocked, and leave them
-alone from then on.
+Only the conductor handles signals: `timeout`, systemd and a terminal send them to every process, and a worker
+that obeyed would end the running step. Workers start with them blocked, and ignore them from then on.
 
 No worker outlives the command: the kernel kills it when its parent dies (PR_SET_PDEATHSIG), whatever killed
-the parent; where workers are forked from a server (`warm.py`), that is tied to the command in the same way.
-No worker hangs unnoticed: it bumps its pulse as it works, and one that owes an answer and has had no pulse
-for
-`timeout_s` (`start_timeout_s` while it loads its model) has its stacks written to its log, is killed and
-named.
+the parent; where workers are forked from a server (`warm.py`), the server is tied to the command in the same
+way. No worker hangs unnoticed: it bumps its pulse as it works. One that owes an answer and has had no pulse
+for `timeout_s` (`start_timeout_s` while it loads its model) has its stacks written to its log, and is killed
+and reported.
 """
 
 from __future__ import annotations
@@ -44,20 +42,20 @@ from fopd_cli.runtime.crew.messages import Failed, Lost, StopCommand
 from fopd_cli.runtime.crew.warm import PR_SET_PDEATHSIG, STOPPING
 
 STOP_TIMEOUT_S = 10.0
-REFUSAL_WAIT_S = 15.0  # for what else is wrong, once a worker has refused to start
-# They start programs of others, in which these signals must mean what they always mean.
+REFUSAL_WAIT_S = 15.0  # for other refusals, once one worker has refused to start
+# They start other people's programs, in which these signals must keep their usual meaning.
 STARTERS = ("grader", "environment", "eval")
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One process: `role` and `rank` name it, `devices` are its CUDA devices, counted among those that are
-    visible here (empty: the CPU).
+    """One process: `role` and `rank` name it; `devices` are its CUDA devices, numbered among those visible
+    here (empty: the CPU).
 
-    `threads` is its fixed share of the cores; None: all of them, divided with those who compute at the same
-    time. `index` is the number of the teacher, where there are several; `label` then tells them apart. `life`
-    counts restarts. `share` is the part of each device that an engine may take that takes a fixed one (None:
-    as its section says); `whole`: each rank holds all of its model, and none waits for another.
+    `threads` is its fixed share of the cores; None: all of them, divided among the workers that compute at
+    the same time. `index` is the teacher's number, where there are several; `label` then tells them apart.
+    `life` counts restarts. `share` is the fraction of each device that an engine with a fixed claim may take
+    (None: as its section says). `whole`: each rank holds the whole model, and none waits for another.
     """
 
     role: str
@@ -77,7 +75,7 @@ class WorkerSpec:
 
 
 class Mailbox:
-    """A worker's end: commands in, answers out, the pulse, and its part of the cores."""
+    """A worker's end: commands in, answers out, the pulse, and its share of the cores."""
 
     def __init__(self, inbox: Any, outbox: Any, pulse: torch.Tensor, cores: Cores | None) -> None:
         self._inbox, self._outbox, self._pulse, self._cores = inbox, outbox, pulse, cores
@@ -105,7 +103,7 @@ class Mailbox:
         self.beat()
 
     def beat(self) -> None:
-        """I am alive and getting on; while I compute, with as many threads as fall to me now."""
+        """Bump the pulse, note peak CUDA memory, and take this worker's current share of the cores."""
         self._pulse[0] = time.monotonic()
         if torch.cuda.is_initialized():
             self._pulse[1], self._pulse[2] = (
@@ -118,7 +116,7 @@ class Mailbox:
 
 @dataclass
 class Worker:
-    """The conductor's end. `owed` counts commands that are not answered yet."""
+    """The conductor's end. `owed` counts answers that are still due."""
 
     spec: WorkerSpec
     process: Any
@@ -129,7 +127,7 @@ class Worker:
     replaceable: bool
     owed: int = 0
     aborts: int = 0  # sent to a sampler
-    started: bool = False  # has said that its engine stands
+    started: bool = False  # has said that its engine is ready
     sent_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -137,7 +135,7 @@ class Worker:
         return self.spec.name
 
     def owe(self, answers: int) -> None:
-        """Set what it owes; its time to answer starts when it begins to owe something."""
+        """Set how many answers it owes; its time to answer starts when that rises above 0."""
         if self.owed <= 0:
             self.sent_at = time.monotonic()
         self.owed = answers
@@ -153,9 +151,9 @@ class Fleet:
     def __init__(self, logs: Path, timeout_s: float, start_timeout_s: float) -> None:
         self.logs, self.timeout_s, self.start_timeout_s = logs, timeout_s, start_timeout_s
         self.workers: dict[str, Worker] = {}
-        self._refusals: list[str] = []  # what workers said that could not start, in the user's words
+        self._refusals: list[str] = []  # why workers could not start, worded for the user
         self._refused_at = 0.0
-        # who computes, and the row of each worker
+        # which workers compute, and each worker's row
         self._computing, self._rows = (cores.table(), dict[str, int]())
         self._context: Any = warm.context()
         warm.track()
@@ -174,7 +172,7 @@ class Fleet:
         """Spawn `target(spec, mailbox, *args)`. Its output goes to `logs/NAME.log`."""
         inbox: Any = self._context.Queue()
         outbox: Any = self._context.Queue()
-        # the time of its last beat, and bytes of its first device: allocated and reserved at most
+        # the time of its last beat; peak bytes allocated and reserved on its first device
         pulse = torch.tensor([time.monotonic(), 0, 0], dtype=torch.float64).share_memory_()
         log = self.logs / f"{spec.name}.log"
         row = self._rows.setdefault(spec.name, len(self._rows))
@@ -188,15 +186,12 @@ class Fleet:
         with _set(ours), warm.signals_blocked():
             try:
                 process.start()
-            except (
-                EOFError,
-                OSError,
-            ) as error:  # the server that forks it is gone, or there is no memory for another
+            except (EOFError, OSError) as error:  # the server that forks it is gone, or memory is short
                 raise WorkerError(
                     f"{spec.name}: no process could be started ({type(error).__name__}: {error})"
                 ) from error
-        # With our copy of the write end closed, a worker that dies inside a message ends it instead of
-        # stalling us.
+        # With our copy of the write end closed, a worker that dies in mid-message leaves an end of file
+        # instead of stalling us.
         outbox._writer.close()
         worker = Worker(spec, process, inbox, outbox, pulse, log, replaceable, owed=1)  # it owes Ready
         self.workers[spec.name] = worker
@@ -205,8 +200,8 @@ class Fleet:
     def send(self, name: str, message: Any, answers: int = 1) -> None:
         """Queue a command; `answers` is how many messages the worker will owe for it.
 
-        To a worker that was lost nothing is sent: `receive` has said so, and whoever sends has not come to
-        that yet.
+        Nothing is sent to a lost worker: `receive` has reported the loss, but the caller has not handled it
+        yet.
         """
         worker = self.workers.get(name)
         if worker is None:
@@ -215,8 +210,8 @@ class Fleet:
         worker.inbox.put(message)
 
     def receive(self, timeout: float) -> list[tuple[Worker, Any]]:
-        """All messages at hand, waiting up to `timeout` seconds for the first. A dead or hanging worker
-        raises.
+        """All pending messages; waits up to `timeout` seconds for the first. A dead or hanging worker raises,
+        or is reported as `Lost`.
         """
         readers = {w.outbox._reader: w for w in self.workers.values()}
         sentinels = {w.process.sentinel: w for w in self.workers.values()}
@@ -264,8 +259,8 @@ class Fleet:
         return self._lost(worker, f"{worker.name} failed: {message.message} (its log: {worker.log})")
 
     def _raise_refusals(self) -> None:
-        """All that keeps workers from starting, in one message: who is still starting has a moment to say its
-        own.
+        """Raise all that keeps workers from starting, in one message; those still starting get a moment to
+        add theirs.
         """
         starting = any(not w.started for w in self.workers.values())
         if self._refusals and not (starting and time.monotonic() - self._refused_at < REFUSAL_WAIT_S):
@@ -279,7 +274,7 @@ class Fleet:
             if code is not None and code < 0
             else f"exited with {code}"
         )
-        if code == -signal.SIGBUS:  # its own answer to memory that could not be committed
+        if code == -signal.SIGBUS:  # the kernel's answer to memory that it cannot commit
             how += ", as when /dev/shm is full"
         return f"{worker.name} (pid {worker.process.pid}) {how}; its log: {worker.log}"
 
@@ -291,7 +286,7 @@ class Fleet:
         return [(worker, Lost(reason))]
 
     def remove(self, name: str) -> None:
-        """Stop a worker at once and forget it; what it may still have said is never heard."""
+        """Kill a worker and forget it; messages that it may still have sent are discarded."""
         worker = self.workers.pop(name)
         worker.process.kill()
         worker.process.join(STOP_TIMEOUT_S)
@@ -318,18 +313,18 @@ class Fleet:
         return lost
 
     def memory(self) -> dict[str, int]:
-        """Bytes of main memory that each worker holds for itself, shared memory left out; empty where the
+        """Bytes of main memory that each worker holds for itself, without shared memory; empty where the
         system does not say.
         """
         found = {}
         for worker in self.workers.values():
-            with contextlib.suppress(OSError):  # not Linux, or it died this moment
+            with contextlib.suppress(OSError):  # not Linux, or it has just died
                 found[worker.name] = _own_memory(worker.process.pid)
         return found
 
     def device_memory(self) -> dict[str, dict[str, int]]:
-        """Bytes that each worker's allocator has handed out, and reserved, at most, on its first CUDA device;
-        empty for those that have none, or whose engine works in processes of its own.
+        """Peak bytes that each worker's allocator has handed out and reserved on its first CUDA device;
+        workers without a device, or whose engine runs in processes of its own, are left out.
         """
         return {
             worker.name: {"allocated": int(worker.pulse[1]), "reserved": int(worker.pulse[2])}
@@ -338,7 +333,7 @@ class Fleet:
         }
 
     def stop(self, roles: Collection[str] | None = None) -> None:
-        """Ask everyone, or these roles, to leave and wait a moment."""
+        """Ask all workers, or those of these roles, to stop, and wait a moment."""
         leaving = [w for w in self.workers.values() if roles is None or w.spec.role in roles]
         for worker in leaving:
             worker.inbox.put(StopCommand())
@@ -347,7 +342,7 @@ class Fleet:
             worker.process.join(max(0.1, deadline - time.monotonic()))
 
     def kill(self) -> None:
-        """End whoever is left, at once."""
+        """Kill all remaining workers."""
         for worker in self.workers.values():
             worker.process.kill()
         for name in list(self.workers):
@@ -365,7 +360,7 @@ def _own_memory(pid: int) -> int:
 
 
 def _leave_signals_alone(role: str) -> None:
-    """What is ignored stays ignored in all that this process executes; a handler is gone there."""
+    """An ignored signal stays ignored in programs that this process executes; a handler does not."""
     for number in STOPPING:
         signal.signal(number, _nothing if role in STARTERS else signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
@@ -376,21 +371,21 @@ def _nothing(number: int, frame: Any) -> None:
 
 
 def _log(line: str) -> None:
-    """Into this worker's log."""
+    """Write a line to this worker's log."""
     with contextlib.suppress(OSError):  # the disk may be full
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
 def environment(spec: WorkerSpec) -> dict[str, str]:
-    """What a worker's libraries are to find when they first look; made where the list of devices is still the
-    one that was inherited.
+    """The variables that a worker's libraries must find when first imported; made where the inherited list of
+    devices is still in place.
     """
     threads = str(spec.threads or cores.here())
     ours = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     if spec.devices:
         ours[devices.VISIBLE] = ",".join(map(devices.entry, spec.devices))
-        # The learner's batches vary in shape, which fragments the allocator; engines that share memory cannot
-        # have it.
+        # The learner's batches vary in shape, which fragments fixed segments; engines that share memory
+        # cannot use expandable ones.
         ours["PYTORCH_CUDA_ALLOC_CONF"] = f"expandable_segments:{spec.role == 'learner'}"
     else:
         ours[devices.VISIBLE] = ""
@@ -399,7 +394,7 @@ def environment(spec: WorkerSpec) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _set(environment: dict[str, str]) -> Iterator[None]:
-    """For a while: a spawned process inherits it, before it imports torch."""
+    """Set variables for a while: a spawned process inherits them before it imports torch."""
     saved = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
@@ -429,7 +424,7 @@ def _main(
         conductor = mp.parent_process()
         if conductor is None or not conductor.is_alive():
             os._exit(1)  # it died before we were tied to it
-    os.environ.update(ours)  # a forked process has its server's
+    os.environ.update(ours)  # a forked process has its server's environment
     _leave_signals_alone(spec.role)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
@@ -438,7 +433,7 @@ def _main(
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(spec.threads or cores.here())
     mailbox = Mailbox(inbox, outbox, pulse, share)
-    mailbox.beat()  # its first breath: from here on start_timeout_s counts
+    mailbox.beat()  # its first beat: start_timeout_s counts from here
     where = f"CUDA devices {ours[devices.VISIBLE]}" if spec.devices else "the CPU"
     _log(
         f"{spec.name} starts: pid {os.getpid()}, on {where}, "
@@ -449,7 +444,7 @@ def _main(
         _log(f"{spec.name} ends")
     except UserError as error:
         _log(f"{spec.name} gives up: {error}")
-        if error.__cause__ is not None:  # whatever a task of the user's own raised
+        if error.__cause__ is not None:  # what the user's own task raised
             traceback.print_exception(error.__cause__)
         mailbox.send(Failed("user", str(error)))
     except BaseException as error:
@@ -461,4 +456,4 @@ def _main(
     outbox.join_thread()
     with contextlib.suppress(OSError):
         sys.stderr.flush()
-    os._exit(0)  # past the interpreter's teardown, in which gloo's threads sometimes abort the process
+    os._exit(0)  # skips the interpreter's teardown, in which gloo's threads sometimes abort the process

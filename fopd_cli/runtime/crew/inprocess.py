@@ -1,10 +1,9 @@
-"""A crew within this process, on a virtual clock. What is sampled, judged and learnt is real, or made up;
-*when* it ends is made up by a cost model, so that a run is deterministic and lags mix as they do where
-engines work side by side.
+"""A crew within this process, on a virtual clock. The work is real or made up; *when* it ends comes from a
+cost model, so a run is deterministic and its lags mix as they do with engines side by side.
 
     send ──> Engines.do, at once ──> answers, each at its time on the clock ──receive──> conductor
 
-For studies, tests and plans: nobody is lost, nobody sleeps, and everything runs on the CPU of the caller.
+For studies, tests and plans: no engine is lost, none sleeps, and everything runs on the caller's CPU.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from fopd_cli.runtime.scheduling.tickets import Role
 
 
 class Engines(Protocol):
-    """Who does the work."""
+    """What does the work."""
 
     def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
-        """All that comes of a command: one answer, of a `GenerateCommand` one for each of its samples, of
-        others that ask for nothing none.
+        """All answers to a command: one per sample for a `GenerateCommand`, none for commands that ask for
+        nothing, else one.
         """
         ...
 
@@ -45,11 +44,11 @@ class Costs(Protocol):
     def ends(
         self, now: float, engine: Engine, command: m.Command, answers: Sequence[m.Answer]
     ) -> Sequence[float]:
-        """When an engine that was told something now gives each of its answers."""
+        """The time of each answer, for an engine that gets the command at `now`."""
         ...
 
     def stopped(self, now: float, engine: Engine) -> None:
-        """What a sampler had under way is given up."""
+        """A sampler's running work is given up."""
 
 
 class InProcess:
@@ -67,7 +66,7 @@ class InProcess:
         self.engines.close()
 
     def start(self) -> None:
-        """They stand since they were made."""
+        """Nothing to do: engines are ready once they are built."""
 
     def send(self, engine: Engine, command: m.Command) -> None:
         answers = self.engines.do(engine, command)
@@ -86,7 +85,7 @@ class InProcess:
         heapq.heappush(self._events, (at, next(self._order), engine, event))
 
     def receive(self) -> Iterator[tuple[Engine, m.Event]]:
-        """All that happens next at one moment, what follows from it at the same moment included."""
+        """All events of the next moment, including those that they cause at the same moment."""
         if not self._events:
             raise RuntimeError("nothing is under way, and nothing can start: the schedule is broken")
         self.now = self._events[0][0]
@@ -95,7 +94,7 @@ class InProcess:
             yield engine, event
 
     def end_programs(self) -> None:
-        """Those of the environment end with it."""
+        """Nothing to do: the environment's programs end with it."""
 
     def memory(self) -> dict[str, int]:
         return {}
@@ -105,7 +104,7 @@ class InProcess:
 
 
 class LocalEngines:
-    """The engines of a run, each made as its worker process would make it, of one rank each."""
+    """The engines of a run, each built as its worker process would build it, with one rank."""
 
     def __init__(self, plan: Plan, setup: Setup) -> None:
         self.setup = setup
@@ -117,7 +116,7 @@ class LocalEngines:
 
     @cached_property
     def environments(self) -> LocalEnvironments:
-        """Of a task that has some."""
+        """For a task that has environments."""
         task: Any = self.grader.task
         return self._open.enter_context(LocalEnvironments(task, self.setup.frame()))
 
@@ -146,7 +145,7 @@ class LocalEngines:
                 assert_never(command)
 
     def _generate(self, sampler: Sampling, command: m.GenerateCommand) -> list[m.Answer]:
-        """One answer a sample, in the order of their keys."""
+        """One answer per sample, in key order."""
         sampler.do(command)
         found = []
         while sampler.busy:
@@ -161,7 +160,7 @@ def _alone(spec: WorkerSpec) -> WorkerSpec:
 
 
 def _breathe() -> None:
-    """Nobody waits for a sign of life."""
+    """Nothing here watches for a pulse."""
 
 
 def _answers(message: m.Message | None) -> Sequence[m.Answer]:

@@ -1,8 +1,7 @@
-"""What the conductor and its engines say to each other. Commands are answered in the order in which they were
-sent.
+"""Messages between the conductor and its engines. Commands are answered in the order in which they were sent.
 
-Each kind of engine has a union of the commands that it takes, `Event` is all that the conductor may hear: who
-handles one ends in `assert_never`, so that a new message that somebody forgot is a type error, and raises.
+Each kind of engine has a union of the commands that it takes; `Event` is all that the conductor may receive.
+Code that handles one ends in `assert_never`, so a forgotten message is a type error, and raises.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class AbortCommand:
 
 @dataclass
 class Slot:
-    """Where one sample's teacher targets lie in the arena; `positions` is the response length, `teacher` who
-    fills it.
+    """Where one sample's teacher targets are in the arena; `positions` is the response length, `teacher` the
+    teacher that fills it.
     """
 
     offset: int
@@ -60,7 +59,7 @@ class GradeCommand:
 
 @dataclass
 class TurnCommand:
-    """The environment is to execute what the student wrote; `life` names the episode, see `episodes.py`."""
+    """The environment must execute what the student wrote; `life` names the episode, see `episodes.py`."""
 
     key: int
     life: int
@@ -72,15 +71,15 @@ class TurnCommand:
 
 @dataclass
 class CancelCommand:
-    """Episodes that are given up."""
+    """Give up these episodes."""
 
     keys: list[int]
 
 
 @dataclass
 class ReplayCommand:
-    """What would the context of a stored episode be now? `told` is the prompt as the teacher saw it, if not
-    as the student did.
+    """Find out what the context of a stored episode would be now. `told` is the prompt as the teacher saw it,
+    if that is not what the student saw.
     """
 
     rollout: Rollout
@@ -143,9 +142,7 @@ Command = SamplerCommand | TeacherCommand | LearnerCommand | GraderCommand | Env
 
 @dataclass
 class Span:
-    """Something a worker did, in seconds since the epoch: the timeline's and the busy shares' raw
-    material.
-    """
+    """Something that a worker did, in seconds since the epoch: for the timeline and the busy shares."""
 
     name: str
     start: float
@@ -162,8 +159,8 @@ class Ready:
 
 @dataclass
 class Sampled:
-    """`aborts`: how many `AbortCommand`s the sampler had obeyed by then. A key that was aborted may be
-    sampled again, and what was on its way before is not to be taken for that.
+    """`aborts`: how many `AbortCommand`s the sampler had obeyed by then. An aborted key may be sampled again,
+    and a result sent before the abort must not be mistaken for the new one.
     """
 
     rollouts: list[Rollout]
@@ -185,13 +182,13 @@ class Scored:
 
 @dataclass
 class Graded:
-    grades: list[tuple[int, float, dict[str, float]]]  # key, score, figures beside it
+    grades: list[tuple[int, float, dict[str, float]]]  # key, score, further figures
     span: Span
 
 
 @dataclass
 class Observed:
-    """What the environment says to a turn, as tokens to append; None: the episode is over."""
+    """The environment's answer to a turn, as tokens to append; None: the episode is over."""
 
     key: int
     life: int
@@ -203,7 +200,7 @@ class Observed:
 
 @dataclass
 class Replayed:
-    """The context of a stored episode as it is now; None: as it was."""
+    """The context of a stored episode as it is now; None: unchanged."""
 
     key: int
     context: Context | None
@@ -241,7 +238,7 @@ class Awake:
 
 @dataclass
 class Failed:
-    """The worker raised. `user` says that the message is meant for the user as it stands."""
+    """The worker raised. Kind `user`: the message is meant for the user, unchanged."""
 
     kind: Literal["user", "worker"]
     message: str
@@ -249,8 +246,8 @@ class Failed:
 
 @dataclass
 class Lost:
-    """Said by the fleet for a worker that died, hung or raised, and is stopped: `reason` names it, and its
-    log. `mistake`: it is the user's, and starting it again would not help.
+    """Sent by the fleet for a worker that died, hung or raised, and is stopped. `reason` names it and its
+    log. `mistake`: it was the user's, and a restart would not help.
     """
 
     reason: str
@@ -265,7 +262,7 @@ Message = Answer | Ready | Asleep | Awake | Failed | Lost
 
 @dataclass
 class Worked:
-    """A worker did something, whatever came of it."""
+    """A worker did something, whatever the result."""
 
     worker: str
     span: Span
@@ -280,8 +277,8 @@ class Leased:
 
 @dataclass
 class EngineLost:
-    """What the engine had under way has to be done again. `restarted`: it is being started again. `fatal`:
-    why the run cannot go on; `mistake`: because of what the user has to mend.
+    """The engine's unfinished work must be redone. `restarted`: it is being restarted. `fatal`: the run
+    cannot go on; `mistake`: because of something that the user must fix.
     """
 
     reason: str
@@ -292,7 +289,7 @@ class EngineLost:
 
 @dataclass
 class EngineBack:
-    """It takes commands again."""
+    """The engine takes commands again."""
 
 
 Event = Answer | Worked | Leased | EngineLost | EngineBack

@@ -1,9 +1,9 @@
-"""The crew of a run: worker processes on this machine (`fleet.py`), of which several may be ranks of one
-engine (`ranks.py`). On a time-sliced box one role is awake at a time.
+"""The crew of a run: worker processes on this machine (`fleet.py`); several may be ranks of one engine
+(`ranks.py`). On a time-sliced box one role is awake at a time.
 
-A sampler, a teacher, the grader or the environment that dies, hangs or raises is started again, `restarts.py`
-says how often. Asleep ones are started when their role wakes. What a worker said before it was lost, and what
-a sampler finished before it knew that it was stopped, is not passed on: it is done again.
+A sampler, a teacher, the grader or the environment that dies, hangs or raises is restarted; `restarts.py`
+says how often. One that is lost while asleep is restarted when its role wakes. Messages that a lost worker
+sent, and rollouts that a sampler finished before it saw an abort, are not passed on: that work is done again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ WAIT_S = 0.5
 
 
 class Processes:
-    """See `Crew`. `logs` is the folder of the workers' output; `say` tells people who was lost. After a
-    signal nobody is started again.
+    """See `Crew`. `logs` is the folder for the workers' output; `say` tells people what was lost. After a
+    signal no worker is restarted.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Processes:
         self._restarts = Restarts(plan, setup.recipe.runtime.restarts)
         self._running: dict[Engine, set[int]] = {e: set() for e in self._engines if e.role == "sampler"}
         self._loading: set[Engine] = set()
-        self._turn: Role | None = None  # who is awake; None: nobody, or all where nobody sleeps
+        self._turn: Role | None = None  # the role that is awake; None: none, or all where none sleeps
         self._changing_turns = False
         self._lost_asleep: list[WorkerSpec] = []
-        self._heard: deque[tuple[Engine, m.Event]] = deque()  # while it was waiting for something else
+        self._heard: deque[tuple[Engine, m.Event]] = deque()  # received while it waited for something else
 
     def __enter__(self) -> Processes:
         limits = self.setup.recipe.runtime
@@ -85,8 +85,8 @@ class Processes:
     # ---- start ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """The learner first: it publishes the weights that all others start from. Sharing devices, one role
-        at a time.
+        """The learner first: it publishes the weights that all others start from. Roles that share devices
+        start one at a time.
         """
         self._say(f"starting {self.plan.describe()}")
         waiting: set[str] = set()
@@ -109,10 +109,10 @@ class Processes:
         self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in REPLACEABLE)
 
     def _await(self, names: set[str], kind: type) -> None:
-        """Wait for one message of this kind from each of these workers; what others say is heard later.
+        """Wait for one message of this kind from each of these workers; other messages are kept for later.
 
-        A worker that dies in its first start ends the run. In a change of turns it is lost as at any other
-        time, and after Ctrl-C nobody waits for one that is starting.
+        A worker that dies in its first start ends the run. During a change of turns it is lost as at any
+        other time. After Ctrl-C, workers that are starting are not waited for.
         """
         while names:
             if self._signals.received and not self._changing_turns:
@@ -150,7 +150,7 @@ class Processes:
                 self._tell(self._engines[engine], command)
             case m.GradeCommand() | m.TurnCommand():
                 self._tell(self._engines[engine], command)
-            case m.ReplayCommand() | m.CancelCommand():  # the world may take its time, or need not answer
+            case m.ReplayCommand() | m.CancelCommand():  # a replay may take its time; a cancel has no answer
                 self._tell(self._engines[engine], command, answers=0)
             case _:
                 assert_never(command)
@@ -169,11 +169,11 @@ class Processes:
             worker.owe(len(self._running[engine]) + (engine in self._loading))
 
     def _worker(self, engine: Engine) -> Worker | None:
-        """Of an engine that is one process; None if it is lost."""
+        """The worker of a single-process engine; None if it is lost."""
         return self.fleet.workers.get(self._engines[engine][0].name)
 
     def lease(self, sleeper: Role | None, waker: Role) -> None:
-        """Who was lost in its sleep, or is lost now, is started again when it wakes."""
+        """Workers that were lost asleep, or are lost now, are restarted when their role wakes."""
         self._changing_turns = True
         for role, command, kind in ((sleeper, m.SleepCommand(), m.Asleep), (waker, m.WakeCommand(), m.Awake)):
             if role is not None:
@@ -191,8 +191,8 @@ class Processes:
     # ---- events --------------------------------------------------------------------------------------------
 
     def receive(self) -> Iterator[tuple[Engine, m.Event]]:
-        """One by one, each when the one before has been dealt with: a sampler that was stopped for it has
-        then nothing to say any more.
+        """One event at a time, each after the one before was handled: if that stopped a sampler, the
+        sampler's later messages are dropped.
         """
         if self._heard:
             while self._heard:
@@ -202,18 +202,18 @@ class Processes:
             yield from self._events(worker, message)
 
     def _events(self, worker: Worker, message: m.Message) -> Iterator[tuple[Engine, m.Event]]:
-        """What the conductor is to know of a worker's message."""
+        """The events that the conductor gets for a worker's message."""
         engine = _engine_of(worker.spec)
         if isinstance(message, m.Lost):
             yield from self._lost(worker.spec, message)
             return
         if self.fleet.workers.get(worker.name) is not worker:
-            return  # said before it was lost
+            return  # sent before it was lost
         for span in _spans(message):
             yield engine, m.Worked(worker.name, span)
         match message:
             case m.Sampled(rollouts):
-                if message.aborts == worker.aborts:  # else said before it knew that these are aborted
+                if message.aborts == worker.aborts:  # else sent before it saw the abort
                     self._running[engine].difference_update(r.key for r in rollouts)
                     self._sampler_owes(engine)
                     yield engine, message
@@ -226,7 +226,7 @@ class Processes:
                     yield engine, answer
             case m.Graded() | m.Observed() | m.Replayed():
                 yield engine, message
-            case m.Ready():  # it was started again
+            case m.Ready():  # it was restarted
                 if self._restarts.ready(worker.spec) and worker.spec.role not in ALWAYS_AWAKE:
                     yield engine, m.EngineBack()
             case m.Asleep() | m.Awake() | m.Failed():
@@ -235,8 +235,8 @@ class Processes:
                 assert_never(message)
 
     def _lost(self, spec: WorkerSpec, lost: m.Lost) -> Iterator[tuple[Engine, m.Event]]:
-        """After `runtime.restarts` of them it stays away, and at once where the user has something to
-        mend.
+        """An engine is restarted at most `runtime.restarts` times, and never where the user must fix
+        something.
         """
         if self._restarts.known(spec):
             return
@@ -274,7 +274,7 @@ class Processes:
             return
         for rank in again:
             self._spawn(rank)
-        if spec.role in ALWAYS_AWAKE:  # what it is told from now on waits for it
+        if spec.role in ALWAYS_AWAKE:  # commands from now on wait in its inbox
             yield engine, m.EngineBack()
 
     def _asleep(self, role: str) -> bool:

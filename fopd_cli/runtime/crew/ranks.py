@@ -20,7 +20,7 @@ class Calls:
         self._open.append({})
 
     def answered(self, rank: int, answer: m.Answer) -> m.Answer | None:
-        """The engine's answer, with the last rank's; else None."""
+        """The engine's answer, once the last rank has answered; else None."""
         call = next(answers for answers in self._open if rank not in answers)
         call[rank] = answer
         if len(call) < self._ranks:
@@ -29,12 +29,12 @@ class Calls:
         return _as_one([call[rank] for rank in range(self._ranks)])
 
     def clear(self) -> None:
-        """The engine is lost; nobody answers any more."""
+        """The engine is lost; no more answers will come."""
         self._open.clear()
 
 
 def _as_one(answers: list[m.Answer]) -> m.Answer:
-    """Rank 0's counts. A part of a checkpoint that one rank could not write is missing from the whole."""
+    """Rank 0's answer counts. If one rank could not write its part of a checkpoint, the save failed."""
     saved = [a for a in answers if isinstance(a, m.Saved)]
     if not saved:
         return answers[0]

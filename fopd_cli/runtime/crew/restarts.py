@@ -1,9 +1,8 @@
-"""Which lost engine is started again, how often, and when there is nobody left. Counts only; the conductor
-acts.
+"""Which lost engines are restarted, how often, and when none is left. This only counts; `processes.py` acts.
 
-A sampler replica, the grader and the environment stand for themselves; the ranks of a teacher compute
-together and go together. A learner is never started again here: its state is in the checkpoint, `fopd resume`
-takes it up.
+A sampler replica, the grader and the environment are engines of one process; a teacher's ranks compute
+together and are restarted together. A learner is never restarted here: its state is in the checkpoint, and
+`fopd resume` goes on from it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ REPLACEABLE = ("sampler", "teacher", "grader", "environment")
 
 
 class Restarts:
-    """At most `limit` new starts of each engine."""
+    """At most `limit` restarts of each engine."""
 
     def __init__(self, plan: Plan, limit: int) -> None:
         self.plan, self.limit = plan, limit
@@ -35,7 +34,7 @@ class Restarts:
         return spec.life < self._lives[self._name(spec)]
 
     def again(self, spec: WorkerSpec) -> list[WorkerSpec]:
-        """The processes to start instead; none if it was started too often, and stays away."""
+        """The processes to start instead; none if the engine has used up its restarts."""
         name = self._name(spec)
         self._lives[name] += 1
         if self._lives[name] > self.limit:
@@ -46,13 +45,13 @@ class Restarts:
         return ranks
 
     def nobody_left(self, role: str) -> bool:
-        """Whether the run cannot go on: all samplers are gone, or any other engine."""
+        """Whether the run cannot go on: all samplers are gone, or any other engine is."""
         if role == "sampler":
             return all(s.name in self._gone for s in self.plan.samplers)
         return bool(self._gone)
 
     def ready(self, spec: WorkerSpec) -> bool:
-        """A process that was started again stands; True with the engine's last one."""
+        """A restarted process is ready; True if it is the engine's last one."""
         name = self._name(spec)
         self._missing[name] -= 1
         return self._missing[name] <= 0

@@ -1,7 +1,7 @@
-"""What each engine does with its commands, and the processes in which it does so.
+"""What each engine does with its commands, and the worker processes that run it.
 
-A role takes one command at a time and says what came of it; its `*_main` is a worker process that hands it
-what its mailbox holds. A crew within one process (`inprocess.py`) hands commands to the same roles itself.
+A role takes one command at a time and returns the answer; its `*_main` is a worker process that passes it
+commands from the mailbox. A crew within one process (`inprocess.py`) calls the same roles directly.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Sampling:
 
     def __init__(self, spec: WorkerSpec, setup: Setup) -> None:
         self.engine, self.channel = build_sampler(spec, setup), setup.channel
-        self._began: float | None = None  # of the span that is open
+        self._began: float | None = None  # start of the open span
         self._tokens = self._aborts = 0
 
     @property
@@ -83,7 +83,7 @@ class Sampling:
                 assert_never(command)
 
     def step(self) -> m.Sampled | None:
-        """One token for everyone who is running; what is finished, if anything is."""
+        """One token for every running request; returns what is finished, if anything."""
         self._began = self._began or time.time()
         rollouts = self.engine.step()
         self._tokens += sum(r.response_length for r in rollouts)
@@ -154,7 +154,7 @@ class Teaching:
 
 
 def teacher_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
-    """The process of one of a teacher's ranks."""
+    """The process of one teacher rank."""
     _serve(mailbox, Teaching(spec, setup, mailbox.beat).do)
 
 
@@ -164,8 +164,8 @@ def score(
     targets: Sequence[TeacherTargets],
     again: Labels | None = None,
 ) -> None:
-    """Fill the targets. `again`, after a replay: note how far they are from what the teacher says today, and
-    keep the labels that stand (cached) or today's (current).
+    """Fill the targets. `again`, after a replay: note how far the old labels are from what the teacher says
+    today, and keep the old ones (cached) or today's (current).
     """
     if again is None:
         engine.score(rollouts, targets)
@@ -222,7 +222,7 @@ class Learning:
         extra, error = {}, None
         try:
             extra = self.engine.save(command.folder)
-        # a full disk comes wrapped in torch's CheckpointException, no Exception
+        # torch wraps a full disk in a CheckpointException, which is not an Exception
         except BaseException as problem:
             error = disk_error(problem)
             if error is None:
@@ -235,7 +235,7 @@ class Learning:
 
 
 def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
-    """The process of one of the learner's ranks."""
+    """The process of one learner rank."""
     _serve(mailbox, Learning(spec, setup, mailbox.beat).do)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -250,7 +250,7 @@ def publish(spec: WorkerSpec, engine: Learner, channel: WeightChannel) -> int:
 
 
 class Grading:
-    """Apart from the conductor: a slow or hanging grader must not hold up the run's bookkeeping."""
+    """Separate from the conductor: a slow or hanging grader must not hold up the run's bookkeeping."""
 
     def __init__(self, setup: Setup) -> None:
         self.task = load_task(*task_arguments(setup.recipe))
@@ -271,7 +271,7 @@ def grader_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
 
 
 def graded(task: Any, prompt: Prompt, text: str) -> tuple[float, dict[str, float]]:
-    """(score, figures beside it) of what a task's grader said in either form."""
+    """(score, further figures) from a task's grader, which may return a `Grade` or a number."""
     found = task.grade(prompt, text)
     return (float(found.score), dict(found.figures)) if isinstance(found, Grade) else (float(found), {})
 
@@ -280,7 +280,7 @@ def graded(task: Any, prompt: Prompt, text: str) -> tuple[float, dict[str, float
 
 
 def environment_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
-    """Commands come in while tools run; every turn is answered once, in whatever order they end."""
+    """Commands come in while tools run; every turn is answered once, in whatever order they finish."""
     task: Any = load_task(*task_arguments(setup.recipe))
     environments = Environments(task, setup.frame(), mailbox.send)
     mailbox.send(m.Ready())
@@ -297,7 +297,7 @@ async def _serve_episodes(mailbox: Mailbox, environments: Environments) -> None:
 
 
 async def _beat(mailbox: Mailbox) -> None:
-    """A tool may take its time; that the loop turns is sign of life enough."""
+    """A tool may take its time; a running event loop is sign of life enough."""
     while True:
         mailbox.beat()
         await asyncio.sleep(1)

@@ -1,9 +1,9 @@
-"""Workers that are born with torch and transformers imported, where no GPU forbids it.
+"""Workers that start with torch and transformers already imported, unless a GPU forbids it.
 
-A worker on a CPU spends most of its first seconds on imports, and there are three or four of them. One
-process does them once, beside the command's own imports, and the workers are forked from it
-(multiprocessing's fork server). Where there is a GPU's driver every worker is a Python of its own: a process
-that may have touched a driver must not be forked.
+A worker on a CPU spends most of its first seconds on imports, and there are three or four workers. One
+process imports once, in parallel with the command's own imports, and the workers are forked from it
+(multiprocessing's fork server). Where there is a GPU driver, every worker is a fresh Python: a process that
+may have touched a driver must not be forked.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ _begun = False
 
 
 def begin() -> None:
-    """Start importing, in a process of its own. The command that calls this is about to start workers, or to
-    be refused.
-    """
+    """Start importing, in a separate process. For commands that start workers unless they are refused."""
     global _begun
     if sys.platform != "linux" or any(map(os.path.exists, DRIVERS)):
         return
@@ -39,7 +37,7 @@ def begin() -> None:
 
 
 def track() -> None:
-    """Start Python's tracker of semaphores, by itself: it leaves SIGINT and SIGTERM unblocked, and a SIGHUP
+    """Start Python's semaphore tracker beforehand: starting it unblocks SIGINT and SIGTERM, and a SIGHUP
     would kill it.
     """
     with signals_blocked():
@@ -47,14 +45,14 @@ def track() -> None:
 
 
 def context() -> BaseContext:
-    """How processes are started: forked if `begin` was called, and it was possible, else spawned."""
+    """How processes are started: forked if `begin` was called and could do so, else spawned."""
     return multiprocessing.get_context("forkserver" if _begun else "spawn")
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """A process that is started meanwhile begins with them blocked: it imports for seconds before it can say
-    what it makes of them. To this process they come a moment later.
+    """A process started meanwhile begins with these signals blocked: it imports for seconds before it can
+    handle them. This process gets them a moment later.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:

@@ -1,1 +1,1 @@
-"""What a run writes down: for people, for the next start, and for whoever looks on."""
+"""What a run writes down: for people, for a resume, and for experiment trackers."""

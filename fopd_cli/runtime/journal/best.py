@@ -1,8 +1,8 @@
-"""The best student so far, by an evaluation's score or KL: its weights are kept as they were evaluated, and a
-run that has not become better for `patience` evaluations in a row ends.
+"""The best student so far, by an evaluation's score or KL. Its weights are kept as they were evaluated, and a
+run that has not improved for `patience` evaluations in a row ends.
 
-A checkpoint knows the evaluations up to its step, and what was best then. A run that goes back to it goes on
-from that best; so weights stay here as long as they are the best of any checkpoint there is.
+A checkpoint records the evaluations up to its step, and so what was best then. A run that goes back to it
+continues from that best, so weights are kept as long as they are the best of any existing checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Metric = Literal["score", "kl"]
 
 
 class Best:
-    """`folder` holds the weights of one version a file."""
+    """`folder` holds one file of weights per version."""
 
     def __init__(self, metric: Metric, patience: int, folder: Path) -> None:
         self.metric, self.patience, self.folder = metric, patience, folder
@@ -47,7 +47,7 @@ class Best:
         return self.of({v: e for v, e in evaluations.items() if int(v) in here})
 
     def keep(self, version: int, channel: WeightChannel) -> None:
-        """Its weights, as they were published, which is as they were evaluated. Raises `OSError`."""
+        """Save its weights as they were published, which is as they were evaluated. Raises `OSError`."""
         self.folder.mkdir(exist_ok=True)
         temporary = self.folder / "writing.tmp"
         try:
@@ -63,8 +63,8 @@ class Best:
         return self.folder / f"step-{version:06d}.safetensors"
 
     def tidy(self, known: Iterable[Evaluations]) -> None:
-        """Remove weights that are the best of nothing that is `known`: what the run knows now, and what each
-        checkpoint knew.
+        """Remove weights that are not the best of any of the `known` evaluations: the run's current ones and
+        those of each checkpoint.
         """
         needed = {self.of_kept(evaluations) for evaluations in known}
         for version in self.kept():
@@ -72,7 +72,7 @@ class Best:
                 self.file(version).unlink()
 
     def out_of_patience(self, evaluations: Evaluations) -> str | None:
-        """Why the run is to end; None: it is not."""
+        """Why the run should end; None: it should go on."""
         best = self.of(evaluations)
         if self.patience == 0 or best is None:
             return None

@@ -1,10 +1,10 @@
 """Checkpoints: whole or absent. Written beside their final name, hashed, synced to disk, renamed; then old
-ones go.
+ones are removed.
 
 checkpoints/step-000100/
     learner/             torch.distributed.checkpoint: any number of ranks reads it
     buffer.safetensors   rollouts in flight with their teacher targets
-    published.bin        weights of the version before, where a fixed lag still samples with them
+    published.bin        weights of the previous version, where a fixed lag still samples with them
     state.json           recipe, schedule, accounting, refresh, noise floor, evaluations, totals
     MANIFEST.json        size and SHA-256 of every other file
 """
@@ -35,9 +35,9 @@ ARRAYS = ("token_ids", *PER_TOKEN)  # of a rollout
 
 
 class Rhythm:
-    """When the next checkpoint is due: every so many optimizer steps, and so many minutes after the last one.
+    """When the next checkpoint is due: after every `every` optimizer steps, and `minutes` after the last one.
 
-    A save that failed counts: a full disk is tried again later, not at once.
+    A failed save counts, too: a full disk is tried again later, not at once.
     """
 
     def __init__(self, every: int, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,7 +45,7 @@ class Rhythm:
         self._last = clock()
 
     def due(self, step: int) -> bool:
-        """After this optimizer step; 0 switches either rhythm off."""
+        """Whether one is due after this optimizer step; 0 turns either rule off."""
         by_steps = self.every > 0 and step % self.every == 0
         return by_steps or (self.minutes > 0 and self.clock() - self._last >= 60 * self.minutes)
 
@@ -60,15 +60,15 @@ class CheckpointStore:
         self.folder, self.keep = folder, keep
 
     def state(self, step: int) -> dict[str, Any]:
-        """All of a checkpoint but the learner's part, the buffer and the weights."""
+        """All of a checkpoint except the learner's part, the buffer and the weights."""
         return dict(json.loads((self.path(step) / "state.json").read_text()))
 
     def open(self, step: int | None) -> None:
-        """For the process that trains: make room to write. A run that goes on from `step` leaves later ones
-        behind.
+        """For the process that trains: prepare the folder. A run that goes on from `step` sets later
+        checkpoints aside.
 
-        They are put aside, not lost, until it has got as far itself: else the next plain resume would take
-        them for its own.
+        They are kept until the run has come as far itself, but the next plain resume must not start from
+        them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("*.tmp"):
@@ -89,9 +89,7 @@ class CheckpointStore:
         return temporary
 
     def commit(self, temporary: Path) -> Path:
-        """Make it final, then remove those past `keep`. Raises OSError, leaving the older ones as they
-        are.
-        """
+        """Make it final, then remove those beyond `keep`. Raises OSError, leaving the older ones intact."""
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         entries = {
             str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
@@ -155,7 +153,7 @@ def verify(folder: Path) -> str | None:
 
 
 def disk_error(error: BaseException) -> str | None:
-    """The text of a full or refusing disk somewhere in an exception's history, or None."""
+    """The text of a full or refusing disk's error, anywhere in an exception's history; or None."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -170,16 +168,14 @@ def disk_error(error: BaseException) -> str | None:
         if isinstance(failures, dict):
             pending += [f[0] for f in failures.values()]
     text = str(error)
-    # torch's file writer is C++ and reports a short write in words alone.
+    # torch's file writer is C++ and reports a short write only in words.
     return text.splitlines()[0] if "No space left" in text or "PytorchStreamWriter failed" in text else None
 
 
 def save_buffer(
     path: Path, rollouts: Iterable[Rollout], targets: dict[int, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Write rollouts and the raw bytes of their targets; returns what else must be remembered of them, as
-    JSON.
-    """
+    """Write rollouts and the raw bytes of their targets; returns their other fields, as JSON."""
     arrays: dict[str, np.ndarray] = {}
     described = []
     for r in rollouts:
@@ -222,7 +218,7 @@ def load_buffer(path: Path, described: list[dict[str, Any]]) -> tuple[list[Rollo
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Replace a small file, wholly or not at all."""
+    """Replace a small file, completely or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

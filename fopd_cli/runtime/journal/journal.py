@@ -2,7 +2,7 @@
 
     conductor ──trained, measured, refreshed──> Journal ──records.py──> sinks.py: files, TensorBoard, progress
 
-`begin` comes once every worker stands: until then what is on disk says what the run before did.
+`begin` is called once every worker is ready: until then the files on disk describe the previous run.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fopd_cli.runtime.scheduling.schedule import Schedule
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
 OpenSinks = Callable[[Resume | None, Changes], Sinks]
-SAMPLES = 20  # of a whole run, that are written as text
-HELD_OUT_SAMPLES = 2  # of an evaluation
+SAMPLES = 20  # written as text in a whole run
+HELD_OUT_SAMPLES = 2  # per evaluation
 
 
 @dataclass
 class _Evaluation:
-    """The one that is being measured."""
+    """The evaluation that is being measured."""
 
     stats: list[SampleStats] = field(default_factory=list)
     rows: dict[int, tuple[SampleId, Entry]] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Journal:
         self._began = self._step_began = self._version_since = time.time()
 
     def resume(self, at: Resume, totals: Mapping[str, Any], changes: Changes) -> None:
-        """Go on from a checkpoint; `changes` of the recipe go down in the history."""
+        """Go on from a checkpoint; `changes` to the recipe go into the history."""
         self._resume, self.totals, self._changes = at, Totals(**totals), changes
 
     def __enter__(self) -> Journal:
@@ -70,7 +70,7 @@ class Journal:
                 one.close()
 
     def begin(self) -> None:
-        """Everyone stands: from here on what is on disk says what this run does."""
+        """Every worker is ready: from here on the files on disk describe this run."""
         self._sinks = self._open_sinks(self._resume, self._changes)
         self._version_since = time.time()
 
@@ -87,7 +87,7 @@ class Journal:
             self._progress.say(line)
 
     def warn(self, step: int, text: str) -> None:
-        """Say what is going wrong, and keep it for those who look later."""
+        """Say what is going wrong, and record it."""
         self.say(f"step {step}: {text}")
         self.sinks.warnings.write({"step": step, "text": text})
 
@@ -101,7 +101,7 @@ class Journal:
         self.totals.generated_tokens += generated(rollout)
 
     def loaded(self, span: Span) -> None:
-        """A sampler has taken up new weights."""
+        """A sampler has loaded new weights."""
         self._load = {f"load_{k}": span.args[k] for k in ("ms", "gb_per_s")}
 
     def step_begins(self) -> None:
@@ -111,7 +111,7 @@ class Journal:
         self, report: StepReport, batch: Sequence[tuple[SampleId, Entry]], runtime: Mapping[str, Any]
     ) -> None:
         """An optimizer step and its publication are done. `batch` is in the order of `report.stats`;
-        `runtime` are figures of the moment that depend on the clock.
+        `runtime` holds current figures that depend on the clock.
         """
         step, stats = report.step + 1, report.stats
         self.totals.count(stats, report.skipped)
@@ -153,7 +153,7 @@ class Journal:
         self._evaluation.rows |= {entry.key: (sample, entry) for sample, entry in rows}
 
     def evaluated(self, version: int) -> None:
-        """All of them were."""
+        """All held-out samples were measured."""
         stats, rows = self._evaluation.stats, self._evaluation.rows
         self._evaluation = _Evaluation()
         samples = [(sample, entry.score, entry.rollout) for sample, entry in rows.values()]
@@ -199,12 +199,12 @@ class Journal:
 
     @property
     def wall_seconds(self) -> float:
-        """Of the whole run, restarts included."""
+        """Seconds of the whole run, restarts included."""
         return time.time() - self._began
 
     def kept_totals(self, given_up: Iterable[Rollout]) -> dict[str, Any]:
-        """The totals for a checkpoint. What a run that goes on from it samples again does not count:
-        samples that are `given_up`, and those of an evaluation that is half done.
+        """The totals for a checkpoint. Samples that a resumed run samples again do not count: those
+        `given_up`, and those of a half-done evaluation.
         """
         again = [*given_up, *(entry.rollout for _, entry in self._evaluation.rows.values())]
         return {
@@ -214,12 +214,12 @@ class Journal:
         }
 
     def summary(self, schedule: Schedule, student: Mapping[str, Any]) -> dict[str, Any]:
-        """Of the whole run; `student` says which one was exported, and why."""
+        """The summary of the whole run; `student` says which one was exported, and why."""
         self.totals.wall_seconds = self.wall_seconds
         busy = self.sinks.busy_shares_total()
         return {**records.summary(schedule, self.totals, busy), **student}
 
 
 def generated(rollout: Rollout) -> int:
-    """Tokens that the student sampled; in an episode observations stand between them."""
+    """Tokens that the student sampled; observations between them do not count."""
     return int(rollout.loss_mask.sum())

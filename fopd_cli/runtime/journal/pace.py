@@ -1,4 +1,4 @@
-"""When a run will end, by what its steps and evaluations have taken so far."""
+"""When a run will end, judging by how long its steps and evaluations have taken so far."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Pace:
     _evaluated: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def evaluated(self, seconds: float) -> None:
-        """What the first evaluation of this start took, until a step with one has been seen."""
+        """Note what the first evaluation after a start took; it counts until a step with one was timed."""
         if not self._first_evaluation:
             self._first_evaluation = seconds
 
     def step(self, step: int, now: float) -> None:
-        """Step `step` is done. The first one of a start fills the pipeline, so it says nothing about
+        """Step `step` is done. The first one after a start fills the pipeline, so it says nothing about
         others.
         """
         if self._last is not None:
@@ -52,7 +52,7 @@ class Pace:
 
 
 def readable(seconds: float) -> str:
-    """In the largest unit of which there is one: 45 s, 12 min, 3.5 h, 2.1 d."""
+    """In the largest unit that fits: 45 s, 12 min, 3.5 h, 2.1 d."""
     value = seconds
     for size, unit in SHORT_TO_LONG:
         if value < size:

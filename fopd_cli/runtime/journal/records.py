@@ -1,4 +1,4 @@
-"""From a learner's report to what is written down: one place where metrics are named."""
+"""From a learner's report to what is written down: the only place where metrics are named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MANY_TRUNCATED = 0.5  # share of responses
 
 
 def outcome(weight: float) -> Literal["trained", "gated"]:
-    """A sample whose weight is 0 was consumed and taught nothing."""
+    """A sample whose weight is 0 was consumed but taught nothing."""
     return "trained" if weight > 0 else "gated"
 
 
@@ -64,15 +64,15 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
 
 
 def stale_kv(rollouts: list[Rollout]) -> dict[str, float]:
-    """The share of sampled tokens that followed an update on keys and values of before it; nothing where
-    these are always computed anew.
+    """The share of tokens sampled after an update on keys and values from before it; empty where these are
+    always recomputed.
     """
     stale = [r.stale_kv for r in rollouts if r.stale_kv is not None]
     return {"stale_kv": sum(stale) / sum(int(r.loss_mask.sum()) for r in rollouts)} if stale else {}
 
 
 def ledger(step: int, outcomes: dict[str, Literal["trained", "gated"]]) -> dict[str, Any]:
-    """What became of the samples that a step consumed, by id."""
+    """Which of the samples that a step consumed were trained on or gated, by id."""
     ids: dict[str, list[str]] = {"trained": [], "gated": []}
     for sample, what in outcomes.items():
         ids[what].append(sample)
@@ -88,8 +88,8 @@ def evaluation(
     """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over
     tokens.
 
-    `samples` come in the order of `stats`. Without a grade the score is nan, and the KL alone is the measure;
-    its error is over prompts, too.
+    `samples` come in the order of `stats`. Without grades the score is nan, and KL is the only measure; its
+    error is over prompts, too.
     """
     by_prompt: dict[int, list[float]] = defaultdict(list)
     kl_by_prompt: dict[int, list[float]] = defaultdict(list)
@@ -123,15 +123,13 @@ def evaluation(
 
 
 def mean_figures(figures: list[dict[str, float]]) -> dict[str, float]:
-    """What graders said beside the score, over the samples of which they said it."""
+    """Means of the graders' further figures, each over the samples that have it."""
     names = sorted({name for found in figures for name in found})
     return {name: _mean(np.array([found.get(name, np.nan) for found in figures])) for name in names}
 
 
 def episodes(rollouts: list[Rollout]) -> dict[str, float]:
-    """Means over episodes, and the share of calls that could not be run to their end; nothing for single
-    turns.
-    """
+    """Means over episodes, and the share of calls that could not be completed; empty for single turns."""
     if not any(r.turns for r in rollouts):
         return {}
     calls = [call for r in rollouts for call in r.calls]
@@ -143,9 +141,7 @@ def episodes(rollouts: list[Rollout]) -> dict[str, float]:
 
 
 def tool_seconds(rollouts: list[Rollout]) -> dict[str, float]:
-    """Seconds of executed calls, a mean over episodes: apart from the other figures, because it depends on
-    the clock.
-    """
+    """Seconds of executed calls, averaged over episodes; kept apart because it depends on the clock."""
     if not any(r.turns for r in rollouts):
         return {}
     return {"tool_seconds": sum(call["seconds"] for r in rollouts for call in r.calls) / len(rollouts)}
@@ -167,7 +163,7 @@ def evaluation_line(record: dict[str, Any]) -> str:
 
 
 def measured(value: float, error: float, digits: int) -> str:
-    """A figure with its standard error, where there is one (of a single prompt there is none)."""
+    """A figure with its standard error, where there is one (a single prompt has none)."""
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
 

@@ -3,7 +3,7 @@
 runs/NAME/
     recipe.yaml  recipe-history.jsonl      resolved; what was changed at which step
     metrics.jsonl  ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/  logs/WORKER.log
-    checkpoints/step-000100/  best/        what a resume goes on from; weights of eval.keep_best
+    checkpoints/step-000100/  best/        what a resume starts from; weights of eval.keep_best
     student/  summary.json                 the end: the student in Hugging Face's format
 """
 
@@ -43,7 +43,7 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> RunDir:
-        """Refuses a directory that holds anything but a start that came to nothing, whose place it takes."""
+        """Refuses a directory that holds anything except a start that came to nothing, which it replaces."""
         run = cls(path)
         run._make()
         write_synced(run.recipe, dump_recipe(recipe))
@@ -68,7 +68,9 @@ class RunDir:
             raise UserError(f"--run-dir: cannot make {path}: {error.strerror}") from None
 
     def _came_to_nothing(self) -> bool:
-        """Refused by a worker, interrupted or killed before all workers stood: records begin after that."""
+        """Whether the start was refused, interrupted or killed before all workers were ready: records begin
+        later.
+        """
         held = {p.name for p in self.path.iterdir() if not p.name.startswith(".rendezvous-")}
         return self.recipe.name in held and held <= {self.recipe.name, LOCK, self.logs.name}
 
@@ -81,14 +83,14 @@ class RunDir:
 
     def fork(self, new: Path, step: int) -> RunDir:
         """A new directory with this run's checkpoint and records up to that step. Checkpoints are never
-        written to again, so that the two may share files.
+        written to again, so the two may share files.
         """
         run = RunDir(new)
         run._make()
         try:
             at = run.checkpoints / f"step-{step:06d}"
             shutil.copytree(self.checkpoints / at.name, at, copy_function=_linked)
-            if damage := verify(at):  # the run that goes on has just removed it
+            if damage := verify(at):  # the original, still running, has just removed it
                 raise UserError(f"--step: {damage}; take another checkpoint")
             for name in (self.recipe.name, self.history.name, *RECORDS):
                 if (self.path / name).exists():
@@ -132,7 +134,7 @@ class RunDir:
         return found
 
     def take_up(self, recipe: Recipe, resume: Resume, changes: Changes) -> None:
-        """A run goes on with this recipe; what has changed goes down in the history."""
+        """The run goes on with this recipe; changes go into the history."""
         text = dump_recipe(recipe)
         if text != self.recipe.read_text(encoding="utf-8"):
             write_synced(self.recipe, text)
@@ -143,7 +145,9 @@ class RunDir:
             history.close()
 
     def lock(self) -> None:
-        """Hold the directory for this process; the kernel lets go when it dies, however it dies."""
+        """Hold the directory for this process; the kernel releases it when the process dies, for whatever
+        reason.
+        """
         if self._lock is not None:
             return
         file = (self.path / LOCK).open("a+")
@@ -162,7 +166,7 @@ class RunDir:
 
 
 def _linked(source: str, target: str) -> None:
-    """A file under a second name; a copy where the file system has no such thing."""
+    """Link a file under a second name, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -170,8 +174,8 @@ def _linked(source: str, target: str) -> None:
 
 
 def _copy_until(source: Path, target: Path, step: int) -> None:
-    """Records up to a step; other files, and the history (whose later changes a resume takes back), as they
-    are.
+    """Copy records up to a step; copy other files unchanged, the history too (a resume takes back later
+    changes).
     """
     text = source.read_text(encoding="utf-8")
     if source.name in RECORDS:

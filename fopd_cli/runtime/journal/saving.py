@@ -1,7 +1,7 @@
-"""When and how all of a run is saved, and how it is taken up again; and the best student so far.
+"""When and how a run is saved, how it is resumed, and how the best student so far is kept.
 
-A checkpoint is the learner's part (written by its ranks), the buffer, the schedule and what else the
-conductor knows, as it all stands when the learner's part is on disk.
+A checkpoint is the learner's part (written by its ranks), the buffer, the schedule and the conductor's other
+state, all as of the moment when the learner's part is on disk.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ PUBLISHED = "published.bin"
 
 
 class Saving(Protocol):
-    """What a conductor asks for."""
+    """What a conductor needs."""
 
     @property
     def how_to_go_on(self) -> str:
-        """The command that takes the run up again."""
+        """The command that resumes the run."""
         ...
 
     def begin(self) -> None:
-        """Every worker stands."""
+        """Every worker is ready."""
 
     def due(self, step: int) -> bool:
         """Whether to save after this optimizer step."""
         ...
 
     def save(self, final: bool, learner: Callable[[Path], dict[str, Any]]) -> None:
-        """`learner` writes its part into a folder, while it holds still; it returns what else there is of it,
-        or raises OSError.
+        """`learner` writes the learner's part into a folder, while the learner is idle; it returns the rest
+        of its state, or raises OSError.
         """
 
     def keep_best(self, version: int) -> str | None:
-        """After an evaluation, while the learner still holds still and its weights lie where they were
-        published. Returns why the run is to end early; None: it is not.
+        """Called after an evaluation, while the learner is still idle and its published weights are in place.
+        Returns why the run should end early; None: it should go on.
         """
         ...
 
 
 class Unsaved:
-    """A run that nobody takes up again: a study's, a test's, a plan's."""
+    """For runs that are never resumed: a study's, a test's, a plan's."""
 
     how_to_go_on = "nothing of it was kept"
 
@@ -87,18 +87,18 @@ class Saver:
         keep = recipe.eval.keep_best
         self.best = None if keep is None else Best(keep, recipe.eval.patience, run_dir.best)
         self._rhythm = Rhythm(recipe.checkpoint.every, recipe.checkpoint.minutes)
-        self._last: int | None = None  # step of the newest one
+        self._last: int | None = None  # step of the newest checkpoint
         self._resumed: int | None = None
 
-    # ---- taking up -----------------------------------------------------------------------------------------
+    # ---- resuming ------------------------------------------------------------------------------------------
 
     def restore(
         self, step: int, state: Mapping[str, Any], changes: Changes, anew: bool = False
     ) -> tuple[Path, dict[str, Any]]:
-        """Take up a checkpoint's state; returns the learner's part, which it reads itself when it starts.
-        Nothing is written yet.
+        """Load a checkpoint's state; returns the learner's part, which the learner reads itself when it
+        starts. Nothing is written yet.
 
-        `changes` of the recipe go down in the history. `anew`: what was in flight is sampled again.
+        `changes` to the recipe go into the history. `anew`: samples in flight are sampled again.
         """
         folder = self.store.path(step)
         self.schedule.load_state_dict(state["schedule"], anew)
@@ -120,7 +120,7 @@ class Saver:
         return f"fopd resume {self.run_dir.path}"
 
     def begin(self) -> None:
-        """Make room to write."""
+        """Prepare the checkpoints' folder."""
         self.store.open(self._resumed)
         self._rhythm.saved()
 
@@ -130,9 +130,9 @@ class Saver:
         return step < self.recipe.learner.steps and self._rhythm.due(step)
 
     def save(self, final: bool, learner: Callable[[Path], dict[str, Any]]) -> None:
-        """The learner first, then everything else as it stands when the learner's part is on disk.
+        """The learner first, then everything else as of the moment when the learner's part is on disk.
 
-        A disk that is full does not stop training: the older checkpoints stand, and it is said loudly. Only
+        A full disk does not stop training: the older checkpoints remain, and a loud warning is given. Only
         the last save must succeed.
         """
         step = self.schedule.step

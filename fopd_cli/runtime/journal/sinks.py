@@ -1,10 +1,10 @@
 """What a run leaves for people to look at. All files are append-only and survive a crash.
 
-metrics.jsonl   one record a step, an evaluation, a refresh; what depends on the clock stands under "timing"
+metrics.jsonl   one record per step, evaluation and refresh; what depends on the clock is under "timing"
 ledger.jsonl    the accounting, by sample id: what each step trained and gated, and what a refresh dropped
 samples.jsonl   a few rollouts as text
-warnings.jsonl  what the run said is going wrong, by step
-trace.json      a timeline for Perfetto or chrome://tracing, one track a worker
+warnings.jsonl  what the run warned about, by step
+trace.json      a timeline for Perfetto or chrome://tracing, one track per worker
 tensorboard/    scalars and histograms
 """
 
@@ -32,7 +32,7 @@ BUSY = ("generate", "score", "train", "publish", "measure", "grade")
 
 @dataclass(frozen=True)
 class Resume:
-    """Where a resumed run takes up: the step, and the versions whose evaluation is complete."""
+    """Where a resumed run starts: the step, and the versions whose evaluation is complete."""
 
     step: int
     evaluated: frozenset[int]
@@ -112,7 +112,7 @@ class Sinks(Protocol):
 
 
 class Recorded:
-    """Keeps records in memory: a study's, a test's. What depends on the clock is left out."""
+    """Keeps records in memory, for studies and tests. What depends on the clock is left out."""
 
     def __init__(self) -> None:
         self.metrics, self.ledger, self.samples, self.warnings = Records(), Records(), Records(), Records()
@@ -133,7 +133,7 @@ class Recorded:
 
 
 class Records(list[dict[str, Any]]):
-    """Of one kind, as they were written."""
+    """Records of one kind, as they were written."""
 
     def write(self, record: dict[str, Any]) -> None:
         self.append(record)
@@ -208,8 +208,7 @@ class Telemetry:
 class Progress:
     """One tqdm bar on a terminal; plain lines, at most one every few seconds, elsewhere.
 
-    A terminal that was closed, or a pipe that nobody reads, is no reason for a run to end: it goes on in
-    silence.
+    A closed terminal, or a pipe without a reader, does not end a run: it goes on silently.
     """
 
     EVERY_S = 5.0

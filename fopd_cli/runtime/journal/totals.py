@@ -19,7 +19,7 @@ class Totals:
     samples: int = 0
     max_lag: int = 0
     skipped_steps: int = 0
-    restarts: int = 0  # of everyone but the learner
+    restarts: int = 0  # of every engine but the learner
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by version
 
     def count(self, stats: SampleStats, skipped: bool) -> None:

@@ -1,4 +1,4 @@
-"""The timeline of a run, for Perfetto, chrome://tracing and `fopd report`: one track a worker. Needs no
+"""The timeline of a run, for Perfetto, chrome://tracing and `fopd report`: one track per worker. Needs no
 torch.
 """
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class Trace:
-    """Chrome trace events, a JSON list that is whole at any moment: each event is written together with the
-    list's end, over the end that stood there. A run that goes on adds to it, and each worker keeps its track.
+    """Chrome trace events, a JSON list that is complete at any moment: each event is written together with
+    the list's end, over the previous end. A resumed run adds to it, and each worker keeps its track.
     """
 
     END = "\n]\n"
@@ -58,7 +58,7 @@ class Trace:
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """What stands in a trace. One that a full disk cut short is put in order first."""
+    """The events in a trace file. A file that a full disk cut short is repaired first."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     events = read_trace(text)
     whole = ("[\n" + ",\n".join(map(json.dumps, events)) if events else "[") + Trace.END
@@ -68,7 +68,7 @@ def _events(path: Path) -> list[dict[str, Any]]:
 
 
 def read_trace(text: str) -> list[dict[str, Any]]:
-    """The events of a trace, an event a line; a last one that was cut short is left out."""
+    """The events of a trace, one per line; a last one that was cut short is left out."""
     events = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError):

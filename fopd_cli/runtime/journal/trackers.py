@@ -1,8 +1,8 @@
-"""Where people look at curves beside TensorBoard: wandb, trackio, MLflow, SwanLab. No tracker can stop a run.
+"""Experiment trackers beside TensorBoard: wandb, trackio, MLflow, SwanLab. No tracker can stop a run.
 
-Each works in a thread of its own, behind a queue: one that is down or not logged in is dropped with a line,
-one that is slow loses records, which is said at the end. Where it logs to is its own affair (`WANDB_PROJECT`,
-`MLFLOW_TRACKING_URI`, ...); a project that is not named there is called fopd.
+Each works in its own thread, behind a queue. One that is down or not logged in is dropped with a message; one
+that is slow loses records, which is reported at the end. Its own settings say where it logs to
+(`WANDB_PROJECT`, `MLFLOW_TRACKING_URI`, ...); the default project is fopd.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 PROJECT = "fopd"
 WAITING = 1000  # records that may wait for a tracker
-PATIENCE_S = 20.0  # for what waits, when the run has ended
+PATIENCE_S = 20.0  # for waiting records, when the run has ended
 
 Say = Callable[[str], None]
 
@@ -38,7 +38,7 @@ class Subject:
         return self.run_dir.resolve().name
 
     def identity(self, tracker: str) -> str:
-        """The same through all resumes of the run, so that its curves go on."""
+        """The same through all resumes of the run, so that its curves continue."""
         path = self.run_dir / f".track-{tracker}"
         with contextlib.suppress(FileNotFoundError):
             return path.read_text()
@@ -48,7 +48,7 @@ class Subject:
 
 
 class Tracker(Protocol):
-    """One service. Whatever it raises drops it."""
+    """One service. It is dropped if it raises anything."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -70,7 +70,7 @@ class Wandb:
             config=dict(subject.config),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        # Its own steps may not go back, and a resumed run's do.
+        # wandb's own steps may not go back, and a resumed run's do.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -153,7 +153,7 @@ TRACKERS: dict[str, Callable[[Subject], Tracker]] = {
 
 
 class Guarded:
-    """A tracker behind a thread: `log` returns at once, and nothing that happens behind it comes back."""
+    """A tracker behind a thread: `log` returns at once, and no failure of the tracker reaches the caller."""
 
     def __init__(self, name: str, make: Callable[[], Tracker], say: Say) -> None:
         self.name, self._make, self._say = name, make, say
@@ -172,7 +172,7 @@ class Guarded:
             self._dropped += 1
 
     def close(self) -> None:
-        """Wait a while for what is still to be sent."""
+        """Wait a while for records that are still to be sent."""
         if not self._gone.is_set():
             with contextlib.suppress(queue.Full):
                 self._waiting.put(None, timeout=PATIENCE_S)
@@ -202,12 +202,12 @@ class Guarded:
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """Those whose package is not installed."""
+    """The trackers whose package is not installed."""
     return [name for name in names if name in TRACKERS and importlib.util.find_spec(name) is None]
 
 
 def open_trackers(names: Sequence[str], subject: Subject, say: Say) -> list[Guarded]:
-    """All that a recipe names but TensorBoard, which is a file and no service."""
+    """All trackers that a recipe names, except TensorBoard, which is a file, not a service."""
     return [Guarded(name, partial(TRACKERS[name], subject), say) for name in names if name in TRACKERS]
 
 

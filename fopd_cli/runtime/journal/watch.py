@@ -1,13 +1,13 @@
-"""What a run's own figures say is going wrong, while there is still time to act. Each thing is said once.
+"""What a run's own figures show is going wrong, while there is still time to act. Each warning is given once.
 
 clipping   a threshold that acts at every step guards against nothing: it sets the size of every step. Where
            the gradient shrinks as the student learns, AdamW's steps shrink with it; clipped to one norm, they
            do not, and a rate that was right at the start is too high later (docs/real-pair.md: this, not
-           staleness, undid a run)
-climbing   the KL to the teacher on the training samples is far above where it was
-silence    what is left of the KL stands at the beginning of answers. A student that only repeats itself is
-           agreed with: after ten equal lines the teacher expects the eleventh, and the mean over all tokens
-           falls (docs/real-pair.md)
+           staleness, ruined a run)
+climbing   the KL to the teacher on the training samples is far above its lowest
+silence    what is left of the KL is at the beginning of answers. The teacher agrees with a student that only
+           repeats itself: after ten equal lines it expects the eleventh, and the mean over all tokens falls
+           (docs/real-pair.md)
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 
 WINDOW = 20  # optimizer steps
 RISEN = 1.3  # times the lowest mean over a window
-SMALL_KL = 0.02  # nats a token: below it a rise by a third is noise
-UNEVEN = 3.0  # times the KL of an answer's last quarter: its first
-FAR = 0.5  # nats a token, of the first quarter: a teacher that does not know either is that far from anyone
+SMALL_KL = 0.02  # nats per token: below it a rise by a third is noise
+UNEVEN = 3.0  # KL of an answer's first quarter over that of its last
+FAR = 0.5  # nats per token, in the first quarter: an unsure teacher is this far from any student
 
 
 class Watch:
-    """Sees every optimizer step; a resumed run begins to look anew."""
+    """Sees every optimizer step; a resumed run starts afresh."""
 
     def __init__(self, clip: float) -> None:
         self._clip = clip
@@ -36,8 +36,8 @@ class Watch:
         self._said: set[str] = set()
 
     def step(self, grad_norm: float, kl: float, quarters: Sequence[float]) -> list[str]:
-        """What is to be said after this step: `grad_norm` before clipping, `kl` in nats a token (nan: not
-        known), and the same for each quarter of an answer.
+        """New warnings after this step. `grad_norm` is before clipping, `kl` in nats per token (nan: not
+        known), `quarters` the same for each quarter of an answer.
         """
         self._norms.append(grad_norm)
         self._kls.append(kl)

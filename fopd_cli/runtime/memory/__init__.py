@@ -1,1 +1,1 @@
-"""Shared memory: teacher targets (`arena.py`), weights (`weights.py`), and how much of it there must be."""
+"""Shared memory: teacher targets (`arena.py`), weights (`weights.py`), and how much memory a run needs."""

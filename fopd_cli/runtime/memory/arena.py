@@ -1,7 +1,7 @@
-"""Shared memory that outlives no process: the teacher targets' arena.
+"""The arena of teacher targets: shared memory that does not outlive its processes.
 
-It is made by the conductor before it spawns the workers and is inherited by them. The memory has no name in
-the file system, so nothing can leak, whatever kills the command. Queues carry only offsets.
+The conductor makes it before it spawns the workers, which inherit it. The memory has no name in the file
+system, so nothing can leak, whatever kills the command. Queues carry only offsets.
 """
 
 from __future__ import annotations

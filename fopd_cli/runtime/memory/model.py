@@ -1,10 +1,10 @@
-"""How much memory each process takes, by arithmetic: nothing is loaded, no device is asked.
+"""How much memory each process takes, by arithmetic: nothing is loaded, no device is queried.
 
 A process holds some things at all times and others in phases of its work, one phase at a time; its peak is
-the former and the largest of the latter. `tests/runtime/test_memory_model.py` holds the sums against measured
-bytes on a CPU: shards and their states, what a block keeps for its backward pass, resident memory of real
-processes. What needs a GPU to be measured, a CUDA context and the buffers of its libraries, is an estimate
-and says so.
+the former plus the largest phase. `tests/runtime/test_memory_model.py` checks the sums against measured bytes
+on a CPU: shards and their states, what a block keeps for its backward pass, resident memory of real
+processes. What can only be measured on a GPU (a CUDA context, the buffers of its libraries) is an estimate
+and marked as one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fopd_cli.runtime.placement import SPARE, Plan, Shares
 
 MB, GB = 1 << 20, 10**9
 CONTEXT = 1 * GB  # of CUDA and its libraries in each process; an estimate
-RANKS = int(0.5 * GB)  # NCCL's buffers where there are several; an estimate
+RANKS = int(0.5 * GB)  # NCCL's buffers where there are several ranks; an estimate
 GRAPHS = int(1.5 * GB)  # vLLM's CUDA graphs and workspaces; an estimate
-ASLEEP = 2 * GB  # what vLLM keeps of a device while it sleeps; an estimate
+ASLEEP = 2 * GB  # what vLLM keeps on a device while it sleeps; an estimate
 PROCESS = 450 * MB  # of main memory: Python, torch, transformers
-VLLM = 500 * MB  # and vLLM
-CUDA_PROCESS = 3 * GB  # the same with CUDA's libraries; an estimate
-BATCHED_TOKENS = 8192  # vLLM's tokens a forward pass, if nobody says
+VLLM = 500 * MB  # on top of that, vLLM
+CUDA_PROCESS = 3 * GB  # of main memory, with CUDA's libraries, too; an estimate
+BATCHED_TOKENS = 8192  # vLLM's tokens per forward pass, by default
 HEAD_CHUNK = 512 << 20  # of the teacher's log-probs, twice HEAD_CHUNK_BYTES
 
 
@@ -45,25 +45,25 @@ Parts = tuple[Part, ...]
 
 
 def total(parts: Parts) -> int:
-    """Bytes of all of them."""
+    """The bytes of all parts."""
     return sum(part.nbytes for part in parts)
 
 
 @dataclass(frozen=True)
 class Use:
-    """What one process holds of one device (or of main memory, on a CPU), and of main memory beside it."""
+    """What one process holds on one device (or in main memory, on a CPU), and in main memory beside it."""
 
     always: Parts
     phases: dict[str, Parts] = field(default_factory=dict)  # what comes on top, one phase at a time
-    asleep: Parts = ()  # of the device, while other roles have their turn
-    host: Parts = ()  # of main memory, where the rest is on a device
+    asleep: Parts = ()  # on the device, while other roles take their turn
+    host: Parts = ()  # in main memory, where the rest is on a device
     host_asleep: Parts = ()
-    least: int = 0  # of vLLM: bytes of the device without which it refuses to start, an update included
-    rows: float = 0.0  # of vLLM: samples of full length whose keys and values its cache holds at once
+    least: int = 0  # vLLM: bytes of the device that it needs to start, an update included
+    rows: float = 0.0  # vLLM: samples of full length whose keys and values fit in its cache
 
     @property
     def phase(self) -> str:
-        """The one that takes most; empty: there are none."""
+        """The phase that takes most; empty: there are none."""
         return max(self.phases, key=lambda name: total(self.phases[name]), default="")
 
     @property
@@ -86,9 +86,9 @@ def largest(parts: Parts, count: int = 4) -> str:
 
 
 def kept_by_a_block(s: Shapes, size: int) -> int:
-    """Bytes a token that a block keeps for its backward pass, computing in numbers of `size` bytes: both
-    norms' fp32 input, their result before and after their weight; queries, keys, values and what attention
-    makes of them; of the MLP the gate, its activation, the other half and their product.
+    """Bytes per token that a block keeps for its backward pass, with numbers of `size` bytes: both norms'
+    fp32 input, their result before and after their weight; queries, keys, values and attention's output; the
+    MLP's gate, its activation, the other half and their product.
     """
     norm = 4 + 2 * size
     normed = (4 + size) * (s.queries + s.keys // 2) if s.normed_queries else 0
@@ -96,19 +96,21 @@ def kept_by_a_block(s: Shapes, size: int) -> int:
 
 
 def under_way_in_a_block(s: Shapes, size: int) -> int:
-    """Bytes a token at the widest place of a block's forward pass without gradients: the residual, a norm,
+    """Bytes per token at the widest point of a block's forward pass without gradients: the residual, a norm,
     the MLP's gate, other half and product.
     """
     return size * 2 * s.width + (4 + size) * s.width + size * max(3 * s.inner, 2 * s.queries + s.keys)
 
 
 def backward_of_a_block(s: Shapes, size: int) -> int:
-    """Bytes a token of gradients at the widest place: of the MLP's inner values, and of a norm in fp32."""
+    """Bytes per token of gradients at the widest point: those of the MLP's inner values, and of a norm in
+    fp32.
+    """
     return 3 * size * s.inner + 8 * s.width
 
 
 def chunk_bytes(recipe_mb: int | None, s: Shapes, cuda: bool) -> int:
-    """Of one `[positions, vocab]` buffer of the loss, see `losses/chunked.py`."""
+    """Bytes of one `[positions, vocab]` buffer of the loss; see `losses/chunked.py`."""
     if recipe_mb is not None:
         return recipe_mb << 20
     return max((512 if cuda else 64) << 20, s.head)
@@ -132,10 +134,10 @@ def learner(
     full: bool = True,
     chunk_mb: int | None = None,
 ) -> Use:
-    """One rank of `world`. `tokens` and `longest` are those of its share of a batch and of one sample.
+    """One rank of `world`. `tokens` is the length of its share of a batch, `longest` that of one sample.
 
-    `heads` are of the teachers that give hidden states; `trainable` counts adapters, None: all weights learn.
-    `full`: the loss has a formula of its own; others go by autograd and keep twice as many buffers.
+    `heads` are those of teachers that give hidden states. `trainable` counts adapter parameters; None: all
+    weights learn. `full`: the loss has its own formula; others use autograd and keep twice as many buffers.
     """
     size, learns = compute.itemsize, s.parameters if trainable is None else trainable
     sharded = world > 1 or section.offload or compute != torch.float32
@@ -214,12 +216,14 @@ def teacher(
 
 
 def sampler(section: Sampler, s: Shapes, *, dtype: torch.dtype, cuda: bool, longest: int, prompt: int) -> Use:
-    """On transformers: one replica on one device. `prompt` tokens of the longest prompt."""
+    """A sampler on transformers: one replica on one device. `prompt` is the longest prompt's number of
+    tokens.
+    """
     size, rows = dtype.itemsize, section.concurrency
     weights = Part("weights", size * s.parameters)
     held = rows * longest
     always = (weights, *_context(cuda, 1))
-    # After an update in mid-rollout all rows are read again at once.
+    # After an update in mid-rollout, all rows are read again at once.
     read = held if section.max_new_tokens else rows * prompt
     forward = (
         Part("KV cache", size * s.kv * held),
@@ -243,7 +247,7 @@ def vllm(
     log_probs: bool,
     live: bool,
 ) -> Use:
-    """One replica split over `split` devices of `device` bytes, of each of which it takes `share` at its
+    """One replica split over `split` devices of `device` bytes. It takes the fraction `share` of each at its
     start, whatever it needs. `live`: its weights are updated.
     """
     size = dtype.itemsize
@@ -274,7 +278,7 @@ def vllm(
 
 def vllm_on_cpu(s: Shapes, *, dtype: torch.dtype, rows: int, longest: int, batched: int | None) -> Use:
     """One process of vLLM's CPU build. Its cache holds what all requests can need, at most an eighth of the
-    memory, see `build.with_cpu_cache`.
+    memory; see `with_cpu_cache` in `engines/vllm/build.py`.
     """
     size = dtype.itemsize
     tokens = max(batched or 4096, longest)
@@ -289,7 +293,7 @@ def vllm_on_cpu(s: Shapes, *, dtype: torch.dtype, rows: int, longest: int, batch
 
 
 def _files(s: Shapes, size: int) -> Part:
-    """Pages of the checkpoint that stay mapped while it is made wider; most have two bytes a number."""
+    """Pages of the checkpoint that stay mapped while it is widened; most have two bytes per number."""
     return Part("files that are being read", 2 * s.parameters if size > 2 else 0)
 
 
@@ -323,7 +327,7 @@ class Worker:
 
 
 def workers(recipe: Recipe, plan: Plan, models: Models, device_bytes: int) -> list[Worker]:
-    """Every process that holds a model, on devices of so many bytes each."""
+    """Every process that holds a model, on devices of `device_bytes` each."""
     found = [Worker(spec, of_learner(recipe, spec, models)) for spec in plan.learners]
     for section, ranks in zip(recipe.teachers, plan.teachers, strict=True):
         if not engine_of(section).remote:
@@ -402,7 +406,7 @@ def _claiming(
 
 @dataclass(frozen=True)
 class Demand:
-    """What a device must hold at the worst moment, and whose it is."""
+    """What a device must hold at the worst moment, and for which workers."""
 
     device: int
     who: str
@@ -414,8 +418,8 @@ class Demand:
 
 
 def demands(plan: Plan, found: Sequence[Worker]) -> list[Demand]:
-    """The worst moment of each device that the plan uses. Where roles take turns, those that sleep leave
-    something behind; where they share, all have their peak at once.
+    """The worst moment of each device that the plan uses. Where roles take turns, sleeping ones still hold
+    something; where they share, all are at their peak at once.
     """
     worst = []
     for device in sorted({d for w in found for d in w.spec.devices}):
@@ -464,12 +468,13 @@ class Fit:
         self.recipe, self.models, self.device_bytes = recipe, models, device_bytes
 
     def whole(self, section: Teacher, spec: WorkerSpec) -> bool:
-        """Whether one device holds all of a teacher, and nothing else that is awake."""
+        """Whether one device can hold a whole teacher, with nothing else awake on it."""
         use = of_teacher(self.recipe, section, replace(spec, whole=True), self.models, self.device_bytes)
         return use.peak <= (1 - SPARE) * self.device_bytes
 
     def shares(self, plan: Plan) -> Shares | None:
-        """The parts of a device that vLLM engines may take where nobody takes turns; None: it does not fit.
+        """The fractions of a device that vLLM engines may take where roles do not take turns; None: they do
+        not fit.
 
         A sampler's cache must hold an eighth of its concurrent samples at full length, as few ever reach it.
         """

@@ -1,8 +1,8 @@
-"""Shared memory without a name, and page-locking it.
+"""Unnamed shared memory, and page-locking it.
 
-The kernel commits a page when somebody first touches it, so that tens of gigabytes cost no time at the start
-(torch's own shared storages are committed as they are made, a second a gigabyte). What could not be committed
-later, with SIGBUS for whoever writes, is refused at once.
+The kernel commits a page when it is first touched, so tens of gigabytes cost no time at the start (torch's
+own shared storages are committed when made, at a second per gigabyte). Memory that could not be committed
+later (SIGBUS for the process that writes) is refused at once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ NO_ERROR = 0
 
 
 def shared_bytes(nbytes: int) -> Tensor:
-    """uint8 zeros that processes share which inherit or are sent them; they are gone with the last of them.
+    """uint8 zeros, shared by processes that inherit them or are sent them; freed with the last such process.
 
-    Raises `UserError` if /dev/shm cannot hold so much.
+    Raises `UserError` if /dev/shm cannot hold them.
     """
     if not SHM.is_dir() or not hasattr(os, "O_TMPFILE"):
         return torch.zeros(nbytes, dtype=torch.uint8).share_memory_()
@@ -46,8 +46,8 @@ def shared_bytes(nbytes: int) -> Tensor:
 def page_lock(memory: Tensor, runtime: Any) -> int:
     """Have CUDA's runtime library lock the memory's pages; returns its error, 0 if there is none.
 
-    A refusal stays pending in the library until somebody asks for it, and would be taken for the failure of
-    the next kernel that is launched: so it is asked for here.
+    A refusal stays pending in the library until it is read, and would look like a failure of the next kernel
+    launch; so it is read here.
     """
     pointer, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes)
     error = int(runtime.cudaHostRegister(pointer, size, ctypes.c_uint(PORTABLE)))
@@ -57,7 +57,9 @@ def page_lock(memory: Tensor, runtime: Any) -> int:
 
 
 def cuda_runtime() -> Any:
-    """The CUDA runtime library that torch has loaded, as errors are pending in one library alone."""
+    """The CUDA runtime library that torch has loaded, since each copy of the library has its own pending
+    errors.
+    """
     torch.cuda.init()
     major = str(torch.version.cuda).split(".")[0]
     return ctypes.CDLL(f"libcudart.so.{major}")

@@ -17,8 +17,8 @@ SHM = Path("/dev/shm")
 
 
 def arena_bytes(recipe: Recipe, specs: Sequence[TargetSpec]) -> int:
-    """Shared memory for teacher targets. With room for three batches' worst case the run cannot stall for
-    it.
+    """Bytes of shared memory for teacher targets. With room for three worst-case batches, a run cannot stall
+    for lack of it.
     """
     response = max(recipe.sampler.max_new_tokens, recipe.eval.max_new_tokens or 0)
     batch = recipe.learner.batch_samples * (max(spec.nbytes(response) for spec in specs) + 64)
@@ -36,7 +36,7 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """RAM that can be had now without swapping."""
+    """RAM available now without swapping."""
     return int(psutil.virtual_memory().available)
 
 

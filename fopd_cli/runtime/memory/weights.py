@@ -27,9 +27,7 @@ Layout = list[tuple[str, tuple[int, ...], torch.dtype]]  # name, shape and dtype
 
 
 class SharedWeights:
-    """One version's weights where they lie: iterate for `(name, view)`. Pickles as a path into this
-    process.
-    """
+    """One version's weights, in place: iterate for `(name, view)`. Pickles as a path into this process."""
 
     def __init__(self, memory: Tensor, offset: int, layout: Layout) -> None:
         self.memory, self.offset, self.layout = memory, offset, layout
@@ -50,7 +48,7 @@ def _open(path: str, size: int, offset: int, layout: Layout) -> SharedWeights:
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Of one version."""
+    """Bytes of one version."""
     return sum(aligned(dtype.itemsize * int(np.prod(shape))) for _, shape, dtype in layout)
 
 
@@ -76,9 +74,9 @@ class WeightChannel:
         return layout_bytes(self.layout)
 
     def page_lock(self) -> None:
-        """For a process with a CUDA device: copies between it and the slots then go at the bus's speed,
-        without a detour through a buffer of the driver's. Where the kernel refuses to lock so much, they are
-        slower, and the worker's log says so.
+        """For a process with a CUDA device: copies between it and the slots then run at bus speed, without a
+        detour through a driver buffer. If the kernel refuses to lock that much, they are slower, and the
+        worker's log says so.
         """
         if error := page_lock(self.memory, cuda_runtime()):
             print(
@@ -108,7 +106,7 @@ class WeightChannel:
         return written
 
     def read(self, version: int) -> SharedWeights:
-        """All weights of one version, where they lie; call `check` when done with them."""
+        """All weights of one version, in place; call `check` when done with them."""
         self.check(version)
         return self._slot(version)
 
@@ -121,14 +119,14 @@ class WeightChannel:
             )
 
     def save(self, version: int, path: Path) -> None:
-        """One version's slot as it lies in memory."""
+        """Write one version's slot to a file, byte for byte."""
         self.check(version)
         start = (version % 2) * self.slot_bytes
         with path.open("wb") as file:
             file.write(self.memory[start : start + self.slot_bytes].numpy().data)
 
     def load(self, version: int, path: Path, dtypes: Sequence[torch.dtype]) -> None:
-        """Take up what `save` wrote of the same tensors, in their dtypes of then."""
+        """Load what `save` wrote; `dtypes` are those that the tensors had at the time."""
         saved = [(name, shape, dtype) for (name, shape, _), dtype in zip(self.layout, dtypes, strict=True)]
         memory = torch.from_file(str(path), shared=False, size=layout_bytes(saved), dtype=torch.uint8)
         self.write(version, iter(SharedWeights(memory, 0, saved)))

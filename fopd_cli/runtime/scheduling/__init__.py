@@ -1,1 +1,1 @@
-"""Who does what when: `schedule.py` decides, a pure state machine; the rest is its vocabulary and inputs."""
+"""What runs when: `schedule.py`, a pure state machine, decides; the rest is its vocabulary and inputs."""

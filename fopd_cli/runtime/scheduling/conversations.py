@@ -1,8 +1,8 @@
-"""Whose turn it is: what a sampler wrote goes to its environment, what that answers back to the sampler.
+"""Whose turn it is: what a sampler wrote goes to the environment, and the answer goes back to the sampler.
 
     turn ──on_turns──> environment ──on_observed──> the next request, or the whole episode as one rollout
 
-`fopd run` and `fopd eval` both hold their episodes here; what they differ in is who samples and who executes.
+`fopd run` and `fopd eval` both keep their episodes here; they differ in what samples and what executes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Finished = list[tuple[int, Rollout]]  # sampler replica, whole episode
 
 
 class Conversations:
-    """All running episodes. `asked(key)` is the question, and the student's version when it was put;
-    `sample(replica, requests)` and `execute(command)` hand over what is next.
+    """All running episodes. `asked(key)` is the prompt, and the student's version when it was asked;
+    `sample(replica, requests)` and `execute(command)` pass on what is next.
 
     `together`: a sampler gets its next turns only when all its episodes are back, so that two runs form the
     same batches; else each turn goes back at once.
@@ -50,7 +50,7 @@ class Conversations:
         self._sample(replica, requests)
 
     def on_turns(self, replica: int, turns: Iterable[Rollout]) -> Finished:
-        """A sampler wrote these turns. Returns episodes that ended with them, out of tokens."""
+        """A sampler wrote these turns. Returns the episodes that they ended, for want of tokens."""
         finished = []
         for turn in turns:
             episode = self._episodes.on_turn(turn)
@@ -88,7 +88,7 @@ class Conversations:
         return episode.replica, self._episodes.finish(episode)
 
     def _go_on(self, replica: int) -> None:
-        """Give a sampler the turns that it can go on with."""
+        """Give a sampler the turns that it can continue."""
         running = {key: e for key, e in self._episodes.running.items() if e.replica == replica}
         ready = sorted(running.keys() & self._held.keys())
         if not ready or (self._together and len(ready) < len(running)):
@@ -96,7 +96,7 @@ class Conversations:
         self._sample(replica, [self._held.pop(key) for key in ready])
 
     def give_up(self, replica: int) -> None:
-        """A sampler was stopped: its episodes are done again from their start, or were dropped."""
+        """A sampler was stopped: its episodes start over, or were dropped."""
         lost = self._episodes.drop([k for k, e in self._episodes.running.items() if e.replica == replica])
         for key in lost:
             self._held.pop(key, None)

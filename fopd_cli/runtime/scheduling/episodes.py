@@ -3,9 +3,9 @@ appended.
 
     request ──> sampler ──turn──> environment ──observation──> next request ... ──> one Rollout of all turns
 
-Token in, token out: what was sampled is never rendered or tokenised again. An observation is encoded by
+Token in, token out: what was sampled is never rendered or tokenized again. An observation is encoded by
 itself, as what a chat template puts between two turns of the assistant, so a template that drops earlier
-reasoning changes nothing. Its tokens bear no loss. All turns and observations together stay within the
+reasoning changes nothing. Its tokens carry no loss. All turns and observations together stay within the
 sampler's `max_new_tokens`.
 """
 
@@ -66,7 +66,9 @@ class Episodes:
         calls: list[dict[str, Any]],
         answer: str | None = None,
     ) -> Running | None:
-        """The environment answered, None: the episode is over. Returns None if it was given up meanwhile."""
+        """The environment answered; no `token_ids`: the episode is over. Returns None if it was given up
+        meanwhile.
+        """
         episode = self.running.get(key)
         if episode is None or episode.life != life:
             return None
@@ -77,7 +79,7 @@ class Episodes:
         return episode
 
     def next_turn(self, episode: Running) -> Request | None:
-        """What the sampler is to go on with; None if no token is left for it."""
+        """The sampler's next request; None if no token is left for it."""
         left = episode.first.params.max_new_tokens - episode.spent
         if left <= 0:
             return None
@@ -97,19 +99,19 @@ class Episodes:
         return joined(episode)
 
     def drop(self, keys: Iterable[int]) -> list[int]:
-        """Give some up; returns those that there were."""
+        """Give up these episodes; returns the keys of those that were running."""
         return [key for key in list(keys) if self.running.pop(key, None) is not None]
 
 
 def _seed(seed: int, turn: int) -> int:
-    """Of a later turn; depends on the sample and the turn alone."""
+    """The seed of a later turn; depends only on the sample and the turn."""
     digest = hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def joined(episode: Running) -> Rollout:
-    """Turns and the observations between them, end to end. What no student sampled has no loss and log-prob
-    nan.
+    """Turns and the observations between them, end to end. Tokens that the student did not sample have no
+    loss and log-prob nan.
     """
     turns, observations = episode.turns, episode.observations[: len(episode.turns) - 1]
     ids, spans, places = [episode.first.token_ids], [], []
@@ -149,7 +151,7 @@ def joined(episode: Running) -> Rollout:
 
 
 def _merged(spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Neighbours of one version as one span."""
+    """Adjacent spans of one version, merged."""
     out: list[tuple[int, int, int]] = []
     for version, start, stop in spans:
         if out and out[-1][0] == version:

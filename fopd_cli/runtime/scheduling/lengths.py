@@ -1,4 +1,4 @@
-"""Which prompts fit: into the student's context, and as the teacher is told them into the teacher's, with
+"""Which prompts fit into the student's context and, as the teacher is told them, into the teacher's, with
 room for the response.
 """
 
@@ -20,7 +20,7 @@ class Room:
     """What one model can take. `teacher` is its name, None for the student."""
 
     key: str
-    context: int | None  # tokens; None: nobody knows
+    context: int | None  # tokens; None: not known
     teacher: str | None = None
     told: bool = False  # the teacher has a prompt of its own (teacher.context or teacher.template)
     extra: int = 0  # tokens that an engine generates after what it scores
@@ -29,8 +29,8 @@ class Room:
 def rooms(
     recipe: Recipe, student: Any, teachers: Mapping[str, tuple[str, Any]], served: Mapping[str, int]
 ) -> list[Room]:
-    """Of all models: the student's configuration, (key, configuration) of local teachers by name, the
-    contexts of servers.
+    """The rooms of all models, from the student's configuration, (key, configuration) of local teachers by
+    name, and the contexts of servers.
     """
     found = [Room("student.model", _context(student))]
     for t in recipe.teachers:
@@ -41,7 +41,7 @@ def rooms(
 
 
 def tells(teacher: Teacher) -> bool:
-    """Whether the teacher reads another prompt than the student."""
+    """Whether the teacher reads a different prompt than the student."""
     return teacher.context is not None or teacher.template == "teacher"
 
 
@@ -50,7 +50,8 @@ def _context(config: Any) -> int | None:
 
 
 def keep_what_fits(recipe: Recipe, stream: PromptStream, found: Sequence[Room]) -> list[str]:
-    """Leave prompts out that are too long, by `task.overlong`; returns what was done, a line a split.
+    """Leave out prompts that are too long, as `task.overlong` says; returns what was done, one line per
+    split.
 
     Raises `UserError` if none may be left out, or none is left.
     """
@@ -63,7 +64,7 @@ def keep_what_fits(recipe: Recipe, stream: PromptStream, found: Sequence[Room]) 
         prompt, count = stream.prompts[split][index], f"{len(long)} of {len(stream.kept[split])}"
         name = f"task.{split}: {prompt.place}" if prompt.place else f"task: {split} prompt {index}"
         cure = "lower sampler.max_new_tokens, shorten the prompts, or take a model with a longer context"
-        # None: the prompts are made, and as long as the recipe says
+        # None: the prompts are generated, as long as the recipe says
         choice = getattr(recipe.task, "overlong", None)
         if choice != "drop":
             other = ", or set task.overlong: drop" if choice else ""
@@ -78,7 +79,7 @@ def keep_what_fits(recipe: Recipe, stream: PromptStream, found: Sequence[Room]) 
 def _overlong(
     recipe: Recipe, stream: PromptStream, split: str, found: Sequence[Room]
 ) -> Iterator[tuple[int, str]]:
-    """(index, what is too long for whom) of each prompt that does not fit."""
+    """(index, what is too long for which model) of each prompt that does not fit."""
     new = recipe.sampler.max_new_tokens
     if split == "eval":
         new = recipe.eval.max_new_tokens or new

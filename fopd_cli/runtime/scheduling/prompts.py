@@ -1,4 +1,4 @@
-"""The order of prompts: which sample is the n-th, for ever, without state."""
+"""The order of prompts: which sample is the n-th, fixed for good and without state."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PromptStream:
     """Each epoch is a fresh permutation of the training prompts; each prompt is sampled `samples_per_prompt`
     times in a row.
 
-    `kept` are the prompts of each split that are used, by their indices; all of them unless some were
-    dropped. `frames` turn prompts into tokens for teachers that read them in a frame of their own.
+    `kept` holds the indices of each split's prompts in use: all, unless some were dropped. `frames` turn
+    prompts into tokens for teachers with a frame of their own.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PromptStream:
         self._told: dict[tuple[str, int], np.ndarray] = {}
 
     def drop(self, split: str, indices: Iterable[int]) -> None:
-        """Leave prompts out. Those that stay keep their index, and with it their random numbers."""
+        """Leave out prompts. Those that stay keep their index, and with it their random numbers."""
         gone = set(indices)
         self.kept[split] = [i for i in self.kept[split] if i not in gone]
         self._orders = {}
@@ -82,7 +82,7 @@ class PromptStream:
         return self._teachers.get(prompt.teacher or "", 0)
 
     def teacher_name(self, split: str, index: int) -> str | None:
-        """Of the teacher that judges it; None if no teachers are known here."""
+        """The name of the teacher that judges it; None if no teachers are known here."""
         return list(self._teachers)[self._number(self.prompts[split][index])] if self._teachers else None
 
     def told(self, sample: SampleId) -> np.ndarray | None:
@@ -131,7 +131,7 @@ class PromptStream:
         return max((int(ids.max()) for ids in seen if ids is not None and len(ids)), default=-1)
 
     def tokens(self, split: str, index: int, judged: bool) -> int:
-        """Of a prompt as the student sees it, or as its teacher does."""
+        """Number of tokens of a prompt, as the student sees it, or as its teacher does."""
         seen = self.as_told(split, index) if judged else None
         return len(self.encoded(split, index) if seen is None else seen)
 
@@ -141,7 +141,7 @@ class PromptStream:
 
 
 def context_tokens(recipe: Recipe, stream: PromptStream, judged: bool) -> int:
-    """Tokens of the longest sample that there can be, as the student has it, or as teachers judge it."""
+    """Tokens of the longest possible sample, as the student has it, or as teachers judge it."""
     new = {
         "train": recipe.sampler.max_new_tokens,
         "eval": recipe.eval.max_new_tokens or recipe.sampler.max_new_tokens,
@@ -162,7 +162,7 @@ def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
 
 @dataclass(frozen=True)
 class EvalVersions:
-    """Before the first step, after the last, and every so often (0: not) in between."""
+    """Before the first step, after the last, and every `every` steps (0: never) in between."""
 
     steps: int
     every: int
@@ -174,7 +174,7 @@ class EvalVersions:
 
 
 def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: bool) -> ScheduleConfig:
-    """The recipe as the schedule wants it."""
+    """The recipe in the form that the schedule takes."""
     replay = recipe.freshness.replay
     wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or replay.labels == "current"
     eval_versions = EvalVersions(recipe.learner.steps, recipe.eval.every)

@@ -1,4 +1,4 @@
-"""What replayed contexts cost: how many were looked at, and how long the learner waited for them."""
+"""What replayed contexts cost: how many there were, and how long the learner waited for them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class Replays:
-    """Those under way, and sums since the last optimizer step."""
+    """Replays under way, and sums since the last optimizer step."""
 
     def __init__(self) -> None:
         self._under_way: set[int] = set()
-        self._since: float | None = None  # when they began to hold the learner, if they do
+        self._since: float | None = None  # when they began to hold up the learner, if they do
         self._clear()
 
     def _clear(self) -> None:
@@ -19,7 +19,7 @@ class Replays:
         self._waited = self._executed = 0.0
 
     def begin(self, keys: Iterable[int], holding: bool) -> None:
-        """The next optimizer step waits for these; `holding`: the learner is free for it already."""
+        """The next optimizer step waits for these; `holding`: the learner is already free."""
         self._under_way |= set(keys)
         if holding and self._since is None:
             self._since = time.time()
@@ -29,14 +29,14 @@ class Replays:
         self._since = time.time() if self._under_way else None
 
     def end(self, key: int, changed: bool, seconds: float) -> None:
-        """One of them is known; its execution took that long."""
+        """One replay is done; its execution took `seconds`."""
         self._changed += changed
         self._replayed += 1
         self._executed += seconds
         self.forget(key)
 
     def forget(self, key: int) -> None:
-        """It is known, or its sample is gone."""
+        """A replay is done, or its sample is gone."""
         if key in self._under_way:
             self._under_way.discard(key)
             if not self._under_way and self._since is not None:
@@ -44,8 +44,8 @@ class Replays:
                 self._since = None
 
     def cost(self) -> dict[str, float]:
-        """Since the last call: samples replayed, of them changed; seconds of execution, and those in which
-        the learner was free.
+        """Since the last call: samples replayed, and those that changed; seconds of execution, and seconds
+        that the learner waited.
         """
         found = {
             "replayed": float(self._replayed),

@@ -1,4 +1,4 @@
-"""Who may do what when: admission, versions, lag, back-pressure, refresh, evaluation. A pure state machine.
+"""What may start when: admission, versions, lag, back-pressure, refresh, evaluation. A pure state machine.
 
 It knows no processes, no tensors and no clock. The conductor tells it what happened (`on_*`) and asks what to
 start (`actions`); tests do the same on a virtual clock.
@@ -12,43 +12,44 @@ only while
 A sample admitted at v has the deadline v + D: it must be consumed at or before optimizer step v + D. By
 (admission), the samples with deadline <= s never number more than (s - t + 1) B, that is, what steps t .. s
 consume. The batch of step t takes the ready samples of earliest deadline, and starts only if afterwards, for
-every s > t, those left
-with deadline <= s number at most (s - t) B                                                   (feasibility)
+every s > t,
+
+    those left with deadline <= s number at most (s - t) B                                     (feasibility)
+
 If not, it waits for the stragglers that it lacks. So no sample is ever older than D at consumption, no
 finished sample is ever thrown away for its age, and a straggler can be overtaken only as long as it still
 makes its deadline.
 
 **Less ahead.** `ahead` steps, at most D, is what (admission) uses in D's place; the conductor sets it by the
-measured drift (`freshness/depth.py`). Deadlines stay v + D: who admits less keeps the bound all the more.
+measured drift (`freshness/depth.py`). Deadlines stay v + D: admitting less keeps the bound all the more.
 
-**Fixed lag** (`lag = k`, for studies): window j (samples jB .. jB+B-1) is sampled by version max(0, j - k)
-alone and consumed at step j. A sampler moves to v + 1 only when window v + k is sampled, and step t starts
-only when all samplers hold version t.
+**Fixed lag** (`lag = k`, for studies): window j (samples jB .. jB+B-1) is sampled only by version
+max(0, j - k) and consumed at step j. A sampler moves to v + 1 only when window v + k is sampled, and step t
+starts only when all samplers hold version t.
 
 **Windows.** At depth 0 and under a fixed lag two runs must compute the same bits. So samples are cut by
-number into the batches that consume them (`_windows`), and every sampler's and teacher's group lies within
-one: `concurrency` or `score_batch` samples in a row, whatever the order of arrival. Groups are scored in the
-order in which they are consumed, held-out ones first, because the learner holds still for them. A group whose
-targets find no room takes it from the last ones, which are scored again later, as whole groups.
+number into the batches that consume them (`_windows`), and every group of a sampler or teacher is within one:
+`concurrency` or `score_batch` samples in a row, whatever the order of arrival. Groups are scored in the order
+in which they are consumed, held-out ones first, because the learner waits for them. A group whose targets do
+not fit takes room from the last groups, which are scored again later, as whole groups.
 
 **Resuming.** `state_dict` keeps whole groups or nothing: a group that is half sampled is planned again, one
-that is half scored is scored again. Under a fixed lag what is left of the window in hand is still sampled by
-version `step
-- 1` (`resume_version`), whose weights the checkpoint holds for that.
+that is half scored is scored again. Under a fixed lag the rest of the current window is still sampled by
+version `step - 1` (`resume_version`), whose weights the checkpoint holds for that.
 
 **Two weight slots.** Version t + 1 is written over version t - 1, so step t starts only when no sampler is
 still being told to load something older than t.
 
-**Replays.** Before a step, the oldest samples of its batch that have a lag, at most `replays` of them, have
-their contexts replayed, once each; those that changed are scored again. Where their labels replace the first
-ones, the step waits for it, so that a label is of the step's own time. Where only their drift is asked
-(`replay_ahead`), they are replayed while the learner is still at the step before, in the world of that step,
-and a wait is what is left of it. What a lost teacher was scoring again is scored on its first context and
-then replayed anew.
+**Replays.** Before a step, the contexts of its batch's oldest samples with a lag of at least `replay_lag`, at
+most `replays` of them, are replayed, once each; samples whose context changed are scored again. Where new
+labels replace the first ones, the step waits for them, so that a label is of the step's own time. Where only
+drift is measured (`replay_ahead`), contexts are replayed while the learner is still at the previous step, in
+the world of that step, and the next step waits only for the rest. Samples that a lost teacher was scoring
+again are scored on their first context and then replayed again.
 
-**Lost engines.** What a lost sampler was generating, or a lost teacher scoring, goes back one state, and
-whoever has room takes it up: a replica that lives, or the same one when it is back. A sampler that is back,
-or awake after its sleep on a time-sliced box, holds no weights and loads the newest before anything else.
+**Lost engines.** What a lost sampler was generating, or a lost teacher scoring, goes back one state, and is
+redone by any engine with room: a living replica, or the same one when it is back. A sampler that is back, or
+awake after its sleep on a time-sliced box, holds no weights and loads the newest before anything else.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Schedule:
     """See the module's docstring. `prompt_stream(n)` is the n-th training draw, `eval_ids` the held-out ones.
 
     `teacher_of(sample)` is the number of the teacher that judges it. `reserve(keys)` takes memory for the
-    targets of all these samples, or none and says False; `release(key)` gives it back.
+    targets of all these samples, or for none and returns False; `release(key)` gives it back.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Schedule:
         r.stale = r.stale and version < self.step
 
     def on_sampled(self, replica: int, key: int, oldest_version: int) -> bool:
-        """Returns False for a sample that a refresh has dropped, or a pause abandoned, meanwhile."""
+        """Returns False for a sample that a refresh dropped, or a pause abandoned, meanwhile."""
         self.replicas[replica].running.discard(key)
         ticket = self.tickets.get(key)
         if ticket is None or ticket.state is not State.SAMPLING:
@@ -166,7 +167,7 @@ class Schedule:
             self.tickets[key].graded = True
 
     def on_scored(self, teacher: int, keys: Iterable[int]) -> list[int]:
-        """Returns the keys that a refresh has dropped meanwhile."""
+        """Returns the keys that a refresh dropped meanwhile."""
         self.teachers[teacher].scoring -= 1
         dropped = []
         for key in keys:
@@ -177,13 +178,13 @@ class Schedule:
         return dropped
 
     def on_replayed(self, key: int, changed: bool) -> None:
-        """A context was looked at; a sample that was dropped meanwhile is ignored."""
+        """A context was replayed; a sample that was dropped meanwhile is ignored."""
         ticket = self.tickets.get(key)
         if ticket is not None and ticket.state is State.REPLAYING:
             ticket.state, ticket.replayed = State.REPLAYED if changed else State.SCORED, True
 
     def on_environment_lost(self) -> None:
-        """Nobody answers for what was being replayed."""
+        """Running replays get no answer: their samples count as scored."""
         for ticket in self.tickets.values():
             if ticket.state is State.REPLAYING:
                 ticket.state = State.SCORED
@@ -228,7 +229,7 @@ class Schedule:
         self.replicas[index].up = True
 
     def on_teacher_lost(self, index: int) -> list[int]:
-        """A teacher died or was stopped; returns the keys that it was scoring, whose reservations are to be
+        """A teacher died or was stopped; returns the keys that it was scoring, whose reservations must be
         released.
         """
         self.teachers[index] = _Teacher(up=False)
@@ -245,8 +246,8 @@ class Schedule:
         """Drop every training sample that is not being trained on; returns them by key. Their prompts are
         drawn again.
 
-        Where two runs must agree, all that could have been started by now counts as drawn: what was depends
-        on the clock.
+        Where two runs must agree, all samples that could have been started by now count as drawn: which ones
+        really were depends on the clock.
         """
         if self.config.deterministic:
             while self.consumed + sum(map(len, self._windows())) < self._bound(self.step - 1):
@@ -313,7 +314,7 @@ class Schedule:
         return self.learner_busy or any(t.scoring for t in self.teachers) or sampling
 
     def _pass_lease(self) -> list[Action]:
-        """Whoever has work gets the box: the learner first, so that samples are consumed while they are
+        """A role with work gets the box: the learner first, so that samples are consumed while they are
         fresh.
         """
         wants: dict[Role, bool] = {
@@ -360,7 +361,7 @@ class Schedule:
         return None if batch is None or self._due_replays(batch) else Train(self.step, tuple(batch))
 
     def _may_train(self) -> bool:
-        """Whether a batch is all that the next optimizer step can be waiting for."""
+        """Whether the next optimizer step needs nothing but a batch to start."""
         if self.step == self.config.steps:
             return False
         if any(r.loading is not None and r.loading < self.step for r in self.replicas):
@@ -393,13 +394,13 @@ class Schedule:
 
     @property
     def _world(self) -> int:
-        """The number of the step whose world a replay sees: of whether it starts early or late nothing may
-        depend.
+        """The number of the step whose world a replay sees: nothing may depend on whether it starts early or
+        late.
         """
         return self._next_step - self.config.replay_ahead
 
     def _due_replays(self, batch: list[int]) -> tuple[int, ...]:
-        """Of samples of the next batch, those to be replayed first."""
+        """The samples of the next batch that must be replayed first."""
         left, world = self.config.replays - self.replayed_now, self._world
         old = (self.tickets[k] for k in batch if world - self.tickets[k].version >= self.config.replay_lag)
         due = sorted((t for t in old if not t.replayed), key=lambda t: (t.version, t.key))
@@ -460,7 +461,7 @@ class Schedule:
         return _cut(sorted(waiting, key=lambda t: t.key), self.config.batch)
 
     def _score_groups(self, teacher: int, evaluation: bool) -> Iterator[list[Ticket]]:
-        """One call's samples each, in the order in which the learner takes them. Nobody can join them any
+        """One call's samples each, in the order in which the learner takes them. No sample can join them any
         more.
         """
         size = self.config.score_batch[teacher]
@@ -471,24 +472,23 @@ class Schedule:
                     yield group
 
     def _left_in_window(self) -> int:
-        """How many more samples may start before the first window that has any left is all sampled."""
+        """How many samples are still to start in the first window that is not fully started."""
         windows = self._windows()
         for window in windows:
             planned = sum(t.state is State.PLANNED for t in window)
-            missing = self.config.batch - len(window)  # none but in the last one
+            missing = self.config.batch - len(window)  # 0 except in the last one
             if planned + missing:
                 return planned + missing
         return self.config.batch
 
-    # -- evaluation: held-out prompts are sampled, scored and measured at one version, while the learner holds
-    # still
+    # -- evaluation: held-out prompts are sampled, scored and measured at one version, while the learner waits
 
     def _eval_due(self) -> int | None:
         due = self.step in self.config.eval_versions and self.step not in self.evaluated
         return self.step if due and self.eval_ids else None
 
     def _held_out(self) -> list[Ticket]:
-        """In the order in which they are measured."""
+        """Held-out samples, in the order in which they are measured."""
         return sorted((t for t in self.tickets.values() if t.evaluation), key=lambda t: t.key)
 
     def _start_evaluation(self) -> None:
@@ -514,8 +514,8 @@ class Schedule:
         return out
 
     def _plan_score_again(self, teacher: int) -> tuple[int, ...]:
-        """Samples of changed context; they hold their memory already. All together where two runs must
-        agree.
+        """Samples whose context changed; their memory is already reserved. Where two runs must agree, none
+        before all replays are done.
         """
         if self.config.deterministic and any(t.state is State.REPLAYING for t in self.tickets.values()):
             return ()
@@ -539,7 +539,7 @@ class Schedule:
     def _reserved(self, group: tuple[int, ...]) -> tuple[int, ...]:
         """The group if the arena has room for its targets; else its urgent part, for which less urgent
         samples give up their targets (they are scored again later); else nothing, until the learner has freed
-        some.
+        some room.
         """
         if not group or self.reserve(group):
             return group
@@ -560,7 +560,7 @@ class Schedule:
         return ()
 
     def _first(self) -> list[Ticket]:
-        """What the learner takes next, held out and not."""
+        """What the learner takes next: held-out samples, and training samples."""
         if self.config.deterministic:
             return [
                 t for evaluation in (True, False) for window in self._windows(evaluation)[:1] for t in window
@@ -616,8 +616,8 @@ class Schedule:
         idle = not replica.running
         if self.config.lag is None or replica.stale:
             return self.step if idle or self.config.inflight != "wait" else None
-        # Not while another replica samples for this version: if that one is lost, its samples must still find
-        # it here.
+        # Not while another replica samples at this version: if that one is lost, its samples still need this
+        # version here.
         sampled = not any(r.running for r in self.replicas) and self._room(replica) <= 0
         return replica.loaded + 1 if sampled else None
 
@@ -685,8 +685,8 @@ class Schedule:
         """Everything that a resumed run needs, as JSON. Samples that were being sampled or scored go back one
         state.
 
-        Replays that ran ahead left the labels alone: whatever became of them, such samples are scored, and
-        are replayed anew. Others may have new labels: they are scored for the first time again.
+        Replays that ran ahead left the labels alone: whatever their state, such samples stay scored, and are
+        replayed again. Other replayed samples may have new labels: they are scored from scratch.
         """
         states = self._states_at_rest()
         return {
@@ -715,7 +715,7 @@ class Schedule:
 
     def resume_version(self) -> int:
         """The version that samplers load first when a run goes on from here: the newest, or under a fixed lag
-        the one before, while it still has samples to give to its window.
+        the one before, while its window still lacks samples.
         """
         before = self.step - 1
         if self.config.lag is None or not any(r.loaded == before >= 0 and not r.stale for r in self.replicas):
@@ -724,8 +724,8 @@ class Schedule:
         return before if self._bound(before) > self.consumed + kept else self.step
 
     def _states_at_rest(self) -> dict[int, State]:
-        """What each training sample goes back to when everyone stops; in groups, where two runs must
-        agree.
+        """The state that each training sample goes back to when all work stops; in groups, where two runs
+        must agree.
         """
         labelled = State.SCORED if self.config.replay_ahead else State.SAMPLED
 
@@ -753,7 +753,7 @@ class Schedule:
         return states
 
     def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
-        """`anew`: the recipe has changed so that what was in flight is to be sampled again."""
+        """`anew`: the recipe has changed so that samples in flight must be sampled again."""
         for name in ("step", "consumed", "cursor", "next_key", "refreshes"):
             setattr(self, name, state[name])
         self.counts = Counter(state["counts"])
@@ -773,4 +773,4 @@ class Schedule:
             for replica in self.replicas:
                 replica.loaded = self.step if anew else state["resume_version"]
         if anew:
-            self.consumed = self.step * self.config.batch  # admission counts in batches of today's size
+            self.consumed = self.step * self.config.batch  # admission counts in batches of the current size

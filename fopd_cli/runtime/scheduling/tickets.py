@@ -1,4 +1,4 @@
-"""The schedule's vocabulary: what a sample on its way is, what the recipe says, what the conductor is told to
+"""The schedule's vocabulary: the state of a sample, what the recipe says, what the conductor is told to
 do.
 """
 
@@ -15,21 +15,21 @@ Role = Literal["sampler", "teacher", "learner"]
 
 
 class State(StrEnum):
-    """Where a sample is. One that was trained on, gated or dropped by a refresh has no ticket any more."""
+    """Where a sample is. One that was trained on, gated or dropped by a refresh no longer has a ticket."""
 
-    PLANNED = "planned"  # its prompt is to be sampled again (after a refresh or a restart)
+    PLANNED = "planned"  # its prompt must be sampled again (after a refresh or a restart)
     SAMPLING = "sampling"
     SAMPLED = "sampled"
     SCORING = "scoring"
     SCORED = "scored"
-    REPLAYING = "replaying"  # scored, but its context is being looked at again
-    REPLAYED = "replayed"  # its context has changed: to be scored again
+    REPLAYING = "replaying"  # scored, but its context is being replayed
+    REPLAYED = "replayed"  # its context has changed: it must be scored again
     TRAINING = "training"
 
 
 @dataclass
 class Ticket:
-    """One sample on its way. `version` is the oldest that sampled any of its tokens (at admission: the
+    """One sample in flight. `version` is the oldest that sampled any of its tokens (at admission: the
     sampler's).
     """
 
@@ -39,8 +39,8 @@ class Ticket:
     version: int = -1
     graded: bool = False
     drawn: bool = False  # counted in `drawn` already (a restart does not draw again)
-    teacher: int = 0  # who judges it
-    replayed: bool = False  # it was looked whether its context has changed
+    teacher: int = 0  # the one that judges it
+    replayed: bool = False  # its context has been replayed
 
     @property
     def evaluation(self) -> bool:
@@ -57,14 +57,14 @@ class ScheduleConfig:
     lag: int | None  # fixed lag; depth is then ignored
     inflight: Literal["keep", "wait", "keep_stale_kv"]
     replicas: int
-    concurrency: int  # running samples a replica
-    score_batch: tuple[int, ...]  # samples a call, at most, of each teacher
+    concurrency: int  # running samples per replica
+    score_batch: tuple[int, ...]  # each teacher's samples per call, at most
     exclusive: bool  # time-sliced: one role at a time
     eval_versions: Container[int]
-    score_ahead: int = 2  # calls under way at once, of each teacher
+    score_ahead: int = 2  # each teacher's calls under way at once
     replays: int = 0  # samples whose contexts are replayed before an optimizer step, at most
-    replay_lag: int = 1  # only samples so many versions old
-    replay_ahead: bool = False  # while the learner is at the step before
+    replay_lag: int = 1  # only samples at least this many versions old
+    replay_ahead: bool = False  # while the learner is still at the previous step
 
     @property
     def max_lag(self) -> int:
@@ -72,7 +72,7 @@ class ScheduleConfig:
 
     @property
     def deterministic(self) -> bool:
-        """Groups are then formed by number instead of by arrival, so that two runs compute the same."""
+        """Whether groups are formed by number instead of by arrival, so that two runs compute the same."""
         return self.max_lag == 0 or self.lag is not None
 
 
