@@ -1,6 +1,4 @@
-"""The loss at each position: its settings, inputs and terms, and a readable version of all terms from
-logits.
-"""
+"""The loss at each position: settings, inputs and terms, and a readable version of all terms from logits."""
 
 from __future__ import annotations
 
