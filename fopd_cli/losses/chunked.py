@@ -149,9 +149,7 @@ class _HeadGradient:
         return cls(torch.zeros_like(head.weight, dtype=torch.float32), bias)
 
     def add(self, logits: Tensor, hidden: Tensor) -> None:
-        """Add the contribution of logit gradients `(n, V)`, in the dtype of the hidden states `(n,
-        width)`.
-        """
+        """Add the part of logit gradients `(n, V)`, in the dtype of the hidden states `(n, width)`."""
         if self.weight.dtype == hidden.dtype:
             self.weight.addmm_(logits.T, hidden)
         else:

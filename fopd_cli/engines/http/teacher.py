@@ -216,9 +216,7 @@ class HttpTeacher:
         return self._run(self._answer(body))
 
     async def _answer(self, body: dict[str, Any]) -> Any:
-        """Raises `UserError` for errors that cannot pass, `Unreachable` if the server has failed too
-        often.
-        """
+        """Raises `UserError` for errors that cannot pass, `Unreachable` if the server failed too often."""
         server, pause, tries, began = self.server, FIRST_PAUSE_S, 0, time.monotonic()
         retries = server.retries if self._until is None else min(server.retries, CHECK_RETRIES)
         payload = {"model": server.model, "max_tokens": 1, "temperature": 1.0, **body}

@@ -75,7 +75,7 @@ class Frame:
 
 
 def _refused(render: Any, messages: list[dict[str, Any]]) -> int:
-    """The index of the first message that makes the conversation impossible to render."""
+    """The index of the first message that the template cannot render."""
     for count in range(1, len(messages)):
         try:
             render(messages[:count])
