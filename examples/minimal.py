@@ -3,16 +3,16 @@
 
     python examples/minimal.py      # under a minute on a CPU; no GPU, no download
 
-    1. the student samples answers, and notes the log-probability of each token    (rollouts)
+    1. the student samples answers, and records each token's log-probability       (rollouts)
     2. the frozen teacher reads them, and says what it would have written          (hidden states)
     3. the learner takes samples from a buffer, weighs each by its freshness, and steps
 
-The three take turns, so this is synchronous. A sample may lie in the buffer while the student moves on:
-without it no sample would ever lag, and every weight would be 1.
+The three take turns, so this is synchronous. Samples wait in a buffer while the student moves on: without it
+no sample would ever lag, and every weight would be 1.
 
 `fopd run` gives each role a process of its own, all busy at once. What it adds, and where to look:
 
-    who may sample when, so that no sample gets too old        fopd_cli/runtime/scheduling/schedule.py
+    when to sample, so that no sample gets too old             fopd_cli/runtime/scheduling/schedule.py
     the loss without a [tokens, vocab] tensor                  fopd_cli/losses/chunked.py
     FSDP2, LoRA, packing, clipping, learning-rate schedules    fopd_cli/engines/learner/learner.py
     the anchor, the refresh, the noise floor of D_roll         fopd_cli/freshness/
@@ -39,7 +39,7 @@ from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTa
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"  # 0.19M and 0.33M parameters
 STEPS = 120
 BATCH = 32  # samples that each step makes, and samples that it learns from
-WAITING = 64  # samples that lie in the buffer meanwhile
+WAITING = 64  # samples that wait in the buffer meanwhile
 MAX_NEW_TOKENS = 48
 LEARNING_RATE = 2e-3
 ALPHA, BETA = 1.0, 1.0  # how much each drift counts in the score
@@ -47,7 +47,7 @@ XI = 0.02  # samples less fresh than this teach nothing
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # with models so small, threads would only wait for each other
+    torch.set_num_threads(1)  # with models this small, threads would only wait for each other
     rng = random.Random(0)
 
     # The student twice: the sampler's copy gets the learner's weights after each step.
@@ -77,7 +77,7 @@ def main() -> None:
         if len(buffer) < WAITING + BATCH:
             continue
 
-        # 3. Learn from any of the buffer, each sample once. Rows below are response positions, N in all.
+        # 3. Learn from random samples of the buffer, each once. Rows below are response positions, N in all.
         rng.shuffle(buffer)
         samples = [Sample(r, t, lag=step - r.oldest_version) for r, t in buffer[:BATCH]]
         del buffer[:BATCH]

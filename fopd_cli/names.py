@@ -1,4 +1,4 @@
-"""Names that recipe, losses and engines share. Importing this imports no torch."""
+"""Names that recipe, losses and engines share. This module does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The data that passes between rooms: everything that a worker receives or returns is one of these.
+"""The data that passes between workers: everything that one receives or returns is one of these.
 
     prompt --> sampler --Rollout--> teacher --TeacherTargets--> learner --SampleStats--> conductor
 
@@ -26,8 +26,8 @@ from fopd_cli.names import TargetKind
 
 @dataclass(frozen=True)
 class PerToken:
-    """An array of a rollout with a row for each response token; `unsampled` stands where no student sampled
-    one. This is all that episodes, checkpoints and samplers need to know of it.
+    """An array of a rollout with a row for each response token; `unsampled` fills rows that no student
+    sampled. Episodes, checkpoints and samplers need to know nothing else about it.
     """
 
     unsampled: float
@@ -49,13 +49,13 @@ class Prompt:
 
     @property
     def where(self) -> str:
-        """How an error names it."""
+        """How errors name it."""
         return self.place or f"prompt {self.index}"
 
 
 @dataclass(frozen=True, order=True)
 class SampleId:
-    """Who a sample is: `replica` counts the samples of one prompt in one epoch, `attempt` its
+    """A sample's identity: `replica` counts the samples of one prompt in one epoch, `attempt` its
     regenerations.
     """
 
@@ -87,7 +87,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One generation asked of a sampler."""
+    """One generation requested from a sampler."""
 
     key: int  # the schedule's ticket number, echoed in the answer
     token_ids: np.ndarray  # int32 (prompt_length,)
@@ -97,12 +97,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Context:
-    """On what a teacher judges a rollout. It differs from what the student saw if the teacher is told more
-    (`teacher.context`), or if the environment would answer differently by now (a replay).
+    """The context in which a teacher judges a rollout. It differs from what the student saw if the teacher is
+    told more (`teacher.context`), or if the environment would answer differently by now (a replay).
     """
 
     token_ids: np.ndarray  # int32 (m,)
-    # int64 (n,): where the token of response position h stands in `token_ids`; -1: nowhere
+    # int64 (n,): index in `token_ids` of the token at response position h; -1: absent
     positions: np.ndarray
 
 
@@ -115,31 +115,28 @@ class Rollout:
     prompt_length: int
     # bool (n,): sampled by the student, hence loss-bearing
     loss_mask: Annotated[np.ndarray, PerToken(False)]
-    # float32 (n,): log pi_r(y), nan where the sampler gave none
+    # float32 (n,): log pi_r(y), nan if the sampler gave none
     logprobs: Annotated[np.ndarray, PerToken(np.nan)]
     spans: list[tuple[int, int, int]]  # (version, start, end) over response positions, contiguous
     finish: Literal["stop", "length"]
     topk_logprobs: Annotated[np.ndarray | None, PerToken(0)] = None  # float32 (n, k)
     # int32 (n, k); None: the whole vocabulary in id order
     topk_ids: Annotated[np.ndarray | None, PerToken(0)] = None
-    # int32 (n, draws - 1): drawn from pi_r beside the response's own token
+    # int32 (n, draws - 1): drawn from pi_r besides the response's own token
     draw_ids: Annotated[np.ndarray | None, PerToken(0)] = None
-    draw_logprobs: Annotated[np.ndarray | None, PerToken(0)] = (
-        None  # float32 (n, draws - 1): log pi_r of them
-    )
+    # float32 (n, draws - 1): their log pi_r
+    draw_logprobs: Annotated[np.ndarray | None, PerToken(0)] = None
     # response positions of each turn of an episode
     turns: list[tuple[int, int]] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)  # what an episode's environment executed
-    # tokens sampled over keys and values of an older version than their own; None: there never are any
+    # tokens sampled over keys and values of an older version than their own; None: this never happens
     stale_kv: int | None = None
-    answer: str | None = None  # what is graded, where an episode's environment says so; None: the last turn
-    context: Context | None = (
-        None  # None: what the student saw. Never saved: it is made anew for each scoring
-    )
+    answer: str | None = None  # what is graded, if an episode's environment says so; None: the last turn
+    context: Context | None = None  # None: what the student saw. Never saved: rebuilt for each scoring
 
     @property
     def judged(self) -> Context:
-        """The context of the scoring at hand."""
+        """The context for the current scoring."""
         return self.context or Context(self.token_ids, np.arange(self.prompt_length, len(self.token_ids)))
 
     @property
@@ -177,10 +174,10 @@ class TargetSpec:
     kind: TargetKind
     width: int  # hidden size, k, or 1
     dtype: torch.dtype  # of hidden states; log-probs are float32, ids int32
-    replayed: bool = False  # whether contexts may be replayed: `drift` and `aligned` are then there
+    replayed: bool = False  # contexts may be replayed, which adds `drift` and `aligned`
 
     def fields(self, positions: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, dtype, shape) of each array, in the order in which they lie in memory."""
+        """(name, dtype, shape) of each array, in memory order."""
         found: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
         if self.replayed:
             found.append(("drift", torch.float32, (positions,)))
@@ -199,14 +196,13 @@ class TargetSpec:
 
 @dataclass
 class TeacherTargets:
-    """What the frozen teacher said of one rollout.
+    """What the frozen teacher said about one rollout.
 
     `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes
     exact logits. `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the
     likeliest tokens. After a replay `drift` (n,) is KL(p(.|now) || p(.|labelled)) in nats, and `aligned` (n,)
-    0 where the current context has no such position; the labels themselves are still those of the first
-    context, or of the current one (`freshness.replay.labels`). `teacher` is the number of the teacher that
-    said it.
+    is 0 where the current context has no such position; the labels themselves are still those of the first
+    context, or of the current one (`freshness.replay.labels`). `teacher` is that teacher's number.
     """
 
     kind: TargetKind
@@ -238,16 +234,16 @@ class SampleStats:
     lag: np.ndarray  # int64, optimizer steps
     length: np.ndarray  # int64, loss-bearing tokens
     loss: np.ndarray  # float64, l_i in nats per token
-    kl: np.ndarray  # float64, KL(pi_t || p), or its estimate on the support at hand
+    kl: np.ndarray  # float64, KL(pi_t || p), or its estimate on the given support
     forward_kl: np.ndarray  # float64, KL(p || pi_t), nan where the support cannot tell
     entropy: np.ndarray  # float64, nats; nan where the support cannot tell
     # float64 (samples, 4), `kl` over the first .. last quarter of the response; nan: no token there
     kl_quartiles: np.ndarray
-    # float64, the student's probability of the teacher's top-k; 1: full support, nan: sampled
+    # float64, the student's probability of the teacher's top-k; 1: full support, nan: sampled or mc
     student_mass: np.ndarray
     teacher_mass: np.ndarray  # float64, the teacher's own
     clamped: np.ndarray  # float64 in [0, 1], share of terms at a limit (importance ratio, drift, top-k tail)
-    drift_roll: np.ndarray  # float64, D_roll_i before the noise floor is taken off
+    drift_roll: np.ndarray  # float64, D_roll_i before the noise floor is subtracted
     drift_sup: np.ndarray  # float64
     coverage_roll: np.ndarray  # float64 in [0, 1]
     coverage_sup: np.ndarray  # float64 in [0, 1]
@@ -257,7 +253,7 @@ class SampleStats:
 
 @dataclass
 class StepReport:
-    """What the learner says of optimizer step `step`; the student's version afterwards is `step + 1`."""
+    """What the learner reports about optimizer step `step`; the student's version is then `step + 1`."""
 
     step: int
     stats: SampleStats
@@ -268,12 +264,12 @@ class StepReport:
     lr: float
     skipped: bool  # every weight was zero: no update was made
     noise_floor: float
-    tokens: int  # tokens in the forward pass, padding left out
+    tokens: int  # tokens in the forward pass, excluding padding
     padded_tokens: int  # with padding
     publish_seconds: float
     publish_bytes: int
 
     @property
     def drift_above_floor(self) -> np.ndarray:
-        """float64 (samples,): D_roll_i without the noise floor, never under 0."""
+        """float64 (samples,): D_roll_i minus the noise floor, never below 0."""
         return np.maximum(self.stats.drift_roll - self.noise_floor, 0.0)

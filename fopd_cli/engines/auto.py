@@ -1,4 +1,4 @@
-"""`engine: auto`, decided once: what runs the sampler and the teachers of a recipe on this machine."""
+"""Resolves `engine: auto` once: which engines run a recipe's sampler and teachers on this machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Unfit = Callable[[Engine, Recipe], str | None]
 
 
 def resolved(recipe: Recipe, cuda: bool) -> tuple[Recipe, str | None]:
-    """The recipe with every engine by its name, and what was chosen and why, on one line; None: nothing was
-    left open. `cuda`: whether there is a CUDA device.
+    """The recipe with every engine named, and one line that says what was chosen and why (None if nothing was
+    left open). `cuda`: whether there is a CUDA device.
     """
     said: list[str] = []
 
@@ -26,7 +26,7 @@ def resolved(recipe: Recipe, cuda: bool) -> tuple[Recipe, str | None]:
             engine.name: unfit(engine, recipe) or _unready(engine, section, key, model, cuda)
             for engine in candidates(section)
         }
-        # If none is ready, one that would do: what it lacks is for doctor to say.
+        # If none is ready, take the first that would do: doctor says what it lacks.
         able = (engine.name for engine in candidates(section) if unfit(engine, recipe) is None)
         name = next((name for name, why in against.items() if why is None), None) or next(able)
         why = next((f" ({why})" for why in against.values() if why is not None), "")
@@ -44,13 +44,13 @@ def resolved(recipe: Recipe, cuda: bool) -> tuple[Recipe, str | None]:
 
 
 def _unready(engine: Engine, section: Sampler | Teacher, key: str, model: str, cuda: bool) -> str | None:
-    """What speaks against this engine here; None: nothing."""
+    """Why this engine cannot be used here; None if it can."""
     if engine.cuda and not cuda:
         return "no CUDA device"
     if (missing := engine.build.missing()) is not None:
         return missing
     try:
         config = hf.load_config(model, f"{key}.model")
-    except UserError:  # said in full when the run's inputs are read
+    except UserError:  # reported in full when the run's inputs are read
         return None
     return next((what for what, _ in engine.build.refusals(key, section, config)), None)

@@ -1,5 +1,5 @@
-"""What an engine is made from, and what its `build.py` has. A build module imports no library that only some
-machines have: `missing` says whether it is there, and a worker imports it when it makes the engine.
+"""What an engine is built from, and what its `build.py` contains. A build module imports no optional library:
+`missing` says whether it is installed, and a worker imports it when it builds the engine.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from fopd_cli.recipe import Teacher as TeacherSection
 
 @dataclass(frozen=True)
 class SamplerOrder:
-    """A sampler, to be made."""
+    """What it takes to build a sampler."""
 
     section: SamplerSection
     model: str  # directory or hub id of the student
     dtype: torch.dtype
     device: torch.device
-    context: int  # tokens of the longest sample that there can be
-    vocab: int  # ids from here on are never sampled
+    context: int  # tokens in the longest possible sample
+    vocab: int  # ids from this one up are never sampled
     logprobs: int = 0  # largest k of behaviour log-probs that requests ask for; -1: the whole vocabulary
-    share: float | None = None  # of a device, for an engine that claims one; None: as its section says
-    adapter: Lora | None = None  # what `load` will be given are such adapters for these weights, not weights
-    stale_kv: bool = False  # running requests keep their keys and values when new weights come
+    share: float | None = None  # fraction of a device, if the engine reserves one; None: as its section says
+    adapter: Lora | None = None  # `load` gets adapters like this for these weights, not weights
+    stale_kv: bool = False  # running requests keep their keys and values when new weights arrive
 
 
 @dataclass(frozen=True)
 class TeacherOrder:
-    """A teacher, to be made. On several ranks each has the same order."""
+    """What it takes to build a teacher. All ranks get the same order."""
 
     section: TeacherSection
     dtype: torch.dtype
     device: torch.device
     world: int  # ranks
-    context: int  # tokens of the longest sample that there can be, as it judges them
-    vocab: int  # ids from here on are padding that the student does not have
-    share: float | None = None  # of a device, for an engine that claims one; None: as its section says
-    student_k: int = 0  # how many of a position's classes are the student's own likeliest tokens
-    one_rotation: bool = False  # the sampler's engine chooses rotary factors once: so must the teacher
-    join: Callable[[], None] = lambda: None  # meets the other ranks
-    breathe: Callable[[], None] | None = None  # to be called between two layers, on a CPU
+    context: int  # tokens in the longest possible sample, in the teacher's context
+    vocab: int  # ids from this one up are padding that the student does not have
+    share: float | None = None  # fraction of a device, if the engine reserves one; None: as its section says
+    student_k: int = 0  # how many of each position's top k are the student's own likeliest tokens
+    one_rotation: bool = False  # the sampler's engine chooses rotary factors once, so the teacher must too
+    join: Callable[[], None] = lambda: None  # joins the other ranks
+    breathe: Callable[[], None] | None = None  # called between layers, on a CPU
 
 
 class TooLong(UserError):
@@ -56,22 +56,24 @@ class TooLong(UserError):
 
 
 class RemoteTeacher(Teacher, Protocol):
-    """A teacher on a server: it can be asked about itself before a run."""
+    """A teacher on a server, which can be queried before a run."""
 
     def context(self) -> int | None:
-        """Tokens that its model takes; None where the server does not tell, or cannot be reached."""
+        """Its model's context in tokens; None if the server does not say or cannot be reached."""
 
     def check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
-        """Raises `UserError` unless it answers, has our token ids and judges the probe; `TooLong` if that is
-        more than it takes.
+        """Raises `UserError` unless it answers, uses our token ids and scores the probe; `TooLong` if the
+        probe exceeds its context.
         """
 
     def close(self) -> None:
-        """Of one that was only asked about itself."""
+        """Release a teacher that was only queried."""
 
 
 class EngineBuild(Protocol):
-    """The members of an engine's `build.py`; one that is no sampler, no teacher or not remote lacks those."""
+    """The members of an engine's `build.py`. It lacks `sampler`, `teacher` or `remote` if the engine cannot
+    be one.
+    """
 
     def missing(self) -> str | None:
         """Why the engine cannot run here, and after a colon what to do; None if it can."""
@@ -79,7 +81,7 @@ class EngineBuild(Protocol):
     def refusals(
         self, key: str, section: SamplerSection | TeacherSection, config: Any
     ) -> Iterator[tuple[str, str]]:
-        """What is wrong with this model on it, as (what, cure); `key` is sampler, or names the teacher."""
+        """Problems with this model on it, as (what, cure); `key` is `sampler` or names the teacher."""
 
     def sampler(self, order: SamplerOrder) -> Sampler: ...
 

@@ -1,6 +1,4 @@
-"""What engines have imported by the time that they have loaded a model; see `runtime/crew/warm.py`. Importing
-this does it.
-"""
+"""Imports everything that engines have imported once they have loaded a model; see `runtime/crew/warm.py`."""
 
 from importlib import import_module
 

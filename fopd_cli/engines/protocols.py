@@ -1,8 +1,7 @@
-"""What the runtime asks of an engine. One file beside this one per implementation.
+"""What the runtime asks of an engine. Each engine is a folder beside this file.
 
-Every engine lives in a worker process of its own and is driven by `runtime/crew/roles.py`. It is
-single-threaded and owns its device memory; `sleep` gives that memory back to the other roles of the box,
-`wake` takes it again.
+Every engine runs in its own worker process, driven by `runtime/crew/roles.py`. It is single-threaded and owns
+its device memory; `sleep` gives that memory to the machine's other roles, and `wake` takes it back.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ class Sampler(Protocol):
         """Advance every running request by about one token; return those that finished. Cheap when idle."""
 
     def abort(self) -> None:
-        """Forget every queued and running request."""
+        """Drop every queued and running request."""
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
 
     def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Become `version`, entirely. Running requests go on under it: their next tokens open a new span, and
-        what those tokens attend to is recomputed with the new weights.
+        """Switch entirely to `version`. Running requests continue under it: their next tokens open a new
+        span, and what those tokens attend to is recomputed with the new weights.
         """
 
     def sleep(self) -> None:
-        """Give device memory back; nothing runs. The weights may be forgotten: a `load` follows `wake`."""
+        """Give device memory back; nothing is running. Weights may be dropped: a `load` follows `wake`."""
 
     def wake(self) -> None: ...
 
 
 class Teacher(Protocol):
-    """A frozen teacher, judging. On several ranks all methods are called together, each with its own
+    """A frozen teacher, judging. On several ranks all methods are called together, each rank with its own
     rollouts.
     """
 
@@ -53,7 +52,7 @@ class Teacher(Protocol):
         """Fill the targets (views into shared memory) of each rollout, on its `judged` context."""
 
     def head(self) -> Head | None:
-        """What turns its hidden states into logits; None where they are not given."""
+        """What turns its hidden states into logits; None if it does not give hidden states."""
 
     def sleep(self) -> None: ...
 

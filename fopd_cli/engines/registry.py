@@ -1,5 +1,5 @@
-"""The engines that there are. A new one is a folder beside this file, with a `record.py` and a `build.py`,
-and a line here. Importing this imports no torch.
+"""All engines. A new one needs a folder beside this file, with a `record.py` and a `build.py`, and a line
+here. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fopd_cli.names import TargetKind
 if TYPE_CHECKING:
     from fopd_cli.recipe import Recipe, Sampler, Teacher
 
-# In the order in which `auto` looks at those of this machine.
+# In the order in which `auto` tries the local ones.
 ENGINES = {engine.name: engine for engine in (VLLM, TRANSFORMERS, HTTP)}
 AUTO = "auto"
 SAMPLERS = tuple(name for name, engine in ENGINES.items() if engine.sampler is not None)
@@ -24,13 +24,13 @@ TEACHERS = tuple(name for name, engine in ENGINES.items() if engine.teacher is n
 
 
 def engine_of(section: Sampler | Teacher) -> Engine:
-    """What runs it. `auto` that nobody has resolved yet (`auto.py`) is what runs anywhere."""
+    """The section's engine. An `auto` not yet resolved (`auto.py`) means the one that runs anywhere."""
     return TRANSFORMERS if section.engine == AUTO else ENGINES[section.engine]
 
 
 def sampler_facts(section: Sampler) -> SamplerFacts:
     facts = engine_of(section).sampler
-    assert facts is not None  # the schema offers no other
+    assert facts is not None  # the schema allows no other
     return facts
 
 
@@ -41,7 +41,7 @@ def teacher_facts(section: Teacher) -> TeacherFacts:
 
 
 def candidates(section: Sampler | Teacher) -> Iterator[Engine]:
-    """The engines that it may become."""
+    """The engines that the section may resolve to."""
     if section.engine != AUTO:
         yield ENGINES[section.engine]
     else:
@@ -49,14 +49,14 @@ def candidates(section: Sampler | Teacher) -> Iterator[Engine]:
 
 
 def hands_over(kind: TargetKind, section: Teacher) -> bool:
-    """Whether this teacher can, on one of those engines."""
+    """Whether this teacher can hand these over on one of those engines."""
     named = section.engine != AUTO and section.targets == kind
     facts = [e.teacher for e in candidates(section) if e.teacher is not None]
     return any(kind in f.targets or (named and kind in f.by_name) for f in facts)
 
 
 def unfit_to_sample(engine: Engine, recipe: Recipe) -> str | None:
-    """What the recipe asks of its sampler that this engine does not give, with its key; None: nothing."""
+    """What the recipe asks of its sampler that this engine lacks, with its key; None if nothing."""
     facts, lora = engine.sampler, recipe.student.lora
     if facts is None:
         return "it samples nothing"
@@ -68,7 +68,7 @@ def unfit_to_sample(engine: Engine, recipe: Recipe) -> str | None:
 
 
 def unfit_to_teach(engine: Engine, recipe: Recipe) -> str | None:
-    """The same of a teacher."""
+    """The same for a teacher."""
     facts = engine.teacher
     if facts is None:
         return "it judges nothing"

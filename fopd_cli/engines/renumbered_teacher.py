@@ -1,5 +1,5 @@
-"""A teacher whose special tokens have other ids than the student's: it is asked in its own ids and answers in
-the student's.
+"""A teacher whose special tokens have different ids from the student's. It is asked in its own ids and
+answers in the student's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fopd_cli.samples import Rollout, TeacherTargets
 
 
 class RenumberedTeacher:
-    """Implements `protocols.Teacher` over another one. `table` int32 (vocab,): the student's id -> the
+    """Implements `protocols.Teacher` around another one. `table` int32 (vocab,): the student's id -> the
     teacher's.
     """
 
@@ -46,7 +46,7 @@ class RenumberedTeacher:
         changes: dict[str, Any] = {"token_ids": exchanged(rollout.token_ids, self.table)}
         if rollout.topk_ids is not None:
             changes["topk_ids"] = self.table[rollout.topk_ids]
-        elif rollout.topk_logprobs is not None:  # of the whole vocabulary, in the order of ids
+        elif rollout.topk_logprobs is not None:  # over the whole vocabulary, in id order
             changes["topk_logprobs"] = rollout.topk_logprobs[:, self.back.numpy()]
         return replace(
             rollout, context=replace(context, token_ids=exchanged(context.token_ids, self.table)), **changes
@@ -54,6 +54,6 @@ class RenumberedTeacher:
 
 
 def renumbered_head(head: Head, table: np.ndarray) -> Head:
-    """A teacher's head whose rows, `vocab` of them, are in the order of the student's ids."""
+    """A teacher's head with `vocab` rows, in the order of the student's ids."""
     rows = torch.from_numpy(table).long().to(head.weight.device)
     return replace(head, weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows])

@@ -1,8 +1,8 @@
-"""Where an engine's tensors lie while other roles have its device: in pinned main memory, each in one buffer
-that is made once.
+"""Where an engine's tensors are kept while other roles use its device: in pinned main memory, each in one
+buffer that is allocated once.
 
-What never changes (a teacher, the base under adapters) is copied there the first time and never again; to
-wake is one copy at the bus's speed. What learns is copied both ways, into the same buffers.
+Tensors that never change (a teacher, the base under adapters) are copied there once; waking is one copy at
+bus speed. Tensors that learn are copied both ways, through the same buffers.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from torch.distributed.tensor import DTensor
 
 
 class Resting:
-    """The buffers of one engine. `forgetful`: its weights are given anew after it wakes, so that nothing of
-    them is ever copied back.
+    """The buffers of one engine. `forgetful`: its weights are reloaded after it wakes, so later sleeps need
+    not save them.
     """
 
     def __init__(self, device: torch.device, forgetful: bool = False) -> None:
         self.device, self.forgetful = device, forgetful
         self._buffers: dict[Any, Tensor] = {}
-        self.copied = 0  # bytes that went to main memory, of all sleeps together
+        self.copied = 0  # bytes copied to main memory, over all sleeps
 
     def sleep(self, module: nn.Module) -> None:
-        """All parameters and buffers to main memory; the module's own are those of main memory then."""
+        """Move all parameters and buffers to main memory; the module then holds those copies."""
         self._visit(module, self._to_rest)
 
     def wake(self, module: nn.Module) -> None:
-        """And back, to new memory of the device."""
+        """Move them back, to new device memory."""
         self._visit(module, self._to_device)
 
     def sleep_states(self, states: MutableMapping[Any, MutableMapping[str, Any]]) -> None:
-        """The same of an optimizer's, which change in every step."""
+        """The same for an optimizer's states, which change at every step."""
         for place, state in enumerate(states.values()):
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.dim() > 0:
@@ -47,11 +47,11 @@ class Resting:
                     state[name] = self._to_device((place, name), value)
 
     def _visit(self, module: nn.Module, move: Any) -> None:
-        """By `_apply`, as `.to` does it, since a sharded module takes note of new memory there. A tensor is
-        known by its place in that order; one that is tied is met again, and moved once.
+        """Goes through `_apply`, as `.to` does, since that is where a sharded module notices new memory. A
+        tensor is known by its place in that order; a tied one comes up again, and is moved once.
         """
         met: dict[int, Tensor] = {}
-        met_again = []  # keeps ids from being used again
+        met_again = []  # keeps ids from being reused
 
         def each(tensor: Tensor) -> Tensor:
             if id(tensor) not in met:

@@ -2,15 +2,15 @@
 
 A score can weigh a stale sample less; it cannot make it fresh. While the student moves fast, as in its first
 steps, a batch that is two steps old shows it prefixes that it no longer visits, and every step spent on them
-is lost. Once it moves slowly the same lag costs nothing. So the depth that a recipe asks for is the most, and
-admission follows what was measured:
+is lost. Once it moves slowly, the same lag costs nothing. So a recipe's depth is only the most, and admission
+follows what was measured:
 
     D_roll of the batch's lagged samples, above the noise floor:
         over `target`     one step less ahead
         at or under it    one step more, up to the most
 
-With nothing lagged in a batch there is nothing to measure; after `PATIENCE` such batches one step ahead is
-tried again. The bound on the lag stays what the recipe says: less ahead only admits later, and drops nothing.
+A batch without lagged samples measures nothing; after `PATIENCE` such batches, one step ahead is tried again.
+The recipe's bound on the lag is unchanged: less depth only delays admission, and drops nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ PATIENCE = 3  # optimizer steps
 
 @dataclass
 class Depth:
-    """Steps ahead that are allowed `now`, which a checkpoint holds with `waited`; the rest is the
-    recipe's.
-    """
+    """Steps ahead allowed `now`, which a checkpoint stores with `waited`; the rest is the recipe's."""
 
     most: int
-    target: float | None  # nats a token; None: the most, always
+    target: float | None  # nats per token; None: always the most
     waited: int = 0
     now: int = field(init=False)
 
@@ -37,15 +35,13 @@ class Depth:
         self.now = self.most if self.target is None else min(1, self.most)
 
     def resume(self, now: int, waited: int) -> int:
-        """Go on where a checkpoint stood, within what the recipe says today."""
+        """Continue from a checkpoint, within what the recipe says today."""
         if self.target is not None:
             self.now, self.waited = min(now, self.most), waited
         return self.now
 
     def update(self, lag: np.ndarray, drift: np.ndarray) -> int:
-        """After a batch with these lags and drifts above the floor, `(samples,)` each: the steps ahead from
-        now on.
-        """
+        """The steps ahead after a batch with these lags and drifts above the floor, `(samples,)` each."""
         if self.target is None:
             return self.now
         lagged = drift[lag > 0]

@@ -7,7 +7,7 @@ The mean runs over the sample's aligned, loss-bearing positions. Each estimator 
 position, in nats, differentiable in its first argument; `per_sample` takes the mean and the coverage.
 
 A sampler and a learner that hold the *same* weights still compute slightly different numbers. `NoiseFloor`
-measures that at tau = 0, so that it can be taken off before fresh samples look stale.
+measures that at tau = 0, to be subtracted so that fresh samples do not look stale.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fopd_cli.tensors import log1mexp
 
 def exact(new: Tensor, old: Tensor) -> Tensor:
     """KL(new || old) from full log-probabilities `(..., V)`; shape `(...)`."""
-    # exp(-inf) * (-inf - x) would be nan where the new policy gives no mass at all.
+    # exp(-inf) * (-inf - x) would be nan where the new policy has no mass at all.
     terms = torch.where(new == -torch.inf, 0.0, new.exp() * (new - old))
     return terms.sum(-1)
 
 
 def topk(new: Tensor, old: Tensor) -> Tensor:
-    """KL over k + 1 classes: `(..., k)` log-probs at the same k ids, and one tail class with the rest of the
+    """KL over k + 1 classes: `(..., k)` log-probs at the same k ids, and one tail class with the remaining
     mass.
 
     A lower bound of the exact KL (merging classes can only lose divergence), tight as k grows.
@@ -38,10 +38,10 @@ def topk(new: Tensor, old: Tensor) -> Tensor:
 
 
 def overlap(new: Tensor, new_ids: Tensor, old: Tensor, old_ids: Tensor) -> Tensor:
-    """KL over the classes that two top-k's `(n, k)` share, and one tail class; `(n,)`.
+    """KL over the classes that two top-k sets `(n, k)` share, and one tail class; `(n,)`.
 
-    Like `topk` a lower bound of the exact KL, for an engine that tells only its own likeliest tokens: what
-    just one of the two names falls into the tail.
+    Like `topk`, a lower bound of the exact KL, for an engine that reports only its own likeliest tokens:
+    classes that only one of the two names go into the tail.
     """
     same = old_ids[:, :, None] == new_ids[:, None, :]
     both = same.any(-1)
@@ -49,7 +49,7 @@ def overlap(new: Tensor, new_ids: Tensor, old: Tensor, old_ids: Tensor) -> Tenso
     return topk(torch.where(both, matched, -torch.inf), torch.where(both, old, -torch.inf))
 
 
-MAX_LOG_RHO = 60.0  # e^60 is far past any score that is not 0, and finite in float32
+MAX_LOG_RHO = 60.0  # e^60 is far past any drift whose score is not 0, and finite in float32
 
 
 def sampled(new: Tensor, old: Tensor) -> Tensor:
@@ -66,17 +66,17 @@ def sampled(new: Tensor, old: Tensor) -> Tensor:
 def quadratic(new: Tensor, old: Tensor) -> Tensor:
     """`(log rho)^2 / 2`, from log-probs `(...)` of the sampled token `y ~ pi_r`.
 
-    The KL to second order in the distance of the two policies (Schulman's k2), and of less variance than
-    `sampled`. What matters more is its gradient by log pi_t(y), log rho: it grows with the distance in both
-    directions, where that of `sampled`, rho log rho, goes to 0 for a token that the student has all but given
-    up. An anchor must still pull there (docs/staleness.md).
+    The KL to second order in the distance between the two policies (Schulman's k2), with less variance than
+    `sampled`. What matters more is its gradient with respect to log pi_t(y), log rho: it grows with distance
+    in both directions, while that of `sampled`, rho log rho, goes to 0 for a token that the student has all
+    but given up. An anchor must still pull there (docs/staleness.md).
     """
     return 0.5 * (new - old).clamp(max=MAX_LOG_RHO).square()
 
 
-# The estimators that ask for no more than the sampled token.
+# The estimators that need only the sampled token.
 ONE_TOKEN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sampled": sampled, "quadratic": quadratic}
-# Their derivatives by log pi_t(y), from log rho. One without an entry is differentiated by autograd.
+# Their derivatives by log pi_t(y), from log rho. Autograd differentiates those without an entry.
 SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
     "sampled": lambda log_rho: log_rho.exp() * log_rho,
     "quadratic": lambda log_rho: log_rho,
@@ -84,7 +84,7 @@ SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def slope(kind: str, new: Tensor, old: Tensor) -> Tensor:
-    """Derivative of an estimator in `SLOPES` by log pi_t(y), `(...)`; 0 where it is at its limit."""
+    """The derivative by log pi_t(y) of an estimator in `SLOPES`, `(...)`; 0 at its limit."""
     log_rho = (new - old).clamp(max=MAX_LOG_RHO)
     return torch.where(log_rho < MAX_LOG_RHO, SLOPES[kind](log_rho), 0.0)
 
@@ -118,8 +118,8 @@ def per_sample(
     """Mean drift and coverage of each sample, `(count,)` each, from one row per position.
 
     `aligned` and `loss_bearing` are bool, `sample` holds the index of each position's sample. Coverage is the
-    share of loss-bearing positions that are aligned; a sample with none has drift 0 and coverage 0 (its score
-    is 0).
+    share of loss-bearing positions that are aligned; a sample with none aligned has drift 0 and coverage 0
+    (its score is 0).
     """
     used = aligned & loss_bearing
     zeros = torch.zeros(count, dtype=drift.dtype, device=drift.device)
@@ -135,14 +135,14 @@ class NoiseFloor:
 
     value: float = 0.0
     samples: int = 0
-    memory: int = 512  # after so many samples the mean forgets old ones at the rate 1/memory
+    memory: int = 512  # after this many samples the mean forgets old ones at the rate 1/memory
 
     def update(self, drift_roll: list[float]) -> None:
-        """Take in the D_roll of some samples of lag 0."""
+        """Add the D_roll of some samples of lag 0."""
         for drift in drift_roll:
             self.samples += 1
             self.value += (drift - self.value) / min(self.samples, self.memory)
 
     def subtract(self, drift_roll: Tensor) -> Tensor:
-        """D_roll above the floor, never under 0."""
+        """D_roll above the floor, never below 0."""
         return (drift_roll - self.value).clamp(min=0)

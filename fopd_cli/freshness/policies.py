@@ -1,4 +1,4 @@
-"""The control policies that a recipe can name: what each switches on. Importing this imports no torch."""
+"""The control policies that a recipe can name: what each switches on. This module does not import torch."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""When to drop the buffer: adaptively, when it went stale (f-OPD), or every so many steps (the fixed
+"""When to drop the buffer: adaptively, when it has gone stale (f-OPD), or every fixed number of steps (the
 baseline).
 
-The buffer is judged by the batch that was just taken from it: its freshness is a by-product of the learner's
-own forward pass, while scoring all of the buffer would need another one. A refresh drops every sample that is
-not yet trained on, in the sampler as well as in the buffer, and their prompts are drawn anew.
+The buffer is judged by the batch just taken from it: its freshness is a by-product of the learner's own
+forward pass, while scoring the whole buffer would need another one. A refresh drops every sample not yet
+trained on, in the sampler as well as in the buffer, and their prompts are sampled again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Refresh:
     mean: float  # kappa_f
     coverage_roll: float  # kappa_roll
     coverage_sup: float  # kappa_sup
-    every_at_least: int  # adaptive: optimizer steps between two refreshes
+    every_at_least: int  # adaptive: fewest optimizer steps between two refreshes
     every: int  # fixed: optimizer steps between two refreshes
     last: int = 0
 

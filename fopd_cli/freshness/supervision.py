@@ -1,7 +1,7 @@
-"""D_sup, the drift of supervision, of a frozen teacher whose context moves.
+"""D_sup, the drift of supervision by a frozen teacher whose context changes.
 
-A teacher notes it beside its targets where contexts may change: which positions still have a context, and
-after a replay how far today's labels are from the cached ones.
+Where contexts may change, a teacher records two things beside its targets: which positions still have a
+context, and after a replay how far today's labels are from the cached ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHUNK_BYTES = 64 << 20  # of one float32 [positions, vocab] or [positions, k, k]
 
 
 class Head(Protocol):
-    """What makes logits `(n, vocab)` of hidden states `(n, width)`."""
+    """What makes logits `(n, vocab)` from hidden states `(n, width)`."""
 
     @property
     def weight(self) -> Tensor: ...
@@ -38,18 +38,18 @@ def first_labels(rollout: Rollout, targets: TeacherTargets) -> None:
 
 
 def blank(targets: TeacherTargets) -> TeacherTargets:
-    """Room of the same shape for what the teacher says today."""
+    """Blank targets of the same shape for what the teacher says today."""
     tensors = {f.name: getattr(targets, f.name) for f in fields(targets)}
     own: dict[str, Any] = {name: torch.zeros_like(t) for name, t in tensors.items() if isinstance(t, Tensor)}
     return replace(targets, **own)
 
 
 def note_drift(rollout: Rollout, targets: TeacherTargets, today: TeacherTargets, head: Head | None) -> None:
-    """Beside the labels that stand, their KL(p(.|now) || p(.|labelled)) at every aligned, loss-bearing
+    """Record KL(p(.|now) || p(.|labelled)) beside the existing labels at every aligned, loss-bearing
     position.
 
     From hidden states and the teacher's `head` it is exact; from log-probs it is over the classes that both
-    know.
+    have.
     """
     assert targets.drift is not None
     assert targets.aligned is not None
@@ -63,7 +63,7 @@ def note_drift(rollout: Rollout, targets: TeacherTargets, today: TeacherTargets,
 
 
 def take_over(targets: TeacherTargets, today: TeacherTargets) -> None:
-    """Today's labels in the place of those that stand; drift and alignment stay."""
+    """Replace the existing labels with today's; drift and alignment stay."""
     for f in fields(targets):
         label = getattr(targets, f.name)
         if isinstance(label, Tensor) and f.name not in ("drift", "aligned"):

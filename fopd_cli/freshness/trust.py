@@ -1,11 +1,11 @@
 """Freshness of a single token: has the student already gone where this token's signal sends it?
 
-Ours, not the paper's. `f_i` weighs a whole sample, and at one lag all samples weigh alike; but what makes a
-late policy gradient run away is that each of its tokens keeps pushing, for as many steps as the lag has, a
-student that has long moved. The clip of PPO (arXiv 1707.06347, equation 7) is the known remedy where several
-steps are taken on one batch, and a lag of k is that: k steps are taken before a sample's own comes. A token
-whose log-prob has moved by more than `width` nats in the direction of its signal since it was sampled says
-nothing more; one that moved against it still does, so the way back stays open.
+Ours, not the paper's. `f_i` weighs a whole sample, and at a given lag all weigh alike. But a late policy
+gradient runs away because each of its tokens keeps pushing, for as many steps as the lag, a student that has
+long since moved. PPO's clip (arXiv 1707.06347, equation 7) is the known remedy where several steps are taken
+on one batch, and a lag of k is the same: k steps are taken before a sample's own. A token whose log-prob has
+moved by more than `width` nats in the direction of its signal since it was sampled is left out; one that
+moved against it still counts, so the way back stays open.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""From hidden states to the objective and its gradients, a chunk of positions at a time: never `[tokens,
-vocab]` at once.
+"""From hidden states to the objective and its gradients, one chunk of positions at a time; no `[tokens,
+vocab]` tensor is ever made.
 
     L = sum_i w_i share_i ( l_i + lambda D_roll_i )          l_i, D_roll_i: means over sample i's positions
 
-Each chunk's logits, the student's and the teacher's, are made once. From them come losses, drifts and, in the
-same visit, the gradients for hidden states and head: four matrix products a position, as many as plain
-PyTorch needs that keeps all logits; a checkpointed loss needs six. The weight w_i depends on the drift of the
-*whole* sample, so chunks end with samples where these are short; a sample longer than a chunk collects its
-head gradient apart until its weight is known.
+Each chunk's logits, the student's and the teacher's, are computed once. They give the losses, the drifts and,
+in the same pass, the gradients for hidden states and head. That is four matrix products per position, as many
+as plain PyTorch takes when it keeps all logits; a checkpointed loss takes six. The weight w_i depends on the
+drift of the *whole* sample, so chunks end at sample boundaries where samples are short. A sample longer than
+a chunk collects its head gradient separately until its weight is known.
 
-What freshness needs, the log-probability of the sampled token or of the sampler's top-k under the student
-now, comes out of the same logits: no second forward.
+The log-probabilities that freshness needs, of the sampled token or of the sampler's top-k under the current
+student, come from the same logits, without a second forward.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fopd_cli.losses.terms import LossSpec, Positions, TokenTerms
 
 @dataclass
 class Weighting:
-    """How positions add up. All tensors `(N,)`; positions of a sample stand together, samples in rising
+    """How positions add up. All tensors are `(N,)`; a sample's positions are contiguous, samples in ascending
     order.
 
     `loss` and `drift` are each position's coefficient in `share_i l_i` and `share_i lambda D_i`; `mean` is
-    its share of D_i itself. `weigh(samples, drifts)` gives w_i of some samples (both `(n,)`) without
+    its share of D_i itself. `weigh(samples, drifts)` returns w_i of some samples (both `(n,)`) without
     gradient; None: all weights are 1.
     """
 
@@ -54,8 +54,8 @@ def chunked_objective(
 ) -> tuple[Tensor, TokenTerms]:
     """L (a scalar with gradients for `hidden` and `head`) and the terms of all positions.
 
-    `hidden` `(N, student width)` predicts `at.tokens`; `head` and `teacher_head` are of V and V' rows, bare
-    weights `(V, student width)`, `(V', teacher width)` where logits are the product alone. Vocabularies that
+    `hidden` `(N, student width)` predicts `at.tokens`; `head` and `teacher_head` have V and V' rows, or are
+    bare weights `(V, student width)`, `(V', teacher width)` if logits are just the product. Vocabularies that
     differ only in padding are cut to the smaller one, which renormalises both.
     """
     head, teacher = Head.of(head), None if teacher_head is None else Head.of(teacher_head)
@@ -72,9 +72,9 @@ def chunked_objective(
 
 
 def chunk_rows(spec: LossSpec, head: Tensor) -> int:
-    """Positions a chunk. By default so many that the head `(V, width)` is not read over and over for a few of
-    them, a quarter of its width (measured: half as many take 1.4 times as long), and at least what 64 MB
-    hold, on CUDA 512.
+    """Positions per chunk. By default a quarter of the head's width, so that the head `(V, width)` is not
+    reread for only a few positions (measured: half as many take 1.4 times as long), and at least what fits in
+    64 MB, on CUDA 512.
     """
     floor = (512 if head.is_cuda else 64) << 20
     wanted = max(floor, head.numel()) if spec.chunk_bytes is None else spec.chunk_bytes
@@ -82,7 +82,7 @@ def chunk_rows(spec: LossSpec, head: Tensor) -> int:
 
 
 class _Objective(torch.autograd.Function):
-    """The gradients are made in `forward`, while the logits are there; `backward` scales them."""
+    """Gradients are computed in `forward`, while the logits exist; `backward` scales them."""
 
     @staticmethod
     def forward(
@@ -149,9 +149,7 @@ class _HeadGradient:
         return cls(torch.zeros_like(head.weight, dtype=torch.float32), bias)
 
     def add(self, logits: Tensor, hidden: Tensor) -> None:
-        """The gradient of some positions' logits `(n, V)`, in the dtype of their hidden states `(n,
-        width)`.
-        """
+        """Add the part of logit gradients `(n, V)`, in the dtype of the hidden states `(n, width)`."""
         if self.weight.dtype == hidden.dtype:
             self.weight.addmm_(logits.T, hidden)
         else:
@@ -166,7 +164,7 @@ class _HeadGradient:
 
 
 class _Pass:
-    """One visit of all positions."""
+    """One pass over all positions."""
 
     def __init__(
         self,
@@ -186,8 +184,7 @@ class _Pass:
         self.terms: list[tuple[Tensor, ...]] = []
         self.value = torch.zeros((), device=hidden.device)
         self.kind = kernel(spec, head.cap)
-        # One set of buffers for all chunks: on a CPU, fresh ones of this size would be mapped and zeroed by
-        # the kernel.
+        # One set of buffers for all chunks: on a CPU, the kernel would map and zero fresh ones of this size.
         shape = (min(self.chunk, len(at.tokens)), head.vocab)
         dtype = head.weight.dtype if self.kind is CompiledChunk else torch.float32
         count = 3 if self.kind is FullChunk else 2
@@ -197,9 +194,7 @@ class _Pass:
         self.head_gradient = _HeadGradient.zeros(head) if head_learns else None
 
     def visit(self, pieces: list[tuple[int, int]]) -> None:
-        """Whole samples: weigh, then take gradients. Pieces of one sample: gradients of weight 1, then
-        weigh.
-        """
+        """Whole samples: weigh, then take gradients. Pieces of one: gradients at weight 1, then weigh."""
         w = self.weighting
         first, last = pieces[0][0], pieces[-1][1]
         if len(pieces) == 1:
@@ -226,7 +221,7 @@ class _Pass:
             self.head_gradient.add_weighed(own, weight)
 
     def _weights(self, drifts: Tensor, start: int, stop: int) -> Tensor:
-        """w_i of each position `(stop - start,)`."""
+        """Each position's w_i, `(stop - start,)`."""
         w = self.weighting
         if w.weigh is None:
             return torch.ones_like(drifts)
@@ -260,7 +255,7 @@ class _Pass:
         self.value = self.value + (a * loss).sum() + torch.where(b != 0, b * drifts, 0.0).sum()
         if not self.learning:
             return
-        # gradients are linear in the coefficients: the head's scale costs no visit of its own
+        # gradients are linear in the coefficients: the head's scale costs no extra pass
         if self.head.scale != 1:
             a, b = a * self.head.scale, b * self.head.scale
         hidden, narrow = self.hidden[start:stop], chunk.gradient(a, b).to(self.head.weight.dtype)

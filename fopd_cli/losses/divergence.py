@@ -37,14 +37,14 @@ def jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def one_name(kind: LossKind, beta: float) -> LossKind:
-    """The two ends of the JSD under the names of the KLs that they are."""
+    """The loss, with the two ends of the JSD named as the KLs that they are."""
     if kind == "jsd" and beta in (0, 1):
         return "reverse_kl" if beta else "forward_kl"
     return kind
 
 
-# (student, teacher, beta) to nats. A name in `names.LossKind` and an entry here make a loss; what kernels.py
-# does by hand for some of them is speed alone.
+# (student, teacher, beta) to nats. A name in `names.LossKind` and an entry here make a loss; the hand-written
+# formulas in kernels.py only make some of them faster.
 DIVERGENCES: dict[LossKind, Callable[[Tensor, Tensor, float], Tensor]] = {
     "forward_kl": lambda student, teacher, beta: kl(teacher, student),
     "reverse_kl": lambda student, teacher, beta: kl(student, teacher),
@@ -85,12 +85,12 @@ def policy_gradient(
     max_ratio: float | None = None,
     trust: float | None = None,
 ) -> Tensor:
-    """Reverse KL from one sampled token a position: `-(log p - log pi)(y) * log pi_t(y)`, log-probs `(...)`
+    """Reverse KL from one sampled token per position: `-(log p - log pi)(y) * log pi_t(y)`, log-probs `(...)`
     of y.
 
     `importance` multiplies by rho = pi_t(y)/pi_r(y), which makes the gradient that of `E_{pi_t}`, up to a cap
     on rho if there is one; `trust` leaves out tokens that are spent (`freshness/trust.py`). Only the gradient
-    means anything: the value is no divergence.
+    is meaningful: the value is not a divergence.
     """
     now = student.detach()
     signal = advantage_of(advantage, now, teacher, behaviour)

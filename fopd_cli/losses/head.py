@@ -13,7 +13,7 @@ class Head:
     """logits = cap tanh(u / cap), or u where there is no cap, with u = scale (hidden @ weight.T + bias).
 
     `weight` `(V, hidden)`, `bias` `(V,)` or None. Scale and cap are those of gemma, granite, cohere, nanochat
-    and their like; `engines/models/heads.py` finds them.
+    and similar models; `engines/models/heads.py` finds them.
     """
 
     weight: Tensor
@@ -23,16 +23,16 @@ class Head:
 
     @classmethod
     def of(cls, head: Head | Tensor) -> Head:
-        """A bare weight is a head that adds nothing."""
+        """A bare weight is a head with nothing added."""
         return head if isinstance(head, Head) else cls(head)
 
     @property
     def vocab(self) -> int:
-        """Rows."""
+        """Number of rows."""
         return self.weight.shape[0]
 
     def first(self, vocab: int) -> Head:
-        """The head of the ids below `vocab` alone."""
+        """The head for only the ids below `vocab`."""
         if vocab == self.vocab:
             return self  # even a full slice costs a copy of its gradient
         return replace(
@@ -46,7 +46,7 @@ class Head:
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 `(n, V)` from hidden states `(n, hidden)`, which are taken in the head's dtype."""
+        """float32 `(n, V)` from hidden states `(n, hidden)`, which are cast to the head's dtype."""
         product = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
         return soft_cap(product if self.scale == 1 else product * self.scale, self.cap)
 
@@ -60,7 +60,7 @@ class Head:
             else:
                 out.copy_(hidden @ weight)
             return
-        # The product's own epilogue adds and scales: no further visit of the logits.
+        # The product's own epilogue adds and scales: no extra pass over the logits.
         into = out if same else torch.empty_like(out, dtype=weight.dtype)
         added, beta = (into, 0.0) if self.bias is None else (self.bias, self.scale)
         torch.addmm(added, hidden, weight, beta=beta, alpha=self.scale, out=into)

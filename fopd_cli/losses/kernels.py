@@ -35,8 +35,8 @@ class Chunk(Protocol):
         caps: Caps,
         learning: bool,
     ) -> None:
-        """Logits `(n, V)` before their soft caps, which it may overwrite, and for some a third buffer like
-        them.
+        """Takes logits `(n, V)` before their soft caps, which it may overwrite, and for some kernels a
+        `spare` buffer of that shape.
         """
 
     def gradient(self, loss: Tensor, drift: Tensor) -> Tensor:
@@ -46,12 +46,12 @@ class Chunk(Protocol):
         ...
 
 
-# What `FullChunk` and `CompiledChunk` have formulas of. Whatever else there is goes through `AnyChunk`.
+# Losses that `FullChunk` and `CompiledChunk` have formulas for. All others go through `AnyChunk`.
 BY_HAND: frozenset[LossKind] = frozenset({"forward_kl", "reverse_kl", "jsd"})
 
 
 def kernel(spec: LossSpec, cap: float | None) -> type[Chunk]:
-    """The fastest that has formulas of this loss, of a student whose logits are soft-capped at `cap`."""
+    """The fastest one for this loss, with a student whose logits are soft-capped at `cap`."""
     if spec.support != "full" or spec.kind not in BY_HAND or spec.drift not in drift.SLOPES:
         return AnyChunk
     if spec.compile:
@@ -63,18 +63,18 @@ SMALLEST_LOG = 80.0  # e^-80 is still a normal float32
 
 
 class FullChunk:
-    """Full vocabulary and drift of one token, by formula and in place: the path that must be fast, and it is
-    memory that bounds it.
+    """Full vocabulary and one-token drift, by formula and in place: the path that must be fast, and is bound
+    by memory.
 
-    With z the logits over the temperature T: u = exp(z - max), pi = u / sum(u), likewise v and p of the
-    teacher, and gap = log pi - log p = (z - z_teacher) + shift, one number `shift` a row. Then
+    With z the logits over the temperature T: u = exp(z - max), pi = u / sum(u), likewise v and p for the
+    teacher, and gap = log pi - log p = (z - z_teacher) + shift, one number `shift` per row. Then
         KL(pi||p) = sum(pi gap)       d/dz = pi (gap - KL)
         KL(p||pi) = -sum(p gap)       d/dz = pi - p
         JSD       = sum(beta p w + (1 - beta) pi (gap + w)),   w = log p/m = -log(beta + (1 - beta) e^gap)
                                       d/dz = pi (g - sum(pi g)),   g = (1 - beta)(gap + w)
-    and dz / dlogits = 1 / T. The drift knows log pi(y) alone: `drift.slope`. Under a soft cap logits = cap
-    tanh(x / cap), and dlogits / dx = 1 - (logits / cap)^2, with logits = T (log u + max): no buffer has to
-    keep them.
+    and dz / dlogits = 1 / T. The drift depends only on log pi(y): `drift.slope`. Under a soft cap logits =
+    cap tanh(x / cap), and dlogits / dx = 1 - (logits / cap)^2, with logits = T (log u + max), so no buffer
+    holds them.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class FullChunk:
         self.terms: tuple[Tensor, ...] = columns
 
     def _jsd(self) -> Tensor:
-        """Leaves log pi/m in `gap`; past +-80 one of the two probabilities is nothing beside the other."""
+        """Leaves log pi/m in `gap`; past +-80 one of the two probabilities is negligible."""
         beta = self.spec.beta
         gap = self.gap.add_(self.shift).clamp_(-80, 80)
         w = gap.exp().mul_(1 - beta).add_(beta).log_().neg_()
@@ -133,8 +133,8 @@ class FullChunk:
             z = self.u.log().add_(self.top).mul_(spec.temperature / spec.sampling_temperature)
             acting = z.sub_(self.acting_lse).exp_().mul_(-e)
         on_pi = -e if acting is None else torch.zeros_like(e)
-        # Every kind is pi * (factor * x + constant), the forward KL less a p. Of `u` and `gap` one holds the
-        # result, the other is free.
+        # Every kind is pi * (factor * x + constant), for the forward KL minus `a p`. One of `u` and `gap`
+        # holds the result, the other is free.
         free = self.u
         if self.kind == "forward_kl":
             free = self.gap if self.cap is None else self.gap.copy_(self.u)
@@ -160,23 +160,21 @@ class FullChunk:
 
 
 def _lse_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row by row log-sum-exp, maximum and sum of exp(logits - maximum), which it leaves in place of the
-    logits.
-    """
+    """Log-sum-exp, maximum and sum of exp(logits - maximum) per row; the exps replace the logits."""
     top = logits.amax(-1, keepdim=True)
     total = logits.sub_(top).exp_().sum(-1, keepdim=True)
     return top + total.log(), top, total
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Row by row `(n, 1)`, without a product of full size."""
+    """Row-wise dot product `(n, 1)`, without a full-size product."""
     return torch.bmm(left[:, None, :], right[:, :, None])[:, 0]
 
 
 class CompiledChunk:
-    """The same terms and gradients from the formulas as they stand, fused by torch.compile: logits are read
-    in the dtype of their product, a few times for the terms and once for the gradient, which takes the
-    student's place.
+    """The same terms and gradients from the plain formulas, fused by torch.compile. Logits are read in the
+    dtype of their product, a few times for the terms and once for the gradient, which overwrites the
+    student's.
     """
 
     def __init__(
@@ -226,7 +224,7 @@ def _formula_terms(
     ts: float,
     caps: Caps,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The terms, and what the gradient needs of each row: log-sum-exps, the mean of its bracket, the drift's
+    """The terms, and what the gradient needs per row: log-sum-exps, the mean of its bracket, the drift's
     slope.
     """
     logits = soft_cap(student.float(), caps[0])
@@ -283,9 +281,7 @@ def _formula_gradient(
 
 
 def _to_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log pi/m and log p/m from log pi/p; past +-80 one of the two probabilities is nothing beside the
-    other.
-    """
+    """log pi/m and log p/m from log pi/p; past +-80 one of the two probabilities is negligible."""
     gap = gap.clamp(-80, 80)
     teachers = -(beta + (1 - beta) * gap.exp()).log()
     return gap + teachers, teachers

@@ -2,10 +2,9 @@
 
     L = sum_i share_i w_i ( l_i + lambda D_roll_i )
 
-`average: sample` is the paper's mean over i: share_i = 1/B, l_i the mean over sample i's tokens, samples
+`average: sample` is the paper's mean over i: share_i = 1/B, l_i the mean over sample i's tokens, so samples
 count alike. `average: token` makes share_i the sample's part of all loss-bearing tokens. Both divide by
-*global* counts that the caller supplies, so that the sum over any split into micro-batches and ranks is the
-same number.
+*global* counts that the caller supplies, so the sum is the same for any split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from fopd_cli.losses.chunked import Weighting
 
 
 def shares(lengths: Tensor, average: Literal["sample", "token"], samples: int, tokens: int) -> Tensor:
-    """share_i `(n,)` of samples with so many loss-bearing tokens, in a batch of `samples` and `tokens`."""
+    """share_i `(n,)` of samples with `lengths` loss-bearing tokens, in a batch of `samples` and `tokens`."""
     match average:
         case "token":
             return lengths / tokens

@@ -1,6 +1,4 @@
-"""What the loss says of each position: its settings, its inputs, its terms, and all of them from logits,
-written for reading.
-"""
+"""The loss at each position: settings, inputs and terms, and a readable version of all terms from logits."""
 
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ DEFAULT = Loss()
 
 @dataclass(frozen=True)
 class LossSpec:
-    """The recipe's loss, resolved, and the drift estimator that rides along. Keys of the recipe's section are
-    explained there.
+    """The recipe's loss, resolved, and the drift estimator computed with it. The recipe's section explains
+    its keys.
     """
 
     kind: LossKind
@@ -34,14 +32,14 @@ class LossSpec:
     max_ratio: float | None = DEFAULT.max_ratio
     trust: float | None = None  # width of the token's trust region in nats; sampled and mc support
     drift: DriftKind = "sampled"
-    sampling_temperature: float = 1.0  # at which the behaviour policy sampled, hence that of D_roll
-    teacher_temperature: float = 1.0  # of sampled and mc support, where the teacher's logits are at hand
+    sampling_temperature: float = 1.0  # the behaviour policy's, and hence D_roll's
+    teacher_temperature: float = 1.0  # for sampled and mc support, if the teacher's logits are available
     chunk_bytes: int | None = None  # of one float32 [chunk, vocab] tensor; None: see `chunked.chunk_rows`
-    compile: bool = False  # full support and drift of one token: formulas fused by torch.compile
+    compile: bool = False  # full support and one-token drift: formulas fused by torch.compile
 
     @classmethod
     def of(cls, section: Loss, **resolved: Any) -> LossSpec:
-        """The section's keys as they stand, but for those that are `resolved`."""
+        """The section's keys unchanged, except those in `resolved`."""
         own = {f.name: getattr(section, f.name) for f in fields(cls) if f.name in Loss.model_fields}
         return cls(**{**own, **resolved})
 
@@ -52,7 +50,7 @@ class Source:
 
     of: Literal["rollout", "targets"]
     name: str
-    dtype: torch.dtype | None = None  # that it gets; None: its own
+    dtype: torch.dtype | None = None  # to convert it to; None: its own
 
 
 I64, F32 = torch.int64, torch.float32
@@ -68,7 +66,7 @@ class Positions:
     behaviour_topk: Annotated[Tensor | None, Source("rollout", "topk_logprobs", F32)] = None
     behaviour_topk_ids: Annotated[Tensor | None, Source("rollout", "topk_ids", I64)] = None  # (N, k)
     draw_ids: Annotated[Tensor | None, Source("rollout", "draw_ids", I64)] = None  # (N, draws - 1)
-    # (N, draws - 1): log pi_r of them
+    # (N, draws - 1): their log pi_r
     draw_behaviour: Annotated[Tensor | None, Source("rollout", "draw_logprobs", F32)] = None
     teacher_hidden: Annotated[Tensor | None, Source("targets", "hidden")] = None  # (N, teacher width)
     teacher_logprobs: Annotated[Tensor | None, Source("targets", "logprobs", F32)] = None  # (N,): log p(y)
@@ -97,11 +95,10 @@ class TokenTerms:
     kl: Tensor  # KL(pi_t || p) on the support; for `sampled` the estimate log pi - log p
     forward_kl: Tensor  # KL(p || pi_t) on the support; nan for `sampled`
     entropy: Tensor  # of pi_t
-    student_mass: (
-        Tensor  # probability that the student gives to the teacher's top-k; 1 on full, nan on sampled support
-    )
+    # probability that the student gives to the teacher's top-k; 1 on full, nan on sampled and mc support
+    student_mass: Tensor
     teacher_mass: Tensor  # the same for the teacher
-    # share of the position's terms at a limit: of the ratio, of the trust region, of the drift, or a tail too
+    # share of the position's terms at a limit: the ratio's, the trust region's, the drift's, or a tail too
     # small to tell from 0
     clamped: Tensor
 
@@ -109,8 +106,7 @@ class TokenTerms:
 def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, ...]:
     """The terms, in the order of `TokenTerms`, from both logits `(N, V)`; gradients flow to the student's."""
     student = torch.log_softmax(logits / spec.temperature, -1)
-    # pi_t as the sampler would sample from it now: D_roll and the policy gradient are about that
-    # distribution.
+    # pi_t as the sampler would use it now: D_roll and the policy gradient refer to that distribution.
     acting = student
     if spec.sampling_temperature != spec.temperature:
         acting = torch.log_softmax(logits / spec.sampling_temperature, -1)
@@ -154,8 +150,8 @@ def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tens
 def _monte_carlo(
     spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor, teacher_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The mean of the policy-gradient form over all draws of a position, each corrected by pi_t/pi_r; share
-    of capped ones.
+    """The mean policy-gradient loss over a position's draws, each corrected by pi_t/pi_r, and the share of
+    draws at a limit.
     """
     teacher = torch.log_softmax(teacher_logits / spec.teacher_temperature, -1)
     ids, student, behaviour = at.tokens[:, None], acting_y[:, None], at.behaviour[:, None]
@@ -169,7 +165,7 @@ def _monte_carlo(
 
 
 def _limited(spec: LossSpec, importance: bool, student: Tensor, teacher: Tensor, behaviour: Tensor) -> Tensor:
-    """1 where the cap on the importance ratio or the trust region is in force."""
+    """1 where the cap on the importance ratio or the trust region is active."""
     student = student.detach()
     limited = torch.zeros_like(behaviour, dtype=torch.bool)
     if importance and spec.max_ratio is not None:
@@ -190,7 +186,7 @@ def _teacher_logprob(spec: LossSpec, at: Positions, teacher_logits: Tensor) -> T
 
 def _drift(spec: LossSpec, at: Positions, acting: Tensor, acting_y: Tensor) -> Tensor:
     if spec.drift in drift.ONE_TOKEN:
-        # Unknown log-probs stay out of the estimator: the gradient of what is weighed by 0 would be nan.
+        # Unknown log-probs stay out of the estimator: even weighted by 0, their gradient would be nan.
         unknown = at.behaviour.isnan()
         found = drift.ONE_TOKEN[spec.drift](acting_y, torch.where(unknown, acting_y.detach(), at.behaviour))
         return torch.where(unknown, torch.nan, found)

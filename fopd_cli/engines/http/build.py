@@ -13,11 +13,11 @@ from fopd_cli.recipe import Teacher as TeacherSection
 
 
 def missing() -> None:
-    """Whether the server is there, `HttpTeacher.check` finds out."""
+    """`HttpTeacher.check` finds out whether the server is up."""
 
 
 def refusals(key: str, section: TeacherSection, config: Any) -> Iterator[tuple[str, str]]:
-    """Its model is not here to be looked at."""
+    """Its model is not here to be checked."""
     yield from ()
 
 
@@ -26,7 +26,7 @@ def teacher(order: TeacherOrder) -> HttpTeacher:
 
 
 def remote(section: TeacherSection, vocab: int) -> HttpTeacher:
-    """Raises `UserError` if its API key is not there."""
+    """Raises `UserError` if its API key is not set."""
     h = section.http
     key = os.environ.get(h.api_key_env) if h.api_key_env else None
     if h.api_key_env and not key:

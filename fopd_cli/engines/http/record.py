@@ -1,4 +1,4 @@
-"""A server that somebody else runs."""
+"""A server that fopd does not run."""
 
 from fopd_cli.engines.record import Engine, TeacherFacts
 

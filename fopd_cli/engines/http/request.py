@@ -1,7 +1,7 @@
 """One request to a server, over connections that stay open.
 
-A time-out is that of the whole request: a server that sends a byte now and then is as lost as one that sends
-none. Redirects are not followed: what stands elsewhere would be asked with the key for here.
+The timeout covers the whole request: a server that trickles bytes is as lost as one that sends none.
+Redirects are not followed: another address would get the API key for this one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import httpx
 from fopd_cli.errors import UserError
 
 MOST_BYTES = 1 << 30  # of an answer
-MOST_OF_AN_ERROR = 10_000  # bytes of what a server says beside it
-IDLE_S = 2.0  # that a connection is kept for; many servers close theirs after five
+MOST_OF_AN_ERROR = 10_000  # bytes of an error body
+IDLE_S = 2.0  # that an idle connection is kept; many servers close theirs after five
 
 
 class NoAnswer(Exception):
-    """What happened instead of an answer; it may pass."""
+    """What happened instead of an answer; it may be temporary."""
 
 
 class Refused(Exception):
@@ -36,7 +36,7 @@ class Refused(Exception):
 
 
 class Connections:
-    """At most `most` at once; a request waits for its turn before its time begins."""
+    """At most `most` at once; a request's time starts when its turn comes."""
 
     def __init__(self, api_key: str | None, most: int) -> None:
         self._turn = asyncio.Semaphore(most)
@@ -46,7 +46,7 @@ class Connections:
             self._client = httpx.AsyncClient(
                 headers=headers,
                 limits=limits,
-                timeout=None,  # those of httpx are of each read
+                timeout=None,  # httpx's own are for each read
                 verify=ssl.create_default_context(),  # this machine's certificates
             )
         except (ImportError, ValueError) as error:  # a proxy in the environment that it cannot use
@@ -58,7 +58,7 @@ class Connections:
         await self._client.aclose()
 
     async def ask(self, url: str, body: dict[str, Any] | None, seconds: float | Callable[[], float]) -> Any:
-        """The JSON that a server answers within so many seconds, all told. Raises `NoAnswer` or `Refused`."""
+        """The JSON that a server answers within `seconds` in all. Raises `NoAnswer` or `Refused`."""
         async with self._turn:
             limit = seconds() if callable(seconds) else seconds
             seen = _Seen()
@@ -83,7 +83,7 @@ class Connections:
 
 
 class _Seen:
-    """How far a request came."""
+    """How far a request got."""
 
     def __init__(self) -> None:
         self.connected = False
@@ -102,7 +102,7 @@ class _Seen:
 
     def answer(self) -> Any:
         response = self.response
-        if response is not None and not response.is_success:  # whatever became of the rest of it
+        if response is not None and not response.is_success:  # whatever happened to the rest of it
             said = _message(bytes(self.raw[:MOST_OF_AN_ERROR]))
             raise Refused(response.status_code, said, response.headers.get("Location"))
         if self.trouble is not None:
@@ -118,7 +118,7 @@ class _Seen:
 
 
 def _first_cause(error: BaseException) -> str:
-    """What went wrong underneath, on one line: httpx says no more than that all attempts failed."""
+    """The underlying cause, on one line: httpx says only that all attempts failed."""
     while True:
         inner = (
             error.exceptions[0]
@@ -129,12 +129,12 @@ def _first_cause(error: BaseException) -> str:
             break
         error = inner
     if isinstance(error, OSError) and error.errno and error.errno > 0 and not isinstance(error, ssl.SSLError):
-        return f"[Errno {error.errno}] {os.strerror(error.errno)}"  # asyncio has words of its own
+        return f"[Errno {error.errno}] {os.strerror(error.errno)}"  # asyncio has its own wording
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _message(raw: bytes) -> str:
-    """What a server says in the body of an error, in one line."""
+    """What a server says in the body of an error, on one line."""
     text = raw.decode(errors="replace")
     with contextlib.suppress(ValueError, AttributeError):
         answer = json.loads(text)

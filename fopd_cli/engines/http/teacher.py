@@ -1,12 +1,12 @@
 """A remote teacher: an OpenAI-compatible server that returns prompt log-probs for token ids, as `vllm serve`
 does.
 
-One request a sample: its token ids as the prompt, `prompt_logprobs: k`, one token generated because none is
-refused. Requests go out side by side, at most `concurrency` of them, over connections that stay open.
+One request per sample: its token ids as the prompt, `prompt_logprobs: k`, and one generated token because
+zero is refused. Requests go out in parallel, at most `concurrency` of them, over connections that stay open.
 
-What can pass (a refused connection, a time-out, status 408, 429 and 5xx) is tried again with doubling pauses.
-What cannot (a wrong key, an unknown model, a redirect, a web page, a k over the server's limit) is the user's
-to mend and says so. How one request is made is in `request.py`.
+Errors that may pass (a refused connection, a timeout, status 408, 429, 500, 502, 503 and 504) are retried
+with doubling pauses. Those that cannot (a wrong key, an unknown model, a redirect, a web page, a k over the
+server's limit) are reported for the user to fix. `request.py` makes one request.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from fopd_cli.errors import UserError
 from fopd_cli.samples import Rollout, TeacherTargets
 
 FIRST_PAUSE_S = 0.5
-CHECK_S = 10.0  # for all requests of the check at the start, with its own few retries
+CHECK_S = 10.0  # for all requests of the startup check, which has its own retry limit
 CHECK_RETRIES = 2
-MODELS_S = 3.0  # for the question how long its context is, which it need not answer
+MODELS_S = 3.0  # for asking how long its context is, which it need not answer
 MASS_TOLERANCE = 0.01
 TOO_LONG = re.compile(
     r"context length|max_model_len|too (?:long|many tokens)|maximum (?:input|model|sequence) length", re.I
@@ -43,8 +43,8 @@ Found = TypeVar("Found")
 
 
 class Unreachable(Exception):
-    """The server failed so often that it is given up; in the middle of a run the worker fails and is started
-    again.
+    """The server failed too often, so we give up on it. In the middle of a run the worker fails and is
+    restarted.
     """
 
 
@@ -65,7 +65,7 @@ class HttpTeacher:
 
     def __init__(self, server: HttpServer, vocab: int) -> None:
         self.server, self.vocab = server, vocab
-        self._until: float | None = None  # of the check: when it must be over
+        self._until: float | None = None  # deadline of the check
         self._loop = asyncio.Runner()
         self._connections = Connections(server.api_key, server.concurrency)
 
@@ -78,7 +78,7 @@ class HttpTeacher:
                 group.create_task(self._score(rollout, target))
 
     def head(self) -> None:
-        """It stays with the server."""
+        """It stays on the server."""
 
     def sleep(self) -> None:
         """It holds nothing here."""
@@ -87,12 +87,12 @@ class HttpTeacher:
         pass
 
     def close(self) -> None:
-        """Of one that was only asked about itself."""
+        """Release a teacher that was only queried."""
         self._run(self._connections.close())
         self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, Found]) -> Found:
-        """To its end; of several errors at once the first."""
+        """Run to the end; of several errors at once, raise the first."""
         try:
             return self._loop.run(work)
         except BaseExceptionGroup as errors:
@@ -102,11 +102,11 @@ class HttpTeacher:
             raise first from None
 
     def check(self, tokenizer: Any, probe: np.ndarray, k: int) -> None:
-        """Raises `UserError` unless the server answers, has our token ids and gives prompt log-probs for
+        """Raises `UserError` unless the server answers, uses our token ids and gives prompt log-probs for
         them.
 
-        `probe` is as long as the longest sample that there can be. Takes `CHECK_S` seconds at most, whatever
-        the server does: nobody waits minutes to learn that it is down.
+        `probe` is as long as the longest possible sample. Takes `CHECK_S` seconds at most, whatever the
+        server does: users should not wait minutes to learn that it is down.
         """
         self._until = time.monotonic() + CHECK_S
         try:
@@ -136,8 +136,8 @@ class HttpTeacher:
         self._entries(self._post(_judging(probe, k)), probe, k)
 
     def context(self) -> int | None:
-        """Tokens that the server's model takes, if the server says; None also while it cannot be reached,
-        which `check` tells.
+        """The context of the server's model in tokens; None if the server does not say or cannot be reached,
+        which `check` reports.
         """
         server = self.server
         asked = self._connections.ask(f"{server.url}/models", None, min(server.timeout_s, MODELS_S))
@@ -152,7 +152,7 @@ class HttpTeacher:
         context = rollout.judged
         answer = await self._answer(_judging(context.token_ids, wanted))
         found = self._entries(answer, context.token_ids, wanted)
-        # a position that the context does not have gets some row; nobody reads it
+        # a position that the context lacks gets an arbitrary row, which is never read
         at = context.positions.clip(min=1)
         entries, tokens = [found[i] for i in at], context.token_ids[at]
         assert target.logprobs is not None
@@ -165,7 +165,7 @@ class HttpTeacher:
             ) from None
         target.logprobs.copy_(torch.tensor(own))
         if target.topk_logprobs is not None and target.topk_ids is not None:
-            # The sampled token stands among them even if it is not likely; the others are the k likeliest.
+            # The sampled token is included even if it is unlikely; the others are the k likeliest.
             likely = [[e for e in entry.items() if e[1]["rank"] <= wanted] for entry in entries]
             ids = torch.tensor([[int(token) for token, _ in row] for row in likely])
             logprobs = torch.tensor([[found["logprob"] for _, found in row] for row in likely])
@@ -176,7 +176,7 @@ class HttpTeacher:
             target.topk_ids.copy_(top)
 
     def _entries(self, answer: Any, ids: np.ndarray, k: int) -> list[dict[str, Any]]:
-        """Of an answer one entry a token: id -> log-prob and rank; the first one's is empty."""
+        """An answer's entries, one per token: id -> log-prob and rank; the first one is empty."""
         found = self._choice(answer).get("prompt_logprobs")
         if found is None or len(found) != len(ids):
             raise UserError(
@@ -188,15 +188,15 @@ class HttpTeacher:
         return entries
 
     def _check_normalised(self, entries: list[dict[str, Any]], k: int) -> None:
-        """The k likeliest of `vocab` tokens have a mass between k / vocab and 1; logits or scores of another
-        kind do not.
+        """The k likeliest of `vocab` tokens have a mass between k / vocab and 1; logits and other scores do
+        not.
         """
         for entry in entries[1:]:
             logprobs = [math.nan if e["logprob"] is None else float(e["logprob"]) for e in entry.values()]
             mass = sum(math.exp(min(value, 700.0)) for value in logprobs)
-            # the server may have more tokens than we
+            # the server may have more tokens than we do
             too_little = k > 0 and len(logprobs) >= k and mass < k / self.vocab / 2
-            if not mass < 1 + MASS_TOLERANCE or too_little:  # nan is neither
+            if not mass < 1 + MASS_TOLERANCE or too_little:  # catches nan, too
                 raise UserError(
                     f"teacher.http.url: {self.server.url} gives values that are no log-probs: its "
                     f"{len(logprobs)} likeliest tokens of a position have a probability of {mass:.4g} "
@@ -216,7 +216,7 @@ class HttpTeacher:
         return self._run(self._answer(body))
 
     async def _answer(self, body: dict[str, Any]) -> Any:
-        """Raises `UserError` for what cannot pass, `Unreachable` when the server has failed too often."""
+        """Raises `UserError` for errors that cannot pass, `Unreachable` if the server failed too often."""
         server, pause, tries, began = self.server, FIRST_PAUSE_S, 0, time.monotonic()
         retries = server.retries if self._until is None else min(server.retries, CHECK_RETRIES)
         payload = {"model": server.model, "max_tokens": 1, "temperature": 1.0, **body}
@@ -242,7 +242,7 @@ class HttpTeacher:
         )
 
     def _seconds(self) -> float:
-        """What the next request may take."""
+        """Seconds that the next request may take."""
         left = self.server.timeout_s if self._until is None else self._until - time.monotonic()
         return min(self.server.timeout_s, max(0.1, left))
 

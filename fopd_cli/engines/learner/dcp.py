@@ -1,5 +1,5 @@
-"""torch.distributed.checkpoint, with or without a process group: what N ranks wrote, any number of ranks
-reads.
+"""torch.distributed.checkpoint, with or without a process group: any number of ranks reads what N ranks
+wrote.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ same pass.
 One optimizer step on a batch of B samples:
 
     1. every rank takes a share of the samples (balanced by squared lengths), split under a token budget
-    2. per micro-batch, one forward gives the drifts D_roll_i, from these f_i and w_i, then losses and the
+    2. per micro-batch, one forward gives the drifts D_roll_i, from them f_i and w_i, then losses and the
        head's gradients; backward follows
     3. the gradient is summed over ranks, divided by the batch's mean weight if weights are normalised,
-       clipped, applied
+       clipped and applied
 
 A micro-batch's weights need only its own forward pass. What needs the whole batch (normalisation,
 `step_scale`) is a common factor: it is applied to the summed gradient or the learning rate afterwards.
@@ -59,14 +59,13 @@ from fopd_cli.losses.terms import LossSpec, TokenTerms
 from fopd_cli.recipe import Freshness, Learner
 from fopd_cli.samples import Sample, SampleStats, StepReport
 
-TRAINABLE = StateDictOptions(
-    ignore_frozen_params=True, strict=False
-)  # what a checkpoint holds of the student
+# what a checkpoint stores of the student
+TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The recipe's sections that the learner goes by, and what the whole recipe and the run make of them."""
+    """The recipe's sections that the learner uses, and what follows from the whole recipe and the run."""
 
     learner: Learner
     freshness: Freshness
@@ -75,8 +74,8 @@ class LearnerConfig:
     anchor: float  # lambda; 0: none
     compute_dtype: torch.dtype
     vocab: int
-    longest: int  # tokens of the longest sample that there can be
-    adapter_only: bool = False  # what is published of a LoRA student
+    longest: int  # tokens in the longest possible sample
+    adapter_only: bool = False  # publish only the adapters of a LoRA student
 
     @property
     def policy(self) -> Policy:
@@ -84,17 +83,17 @@ class LearnerConfig:
 
     @property
     def optimizer_dtype(self) -> torch.dtype:
-        """Of AdamW's states between steps."""
+        """For AdamW's states between steps."""
         return DTYPES[self.learner.optimizer_dtype]
 
 
 def sharded(compute_dtype: torch.dtype, offload: bool, world: int) -> bool:
-    """Whether the learner is under FSDP2, and so in a process group."""
+    """Whether the learner runs under FSDP2, and so in a process group."""
     return world > 1 or offload or compute_dtype != torch.float32
 
 
 def lr_factor(section: Learner, step: int) -> float:
-    """Warm-up from 1/warmup to 1, then the decay, which is at `min_lr_ratio` in the last step, `steps - 1`,
+    """Warm-up from 1/warmup to 1, then the decay, which reaches `min_lr_ratio` in the last step, `steps - 1`,
     even if the warm-up is not over by then. A pure function of the step.
     """
     last = section.steps - 1
@@ -130,16 +129,16 @@ class _Student(nn.Module):
         return (value, *(getattr(terms, f.name) for f in fields(TokenTerms)))
 
     def hidden(self, tokens: TokenBatch) -> Tensor:
-        """Post-norm hidden states `(tokens, width)` alone; where the model is sharded, a forward of its
+        """Only the post-norm hidden states `(tokens, width)`; if the model is sharded, a forward of its
         own.
         """
         return tokens.hidden(self.lm)
 
 
 class FsdpLearner:
-    """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_heads` stand in the order of
-    the teachers, none where the targets are log-probs. `unread`: the model is on the meta device, and its
-    weights are to be read once it is sharded.
+    """Implements `protocols.Learner`. `model` is the student in fp32; `teacher_heads` are in the order of the
+    teachers, none if the targets are log-probs. `unread`: the model is on the meta device, and its weights
+    are read after sharding.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class FsdpLearner:
         self._resting = Resting(device)
         self._heads_at_rest = [Head.of(head).first(config.vocab) for head in teacher_heads]
         self.teacher_heads = [head.to(device) for head in self._heads_at_rest]
-        # what samples begin with lies in a row once
+        # a prefix that samples share is in a row once
         self.shared = device.type == "cpu" and not rope.by_length(model.config)
         self.lane = Lane(device)
         if config.learner.packing:
@@ -179,9 +178,9 @@ class FsdpLearner:
         )
 
     def _kernel(self) -> dict[str, bool]:
-        """Of AdamW. The fused one needs no memory beside the states, where the other makes several shards'
-        worth on the way, and visits offloaded states on the host once, not a dozen times. They round
-        differently, and runs on a CPU are to repeat those of earlier versions to the bit.
+        """For AdamW. The fused kernel needs no memory besides the states, while the other needs several
+        shards' worth on the way, and it visits offloaded states on the host once, not a dozen times. They
+        round differently, and runs on a CPU must repeat those of earlier versions to the bit.
         """
         fused = self.device.type == "cuda" or self.config.learner.offload
         return {"fused": fused, "foreach": not fused}
@@ -192,7 +191,7 @@ class FsdpLearner:
         """
         lm, config = self.student.lm, self.config
         if config.learner.compile:
-            # What is inside a checkpoint, or else nothing would be compiled; and without the hooks around a
+            # Inside the checkpoint wrapper, or nothing would be compiled, and without the hooks around a
             # block.
             for block in blocks(lm):
                 block.forward = torch.compile(block.forward)
@@ -215,7 +214,7 @@ class FsdpLearner:
         if config.learner.offload:
             policy["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         narrow = policy["mp_policy"]
-        # samplers keep them so, and a router's choice hangs on it
+        # samplers keep them in fp32, and a router's choice depends on it
         for module in modules_in_fp32(lm, config.compute_dtype):
             fully_shard(module, **{**policy, "mp_policy": replace(narrow, param_dtype=None)})
         for block in blocks(lm):
@@ -224,7 +223,7 @@ class FsdpLearner:
         register_fsdp_forward_method(self.student, "hidden")
 
     def _probe(self, looks_back: bool) -> None:
-        """What only the weights as they are sharded, on their device, can tell."""
+        """Checks that need the weights as they are sharded, on their device."""
         config, student = self.config, self.student
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled for the probe's few lengths
             if looks_back:
@@ -234,7 +233,7 @@ class FsdpLearner:
                     student.hidden, student.lm, config.vocab, config.longest, self.device, "learner.packing"
                 )
         if isinstance(student, FSDPModule):
-            # the optimizer wants the shards, and a forward without a backward leaves them gathered
+            # the optimizer needs the shards, and a forward without a backward leaves them gathered
             student.reshard()
 
     # ---- one optimizer step --------------------------------------------------------------------------------
@@ -247,13 +246,13 @@ class FsdpLearner:
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
         micro, stats, loss, anchor = self._batches(samples), [], 0.0, 0.0
-        # Sharded gradients are scattered after each micro-batch: to do it once at the end would save the bus
-        # some work, and keep 4 bytes of every parameter, whole, on every rank until then.
+        # Sharded gradients are scattered after each micro-batch: doing it once at the end would save the bus
+        # some work, but keep 4 bytes per parameter, unsharded, on every rank until then.
         batches = self._prefetched(samples, micro)
         for indices, batch in zip(micro, batches, strict=True):
             figures, objective_value, anchor_value = self._forward(samples, indices, batch)
             objective_value.backward()
-            batches.ahead()  # before the first look at a figure, which waits for the device
+            batches.ahead()  # before the first figure is read, which waits for the device
             loss, anchor = loss + objective_value.item() / self.world, anchor + anchor_value.item()
             if indices:
                 stats.append((indices, _stats(samples, indices, figures)))
@@ -309,7 +308,9 @@ class FsdpLearner:
         self._cast_states(self.config.optimizer_dtype)
 
     def _cast_states(self, dtype: torch.dtype) -> None:
-        """AdamW always computes in fp32; narrower states only rest, while activations need the memory."""
+        """AdamW always computes in fp32; states are narrower only at rest, while activations need the
+        memory.
+        """
         for state in self.optimizer.state.values():
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].to(dtype)
@@ -326,12 +327,12 @@ class FsdpLearner:
         return self._gather(parts, len(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """This rank's micro-batches; every rank gets equally many, the missing ones are empty."""
+        """This rank's micro-batches; every rank gets the same number, some of them empty."""
         lengths = [len(s.rollout.token_ids) for s in samples]
         split = []
         for share in balanced_shares(lengths, self.world):
             groups = []
-            for teacher in sorted({samples[i].targets.teacher for i in share}):  # each has a head of its own
+            for teacher in sorted({samples[i].targets.teacher for i in share}):  # each has its own head
                 own = [i for i in share if samples[i].targets.teacher == teacher]
                 found = by_token_budget(
                     [lengths[i] for i in own], self.config.learner.micro_tokens, self.config.learner.packing
@@ -342,7 +343,7 @@ class FsdpLearner:
         return split[self.rank] + [[] for _ in range(most - len(split[self.rank]))]
 
     def _prefetched(self, samples: Sequence[Sample], micro: list[list[int]]) -> Prefetched[MicroBatch]:
-        """The micro-batches on the device. An empty one is a placeholder, because sharded ranks must all run
+        """The micro-batches on the device. An empty one is a placeholder, because all sharded ranks must run
         the same forwards.
         """
         pinned = self.device.type == "cuda"
@@ -361,14 +362,14 @@ class FsdpLearner:
         """
         config, n = self.config, len(batch.lag)
         sample, lag, lengths = batch.sample, batch.lag, batch.lengths
-        # A cached label is of the context that the student has read, whether or not that one still exists.
+        # A cached label is for the context that the student read, whether or not that still exists.
         still_there = batch.sampled & batch.current
         mask = batch.sampled if config.freshness.replay.labels == "cached" else still_there
         aligned = torch.isfinite(batch.at.behaviour)
         _, coverage = drift.per_sample(
             torch.zeros_like(batch.at.behaviour), aligned, batch.sampled, sample, n
         )
-        # The teacher is frozen: where the context did not change, D_sup is exactly 0 and all of it aligned.
+        # The teacher is frozen: if the context did not change, D_sup is exactly 0 and every position aligned.
         drift_sup, coverage_sup = drift.per_sample(batch.drift_sup, still_there, batch.sampled, sample, n)
 
         def freshness(of: Tensor, drift_roll: Tensor) -> Tensor:
@@ -475,8 +476,8 @@ class FsdpLearner:
 
     @torch.no_grad()
     def publish(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under Hugging Face names, tied ones once, adapters merged (or they alone, if the
-        recipe says so); a collective on several ranks.
+        """Full weights under Hugging Face names, tied ones once, adapters merged (or only the adapters, if
+        the recipe says so); a collective on several ranks.
         """
         yield from (lora.adapters if self.config.adapter_only else lora.merged)(self.student.lm)
 
@@ -514,7 +515,7 @@ class FsdpLearner:
         self.floor = drift.NoiseFloor(**extra["noise_floor"])
 
     def _unmake_states(self) -> None:
-        """Before its first step AdamW has none. torch makes them, to save or to load, by a step that counts
+        """AdamW has no states before its first step. To save or load, torch makes them by a step that counts
         as one.
         """
         self.optimizer.state.clear()
@@ -523,12 +524,12 @@ class FsdpLearner:
         if self.device.type == "cpu":
             return
         self.optimizer.zero_grad(set_to_none=True)
-        if not self.config.learner.offload:  # offloaded, all this is on the host at all times
+        if not self.config.learner.offload:  # when offloaded, all this is always on the host
             self._resting.sleep(self.student)
             self._resting.sleep_states(self.optimizer.state)
         self.teacher_heads = self._heads_at_rest
         with torch.cuda.device(self.device):
-            torch.cuda.synchronize()  # what was copied is there before its memory is another role's
+            torch.cuda.synchronize()  # copies end before another role gets their memory
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
@@ -541,7 +542,7 @@ class FsdpLearner:
 
 
 def _stats(samples: Sequence[Sample], indices: list[int], figures: dict[str, Tensor]) -> SampleStats:
-    """What `_forward` gave of these samples; waits for it."""
+    """What `_forward` returned for these samples; waits for it."""
     found = {name: _numpy(value) for name, value in figures.items()}
     for name in ("lag", "length"):
         found[name] = found[name].astype(np.int64)

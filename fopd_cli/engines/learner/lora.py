@@ -1,8 +1,8 @@
 """LoRA students (peft): the base stays frozen, low-rank adapters learn.
 
-What is exported, and as a rule published, is W + (alpha / rank) B A under the names of the base, so that
-samplers never hear of it; vLLM can also be given A and B alone. There is no dropout: with it, the student
-that learns would not be the one that sampled.
+What is exported, and normally published, is W + (alpha / rank) B A under the base's names, so samplers need
+no adapters; vLLM can also take A and B only. There is no dropout: with it, the student that learns would not
+be the one that sampled.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def add_adapters(
     """Freeze the base, keep it in `frozen_dtype`, and give it adapters in fp32; B starts at 0, so nothing
     changes yet.
 
-    The same seed gives the same A on every rank. `router`: of a mixture of experts, those that choose them
-    learn, too. Raises
-    `UserError` for target names that the model does not have.
+    The same seed gives the same A on every rank. `router`: the routers of a mixture of experts learn, too.
+    Raises `UserError` for target names that the model does not have.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -47,14 +46,14 @@ def add_adapters(
     wanted = choose(lm, targets, router)
     lm.requires_grad_(False)
     hf.cast(lm, frozen_dtype)
-    # Under a parent that has no configuration, peft takes these names as they are; else it would translate a
+    # Under a parent without a configuration, peft takes these names unchanged. Otherwise it would translate a
     # mixture's names from those of older checkpoints, lose dense layers of the same name, and adapt routers
     # unasked.
     parent = nn.Module()
     parent.lm = lm
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.simplefilter("ignore")  # that one of the two lists is empty
+        warnings.simplefilter("ignore")  # warns that one of the two lists is empty
         try:
             inject_adapter_in_model(
                 LoraConfig(
@@ -76,15 +75,15 @@ def add_adapters(
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is an adapter's."""
+    """Whether a parameter with this name is an adapter's."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every distinct weight, whole, under its Hugging Face name, adapters added in; a model without any as it
-    is.
+    """Every distinct weight, whole, under its Hugging Face name, with adapters added in; a model without any
+    is unchanged.
 
-    A collective where the weights are sharded.
+    A collective if the weights are sharded.
     """
     layers = {_adapted(name, m): m for name, m in lm.named_modules() if hasattr(m, "lora_A")}
     seen: set[int] = set()
@@ -99,7 +98,7 @@ def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _adapted(name: str, layer: Any) -> str:
-    """The base's name of what an adapter adapts: a layer's weight, or one of the parameters of a module
+    """The base's name for what an adapter adapts: a layer's weight, or one of the parameters of a module
     (fused experts).
     """
     return f"{_plain(name).replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
@@ -110,7 +109,7 @@ def _plain(name: str) -> str:
 
 
 def check_adapter_alone(lm: nn.Module, key: str) -> None:
-    """Raise `UserError` if the adapters cannot leave without their base: those of fused experts have no
+    """Raise `UserError` if the adapters cannot be used without their base: those of fused experts have no
     common format.
     """
     for name, module in lm.named_modules():
@@ -122,7 +121,7 @@ def check_adapter_alone(lm: nn.Module, key: str) -> None:
 
 
 def adapters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A and B of every adapted layer, whole, under peft's names. A collective where they are sharded."""
+    """A and B of every adapted layer, whole, under peft's names. A collective if they are sharded."""
     for name, tensor in lm.state_dict(keep_vars=True).items():
         if is_adapter(name):
             yield "base_model.model." + _plain(name).replace(f".{ADAPTER}.", "."), whole(tensor)
@@ -131,7 +130,7 @@ def adapters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def write_adapter(
     folder: Path, weights: Iterable[tuple[str, Tensor]], alpha: float, base: str | None = None
 ) -> None:
-    """What `adapters` gave, as a directory in peft's format; `base` is the model that they belong to."""
+    """Write what `adapters` gave as a directory in peft's format; `base` is the model that they belong to."""
     from peft import LoraConfig
 
     tensors = {name: tensor.contiguous() for name, tensor in weights}
@@ -143,7 +142,7 @@ def write_adapter(
         base_model_name_or_path=base,
         inference_mode=True,
     )
-    # peft's own `save_pretrained` writes sets in whatever order they have today.
+    # peft's own `save_pretrained` writes sets in arbitrary order.
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True))
@@ -155,7 +154,7 @@ def _delta(layer: Any) -> Tensor:
     if experts == 1:
         product = b @ a
         return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
-    # peft's layout: A of all experts below each other, B's columns by rank and then by expert.
+    # peft's layout: A of all experts stacked, B's columns by rank and then by expert.
     a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
     product = torch.einsum("ore,eri->eoi", b, a) * layer.scaling[ADAPTER]
     return product if layer._did_swap_in_out_features else product.transpose(1, 2)

@@ -2,8 +2,8 @@
 parameters.
 
 The output head never gets one. A router gets one only if the recipe says so: it chooses experts, and a small
-change of it sends tokens elsewhere. Of a state-space mixer only the input projection gets one; its kernels
-read the other weights themselves and would pass an adapter by.
+change to it sends tokens elsewhere. In a state-space mixer only the input projection gets one; its kernels
+read the other weights directly and would bypass an adapter.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from fopd_cli.engines.models.hf import backbone
 from fopd_cli.errors import UserError
 
 ROUTER = re.compile(r"(^|\.)(gate|router)(\.|$)")
-OLD_NAMES = {
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}  # an expert's layers before they were fused
+# an expert's layers before they were fused
+OLD_NAMES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 SHOWN = 12  # names in an error
 ROWS = 7
 
@@ -68,7 +66,7 @@ def choose(lm: Any, targets: Literal["all-linear"] | Sequence[str], router: bool
 
 
 def _layers(lm: Any) -> Iterator[str]:
-    """Linear layers that text goes through, routers left out."""
+    """Linear layers that text goes through, except routers."""
     from transformers.pytorch_utils import Conv1D
 
     inside, head = {id(m) for m in backbone(lm).modules()}, lm.get_output_embeddings()
@@ -84,7 +82,7 @@ def _layers(lm: Any) -> Iterator[str]:
 
 @torch.no_grad()
 def _maps_plainly(module: Any) -> bool:
-    """Whether a layer with a forward of its own still computes `x W'` and a bias; a grouped one, say, does
+    """Whether a layer with a forward of its own still computes `x W'` and a bias; a grouped layer does
     not.
     """
     if type(module).forward is nn.Linear.forward or not isinstance(module, nn.Linear):
@@ -104,7 +102,7 @@ def _maps_plainly(module: Any) -> bool:
 
 
 def _experts(lm: Any) -> Iterator[str]:
-    """Weights of all experts of a layer in one parameter `(experts, ...)`."""
+    """Parameters `(experts, ...)` that hold all experts' weights of a layer."""
     inside = {id(m) for m in backbone(lm).modules()}
     for name, module in lm.named_modules():
         if id(module) in inside and "experts" in f"{name}.{type(module).__name__}".lower():

@@ -1,7 +1,7 @@
 """Some samples as the learner's forward takes them: token ids, and one row for each position that bears loss.
 
 Positions that bear none (prompts, tool output, padding) go through the model, where others attend to them,
-and no further: neither their logits nor their teacher's are made.
+but no further: neither their logits nor their teacher's are computed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class MicroBatch:
     def of(
         cls, samples: Sequence[Sample], packed: bool, shared: bool = True, pinned: bool = False
     ) -> MicroBatch:
-        """All on the host, targets in page-locked memory if `pinned`; `packed` and `shared` as of
+        """All on the host, targets in page-locked memory if `pinned`; `packed` and `shared` as in
         `TokenBatch`.
         """
         rollouts = [s.rollout for s in samples]
@@ -111,7 +111,7 @@ def _of_targets(
     if any(t is None for t in tensors):
         return None
     runs = [t[run] for t, own in zip(tensors, rows, strict=True) for run in _runs(own)]
-    # Each run is copied once, from where the teacher wrote it to where it leaves from.
+    # Each run is copied once, from where the teacher wrote it to where it is sent from.
     count, shape = sum(len(own) for own in rows), tensors[0].shape[1:]
     out = torch.empty(count, *shape, dtype=dtype or tensors[0].dtype, pin_memory=pinned)
     place = 0
@@ -122,13 +122,13 @@ def _of_targets(
 
 
 def _runs(rows: np.ndarray) -> list[slice]:
-    """Rising row numbers as slices: the turns of an episode."""
+    """Ascending row numbers as slices: the turns of an episode."""
     bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     return [slice(int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(bounds)]
 
 
 def placeholder(sample: Sample) -> Sample:
-    """The first response token of a sample, alone: what a rank without samples joins in with."""
+    """A sample's first response token only: what a rank without samples joins in with."""
 
     def first(data: Any) -> Any:
         arrays = {

@@ -1,13 +1,13 @@
-"""Micro-batches on their way to the device: the next one is put together and copied while the one before
+"""Micro-batches on their way to the device: the next one is assembled and copied while the previous one
 computes.
 
     host     put 0 together | launch 0's passes | put 1 together | wait for 0 | launch 1's ...
     side     copy 0         |                   | copy 1         |            |
     device                  | forward 0, backward 0 ...................       | forward 1 ...
 
-Copies go through page-locked memory on a stream of their own; the stream that computes waits for them before
-it uses them, and memory that it has used goes back to the copies only when it is done with it. Where a copy
-is over when it returns, on a CPU, the order of the work is the same, and there is nothing to wait for.
+Copies go through page-locked memory on a stream of their own. The compute stream waits for them before it
+uses them, and memory that it used returns to the copies only when it is done with it. On a CPU, where a copy
+is complete when it returns, the order of the work is the same and there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ T = TypeVar("T")
 
 
 class Lane:
-    """The way to one device, beside what computes there."""
+    """Copies to one device, in parallel with what it computes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, batch: T) -> tuple[T, Any]:
-        """Begin to copy all tensors of a batch on the host; returns their copies, and what says that they are
-        there.
+        """Start copying all tensors of a batch on the host; returns their copies and the event that marks
+        their arrival.
         """
         if self._stream is None:
             return batch, None
@@ -42,7 +42,7 @@ class Lane:
             return there, self._stream.record_event()
 
     def receive(self, batch: T, arrived: Any) -> T:
-        """Have what computes from now on wait for the copies."""
+        """Make later computation wait for the copies."""
         if arrived is not None:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(arrived)
@@ -59,8 +59,8 @@ class Lane:
 
 
 class Prefetched(Generic[T]):
-    """Iterates over batches, each made on the host by one of `makers`, on the device. `ahead` begins the next
-    one's way there; one that nobody began sets out when it is asked for.
+    """Iterates over batches on the device, each made on the host by one of `makers`. `ahead` starts sending
+    the next one; a batch that was not sent ahead is sent when it is asked for.
     """
 
     def __init__(self, lane: Lane, makers: Sequence[Callable[[], T]]) -> None:
@@ -81,7 +81,7 @@ class Prefetched(Generic[T]):
 
 
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same with all its tensors changed, in dataclasses and dictionaries as well."""
+    """The value with all its tensors changed, in dataclasses and dictionaries as well."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Checkpoints and architectures: what lies on disk, what a head does to its logits, what can be distilled."""
+"""Checkpoints and architectures: what is on disk, what a head does to its logits, what can be distilled."""

@@ -1,8 +1,8 @@
-"""What lies in a model's files, and how it fits the model: told without reading the weights.
+"""What a model's files contain, and how it fits the model, without reading the weights.
 
-transformers gives weights that a file lacks random values and says so in its log alone, so every load is
-looked at (`LoadReport`), and
-`fopd doctor` and `fopd run` ask the same of the files' headers before anything else is done.
+transformers gives weights that a file lacks random values and says so only in its log. So every load is
+checked (`LoadReport`), and `fopd doctor` and `fopd run` check the files' headers before anything else is
+done.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """Name of each tensor -> the file that it lies in. Of the kinds of files that there are, those that
+    """Name of each tensor -> the file that holds it. If there are several kinds of files, the kind that
     transformers takes.
     """
 
@@ -48,7 +48,7 @@ class CheckpointFiles:
 
     @classmethod
     def of(cls, folder: Path) -> CheckpointFiles | None:
-        """None where there are none. Raises `ValueError` where they cannot be read, or are not all there."""
+        """None if there are none. Raises `ValueError` if they cannot be read or are incomplete."""
         for single, index in (
             ("model.safetensors", "model.safetensors.index.json"),
             ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -87,7 +87,7 @@ class CheckpointFiles:
         return found
 
     def tensor(self, name: str) -> Tensor:
-        """One of them, read."""
+        """Read one of them."""
         path = self.where[name]
         if path.suffix == ".bin":
             found: Tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name]
@@ -96,7 +96,7 @@ class CheckpointFiles:
             return tensors.get_tensor(name)
 
     def part(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """So much of one of them, and no more of it, read."""
+        """Read this part of one of them, and no more."""
         path, at = self.where[name], tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
         if path.suffix == ".bin" or not at:
             return self.tensor(name)[at]
@@ -105,7 +105,7 @@ class CheckpointFiles:
             return found
 
     def differ(self, names: Iterable[str]) -> bool:
-        """Whether those of some tensors that are there are not all the same."""
+        """Whether the tensors of these names, as far as they exist, are not all the same."""
         first, *others = [self.tensor(name) for name in names if name in self.where] or [torch.empty(0)]
         return any(not torch.equal(first, other) for other in others)
 
@@ -117,14 +117,12 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)  # name, shape in the file, shape in the model
-    # two names that the configuration ties, of different values
+    # two names that the configuration ties, with different values
     untied: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, info: Mapping[str, Any], untied: Mapping[str, str]) -> LoadReport:
-        """From the loading info of transformers, and from the tied names (other -> first) that it found
-        different.
-        """
+        """From transformers' loading info, and from the tied names (other -> first) whose values differ."""
         mismatched = [
             f"{name} {list(file)} instead of {list(model)}" for name, file, model in info["mismatched_keys"]
         ]
@@ -134,7 +132,7 @@ class LoadReport:
         )
 
     def errors(self, where: str) -> list[tuple[str, str]]:
-        """(what is wrong, what to do about it); `where` begins each and says which model it is."""
+        """(what is wrong, what to do about it); each begins with `where`, which says which model it is."""
         found = []
         if self.missing:
             found.append(
@@ -180,8 +178,8 @@ class LoadReport:
 
 
 def unconvertible(error: BaseException) -> list[str]:
-    """Weights that transformers could not put together (from each expert's own, say): it names them in its
-    log alone.
+    """Weights that transformers could not assemble (from single experts, say): it names them only in its
+    log.
     """
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if found := getattr(frame.f_locals.get("loading_info"), "conversion_errors", None):
@@ -204,7 +202,7 @@ def _names(path: Path) -> list[str]:
             return list(torch.load(path, map_location="meta", weights_only=True))
         with safe_open(str(path), "pt") as tensors:
             return list(tensors.keys())
-    except Exception as error:  # whatever a broken file makes of the two libraries
+    except Exception as error:  # whatever the two libraries raise on a broken file
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path.name} is not whole, or something else than its name says ({what[:200]})"

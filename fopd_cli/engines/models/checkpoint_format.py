@@ -1,8 +1,7 @@
-"""Weights as a checkpoint names them, from how transformers keeps them.
+"""Converts weights from transformers' names and shapes to a checkpoint's.
 
-transformers 5 fuses the experts of a mixture into one parameter when it loads a checkpoint, and takes them
-apart again when it saves one. vLLM reads checkpoints; so an update is taken apart like a saved one, a tensor
-at a time.
+transformers 5 fuses the experts of a mixture into one parameter when it loads a checkpoint, and splits them
+again when it saves one. vLLM reads checkpoints, so an update is split as for saving, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from fopd_cli.engines.models import hf
 
 
 def in_checkpoint_format(model: str, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the model in this directory under the names of its files; as they are where these are
-    the same.
-    """
+    """The weights under the names in this model's files; unchanged if those are the same."""
     if not converts(model):
         yield from weights
         return
@@ -31,7 +28,7 @@ def in_checkpoint_format(model: str, weights: Iterable[tuple[str, Tensor]]) -> I
 
 @functools.cache
 def converts(model: str) -> bool:
-    """Whether transformers gives anything another name or shape than the files do."""
+    """Whether transformers names or shapes anything differently from the files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return bool(get_model_conversion_mapping(_empty(model), add_legacy=False))

@@ -1,7 +1,7 @@
-"""Models of the hub, on this machine before any process that needs them: once, with a bar and a size.
+"""Downloads hub models before any process needs them: once, with a progress bar and a size.
 
-Workers that each found their model missing would download side by side, in silence, on the time that they
-have to start.
+Otherwise workers would download their missing models in parallel, silently, in the time that they have to
+start.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ PICKLED = ["*.json", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def obtain(model: str, key: str, say: Callable[[str], None]) -> bool:
-    """Have all files of a model here; returns whether any had to be downloaded.
+    """Get all files of a model; returns whether any had to be downloaded.
 
-    Raises `UserError`, one line that `key` begins, if the hub cannot be reached or has no such model, or if
-    the disk is too small.
+    Raises a one-line `UserError`, prefixed with `key`, if the hub cannot be reached or has no such model, or
+    if the disk is too small.
     """
     if Path(model).is_dir() or _whole(model):
         return False
@@ -39,7 +39,7 @@ def obtain(model: str, key: str, say: Callable[[str], None]) -> bool:
         snapshot_download(model, allow_patterns=patterns)
     except UserError:
         raise
-    except Exception as error:  # of the network, of the hub, of the disk: each has classes of its own
+    except Exception as error:  # network, hub and disk errors each have their own classes
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{key}: {model!r} is not (all) on this machine and cannot be downloaded: {first[:200]}; "
@@ -57,7 +57,7 @@ def _whole(model: str) -> bool:
     try:
         folder = Path(snapshot_download(model, allow_patterns=SAFE, local_files_only=True))
         return CheckpointFiles.of(folder) is not None
-    except Exception:  # not there, or not all of it
+    except Exception:  # missing or incomplete
         return False
 
 

@@ -1,12 +1,12 @@
-"""What an architecture does to its logits, asked of its own code rather than of the names in its
+"""What an architecture does to its logits, found from its own code rather than from names in its
 configuration.
 
 Whether a soft cap is called `final_logit_softcapping`, `logits_soft_cap` or `output_logit_soft_cap`, whether
-`logits_scaling` divides (granite) or multiplies, whether the scale stands before the head (minicpm3) or after
+`logits_scaling` divides (granite) or multiplies, whether the scale comes before the head (minicpm3) or after
 it (cohere): a model's `forward` knows. It is run with its backbone and its output head replaced, so that only
-what lies between and behind them is left. That part is given numbers, and what comes out must be what
-`losses.head.Head` computes from them, at every number, or the architecture is refused. No weights are needed:
-a model on the meta device will do.
+the code between and after them is left. That code is given numbers, and for every one it must return what
+`losses.head.Head` computes, or the architecture is refused. No weights are needed: a model on the meta device
+will do.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from torch import Tensor, nn
 from fopd_cli.losses.head import Head, soft_cap
 
 TOLERANCE = 1e-5  # relative; a cap's or a scale's effect of one in a thousand is a hundred times that
-ONE = 1e-6  # a scale that is as near as this to 1 is 1, in a model that goes through float32
-SMALL, LARGE = 1e-6, 1e30  # where no cap is felt, and where one is all that is felt
-SPREADS = (0.1, 1.0, 10.0, 100.0)  # of the numbers that are tried, one row each
+ONE = 1e-6  # a scale this close to 1 is 1, in a model that goes through float32
+SMALL, LARGE = 1e-6, 1e30  # where a cap has no effect, and where it is the only effect
+SPREADS = (0.1, 1.0, 10.0, 100.0)  # of the numbers tried, one row each
 
 
 @dataclass(frozen=True)
 class HeadRule:
-    """What is done beside the product with the unembedding, see `losses.head.Head`."""
+    """What is done besides the product with the unembedding, see `losses.head.Head`."""
 
     scale: float
     cap: float | None
 
     def head(self, lm: Any) -> Head:
-        """The model's head as it is now, its parameters themselves."""
+        """The model's head as it is now, sharing its parameters."""
         output = lm.get_output_embeddings()
         return Head(output.weight, output.bias, self.scale, self.cap)
 
 
 class UnknownHead(ValueError):
-    """What stands between hidden states and logits, as the end of a sentence that begins with the model's
+    """What comes between hidden states and logits, as the end of a sentence that begins with the model's
     name.
     """
 
 
 @torch.no_grad()
 def find_rule(lm: Any, backbone: nn.Module) -> HeadRule:
-    """Of a causal language model in float32 whose hidden states come from `backbone`. Raises `UnknownHead` if
-    more lies between these and the logits.
+    """The rule of a causal language model in float32 whose hidden states come from `backbone`. Raises
+    `UnknownHead` if anything else comes between these and the logits.
     """
     output = lm.get_output_embeddings()
     if type(output) is not nn.Linear:
@@ -82,7 +82,7 @@ def find_rule(lm: Any, backbone: nn.Module) -> HeadRule:
 
 
 def _run_either(lm: Any, backbone: nn.Module, output: nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_run`; where what stands around the backbone wants real inputs (images' places), without that, too."""
+    """`_run`; if the code around the backbone needs real inputs (images' places), then without it."""
     try:
         return _run(lm, backbone, output)
     except Exception as error:
@@ -95,8 +95,8 @@ def _run_either(lm: Any, backbone: nn.Module, output: nn.Linear) -> tuple[Tensor
 
 
 def _run(lm: Any, backbone: nn.Module, output: nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states `(n, hidden)` that the backbone gives, what of them enters the head, the product `(n, V)`
-    that the head gives, and the logits made of it, `(n, V)` or, where padding is cut off, fewer.
+    """The hidden states `(n, hidden)` that the backbone returns, what then enters the head, the product `(n,
+    V)` that the head returns, and the logits made from it, `(n, V)`, or fewer if padding is cut off.
     """
     generator = torch.Generator().manual_seed(0)
     vocab, width = output.weight.shape
@@ -119,7 +119,7 @@ def _run(lm: Any, backbone: nn.Module, output: nn.Linear) -> tuple[Tensor, Tenso
 
 
 class _Output:
-    """What a backbone returns, with nothing in it but hidden states."""
+    """What a backbone returns, with only hidden states in it."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -133,7 +133,7 @@ class _Output:
 
 @contextmanager
 def _replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    """The module's forward is another one for a while."""
+    """Temporarily replace the module's forward."""
     module.forward = forward
     try:
         yield

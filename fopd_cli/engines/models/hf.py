@@ -26,7 +26,7 @@ from fopd_cli.errors import UserError
 from fopd_cli.losses.head import Head
 from fopd_cli.tasks.calls import MARKS
 
-__all__ = ["encode_observation", "encode_prompt"]  # of the same kind: what is asked of tokenizers
+__all__ = ["encode_observation", "encode_prompt"]  # also asked of tokenizers
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -34,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 def _transformers() -> Any:
-    import transformers  # seconds of import time, so only where a model or a tokenizer is really loaded
+    import transformers  # takes seconds to import, so only where a model or a tokenizer is actually loaded
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -43,17 +43,17 @@ def _transformers() -> Any:
 
 def load_config(model: str, key: str) -> Any:
     """The model's configuration; `key` names the recipe key in the error."""
-    if (Path(model) / "adapter_config.json").is_file():  # transformers would load another model for it
+    if (Path(model) / "adapter_config.json").is_file():  # transformers would load another model instead
         raise UserError(f"{key}: {model!r} is a LoRA adapter; merge it into its base model and give that")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(
             f"{key}: {model!r} holds no config.json; give a Hugging Face model directory or a hub id"
         )
     try:
-        # A checkpoint's own code is never run; unless told so, transformers would ask at the terminal, and
-        # wait.
+        # A checkpoint's own code is never run; unless told so, transformers would stop to ask at the
+        # terminal.
         return _transformers().AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # what is wrong with a configuration is told in many ways
+    except Exception as error:  # a broken configuration raises many kinds of errors
         raise UserError(
             f"{key}: cannot load a model configuration from {model!r}: {_first_line(error)}"
         ) from None
@@ -68,10 +68,10 @@ def load_tokenizer(model: str, key: str) -> Any:
 
 
 def load_model(model: str, key: str, dtype: torch.dtype) -> nn.Module:
-    """The causal language model on the CPU, in `dtype` (but for what its architecture keeps in fp32), in
-    evaluation mode; of a vision-language model all of it.
+    """The causal language model on the CPU, in `dtype` (except what its architecture keeps in fp32), in
+    evaluation mode; a vision-language model as a whole.
 
-    Raises `UserError` if its files are not the whole of it.
+    Raises `UserError` if its files are incomplete.
     """
     config = load_config(model, key)
     attention = own_attention(model_class(config), config)
@@ -97,7 +97,7 @@ def load_model(model: str, key: str, dtype: torch.dtype) -> nn.Module:
 
 
 def load_report(model: str, config: Any, key: str) -> LoadReport | None:
-    """How the model's files fit its configuration, without reading the weights; None where the files are not
+    """How the model's files fit its configuration, without reading the weights; None if the files are not
     here yet.
     """
     folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
@@ -126,12 +126,12 @@ def load_report(model: str, config: Any, key: str) -> LoadReport | None:
 
 
 def _ties(model: Any) -> dict[str, str]:
-    """Other name -> first name of the weights that the configuration says are one."""
+    """Other name -> first name of the weights that the configuration ties."""
     return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _cached_folder(model: str) -> Path | None:
-    """Where a model of the hub lies if it was downloaded before."""
+    """Where a hub model is if it was downloaded before."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -143,10 +143,10 @@ def _cached_folder(model: str) -> Path | None:
 
 
 def empty_model(config: Any, dtype: torch.dtype | None = None, buffers: bool = False) -> nn.Module:
-    """The architecture on the meta device: shapes without memory. Without a dtype it is the
-    configuration's. `buffers`: these are there, and have the values that they are computed to have.
+    """The architecture on the meta device: shapes without memory. The dtype is the configuration's by
+    default. `buffers`: make these real, with the values that the architecture computes for them.
     """
-    # a model writes its attention and dtype into it, and this one may be a living model's
+    # a model writes its attention and dtype into it, and this may be a live model's
     config = copy.deepcopy(config)
     own = {
         "attn_implementation": own_attention(model_class(config), config),
@@ -164,8 +164,8 @@ def empty_model(config: Any, dtype: torch.dtype | None = None, buffers: bool = F
 
 
 def model_class(config: Any) -> Any:
-    """transformers' class for it; of a vision-language model one that holds its language model. None: it has
-    none.
+    """transformers' class for it; for a vision-language model, one that holds its language model. None if
+    there is none.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -187,8 +187,8 @@ def _auto(config: Any) -> Any:
 
 
 def own_attention(architecture: Any, config: Any) -> str:
-    """transformers' attention for it when it is not packed: PyTorch's, or the architecture's own, "eager",
-    where PyTorch's is not offered or would leave out a soft cap without a word.
+    """transformers' attention for it when it is not packed: PyTorch's, or the architecture's own, "eager", if
+    PyTorch's is not offered or would silently leave out a soft cap.
     """
     offered = architecture is None or architecture._supports_sdpa
     return (
@@ -199,8 +199,8 @@ def own_attention(architecture: Any, config: Any) -> str:
 
 
 def asks_which_attention(model: Any) -> bool:
-    """Whether its code computes something else for names of attention that it does not know (sparse attention
-    does: it leaves out its choice of keys), so that it must not be given one of ours.
+    """Whether its code computes something else under attention names that it does not know, so that it must
+    not be given one of ours. (Sparse attention then skips its choice of keys.)
     """
     return any(_compares(name) for name in {type(module).__module__ for module in model.modules()})
 
@@ -213,7 +213,7 @@ def _compares(module: str) -> bool:
 
 
 def backbone(model: Any) -> Any:
-    """The part that gives post-norm hidden states."""
+    """The part that outputs post-norm hidden states."""
     found = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     if found is model or found is model.get_output_embeddings():  # Llama 4, ModernBERT
         return model.base_model if model.base_model is not model else model.model
@@ -221,7 +221,7 @@ def backbone(model: Any) -> Any:
 
 
 def freeze_unused(model: Any) -> None:
-    """Parameters that no text goes through, a vision tower's for example, do not learn."""
+    """Freeze parameters that no text goes through, such as a vision tower's."""
     head = model.get_output_embeddings()
     used = {
         id(p) for part in (backbone(model), head, model.get_input_embeddings()) for p in part.parameters()
@@ -243,7 +243,7 @@ def blocks(model: Any) -> Any:
 
 
 def between_blocks(model: Any, call: Callable[[], None]) -> None:
-    """Have `call` called before each transformer block, forward and backward."""
+    """Call `call` before each transformer block, forward and backward."""
     for block in blocks(model):
         block.register_forward_pre_hook(lambda *_: call())
         block.register_full_backward_pre_hook(lambda *_: call())
@@ -252,7 +252,7 @@ def between_blocks(model: Any, call: Callable[[], None]) -> None:
 @torch.no_grad()
 def check_causal(model: Any, key: str) -> None:
     """What a token predicts must not depend on later ones: a masked language model or a bidirectional prefix
-    has no policy.
+    defines no policy.
     """
     first, second = model(input_ids=torch.tensor([[0, 1, 2], [0, 1, 3]]), use_cache=False).logits[:, 0]
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
@@ -262,8 +262,8 @@ def check_causal(model: Any, key: str) -> None:
 
 
 def head_rule(config: Any, key: str) -> HeadRule:
-    """What the architecture does to its logits. Raises `UserError`, which `key` begins, if fopd does not know
-    it.
+    """What the architecture does to its logits. Raises `UserError`, prefixed with `key`, if fopd does not
+    know it.
     """
     model = empty_model(config, torch.float32)
     try:
@@ -273,15 +273,14 @@ def head_rule(config: Any, key: str) -> HeadRule:
 
 
 def load_head(model: str, key: str, dtype: torch.dtype) -> Head:
-    """Only the head `(V, hidden)` of a model, read from its files without loading the rest where these have
-    it by its own name.
+    """A model's head `(V, hidden)`, read from its files without loading the rest if they store it under its
+    own name.
     """
     config = load_config(model, key)
     rule, empty = head_rule(config, key), empty_model(config)
     output: Any = empty.get_output_embeddings()  # type: ignore[operator]
-    names: dict[int, list[str]] = {
-        id(tensor): [] for tensor in (output.weight, output.bias)
-    }  # a tied weight has two
+    # a tied weight has two
+    names: dict[int, list[str]] = {id(tensor): [] for tensor in (output.weight, output.bias)}
     for name, tensor in empty.state_dict(keep_vars=True).items():
         names.get(id(tensor), []).append(name)
     weight, bias = names[id(output.weight)], names[id(output.bias)]
@@ -305,7 +304,7 @@ def load_head(model: str, key: str, dtype: torch.dtype) -> Head:
 
 
 def _files_of(model: str, key: str, names: Sequence[str]) -> CheckpointFiles | None:
-    """A model's files; of a hub model that is not here yet, those alone that hold these tensors."""
+    """A model's files; for a hub model that is not here yet, only those that hold these tensors."""
     if Path(model).is_dir() or _cached_folder(model) is not None:
         return CheckpointFiles.of(local_folder(model, key))
     from huggingface_hub import hf_hub_download
@@ -327,9 +326,7 @@ def _files_of(model: str, key: str, names: Sequence[str]) -> CheckpointFiles | N
 
 
 def model_file(model: str, name: str) -> Path | None:
-    """One file of a model directory or of a hub model that was downloaded; None if it has none of this
-    name.
-    """
+    """One file of a model directory or of a downloaded hub model; None if it has no such file."""
     folder = Path(model) if Path(model).is_dir() else _cached_folder(model)
     path = None if folder is None else folder / name
     return path if path is not None and path.is_file() else None
@@ -387,8 +384,8 @@ def decode(tokenizer: Any, ids: np.ndarray) -> str:
 
 
 def decode_turn(tokenizer: Any, ids: np.ndarray) -> str:
-    """Text of a turn for its environment: without special tokens, but for those that say where thoughts and
-    calls are.
+    """Text of a turn for its environment: without special tokens, except those that mark thoughts and
+    calls.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     left_out = special_ids(tokenizer) - {i for i, token in added.items() if token.content in MARKS}
@@ -396,10 +393,10 @@ def decode_turn(tokenizer: Any, ids: np.ndarray) -> str:
 
 
 def weight_layout(config: Any, dtype: torch.dtype) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """(name, shape, dtype) of every distinct parameter and persistent buffer of a model that is loaded in
-    `dtype`, in the order in which weights are published.
+    """(name, shape, dtype) of every distinct parameter and persistent buffer of a model loaded in `dtype`, in
+    the order in which weights are published.
 
-    Tied weights stand once, under their first name: the sampler's model ties them again by itself.
+    Tied weights appear once, under their first name: the sampler's model ties them again by itself.
     """
     model = empty_model(config, dtype)
     kept = _kept(model, dtype)
@@ -413,7 +410,7 @@ def weight_layout(config: Any, dtype: torch.dtype) -> list[tuple[str, tuple[int,
 
 
 def cast(model: Any, dtype: torch.dtype) -> None:
-    """To what the model is where it is loaded in `dtype`, in place: what its architecture keeps in fp32 is in
+    """Cast in place to the dtypes of a model loaded in `dtype`: what its architecture keeps in fp32 is in
     fp32.
     """
     dtypes = {name: own for name, _, own in weight_layout(model.config, dtype)}
@@ -423,9 +420,7 @@ def cast(model: Any, dtype: torch.dtype) -> None:
 
 
 def modules_in_fp32(model: Any, dtype: torch.dtype) -> list[nn.Module]:
-    """The outermost modules all of whose parameters the architecture keeps in fp32 where it is loaded in
-    `dtype`.
-    """
+    """The outermost modules whose parameters the architecture all keeps in fp32 when loaded in `dtype`."""
     kept = _kept(model, dtype)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -437,12 +432,12 @@ def modules_in_fp32(model: Any, dtype: torch.dtype) -> list[nn.Module]:
 
 
 def _kept(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
-    """The dtype that transformers' loader gives a tensor of this name whatever it is asked for; None: it has
-    none of its own.
+    """Gives the dtype that transformers' loader uses for a tensor of this name whatever it is asked for; None
+    if it has no such rule.
     """
     from transformers.core_model_loading import build_glob_alternation
 
-    plan = model._get_dtype_plan(dtype)  # of `_keep_in_fp32_modules` and its kin, of all submodels
+    plan = model._get_dtype_plan(dtype)  # from `_keep_in_fp32_modules` and the like, of all submodels
     if not plan:
         return lambda _: None
     pattern, groups, _ = build_glob_alternation(list(plan))
@@ -460,21 +455,19 @@ def text_config(config: Any) -> Any:
 
 
 def vocab_size(config: Any) -> int:
-    """Ids that have a logit: rows of the unembedding, its padding included where the model does not cut it
-    off.
-    """
+    """Ids that have a logit: rows of the unembedding, with its padding unless the model cuts it off."""
     text = text_config(config)
     return int(getattr(text, "unpadded_vocab_size", None) or text.vocab_size)
 
 
 def hidden_width(config: Any) -> int:
-    """Of post-norm hidden states, which is not always the configuration's `hidden_size` (opt-350m)."""
+    """Width of post-norm hidden states, which is not always the config's `hidden_size` (opt-350m)."""
     empty: Any = empty_model(config)
     return int(empty.get_output_embeddings().weight.shape[1])
 
 
 def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
+    """Bytes of one token's keys and values in all layers."""
     text = text_config(config)
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
@@ -485,7 +478,7 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 
 def tied_names(config: Any) -> dict[str, str]:
-    """Other name -> the name under which it is published, of every tied weight."""
+    """Other name -> published name of every tied weight."""
     first: dict[int, str] = {}
     tied = {}
     for name, tensor in empty_model(config).state_dict(keep_vars=True).items():

@@ -1,4 +1,4 @@
-"""A model directory onto the Hugging Face hub."""
+"""Uploads a model directory to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write
 
 
 def check(name: str) -> None:
-    """Whether somebody is logged in, before an export takes its time. Raises `UserError`."""
+    """Check that the user is logged in, before an export takes its time. Raises `UserError`."""
     if name.count("/") != 1:
         raise UserError(f"--push: {name!r} is not a name on the hub; write owner/name")
     _ask(lambda: HfApi().whoami(), name)
 
 
 def push(folder: Path, name: str, private: bool, leave_out: Sequence[str]) -> str:
-    """Upload a directory as the model `name`, made if it is not there yet; returns its address."""
+    """Upload a directory as the model `name`, created if it does not exist; returns its address."""
 
     def upload() -> str:
         api = HfApi()

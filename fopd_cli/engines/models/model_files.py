@@ -1,11 +1,10 @@
-"""A trained student on disk: through transformers where it saves it, past it where it does not.
+"""Writes a trained student: through transformers if that can save it, without it otherwise.
 
 transformers is strict when it saves and lenient when it loads: a `generation_config.json` with a temperature
-and
-`do_sample: false`, or a `config.json` with a temperature in it, loads with a warning and cannot be saved.
-Nobody finds out before the last step, and no finished training may be lost for it. What the student's own
-directory says about generation is therefore copied as it stands, and what else transformers refuses is
-written without it.
+and `do_sample: false`, or a `config.json` with a temperature in it, loads with a warning and cannot be saved.
+That shows only at the last step, and must not cost a finished training run. What the student's own directory
+says about generation is therefore copied unchanged, and anything else that transformers refuses is written
+without it.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ NOT_TOKENIZERS = ("config.json", GENERATION, "fopd.json", "adapter_config.json")
 
 def write_model(model: Any, source: str, out: Path) -> None:
     """Weights in the model's dtypes and its configuration, in the existing directory `out`; `source` is the
-    model that it was made of.
+    model that it was made from.
 
-    Raises OSError or SafetensorError where the disk does not take it, `UserError` if what was written does
-    not load.
+    Raises OSError or SafetensorError if the disk does not take it, `UserError` if what was written does not
+    load.
     """
     generation = hf.model_file(source, GENERATION)
     if generation is not None and hasattr(model, "generation_config"):
@@ -43,9 +42,7 @@ def write_model(model: Any, source: str, out: Path) -> None:
         _check(out)
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # ValueError, validation errors of huggingface_hub, ...: whatever the configuration holds
+    except Exception as error:  # ValueError, huggingface_hub's validation errors, ...: any bad configuration
         _warn("model", error)
         _write_plainly(model, source, out)
         _check(out)
@@ -87,7 +84,7 @@ def _write_plainly(model: Any, source: str, out: Path) -> None:
 
 
 def _check(out: Path) -> None:
-    """Raise `UserError` unless what was written is a whole model."""
+    """Raise `UserError` unless what was written is a complete model."""
     report = hf.load_report(str(out), hf.load_config(str(out), "the student"), "the student")
     if report is None:
         raise UserError(f"the student: there are no weights in {out}")

@@ -1,4 +1,4 @@
-"""What memory and time depend on in a model, read off its configuration: no weights are loaded."""
+"""What a model's memory and time depend on, read from its configuration: no weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fopd_cli.engines.models import hf
 
 @dataclass(frozen=True)
 class Shapes:
-    """Counts of numbers, unless it says otherwise. Parameters that are tied count once."""
+    """Counts of numbers, unless it says otherwise. Tied parameters count once."""
 
     parameters: int
-    active: int  # parameters that one token goes through: of a mixture only the chosen experts'
+    active: int  # parameters that one token goes through: in a mixture, only the chosen experts'
     layers: int
     block: int  # parameters of the largest transformer block
     root: int  # parameters outside the blocks: embedding, head, final norm
@@ -35,7 +35,7 @@ class Shapes:
 
 
 def shapes(config: Any) -> Shapes:
-    """Of the model of a configuration."""
+    """The shapes of a configuration's model."""
     model: Any = hf.empty_model(config, torch.float32)
     text = hf.text_config(config)
     blocks = hf.blocks(model)

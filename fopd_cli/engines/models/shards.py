@@ -1,11 +1,11 @@
-"""Weights read straight into the shards of a model: no rank ever holds the whole of it.
+"""Weights read straight into the shards of a model: no rank ever holds all of it.
 
     empty     the architecture, its parameters on the meta device: shapes without memory
-    sharded   by whoever runs it, as such
+    sharded   by the engine that runs it
     filled    each rank makes memory for its shards, and reads its own rows of each tensor from the files
 
-Files that name or shape a weight otherwise than the model does (experts one by one, say) have to be put
-together by transformers, whole; such models are loaded as ever.
+Files that name or shape a weight differently from the model (experts one by one, say) must be assembled by
+transformers, whole; such models are loaded as usual.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fopd_cli.engines.tokens import rope
 
 @dataclass(frozen=True)
 class Unread:
-    """A model's weights that still lie in its files."""
+    """A model's weights, still in its files."""
 
     files: CheckpointFiles
-    names: dict[str, str]  # of each parameter and persistent buffer -> in the files
+    names: dict[str, str]  # of each parameter and persistent buffer -> its name in the files
 
     @torch.no_grad()
     def fill(self, root: nn.Module, lm: nn.Module, device: torch.device) -> None:
@@ -45,9 +45,8 @@ class Unread:
 
 
 def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None:
-    """The causal language model in `dtype`, in evaluation mode, without its weights; None where they have to
-    be loaded whole. Raises `UserError` as `hf.load_model` does, but does not see whether the model looks
-    ahead.
+    """The causal language model in `dtype`, in evaluation mode, without its weights; None if they must be
+    loaded whole. Raises `UserError` like `hf.load_model`, but does not see whether the model looks ahead.
     """
     config, folder = hf.load_config(model, key), hf.local_folder(model, key)
     report = hf.load_report(str(folder), config, key)
@@ -64,7 +63,7 @@ def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None
 
 
 def _names(files: CheckpointFiles, config: Any) -> dict[str, str] | None:
-    """Where each tensor of the model lies in its files; None if one of them does not, or in another shape."""
+    """The name in the files of each tensor of the model; None if one is missing, or has another shape."""
     lm, there = hf.empty_model(config), files.empty()
     others: dict[str, list[str]] = {}
     for other, name in hf.tied_names(config).items():

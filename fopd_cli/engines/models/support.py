@@ -1,7 +1,7 @@
-"""Which architectures fopd can distil, told from a configuration alone: before weights are loaded and workers
+"""Which architectures fopd can distil, from only a configuration: before weights are loaded and workers
 started.
 
-docs/models.md is the table of what was tried; `tests/engines/test_architectures.py` holds both against the
+docs/models.md is the table of what was tried; `tests/engines/test_architectures.py` checks both against the
 engines.
 """
 
@@ -28,18 +28,15 @@ STATELESS = {
     "moe",
     "mlp",
 }
-WHOLE_ROW = (
-    "index",
-    "compress",
-    "sparse",
-)  # in the name of a kind: it chooses what to attend to among all positions of a row
-OWN_MASKS = {"doge"}  # what computes with the row's mask before it attends
-LOOK_AHEAD = {"paligemma"}  # what lets a prompt attend to itself in both directions
+# in the name of a kind: it chooses what to attend to among all positions of a row
+WHOLE_ROW = ("index", "compress", "sparse")
+OWN_MASKS = {"doge"}  # these compute with the row's mask before they attend
+LOOK_AHEAD = {"paligemma"}  # these let a prompt attend to itself in both directions
 
 
 def check_architecture(config: Any, key: str) -> None:
-    """Raise `UserError` unless it is a causal language model whose hidden states and output head can be told
-    apart.
+    """Raise `UserError` unless it is a causal language model whose hidden states and output head can be
+    separated.
     """
     problem = refusal(config)
     if problem is not None:
@@ -85,7 +82,7 @@ def refusal(config: Any) -> str | None:
 
 
 def quantized(config: Any) -> str | None:
-    """How its weights are quantized; None: they are not."""
+    """How its weights are quantized; None if they are not."""
     found = getattr(config, "quantization_config", None) or getattr(
         hf.text_config(config), "quantization_config", None
     )
@@ -96,9 +93,9 @@ def quantized(config: Any) -> str | None:
 
 
 def packing_refusal(config: Any) -> str | None:
-    """Why its samples cannot lie in one row, as the end of a sentence; None if nothing speaks against it.
+    """Why its samples cannot share one row, as the end of a sentence; None if no reason is known.
 
-    What this lets pass is still probed on the model itself when it has been loaded (`packing.py`).
+    What this allows is still probed on the loaded model itself (`packing.py`).
     """
     architecture = hf.model_class(config)
     if keeps_state(config):
@@ -114,8 +111,8 @@ def packing_refusal(config: Any) -> str | None:
 
 
 def bears_no_padding(config: Any) -> bool:
-    """Whether rows of a batch must not be padded on the left: it would become part of a state, or of what
-    layers choose from.
+    """Whether rows of a batch must not be padded on the left: padding would become part of a state, or of
+    what layers choose from.
     """
     return keeps_state(config) or any(any(word in kind for word in WHOLE_ROW) for kind in layer_types(config))
 
@@ -130,7 +127,7 @@ def keeps_state(config: Any) -> bool:
 
 
 def vllm_refusal(config: Any) -> str | None:
-    """Why vLLM would compute something else than the learner; None if nothing is known against it."""
+    """Why vLLM would compute something different from the learner; None if no reason is known."""
     if "dynamic" in rope.kinds(config):
         return (
             "scales its rotary embedding by the length of a sequence (dynamic NTK), and vLLM does so "
@@ -140,7 +137,7 @@ def vllm_refusal(config: Any) -> str | None:
 
 
 def publishing_refusal(config: Any) -> str | None:
-    """Why a student's weights could not be sent to vLLM; None if nothing is known against it."""
+    """Why a student's weights could not be sent to vLLM; None if no reason is known."""
     architecture = hf.model_class(config)
     if architecture is not None and architecture.config_class is not type(config):
         return (
@@ -151,7 +148,7 @@ def publishing_refusal(config: Any) -> str | None:
 
 
 def layer_types(config: Any) -> tuple[str, ...]:
-    """The kinds of its layers, where its configuration names them."""
+    """The kinds of its layers, if its configuration names them."""
     return tuple(dict.fromkeys(getattr(hf.text_config(config), "layer_types", None) or ()))
 
 

@@ -1,6 +1,6 @@
-"""Chat templates: from prompts and observations to token ids, and back to something that a person can read.
+"""Chat templates: from prompts and observations to token ids, and back to readable text.
 
-Everything that is rendered in a run is rendered here, with the run's own `task.chat_template_kwargs`.
+Everything that a run renders is rendered here, with the run's own `task.chat_template_kwargs`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Frame:
 
         try:
             return render(messages)
-        except Exception as error:  # a template's own, jinja's, or whatever Python says of an operation in it
+        except Exception as error:  # the template's own, jinja's, or any Python error in it
             index, said = _refused(render, messages), _first_line(error)
         role = messages[index]["role"]
         ours = role == "system" and self.system is not None and messages[index]["content"] == self.system
@@ -75,7 +75,7 @@ class Frame:
 
 
 def _refused(render: Any, messages: list[dict[str, Any]]) -> int:
-    """The index of the first message with which the conversation cannot be rendered."""
+    """The index of the first message that the template cannot render."""
     for count in range(1, len(messages)):
         try:
             render(messages[:count])
@@ -97,11 +97,11 @@ def encode_observation(
     ended: int | None = None,
     variables: dict[str, Any] | None = None,
 ) -> np.ndarray:
-    """Token ids of what stands between two turns of the assistant: observations in the chat template's frame.
+    """Token ids of what comes between two assistant turns: observations in the chat template's frame.
 
-    Made from a conversation of two words, so that nothing that was sampled is rendered again. Several texts
-    are a message each. The template's end of the turn is left out if it is the token that was sampled there:
-    `ended`, by default the tokenizer's EOS. Special tokens that a text spells are taken as plain text.
+    Made from a placeholder conversation, so that nothing sampled is rendered again. Each text is a message of
+    its own. The template's end of turn is left out if it is the token sampled there: `ended`, by default the
+    tokenizer's EOS. Special tokens spelled out in a text are treated as plain text.
     """
     texts = [text] if isinstance(text, str) else list(text)
     if not chat:
@@ -114,10 +114,10 @@ def encode_observation(
 
 
 def end_of_turn(tokenizer: Any, variables: dict[str, Any]) -> int | None:
-    """The first token with which the chat template goes on after the assistant's words: what should end them.
-    None if unknown.
+    """The first non-blank token that the chat template puts after the assistant's words, which should end
+    them. None if unknown.
 
-    GLM's and others' templates have no token of their own for that; theirs is the one that opens the next
+    Some templates, such as GLM's, have no token of their own for that; theirs is the one that opens the next
     message.
     """
     try:
@@ -128,9 +128,7 @@ def end_of_turn(tokenizer: Any, variables: dict[str, Any]) -> int | None:
 
 
 def _around(tokenizer: Any, role: str, count: int, variables: dict[str, Any]) -> list[str]:
-    """The template's text behind the assistant's words, between so many messages of a role, and after
-    them.
-    """
+    """The template's text after the assistant's words, between `count` messages of a role, and after them."""
     seen = [f"\u2063seen{i}\u2063" for i in range(count)]
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SAID}]
     talk += [{"role": role, "content": word} for word in seen]
@@ -153,9 +151,7 @@ def _around(tokenizer: Any, role: str, count: int, variables: dict[str, Any]) ->
 
 
 def _without_end(tokenizer: Any, ids: list[int], ended: int | None) -> list[int]:
-    """A template may put a space before the end of a turn; anything else there belongs to the next
-    message.
-    """
+    """A template may put whitespace before the end of turn; anything else belongs to the next message."""
     if ended in ids:
         at = ids.index(ended)
         if not tokenizer.decode(ids[:at]).strip():
@@ -172,7 +168,7 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def check_variables(variables: Iterable[str], tokenizers: Sequence[Any]) -> None:
-    """Jinja says nothing of a variable that no template reads; `UserError` does."""
+    """Raise `UserError` for a variable that no template reads; Jinja would silently ignore it."""
     templates = [str(getattr(t, "chat_template", None) or "") for t in tokenizers]
     for name in variables:
         for tokenizer in tokenizers:
@@ -188,8 +184,8 @@ def check_variables(variables: Iterable[str], tokenizers: Sequence[Any]) -> None
 
 
 def readable(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
-    """The text with special tokens marked, so that none is taken for plain text that looks like it; a long
-    one loses its middle.
+    """The text with special tokens marked, to tell them from plain text that looks like them; a long text
+    loses its middle.
     """
     special, parts, plain = (
         special_ids(tokenizer) | set(getattr(tokenizer, "added_tokens_decoder", {})),

@@ -1,9 +1,8 @@
-"""Whether two tokenizers mean the same by their ids, and which ids to exchange where only special tokens
-differ.
+"""Whether two tokenizers' ids mean the same, and which ids to exchange if only special tokens differ.
 
-Distillation compares two distributions token by token. Ordinary tokens must therefore agree, id by id.
-Special tokens stand for no text: another name for the same id changes nothing, and the same names at other
-ids are a permutation, which a table undoes on the teacher's side.
+Distillation compares two distributions token by token, so ordinary tokens must agree, id by id. Special
+tokens stand for no text: another name for the same id changes nothing, and the same names at other ids are a
+permutation, which a table undoes on the teacher's side.
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Match:
-    """What comparing them gave. Ids are under `vocab`, those that both models have."""
+    """The result of a comparison. Ids are below `vocab`, the ones that both models have."""
 
-    different: list[str]  # one for each id that means something else, when they cannot be matched; else empty
+    different: list[str]  # one per id that means something else, if they cannot be matched; else empty
     shared: int  # ids that both tokenizers know
-    renamed: list[
-        str
-    ]  # "151643 '<|endoftext|>' as 151643 '<eos>'": the student's special tokens and the teacher's
-    beyond: int  # ids that only one of the two knows
+    # "151643 '<|endoftext|>' as 151643 '<eos>'": the student's special tokens and the teacher's
+    renamed: list[str]
+    beyond: int  # ids that only one of the two has
     table: np.ndarray | None  # int32 (vocab,): the student's id -> the teacher's; None: all ids are the same
 
 
@@ -53,7 +51,7 @@ def _pairs(
     our_added: set[int],
     their_added: set[int],
 ) -> dict[int, int] | None:
-    """Each differing id of the student's and the teacher's id for it; None if they cannot be told."""
+    """Each differing id of the student -> the teacher's id for it; None if that is unknown."""
     if not set(different) <= our_added & their_added:
         return None
     at = {theirs[i]: i for i in different}
@@ -71,18 +69,18 @@ def _by_id(tokenizer: Any, vocab: int) -> dict[int, str]:
 
 
 def _added(tokenizer: Any) -> set[int]:
-    """Tokens that are matched as a whole and are no part of the tokenizer's own vocabulary of pieces."""
+    """Ids of tokens that are matched whole and are not in the tokenizer's own vocabulary of pieces."""
     return special_ids(tokenizer) | set(getattr(tokenizer, "added_tokens_decoder", {}))
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Of tokens that stand for no text."""
+    """Ids of tokens that stand for no text."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
 
 
 def exchanged(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The ids by the table; those that are past it, which one of the two models does not have, stay."""
+    """The ids mapped by the table. Those past its end, which one of the models lacks, stay."""
     found, inside = ids.copy(), ids < len(table)
     found[inside] = table[ids[inside]]
     return found

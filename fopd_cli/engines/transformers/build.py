@@ -1,4 +1,4 @@
-"""How the reference engine is made."""
+"""How the reference engine is built."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fopd_cli.engines.tokens import rope
 
 
 def missing() -> None:
-    """It is always there."""
+    """It is always available."""
 
 
 def refusals(key: str, section: Any, config: Any) -> Iterator[tuple[str, str]]:
-    """None beyond those of the student and of packing, which doctor looks at."""
+    """None besides those for the student and for packing, which doctor checks."""
     yield from ()
 
 
@@ -43,7 +43,7 @@ def on_weights(
     vocab: int | None = None,
     **options: Any,
 ) -> Sampler:
-    """A sampler on the weights of a model directory; `options` are those of `TransformersSampler`."""
+    """A sampler with the weights of a model directory; `options` are those of `TransformersSampler`."""
     from fopd_cli.engines.transformers.sampler import TransformersSampler
 
     config, tokenizer = hf.load_config(model, "student.model"), hf.load_tokenizer(model, "student.model")

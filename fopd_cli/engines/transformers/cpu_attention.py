@@ -2,8 +2,8 @@
 tokens through plain products.
 
 Measured on two cores of an AMD EPYC, 9 heads of width 64, forward and backward: 156 tokens in 5.4 ms in
-bfloat16, 3.1 ms by way of float32; 512 tokens alike. One new token for 16 rows of 150: 2.3 ms and 0.4 ms.
-Float32 in between is no less exact.
+bfloat16, 3.1 ms through float32; 512 tokens the same. One new token for 16 rows of 150: 2.3 ms and 0.4 ms.
+Going through float32 is no less exact.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SHORT = 256  # keys: past it the kernel is as fast in bfloat16 as in float32
 
 
 def enable(lm: Any) -> None:
-    """Let a model whose attention is PyTorch's use it; other models, and models on a GPU, stay as they are,
-    and so do those that ask for their attention by name.
+    """Make a model that uses PyTorch's attention use this instead, on a CPU. Other models stay as they are,
+    as do those that ask for their attention by name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -40,8 +40,8 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`(b, heads, n, width)` -> `(b, n, heads, width)`, as transformers' own for PyTorch's kernel, whose
-    options it takes.
+    """`(b, heads, n, width)` -> `(b, n, heads, width)`, like transformers' function for PyTorch's kernel,
+    whose options it takes.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -60,7 +60,7 @@ def attention(
 def _one_token(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """A new token sees all keys that the mask `(b, 1, 1, keys)` leaves; query heads that share keys are one
+    """A new token sees all keys that the mask `(b, 1, 1, keys)` allows; query heads that share keys form one
     product.
     """
     rows, heads, _, width = query.shape

@@ -1,23 +1,23 @@
 """The student sampler on plain transformers: runs anywhere, and is the reference for the vLLM one.
 
 Requests are decoded in batches of up to `batch_size` rows with a KV cache. A row that finishes leaves at once
-and the batch shrinks around those that go on; waiting requests join them as soon as an eighth of the batch is
-free. New weights can be loaded between any two tokens: the cache is recomputed with them, so that every
-token's log-prob is that of one whole version (unless `stale_kv` says to go on with the old keys and values).
-So it is where a row grows past a switch of its rotary embedding: its older keys were made with other factors.
+and the batch shrinks to the others; waiting requests join them as soon as an eighth of the batch is free. New
+weights can be loaded between any two tokens: the cache is recomputed with them, so that every token's
+log-prob is that of one whole version (unless `stale_kv` says to keep the old keys and values). The same
+happens when a row grows past a switch of its rotary embedding: its older keys were made with other factors.
 
-No forward pass is over more than `prefill_tokens` tokens (or one a row): what is longer, the prompts of a
+No forward pass covers more than `prefill_tokens` tokens (or one per row): anything longer, the prompts of a
 batch or all its rows after an update, is computed some columns at a time.
 
     ids      . . a b c d e|    columns of a batch, padded on the left
              . f g h i j k|
     cache    [ 1 ][ 2 ][3] ^   the last column is the ordinary step
 
-Rows of several lengths are padded on the left. Where a model does not bear that (`support.py`: a state from
-token to token, say, which padding would be part of), its rows are decoded in batches of one length that
-nothing joins, whole. What has no cache that we know runs over all tokens each time.
+Rows of different lengths are padded on the left. If a model cannot bear that (`support.py`: padding would
+become part of a recurrent state, say), its rows are decoded in batches of one length, which nothing joins and
+which are never split into columns. A model without a cache that we know runs over all tokens each time.
 
-Each row draws from its own generator (one uniform a token, inverse transform), so a rollout depends on its
+Each row draws from its own generator (one uniform per token, inverse transform), so a rollout depends on its
 seed, prompt and weights, not on its neighbours (up to the kernels' rounding for a batch of another shape).
 """
 
@@ -46,7 +46,7 @@ PREFILL_TOKENS = 16384
 
 @dataclass
 class _Row(Row):
-    """One running request, and its random numbers."""
+    """One running request and its random numbers."""
 
     uniforms: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (max_new_tokens,)
     more: np.ndarray = field(default_factory=lambda: np.empty(0))  # float64 (max_new_tokens, draws - 1)
@@ -54,7 +54,7 @@ class _Row(Row):
     @classmethod
     def of(cls, request: Request) -> _Row:
         n, draws = request.params.max_new_tokens, request.params.draws
-        # A stream of their own: a response is the same however many draws are made beside it.
+        # A separate stream for the extra draws: the response is the same however many there are.
         own, beside = (
             np.random.Generator(np.random.PCG64(seed)) for seed in (request.seed, [request.seed, 1])
         )
@@ -64,8 +64,8 @@ class _Row(Row):
 class TransformersSampler:
     """Implements `protocols.Sampler`. `model` is a causal LM on `device`; its weights are replaced by `load`.
 
-    Ids from `vocab` on, which the teacher does not have, are never sampled: log-probs are of what is left.
-    None: all are.
+    Ids from `vocab` up, which the teacher lacks, are never sampled: log-probs are over the rest. None: all
+    are.
     """
 
     def __init__(
@@ -90,15 +90,14 @@ class TransformersSampler:
             batch_size,
         )
         self.version = 0
-        # Some architectures know no positions, or no cache.
+        # Some architectures take no positions, or no cache.
         self._takes = set(inspect.signature(model.forward).parameters)
         self._one_length = bears_no_padding(model.config)
         self._by_length = rope.by_length(model.config)
-        # A state is made of whole prompts, and a piece of a sequence does not tell its length.
+        # A state needs whole prompts, and a piece of a sequence does not show its length.
         self._in_pieces = not (self._one_length or self._by_length) and "past_key_values" in self._takes
-        self._factors: list[
-            tuple[int, ...]
-        ] = []  # of each row's rotary embedding, when the cache was written
+        # of each row's rotary embedding, when the cache was written
+        self._factors: list[tuple[int, ...]] = []
         self._waiting: deque[Request] = deque()
         self._rows: list[_Row] = []
         self._ids = torch.empty(0)  # (rows, prompt + generated), left-padded
@@ -161,13 +160,13 @@ class TransformersSampler:
         self._cache = None
 
     def _joinable(self) -> bool:
-        """Whether rows can be put beside those that run: a cache of plain keys and values, or none at all."""
+        """Whether rows can be added to the running ones: a cache of plain keys and values, or none at all."""
         if self._one_length:
             return False
         return self._cache is None or (self._in_pieces and _plain(self._cache))
 
     def _join(self, requests: Sequence[Request]) -> None:
-        """Rows beside those that run, whose last column is the next that is computed."""
+        """Add rows to the running ones, whose last column is computed next."""
         ids, mask = self._padded(requests)
         width = max(int(self._mask.sum(-1).max()), ids.shape[1])
         if self._cache is not None:
@@ -188,7 +187,7 @@ class TransformersSampler:
         return torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def _next_batch(self) -> list[Request]:
-        """The requests that have waited longest; of one length, if they must be."""
+        """The requests that have waited longest, all of one length if they must be."""
         wanted = len(self._waiting[0].token_ids) if self._one_length else None
         batch: list[Request] = []
         left: deque[Request] = deque()
@@ -201,7 +200,7 @@ class TransformersSampler:
         return batch
 
     def _forward(self) -> Tensor:
-        """Logits `(rows, V)` of the next token over the ids that the pair shares, in float32."""
+        """Logits `(rows, V)` of the next token over the ids that student and teacher share, in float32."""
         if self._by_length:
             lengths = [len(row.request.token_ids) + len(row.ids) for row in self._rows]
             factors = [rope.factors_of(self.model.config, length) for length in lengths]
@@ -216,7 +215,7 @@ class TransformersSampler:
         return out.logits[:, -1, : self.vocab].float()
 
     def _filled(self, ids: Tensor, mask: Tensor) -> Any:
-        """The cache of all columns but the last; None if there is no other, or none that can be made in
+        """The cache of all columns but the last; None if there is only one, or the cache cannot be built in
         pieces.
         """
         cache, last = None, ids.shape[1] - 1
@@ -229,7 +228,7 @@ class TransformersSampler:
         return cache
 
     def _run(self, ids: Tensor, mask: Tensor, start: int, stop: int, cache: Any) -> Any:
-        """The model over some columns; `cache` is of those before them."""
+        """Run the model over some columns; `cache` covers those before them."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         inputs = {
             "input_ids": ids[:, start:stop],
@@ -242,7 +241,7 @@ class TransformersSampler:
         return self.model(**{name: value for name, value in inputs.items() if name in self._takes})
 
     def _choose(self, logits: Tensor) -> np.ndarray:
-        """Sample one token a row and note its log-prob; returns the ids `(rows,)`."""
+        """Sample one token per row and record its log-prob; returns the ids `(rows,)`."""
         params = [row.request.params for row in self._rows]
         uniforms = torch.tensor([row.uniforms[len(row.ids)] for row in self._rows], device=self.device)
         logprobs = behaviour_logprobs(logits, params)
@@ -289,7 +288,7 @@ class TransformersSampler:
         return finished
 
     def _shrink(self) -> None:
-        """Take finished rows out of the batch and its cache."""
+        """Remove finished rows from the batch and its cache."""
         keep = [i for i, row in enumerate(self._rows) if not self._done(row)]
         if len(keep) == len(self._rows):
             return
@@ -308,13 +307,13 @@ class TransformersSampler:
 
 
 def _kept_rows(cache: Any, index: Tensor) -> Any:
-    """The cache without all other rows; None if it is of a kind of the architecture's own, which may hold
-    more than we know.
+    """The cache of only these rows; None if it is the architecture's own kind, which may hold more than we
+    know.
     """
     if {type(part).__module__ for part in (cache, *cache.layers)} != {"transformers.cache_utils"}:
         return None
     if any(hasattr(layer, "conv_states") for layer in cache.layers):
-        # the only one that recurrent states know; it takes fewer rows just as well
+        # the only way that recurrent states support; it takes fewer rows, too
         cache.reorder_cache(index)
     else:
         cache.batch_select_indices(index)
@@ -322,7 +321,7 @@ def _kept_rows(cache: Any, index: Tensor) -> Any:
 
 
 def _plain(cache: Any) -> bool:
-    """Whether it is keys and values of every column, and nothing else."""
+    """Whether it holds keys and values of every column, and nothing else."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     if type(cache) is not DynamicCache:
@@ -331,7 +330,7 @@ def _plain(cache: Any) -> bool:
 
 
 def _by_columns(cache: Any) -> bool:
-    """Whether it is keys and values of the last columns at least, to which any number can be added."""
+    """Whether it holds keys and values of at least the last columns, and any number can be added."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     known = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -339,7 +338,7 @@ def _by_columns(cache: Any) -> bool:
 
 
 def _put_beside(cache: Any, other: Any, rows: int, width: int) -> None:
-    """Add the rows of another cache (None: they have no column yet) and make both so many columns wide."""
+    """Add the rows of another cache (None: they have no column yet) and make both `width` columns wide."""
     for i, layer in enumerate(cache.layers):
         for name in ("keys", "values"):
             own = getattr(layer, name)
@@ -357,7 +356,7 @@ def _fitted(columns: Tensor, width: int, padding: int = 0) -> Tensor:
 
 
 def behaviour_logprobs(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Log-probs `(rows, V)` of the distribution really sampled from: temperature, then top-p, renormalised.
+    """Log-probs `(rows, V)` of the distribution actually sampled from: temperature, then top-p, renormalised.
 
     Temperature 0 means greedy: all mass on the likeliest token.
     """

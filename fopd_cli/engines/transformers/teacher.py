@@ -1,7 +1,7 @@
 """The frozen teacher on plain transformers: hidden states, top-k log-probs or the sampled tokens' log-probs.
 
-On several devices it is sharded with `fully_shard`; all ranks then score together, each its own rollouts, and
-a rank that has fewer joins in with a dummy row, because the weights are gathered by everyone.
+On several devices it is sharded with `fully_shard`. All ranks then score together, each its own rollouts, and
+a rank with fewer batches joins in with a dummy row, because all of them must gather the weights.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class _HiddenAndHead(nn.Module):
         return batch.hidden(self.lm), self.rule.head(self.lm)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
-        """The first of the two alone; where the model is sharded, a forward of its own."""
+        """Only the hidden states; if the model is sharded, a forward of its own."""
         return batch.hidden(self.lm)
 
 
 class TransformersTeacher:
     """Implements `protocols.Teacher`. `unread`: on several ranks the model may be on the meta device; its
-    weights are then read once it is sharded.
+    weights are then read after sharding.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TransformersTeacher:
         self.device, self.world, self.micro_tokens, self.packing = device, world, micro_tokens, packing
         self._resting = Resting(device)
         self.vocab = vocab  # logits past it are padding and are cut off
-        self.student_k = student_k  # of top-k targets: so many ids are the student's own likeliest
+        self.student_k = student_k  # of the top-k targets, this many ids are the student's own likeliest
         self.shared = not rope.by_length(model.config)
         if packing:
             enable_packing(model)
@@ -94,7 +94,7 @@ class TransformersTeacher:
         batches = by_token_budget(
             [len(r.judged.token_ids) for r in rollouts], self.micro_tokens, self.packing
         )
-        # Agreed on before any forward: a rank that has none would wait here for one that waits in its first
+        # Agreed on before any forward: a rank without batches would wait here for one that waits in its first
         # all-gather.
         most = self._most(len(batches))
         for indices in batches:
@@ -129,7 +129,7 @@ class TransformersTeacher:
         batch = TokenBatch.of([c.token_ids for c in contexts], self.packing, self.device, self.shared)
         hidden, head = self.model(batch)
         for places, context, rollout, target in zip(batch.places, contexts, rollouts, targets, strict=True):
-            # A position that the context does not have gets some row; nobody reads it.
+            # A position that the context lacks gets an arbitrary row, which is never read.
             rows = hidden[torch.from_numpy(places[context.positions.clip(min=1) - 1]).to(self.device)]
             if target.hidden is not None:
                 target.hidden.copy_(rows)
@@ -147,8 +147,7 @@ class TransformersTeacher:
             target.logprobs[at] = logprobs.gather(-1, tokens[at, None])[:, 0]
             if target.topk_logprobs is not None:
                 assert target.topk_ids is not None
-                # All ids of a row are different: the student's first, then the teacher's likeliest of the
-                # others.
+                # All ids of a row differ: the student's first, then the teacher's likeliest of the others.
                 others = logprobs.scatter(-1, own[at], -torch.inf)
                 rest = others.topk(target.topk_logprobs.shape[-1] - own.shape[-1], -1).indices
                 ids = torch.cat([own[at], rest], -1)
