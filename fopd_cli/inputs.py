@@ -1,6 +1,6 @@
-"""What a run reads before any process starts: the recipe's models without their weights, and its prompts.
+"""What a run reads before any process starts: the recipe's models without weights, and its prompts.
 
-    recipe, plan ──load_inputs──> Inputs ──> doctor's checks, the conductor, its workers
+recipe, plan ──load_inputs──> Inputs ──> doctor's checks, the conductor, its workers
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _served(recipe: Recipe) -> dict[str, int]:
 
 
 def check_model_name(model: str, key: str) -> None:
-    """Raises `UserError` for a name that is no directory and does not look like a hub id."""
+    """Raises `UserError` unless the name is a directory or looks like a hub id."""
     if paths.is_dir(model):
         return
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
