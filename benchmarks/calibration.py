@@ -3,11 +3,11 @@
 
     python benchmarks/calibration.py [--task short] [--out docs/staleness]
 
-One synchronous run keeps all its versions. At several of them (t), prompts are answered by the versions t, t
-- 1, .. t - 16, and each answer is judged as a learner at t would: its drift by every estimator beside the
-exact KL, its freshness f_i, and the cosine between its own gradient and the fresh one, that of the exact
-reverse KL on many answers of version t to the same prompt. Prints and writes rank correlations (Spearman's),
-bias and cost; no training loop with staleness runs here.
+One synchronous run keeps all its versions. At several versions t, prompts are answered by versions t, t - 1,
+.. t - 16. Each answer is judged as by a learner at t: its drift by every estimator and as the exact KL, its
+freshness f_i, and the cosine between its gradient and the fresh one, which is that of the exact reverse KL on
+many answers of version t to the same prompt. Prints and writes rank correlations (Spearman's), bias and cost;
+no training loop with staleness runs here.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Keeping(Timed):
 
 
 class Kept(Inline):
-    """A run of which every version is kept."""
+    """A run that keeps every version."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -78,9 +78,7 @@ class Kept(Inline):
 
 
 def answers(run: Kept, version: int, prompts: Sequence[int], each: int, seed: int) -> list[Rollout]:
-    """`each` responses to every prompt, sampled by a version, with its full distribution at every
-    position.
-    """
+    """`each` responses to every prompt, sampled by a version, with its full distribution at each position."""
     run.sampler.load(version, run.versions[version].items())
     params = SamplingParams(max_new_tokens=run.recipe.sampler.max_new_tokens, keep_topk=-1)
     ids = [run.stream.token_ids(run.stream.train_id(p)) for p in prompts]
@@ -101,7 +99,7 @@ def judged(run: Kept, rollouts: list[Rollout], lag: int) -> list[Sample]:
 
 
 def gradient(run: Kept, samples: list[Sample], loss: LossSpec) -> Tensor:
-    """Of the samples' mean loss by all of the student's weights, flat."""
+    """Gradient of the samples' mean loss with respect to all of the student's weights, flat."""
     lm = run.learner.student.lm
     batch = MicroBatch.of(samples, True)
     share = 1 / (len(samples) * batch.lengths[batch.sample])
@@ -137,7 +135,7 @@ def drifts(run: Kept, sample: Sample) -> dict[str, float]:
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
-    """Ties share their mean rank."""
+    """Ranks of the values; ties share their mean rank."""
     _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]
@@ -233,7 +231,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def costs(recipe: Path, overrides: list[str]) -> str:
-    """Milliseconds a decoding step and a trained token take with each estimator."""
+    """Milliseconds per decoding step and per trained token with each estimator."""
     lines = ["| drift | ms a decoding step | ms a trained token |", "|---|---|---|"]
     for name in ("sampled", "quadratic", "topk", "exact"):
         run = Inline(

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Seconds to a quality: fopd at several depths and with both samplers against a plain loop and TRL, on one
-pair.
+"""Seconds to reach a quality: fopd at several depths and with both samplers against a plain loop and TRL, on
+one pair.
 
     python benchmarks/end_to_end.py [--pair recipes/real-pair] [--questions recipes/questions.jsonl]
         [--steps 20] [--to 0.63] [--only NAME ...] [--repeats 1] [--out runs/end-to-end.jsonl]
 
-Every contender has the machine to itself, one after the other, and gets the same pair, questions, batch,
+Contenders run one after another, each with the machine to itself, on the same pair, questions, batch,
 lengths, learning rate, AdamW (no clipping, no weight decay but TRL's and PyTorch's defaults) and loss:
-reverse KL over the vocabulary, the mean over tokens. What is reported: seconds of training until the KL to
-the teacher on held-out questions is down to `--to` (between two evaluations: along the line of log KL),
-seconds a step, answer tokens a second, the last KL. Starting and evaluating are not counted, for nobody.
-`--pair tiny` takes the shipped tiny pair and arithmetic: seconds instead of minutes.
+reverse KL over the vocabulary, the mean over tokens. Reported are the seconds of training until the KL to the
+teacher on held-out questions is down to `--to` (between two evaluations: along the line of log KL), seconds
+per step, answer tokens per second, and the last KL. Starting and evaluating are not counted for any
+contender. `--pair tiny` takes the shipped tiny pair and arithmetic: seconds instead of minutes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DEPTHS = (0, 1, 2, 4)
 
 @dataclass
 class Curve:
-    """What a contender did: seconds of training at the end of each step, and (seconds, KL) of each
+    """A contender's result: seconds of training at the end of each step, and (seconds, KL) of each
     evaluation.
     """
 
@@ -43,7 +43,7 @@ class Curve:
     tokens: int = 0
 
     def seconds_to(self, kl: float) -> float:
-        """When the held-out KL was down to this; infinite if never."""
+        """Seconds until the held-out KL was down to this; infinite if never."""
         for (t0, k0), (t1, k1) in pairwise(self.evaluations):
             if k1 <= kl < k0:
                 return t0 + (t1 - t0) * (math.log(k0) - math.log(kl)) / (math.log(k0) - math.log(k1))
@@ -55,7 +55,7 @@ class Curve:
 
 
 def of_a_loop(script: str, args: argparse.Namespace) -> Curve:
-    """plain_loop.py or trl_loop.py."""
+    """The curve of plain_loop.py or trl_loop.py."""
     command = [sys.executable, str(ROOT / "benchmarks" / script), str(args.pair), str(args.questions)]
     for name in ("steps", "batch", "tokens", "lr", "every", "seed"):
         command += [f"--{name}", str(getattr(args, name))]
@@ -71,7 +71,7 @@ def of_a_loop(script: str, args: argparse.Namespace) -> Curve:
 
 
 def of_fopd(depth: int, policy: str, engine: str, args: argparse.Namespace) -> Curve:
-    """`fopd run`, read from what it leaves."""
+    """The curve of `fopd run`, from what it leaves."""
     with tempfile.TemporaryDirectory() as folder:
         recipe, run = Path(folder) / "recipe.yaml", Path(folder) / "run"
         recipe.write_text(json.dumps(fopd_recipe(depth, policy, engine, args)))
@@ -95,14 +95,14 @@ def of_fopd(depth: int, policy: str, engine: str, args: argparse.Namespace) -> C
 
 
 def fopd_recipe(depth: int, policy: str, engine: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Every key that the others share is theirs; what is left is fopd's default."""
+    """Keys that all contenders share have the same values; the rest is fopd's default."""
     file, vllm = str(args.questions.resolve()), engine == "vllm"
     return {
         "student": {"model": str(args.pair.resolve() / "student")},
         "teacher": {"model": str(args.pair.resolve() / "teacher"), "dtype": "bf16"},
         "task": {"name": "math", "train": file, "eval": file, "eval_prompts": HELD_OUT, "answer": None},
-        # No more requests at once than held-out questions: nothing is sampled for training while the clock
-        # stands still.
+        # No more concurrent requests than held-out questions: nothing is sampled for training while the clock
+        # is stopped.
         "sampler": {
             "engine": engine,
             "max_new_tokens": args.tokens,

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Two small tasks for the staleness benchmark, beside the arithmetic of the quickstart, and the pairs that
-can nearly do and can hardly do them.
+"""Two small tasks for the staleness benchmark, besides the quickstart's arithmetic, and pairs of a teacher
+that can nearly do them and a student that hardly can.
 
-    python benchmarks/horizons.py      makes benchmarks/pairs/lookups and benchmarks/pairs/recurrence anew
+    python benchmarks/horizons.py      makes benchmarks/pairs/lookups and benchmarks/pairs/recurrence again
 
 `Lookups` (middle horizon): `bfd=`; the student asks for each letter's value in a turn of its own (`b?`,
-observation `7`), then adds them modulo 10 in writing. The values are the question's own, so they cannot be
-learnt by heart, and may move on with the student's version. `Recurrence` (long horizon): `4071=`, to be
-continued by 24 digits, each the sum modulo 10 of the last and the fourth last; right only if all are.
+observation `7`), then adds them modulo 10 in writing. Each question has its own values, so they cannot be
+memorized, and they may change with the student's version. `Recurrence` (long horizon): `4071=`, to be
+continued by 24 digits, each the sum modulo 10 of the last and the fourth last; right only if all digits are.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ FURTHER = 24
 
 
 class Lookups:
-    """`drift`: the probability with which a training question's values change from one version of the student
-    to the next.
-    `outage`: that with which a training question cannot be looked up at a version, which ends its
-    conversation.
+    """`drift`: the probability that a training question's values change from one version of the student to
+    the next. `outage`: the probability that a training question cannot be looked up at a version, which ends
+    its conversation.
     """
 
     def __init__(
@@ -46,9 +45,7 @@ class Lookups:
         return [Prompt(index=i, text=f"{q}=", payload={"split": split}) for i, q in enumerate(questions)]
 
     def grade(self, prompt: Prompt, response: str) -> float:
-        """Whether the sum is that of the values as they stand at version 0, from which held-out questions
-        never move.
-        """
+        """Whether the sum is right for the values at version 0, which held-out questions always keep."""
         return float(response.rpartition(".")[2] == added(self.values(prompt, 0))[1])
 
     def episode(self, prompt: Prompt, now: int) -> _Asking:
@@ -86,7 +83,7 @@ class _Asking:
 
 
 def added(values: list[int]) -> tuple[str, str]:
-    """What an expert writes in its last turn, and the sum."""
+    """An expert's last turn, and the sum."""
     total, steps = values[0], []
     for value in values[1:]:
         steps.append(f"{total}+{value}={(total + value) % 10}")
@@ -121,7 +118,7 @@ def continued(beginning: str) -> str:
     return "".join(map(str, digits[4:]))
 
 
-# ---- the pairs: worked solutions as pieces (text, whether it is to be learnt) ------------------------------
+# ---- the pairs: worked solutions as pieces (text, whether it is to be learned) -----------------------------
 
 
 def lookups_solved(rng: random.Random, step: int) -> Iterable[tuple[str, bool]]:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""A whole run in one process on a virtual clock: our conductor, schedule, engines, losses and freshness, as
-`fopd run` has them, with a crew that is made up of function calls (`runtime/crew/inprocess.py`).
+"""A whole run in one process on a virtual clock: the conductor, schedule, engines, losses and freshness of
+`fopd run`, with a crew that consists of function calls (`runtime/crew/inprocess.py`).
 
     python benchmarks/inline.py      measures the costs that `Costs` has as defaults
 
-What is sampled, judged and learnt is real; only *when* things end is made up, by the cost model below, so
-that a run is deterministic and lags mix as they do on a box where roles work side by side. With
-`schedule.lag` the clock changes nothing but the modelled throughput. Evaluations take no time.
+Sampling, judging and learning are real; only the times are made up, by the cost model below, so that a run is
+deterministic and lags mix as they do on a box where roles work side by side. With `schedule.lag` the clock
+changes nothing but the modelled throughput. Evaluations take no time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
 
 CPU = torch.device("cpu")
-TICK_MS = 10.0  # rollouts of uneven duration end on it, so that those after them are sampled in batches
+TICK_MS = 10.0  # uneven rollouts end at multiples of it, so that those after them are sampled in batches
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ class Costs:
     docs/staleness.md).
     """
 
-    sample: float = 1.55  # a response token of one request, in a batch of 32
-    score: float = 0.0175  # a token
-    train: float = 0.042  # a token
-    load: float = 0.23  # an update of weights
+    sample: float = 1.55  # per response token of one request, in a batch of 32
+    score: float = 0.0175  # per token
+    train: float = 0.042  # per token
+    load: float = 0.23  # per update of weights
     control: float = (
         1.02  # a training step with weights and anchor, as a multiple of one without (benchmarks/learner.py)
     )
 
 
 class CostModel:
-    """When everything ends. `uneven`: a rollout takes 0.5 to 16 times as long as its tokens say, as slow
-    tools make it. `held_out` tells which samples are an evaluation's.
+    """When everything ends. `uneven`: a rollout takes 0.5 to 16 times as long as its tokens imply, as slow
+    tools make it. `held_out` tells which samples belong to an evaluation.
     """
 
     def __init__(self, costs: Costs, recipe: Recipe, uneven: bool, held_out: Callable[[int], bool]) -> None:
         self.costs, self.uneven, self.held_out = costs, uneven, held_out
-        # Whole groups, whose order of arrival says nothing, where two runs must agree.
+        # Where two runs must agree, only whole groups arrive, so that their order does not matter.
         self._together = recipe.schedule.lag is not None or recipe.max_lag == 0
         self._control = 1.0 if POLICIES[recipe.freshness.policy].weights == "one" else costs.control
         self._free_at = [0.0] * recipe.sampler.concurrency  # of each place in the sampler's batch
@@ -113,7 +113,7 @@ class CostModel:
 
 
 class Timed:
-    """Engines, and the real time that they take, by kind of work: decoding steps, tokens, updates."""
+    """Engines, and the real time they take by kind of work: decoding steps, tokens, updates."""
 
     def __init__(self, engines: LocalEngines) -> None:
         self.engines = engines
@@ -149,7 +149,7 @@ def _work(command: m.Command, answers: Sequence[m.Answer]) -> tuple[str, int]:
 
 @dataclass
 class Outcome:
-    """What a run gave: records as in metrics.jsonl, and its virtual duration."""
+    """The result of a run: records as in metrics.jsonl, and its virtual duration."""
 
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
@@ -160,9 +160,9 @@ class Outcome:
 
 
 class Inline:
-    """One run. Engines are made anew for each, so that nothing passes from one to the next.
+    """One run. Engines are made new for each, so that nothing passes from one to the next.
 
-    `sgd`: plain SGD in the place of AdamW, for the control experiment.
+    `sgd`: plain SGD instead of AdamW, for the control experiment.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Inline:
 
     def run(self) -> Outcome:
         """Train to the end."""
-        signals = Signals(self.journal.say)  # never entered: the process keeps its own
+        signals = Signals(self.journal.say)  # never entered: the process keeps its own handlers
         with self.journal:
             Conductor(self.state, self.crew, self.journal, Unsaved(), signals).run()
         metrics, refreshes = self.records.metrics, self.state.schedule.refreshes
@@ -198,8 +198,8 @@ class Inline:
 
 
 def main() -> None:
-    """Print what a unit of each kind of work takes here, one thread, on the short task at lag 0: the median
-    of five runs.
+    """Print what a unit of each kind of work costs here, on one thread, for the short task at lag 0: the
+    median of five runs.
     """
     torch.set_num_threads(1)
     overrides = [

@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""What freshness control costs, what FSDP2 costs where it has nothing to shard, and how fast a step is beside
-TRL's.
+"""What freshness control costs, what FSDP2 costs where it has nothing to shard, and how fast a step is
+compared with TRL's.
 
     python benchmarks/learner.py [--repeats 20] [--hidden 256] [--vocab 32000]
 
-Times whole optimizer steps of one process on one batch, the variants in a rotating order within each repeat,
-and prints the median of the ratios pair by pair; the first table in CPU seconds (on a CPU: wall time on a
-shared machine says more about its neighbours), the second in wall time, because it compares programs that use
-their threads differently. `loss alone` computes the distillation loss and nothing for freshness. TRL is
-`training_step` of `GKDTrainer` (off-policy) and of
-`DistillationTrainer` (with the samples as what it generated), reverse KL, gradient clipping, AdamW, on the
-same two models and the same samples, padded; its step runs the teacher too, so ours is given with the
-teacher's scoring (`teacher and learner`) and without.
+Times whole optimizer steps of one process on one batch, with the variants in a rotating order within each
+repeat, and prints the median of the pairwise ratios. The first table is in CPU seconds (on a CPU, wall time
+on a shared machine says more about its neighbors), the second in wall time, because it compares programs that
+use their threads differently. `loss alone` computes the distillation loss and nothing for freshness. TRL is
+`training_step` of `GKDTrainer` (off-policy) and of `DistillationTrainer` (with the samples as what it
+generated): reverse KL, gradient clipping, AdamW, on the same two models and the same samples, padded. Its
+step also runs the teacher, so ours is given with the teacher's scoring (`teacher and learner`) and without.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def same_samples(samples: list[Sample]) -> dict[str, torch.Tensor]:
 
 
 def generated(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """The batch as `DistillationTrainer` has it once it has generated; all prompts are of one length."""
+    """The batch as `DistillationTrainer` has it after generating; all prompts have one length."""
     prompts = np.stack([s.rollout.token_ids[: s.rollout.prompt_length] for s in samples])
     answers = TokenBatch.of([s.rollout.response_ids for s in samples], False, DEVICE).ids
     lengths = torch.tensor([s.rollout.response_length for s in samples], device=DEVICE)
@@ -122,7 +121,7 @@ def distillation_trainer(student: Any, teacher: Any, folder: str) -> Any:
     from trl import DistillationConfig, DistillationTrainer
 
     class Given(DistillationTrainer):
-        """Takes what it is given for what it would have generated."""
+        """Takes the given samples as what it generated."""
 
         def _prepare_inputs(self, generation_batch: Any) -> Any:
             return generation_batch
@@ -159,7 +158,7 @@ def trl_step(trainer: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], None
 
 
 def against_trl(args: argparse.Namespace, folder: str) -> None:
-    """Tokens a second of whole steps, side by side."""
+    """Tokens per second of whole steps, side by side."""
     samples = batch(args)
     tokens = sum(len(s.rollout.token_ids) for s in samples)
     ours = learner(args.hidden, args.vocab, "fopd")
@@ -219,7 +218,7 @@ def batch(args: argparse.Namespace) -> list[Sample]:
 def learner(
     hidden: int, vocab: int, policy: PolicyName, sharded: bool = False, rank: int = 0, **changes: Any
 ) -> FsdpLearner:
-    """`rank`: of LoRA adapters, 0 for none; `changes` are keys of the learner's section."""
+    """`rank` of LoRA adapters, 0 for none; `changes` are keys of the learner's section."""
     section = Learner(lr=1e-5, warmup_steps=0, steps=10**6, micro_tokens=4096)
     config = LearnerConfig(
         learner=section.model_copy(update=changes),
@@ -235,7 +234,7 @@ def learner(
     student = model(hidden, vocab)
     if rank:
         lora.add_adapters(student, rank, 2.0 * rank, "all-linear", 0, torch.float32)
-    # any compute dtype but fp32 shards; the cast is then undone, so that only FSDP's own work differs
+    # every compute dtype but fp32 shards; undoing the cast leaves only FSDP's own work as the difference
     if sharded:
         policy_class = fsdp_learner.MixedPrecisionPolicy
         fsdp_learner.MixedPrecisionPolicy = lambda **kw: policy_class(**{**kw, "param_dtype": torch.float32})  # type: ignore[misc, assignment]
@@ -246,7 +245,7 @@ def learner(
 
 
 class without_drift:
-    """Within it, the drift estimator does nothing: what remains is the loss alone."""
+    """Inside it, the drift estimator does nothing: what remains is only the loss."""
 
     def __enter__(self) -> None:
         self.real = drift.sampled

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The chunked loss against its rivals: reverse KL over the full vocabulary, forward and backward, time and
-peak memory.
+"""The chunked loss against its rivals: time and peak memory of reverse KL over the full vocabulary, forward
+and backward.
 
     python benchmarks/loss.py [--quick | --largest] [--rounds 3] [--dtype fp32]
 
-ours            fopd_cli.losses.chunked, weights 1; with freshness weights and the anchor, which nobody else
+ours            fopd_cli.losses.chunked, weights 1; with freshness weights and the anchor, which no rival
                 computes; and with these fused by torch.compile
 naive           plain PyTorch: both logits, log_softmax, KL, backward
 TRL GKD         GKDTrainer.generalized_jsd_loss on the same logits, beta 1
@@ -13,11 +13,10 @@ TRL chunked     the loss of DistillationTrainer, in tiles of tokens and vocabula
 Liger chunked   LigerFusedLinearJSDLoss, beta 1 (pip install --no-deps liger-kernel), compiled and not
 Liger fused     LigerFusedLinearJSD, Triton, on a GPU only
 
-Each contender has a process of its own, so that peak memory is its own; they take turns within a round, but
-on a GPU and with
-`--largest`, where they would not fit together, come one after the other. The first round is not counted.
-`extra` is the peak above the inputs, less the two gradients that are the result (float32 or bf16 `[tokens,
-hidden]` and `[vocab, hidden]`).
+Each contender has a process of its own, so that peak memory is its own. They take turns within a round,
+except on a GPU and with `--largest`, where they would not fit together and run one after another. The first
+round is not counted. `extra` is the peak above the inputs, less the two gradients that are the result
+(float32 or bf16 `[tokens, hidden]` and `[vocab, hidden]`).
 """
 
 from __future__ import annotations
@@ -138,9 +137,7 @@ CONTENDERS: dict[str, Callable[[Problem, Tensor, Tensor], Tensor]] = {
 
 
 class PeakMemory:
-    """Highest resident memory above that at the start, sampled by a thread (CPU); or the allocator's
-    (CUDA).
-    """
+    """Highest resident memory above the start, sampled by a thread (CPU); or the allocator's (CUDA)."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -173,7 +170,7 @@ def _resident() -> int:
 
 
 def once(p: Problem, loss: Callable[[Problem, Tensor, Tensor], Tensor], device: str) -> dict[str, float]:
-    """Forward and backward; seconds, extra bytes, and what came out."""
+    """Forward and backward; returns seconds, extra bytes, and the results."""
     hidden, head = p.inputs()
     with PeakMemory(device) as memory:
         start = time.perf_counter()
@@ -194,7 +191,7 @@ def once(p: Problem, loss: Callable[[Problem, Tensor, Tensor], Tensor], device: 
 
 
 def serve(pipe: Any, name: str, size: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
-    """A contender's process: one measurement a request."""
+    """A contender's process: one measurement per request."""
     problem = Problem(size, dtype, device)
     while pipe.recv():
         try:
@@ -206,7 +203,7 @@ def serve(pipe: Any, name: str, size: tuple[int, int, int], dtype: torch.dtype, 
 def race(
     size: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int, names: list[str]
 ) -> dict[str, Any]:
-    """Some contenders, a few rounds; by name the list of measurements, or why it does not run."""
+    """Some contenders over a few rounds: by name the list of measurements, or why it does not run."""
     context = mp.get_context("spawn")
     pipes, processes = {}, []
     for name in names:

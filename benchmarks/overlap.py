@@ -3,9 +3,8 @@
 
     python benchmarks/overlap.py [--steps 30] [--delay-ms 4] [--repeats 3]
 
-Prints wall seconds between the first and the last optimizer step, alternating the two, and the ratio pair by
-pair. With work for the teacher as long as for sampler and learner together, the best that overlap can give is
-a ratio of 2.
+Alternates the two and prints wall seconds between the first and the last optimizer step, and the ratio of
+each pair. If the teacher works as long as sampler and learner together, the best possible ratio is 2.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
-"""Synchronous on-policy distillation in forty lines of plain PyTorch: what any framework has to be better
-than.
+"""Synchronous on-policy distillation in forty lines of plain PyTorch: what any framework must beat.
 
     python benchmarks/plain_loop.py PAIR QUESTIONS [--steps 20] [--batch 16] [--tokens 64] [--lr 1e-4]
         [--every 5]
 
 transformers generates, the loss is the token mean of the exact reverse KL, AdamW with PyTorch's defaults;
-bf16 models, fp32 masters. Prints a row of JSON a step and one every `--every` steps with the KL on held-out
-questions; the clock stands still while that is measured. `--lag N` trains on the rollouts of N steps before,
-and `--clip`, `--betas` and `--decay` take the optimizer apart: an independent reference for what a lag does,
-in which no line of fopd's takes part.
+bf16 models, fp32 masters. Prints a row of JSON per step, and one every `--every` steps with the KL on
+held-out questions; the clock is stopped while that is measured. `--lag N` trains on the rollouts of N steps
+before, and `--clip`, `--betas` and `--decay` set the optimizer: an independent reference for what a lag does,
+without any of fopd's code.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ def questions(file: Path) -> list[str]:
 
 
 def shown(tokenizer: Any, asked: list[str]) -> list[str]:
-    """Questions in the chat template, with the turn of the assistant begun."""
+    """Questions in the chat template, with the assistant's turn begun."""
     talks = [[{"role": "user", "content": q}] for q in asked]
     return [tokenizer.apply_chat_template(t, add_generation_prompt=True, tokenize=False) for t in talks]
 
 
 def generate(student: Any, tokenizer: Any, asked: list[str], tokens: int) -> dict[str, torch.Tensor]:
-    """A batch of answers: ids and mask `(n, width)`, which of the last `tokens` places are answer, EOS
+    """A batch of answers: ids and mask `(n, width)`, which of the last `tokens` positions are answer, EOS
     included.
     """
     prompts = tokenizer(shown(tokenizer, asked), return_tensors="pt", padding=True, add_special_tokens=False)
@@ -58,7 +57,7 @@ def generate(student: Any, tokenizer: Any, asked: list[str], tokens: int) -> dic
 
 
 def logprobs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`(answer tokens, V)`, in fp32."""
+    """Log-probs `(answer tokens, V)`, in fp32."""
     positions = (batch["mask"].cumsum(-1) - 1).clamp(min=0)
     hidden = model.model(
         input_ids=batch["ids"], attention_mask=batch["mask"], position_ids=positions, use_cache=False
@@ -96,8 +95,8 @@ class Clock:
     def evaluation(
         self, step: int, student: Any, teacher: Any, tokenizer: Any, asked: list[str], tokens: int
     ) -> None:
-        """A row with the reverse KL a token on fresh answers to held-out questions, always with the same
-        randomness.
+        """Print a row with the reverse KL per token on fresh answers to held-out questions, always with the
+        same randomness.
         """
         self.pause()
         state = torch.get_rng_state()

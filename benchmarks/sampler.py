@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=2 python benchmarks/sampler.py [--rounds 5] [--models tiny,110m]
 
-generation   our sampler; bare `vllm.LLM.generate`, same sampling parameters; transformers' sampler of ours
+generation   our sampler; bare `vllm.LLM.generate`, same sampling parameters; our transformers sampler
              (continuous, and plain `model.generate` without log-probs)
 scoring      our vLLM teacher; our transformers teacher (top-64 at every response position)
 publication  learner -> shared memory, shared memory -> running vLLM engine; a plain memcpy of the same bytes
 
-Rounds alternate, so that a busy machine hits all alike; the first round warms up and is not counted. Medians
-of the ratios of a round stand last.
+Contenders alternate, so that a busy machine affects all alike; the first round warms up and is not counted.
+Medians of the ratios within a round come last.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def drain(sampler: Any, wanted: list[Request]) -> list[Rollout]:
 
 
 class Bench:
-    """Every contender once a round, in an order that rotates; figures per second."""
+    """Runs every contender once per round, in a rotating order; figures are per second."""
 
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
@@ -261,7 +261,7 @@ def main() -> None:
                     *lines,
                 ]
     print("\n".join(tables), flush=True)
-    os._exit(0)  # several vLLM engines in one process do not take themselves down in order
+    os._exit(0)  # several vLLM engines in one process do not shut down in order
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
         [--seeds N]
 
 Every cell is a whole run of ours (`inline.py`: our conductor with engines, losses and freshness in one
-process, on a virtual clock) on a tiny pair, with an exact lag or with lags that mix. Cells that stand in
-OUT/results.jsonl are not run again, so it can be stopped and started at will. Writes table.csv and table.md,
-and figures where matplotlib is installed; the headline table comes last. docs/staleness.md says what the rows
-are and what came out.
+process, on a virtual clock) on a tiny pair, with an exact lag or with lags that mix. Cells that are in
+OUT/results.jsonl are not run again, so it can be stopped and restarted at will. Writes table.csv and
+table.md, and figures if matplotlib is installed; the headline table comes last. docs/staleness.md explains
+the rows and the results.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import staleness_report as report
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
-# The rate of each task is the highest of 1e-4, 3e-4, 1e-3 at which the synchronous run learns well on the
-# cached policy gradient.
+# Each task has the highest learning rate of 1e-4, 3e-4, 1e-3 at which the synchronous run learns well with
+# the cached policy gradient.
 TASKS = {
     "short": ["learner.lr=1e-3"],
     "middle": ["learner.lr=3e-4", "learner.steps=120", "eval.every=15"],
@@ -60,7 +60,7 @@ OTHERS = {
     "ratio capped at 2": ["freshness.policy=async", "loss.importance=true", "loss.max_ratio=2"],
     "reweight, scaled step": ["freshness.policy=reweight", "freshness.step_scale=freshness", RAW],
 }
-# Before anything was tuned; what a recipe says that says nothing came out of the sweep.
+# The settings before tuning; the recipe's defaults come from the sweep.
 ANCHORED = ["freshness.policy=fopd", "freshness.refresh.mean=0", "freshness.anchor=10", RAW]
 TOPK = ["freshness.drift=topk", "freshness.drift_k=8"]
 BEST, DEFAULT = "fopd, top-k anchor", "fopd, defaults"
@@ -115,7 +115,7 @@ def headline(seed: int) -> Iterator[Cell]:
 
 
 def defaults(seed: int) -> Iterator[Cell]:
-    """The claim itself, few enough runs for ten seeds: what a recipe gets that says nothing, beside sync."""
+    """The claim itself, with few enough runs for ten seeds: the recipe's defaults, beside sync."""
     for task in TASKS:
         yield Cell(task, "pg_cached", "sync", "0", seed)
         yield Cell(task, "pg_cached", DEFAULT, "8", seed)
@@ -123,14 +123,14 @@ def defaults(seed: int) -> Iterator[Cell]:
 
 
 def lags(seed: int) -> Iterator[Cell]:
-    """Where it starts to matter."""
+    """From which lag on it matters."""
     for lag in ("2", "4", "16"):
         for policy in ("async", "fopd", *OURS):
             yield Cell("short", "pg_cached", policy, lag, seed)
 
 
 def far(seed: int) -> Iterator[Cell]:
-    """What lag 16 says of settings that lag 8 does not tell apart."""
+    """Lag 16, for settings that lag 8 does not tell apart."""
     for extra in (
         ("freshness.drift_k=32",),
         ("freshness.drift_k=32", "freshness.anchor=20", "loss.importance=true"),
@@ -140,8 +140,8 @@ def far(seed: int) -> Iterator[Cell]:
 
 
 def losses(seed: int) -> Iterator[Cell]:
-    """Which losses need control at all: nothing, an anchor on all of them, and what a recipe does that says
-    nothing.
+    """Which losses need control at all: with none, with an anchor on all of them, and with the recipe's
+    defaults.
     """
     for loss in LOSSES:
         if loss != "pg_cached":
@@ -152,7 +152,7 @@ def losses(seed: int) -> Iterator[Cell]:
 
 
 def horizons(seed: int) -> Iterator[Cell]:
-    """The same at longer horizons."""
+    """The comparison at longer horizons."""
     for task in ("middle", "long"):
         yield Cell(task, "pg_cached", "sync", "0", seed)
         for policy in ("async", "lag_weight", "fopd", *OURS):
@@ -173,9 +173,7 @@ def mixed(seed: int) -> Iterator[Cell]:
 
 
 def sgd(seed: int) -> Iterator[Cell]:
-    """The control experiment: plain SGD without clipping does not cancel a factor that all of a batch has in
-    common.
-    """
+    """The control experiment: plain SGD without clipping does not cancel a factor that a batch shares."""
     for policy in ("sync", "async", "lag_weight", "reweight"):
         lag = "0" if policy == "sync" else "8"
         yield Cell("short", "pg_cached", policy, lag, seed, ("learner.lr=0.03", "learner.clip=0"), "sgd")
@@ -213,7 +211,7 @@ def sweep(seed: int) -> Iterator[Cell]:
 
 
 def replays(seed: int) -> Iterator[Cell]:
-    """Supervision drift: how much of a batch to replay, what its samples then teach, and what D_sup may cost
+    """Supervision drift: how much of a batch to replay, what replayed samples teach, and what D_sup may cost
     them.
     """
     for loss in ("reverse_kl", "forward_kl"):
@@ -225,8 +223,8 @@ def replays(seed: int) -> Iterator[Cell]:
 
 
 def coverage(seed: int) -> Iterator[Cell]:
-    """Half of the questions cannot be looked up at a version: what it costs, and whether dropping the buffer
-    for it pays.
+    """At every version, half of the questions cannot be looked up: what that costs, and whether dropping the
+    buffer for it pays.
     """
     outage = ("task.options.drift=0", "task.options.outage=0.5")
     for policy, lag in (("sync", "0"), ("async", "8"), (DEFAULT, "8")):
@@ -239,7 +237,7 @@ def coverage(seed: int) -> Iterator[Cell]:
 
 
 def anchored_kl(seed: int) -> Iterator[Cell]:
-    """What an anchor costs where nothing needs it: the default loss at the default depth, and the cached loss
+    """What an anchor costs where it is not needed: the default loss at the default depth, and the cached loss
     beside it.
     """
     for lag in ("4", "8"):
@@ -333,7 +331,7 @@ def main() -> None:
     args = parser.parse_args()
     studies, seeds = FULL if args.full else QUICK
     studies, seeds = args.study or studies, args.seeds or seeds
-    # Seed by seed, so that a table that was stopped half-way is whole for fewer seeds.
+    # Seed by seed, so that a table that was stopped halfway is complete for fewer seeds.
     wanted = {c.key: c for seed in range(seeds) for study in studies for c in STUDIES[study](seed)}
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.jsonl"

@@ -41,7 +41,7 @@ def draw(out: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, 
 
 
 def _curves(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Held-out score by optimizer step at lag 8, cached policy gradient, a panel a task."""
+    """Held-out score by optimizer step at lag 8, cached policy gradient, one panel per task."""
     tasks = [t for t in ("short", "middle", "long") if any(r["task"] == t for r in results)]
     figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
     for task, panel in zip(tasks, panels[0], strict=True):
@@ -67,7 +67,7 @@ def _curves(path: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def _lags(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Final score by lag, a panel a loss."""
+    """Final score by lag, one panel per loss."""
     losses = list(dict.fromkeys(r["loss"] for r in rows))
     figure, panels = plt.subplots(1, len(losses), figsize=(2 * len(losses), 3.2), squeeze=False, sharey=True)
     for loss, panel in zip(losses, panels[0], strict=True):

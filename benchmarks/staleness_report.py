@@ -87,8 +87,8 @@ def _first(curve: list[list[float]], target: float) -> float | None:
 
 
 def equal_time(results: Sequence[Result]) -> list[tuple[str, float, float]]:
-    """(policy, steps it has done, score) of the headline when the asynchronous run has ended, by the cost
-    model.
+    """(policy, steps done, score) of the headline at the moment when the asynchronous run has ended, by the
+    cost model.
     """
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     main = [

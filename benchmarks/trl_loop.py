@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The same run by TRL's DistillationTrainer: python benchmarks/trl_loop.py PAIR QUESTIONS [...], as
+"""The same run by TRL's DistillationTrainer: python benchmarks/trl_loop.py PAIR QUESTIONS [...], like
 plain_loop.py.
 
 Same pair, questions, batch, lengths and learning rate, constant; reverse KL; bf16 by autocast over fp32
 weights, the teacher in bf16; no clipping; generation by transformers. Evaluations are plain_loop.py's, and
-the clock stands still in them, too.
+the clock is stopped during them, too.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ from typing import Any
 from fopd_cli import __version__, paths
 from fopd_cli.report.reading import Record, Run, read
 
-ROWS = 12  # of the table of evaluations: the first, the last, and some between
+ROWS = 12  # in the table of evaluations: the first, the last and some in between
 
 
 def write(run_dir: Path, out: Path, step: int, licence: str | None = None, name: str | None = None) -> Path:
-    """`out/README.md` of the student of `step`; the hub shows it as the model's page.
+    """Write `out/README.md`, the card of `step`'s student; the hub shows it as the model's page.
 
-    Only names of directories go into it, not where they lie on this machine.
+    It names local directories without their paths.
     """
     path = out / "README.md"
     path.write_text(text(read(run_dir), step, licence, name), encoding="utf-8")
@@ -64,8 +64,8 @@ def text(run: Run, step: int, licence: str | None = None, name: str | None = Non
 
 
 def _header(run: Run, licence: str | None) -> Iterator[str]:
-    """Values are JSON, which YAML reads; a model or a dataset that lies on this machine is no name of the
-    hub's.
+    """Values are written as JSON, which is valid YAML. Local models and datasets are left out: the hub does
+    not have them.
     """
     yield "---"
     yield "library_name: transformers"
@@ -99,7 +99,7 @@ def _facts(run: Run, step: int) -> Iterator[tuple[str, Any]]:
 
 
 def _evaluations(records: Sequence[Record]) -> Iterator[str]:
-    """A table; of many records some."""
+    """A table of at most `ROWS` records, the first and the last among them."""
     if not records:
         yield "It was not evaluated."
         return

@@ -1,8 +1,9 @@
-"""`fopd chat`: the student and its teacher answer the same lines, and each of the student's tokens shows how
-far the two are apart there.
+"""`fopd chat`: the student and its teacher answer the same lines, and each student token shows how far apart
+the two are there.
 
-Both run on transformers, in this process. The conversation of each goes on with its own answers; the KL is
-the teacher's judgement of the student's, exact over the vocabulary, as in training at loss.temperature 1.
+Both run on transformers, in this process. Each continues its conversation with its own answers. The KL
+compares both models on the student's answer, exactly over the vocabulary, as in training at loss.temperature
+1.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.build import resolve_dtype, student_frame
 from fopd_cli.samples import Prompt, Request, SamplingParams
 
-POSITIONS = 256  # whose logits are compared at a time
+POSITIONS = 256  # compared at a time
 Message = dict[str, Any]
 
 
 @dataclass
 class Speaker:
-    """A model that answers, and what it has heard. Ids outside are the student's; `table` leads to its
-    own.
+    """A model that answers, and its conversation so far. Callers use the student's ids; `table` maps them to
+    its own.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Speaker:
     heard: list[Message] = field(default_factory=list)
 
     def asked(self, line: str, chat: bool) -> np.ndarray:
-        """The token ids that it answers to."""
+        """The token ids of the prompt that ends with this line."""
         if not chat:
             return self.frame.prompt(Prompt(0, text=line))
         return self.frame.prompt(Prompt(0, messages=[*self.heard, {"role": "user", "content": line}]))
@@ -70,7 +71,7 @@ class Speaker:
 
     @torch.inference_mode()
     def logits(self, ids: np.ndarray, prompt_length: int, vocab: int) -> Tensor:
-        """float32 `(n, vocab)` in the student's numbering, on the CPU: of the position before each token
+        """float32 `(n, vocab)` on the CPU, in the student's numbering: the logits that predict each token
         after the prompt.
         """
         asked = torch.from_numpy(self._own(ids).astype(np.int64))[None].to(self.device)
@@ -85,18 +86,18 @@ class Speaker:
 
 @dataclass(frozen=True)
 class Turn:
-    """What both said to one line. `pieces`: the student's tokens as text, with their KL in nats (nan: there
-    is no teacher here).
+    """Both answers to one line. `pieces`: the student's tokens as text, each with its KL in nats (nan without
+    a local teacher).
     """
 
     pieces: list[tuple[str, float]]
-    kl: float | None  # a mean over tokens
+    kl: float | None  # mean over tokens
     teacher: str | None
     notice: str | None = None
 
 
 class Chat:
-    """`model` is the student's directory; `teacher` one of the recipe's."""
+    """`model` is the student's directory, `teacher` one of the recipe's teachers."""
 
     def __init__(
         self,
@@ -212,8 +213,8 @@ def _has_template(recipe: Recipe, tokenizer: Any) -> bool:
 
 
 def pieces(tokenizer: Any, ids: np.ndarray, kls: np.ndarray) -> Iterator[tuple[str, float]]:
-    """(text, KL) of each token; tokens that only together make a character are one piece, with the sum of
-    theirs.
+    """(text, KL) of each token. Tokens that only together make a character are one piece, with the sum of
+    their KLs.
     """
     done, kl = "", 0.0
     for i, value in enumerate(kls.tolist(), 1):
@@ -234,7 +235,7 @@ SHADES = (
 
 
 def coloured(found: Iterable[tuple[str, float]]) -> str:
-    """For a terminal: the background says how far apart the two are."""
+    """For a terminal: the background shows how far apart the two are."""
     parts = []
     for text, kl in found:
         shade = next((shade for limit, shade in SHADES if not kl >= limit), None)
@@ -243,14 +244,12 @@ def coloured(found: Iterable[tuple[str, float]]) -> str:
 
 
 def numbered(found: Iterable[tuple[str, float]]) -> str:
-    """Where there are no colours: each token with its KL behind it, on one line."""
+    """Without colors: each token followed by its KL, on one line."""
     return "".join(text.replace("\n", "⏎") + ("" if kl != kl else f"[{kl:.2f}]") for text, kl in found)
 
 
 def converse(chat: Chat, lines: Iterable[str], colours: bool) -> Iterator[str]:
-    """What is to be printed, line by line of what is asked. `/new` forgets the conversation, `/quit` ends
-    it.
-    """
+    """The text to print for each input line. `/new` forgets the conversation, `/quit` ends it."""
     for raw in lines:
         line = raw.strip()
         if line == "/quit":
@@ -276,7 +275,7 @@ def shown(turn: Turn, chat: Chat, colours: bool) -> str:
 
 
 def typed() -> Iterator[str]:
-    """Lines of the standard input, asked for in a terminal."""
+    """Lines of standard input, with a prompt in a terminal."""
     while True:
         try:
             yield input("> ") if sys.stdin.isatty() else input()

@@ -1,4 +1,4 @@
-"""The `fopd` command: parse, call, print. Nothing heavy is imported before a command really needs it."""
+"""The `fopd` command: parse, call, print. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def new(
         str | None, typer.Option(metavar="COLUMN", help="Of answers to grade by; default: found, if any.")
     ] = None,
 ) -> None:
-    """Write a recipe for your models and your data: looks at both, asks what it is not told, says what it
-    assumed, and checks the recipe as `fopd doctor` does.
+    """Write a recipe for your models and your data: inspect both, ask for what is missing, say what was
+    assumed, and check the recipe as `fopd doctor` does.
     """
     from fopd_cli.new import ask
 
@@ -122,10 +122,11 @@ def run(
         ),
     ] = False,
 ) -> None:
-    """Distil: sample, judge, learn, until learner.steps. Ctrl-C or SIGTERM writes a checkpoint and stops;
-    twice stops at once.
+    """Distil: sample, judge, learn, until learner.steps. Ctrl-C or SIGTERM writes a checkpoint and stops; a
+    second one stops at once.
 
-    The checks of `fopd doctor` come first. Leaves metrics, checkpoints and the student in the run directory.
+    The checks of `fopd doctor` come first. Metrics, checkpoints and the student are written to the run
+    directory.
     """
     from fopd_cli.recipe import dump_recipe, load_recipe
 
@@ -162,10 +163,10 @@ def resume(
     step: StepOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Go on with a run from its newest sound checkpoint, exactly where it stood.
+    """Continue a run from its newest sound checkpoint, exactly where it left off.
 
-    `--set learner.steps=...` makes it longer. What is set stands in recipe.yaml from then on, and
-    recipe-history.jsonl says since which step. Student, teacher, task and seed must stay what they were.
+    `--set learner.steps=...` makes it longer. Overrides are saved in recipe.yaml, and recipe-history.jsonl
+    records from which step they apply. Student, teacher, task and seed cannot change.
     """
     warm.begin()
     from fopd_cli import launch
@@ -185,10 +186,10 @@ def fork(
         typer.Option("--run-dir", metavar="DIR", help="Of the fork; default: RUN_DIR-fork-N. Must be new."),
     ] = None,
 ) -> None:
-    """Go on from a checkpoint in a new directory, with other settings: the same run up to step N, another one
-    from there on.
+    """Continue from a checkpoint in a new directory, with other settings: the same run up to step N, a
+    different one from there on.
 
-    As with resume, student, teacher, task and seed stay what they were.
+    As with resume, student, teacher, task and seed cannot change.
     """
     warm.begin()
     from fopd_cli import launch
@@ -201,7 +202,7 @@ def fork(
 def runs_command(
     folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path("runs"),
 ) -> None:
-    """A table of the runs here: how far each is, its newest score and KL, and whether it is going on."""
+    """A table of the runs here: how far each is, its newest score and KL, and whether it is running."""
     from fopd_cli.report.tables import of_runs
 
     typer.echo(of_runs(folder))
@@ -212,7 +213,7 @@ def diff(
     first: Annotated[Path, typer.Argument(metavar="RUN")],
     second: Annotated[Path, typer.Argument(metavar="RUN")],
 ) -> None:
-    """How two runs differ: in the keys of their recipes, and in their results."""
+    """How two runs differ, in the keys of their recipes and in their results."""
     from fopd_cli.report.tables import of_differences
 
     typer.echo(of_differences(first, second))
@@ -261,9 +262,9 @@ def evaluate(
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
 
-    Where there are no answers to grade (task.name: chat, task.answer: null), the KL to the teacher instead.
-    Same code and random numbers as the run's own evaluation: for a finished run it prints the same score.
-    Interrupted, the same command with the same --out goes on.
+    Without answers to grade (task.name: chat, task.answer: null), it measures the KL to the teacher instead.
+    It uses the code and random numbers of the run's own evaluation, so a finished run gets the same score. If
+    interrupted, the same command with the same --out continues.
     """
     from fopd_cli.recipe import load_recipe
 
@@ -321,10 +322,9 @@ def chat(
         float | None, typer.Option(metavar="T", min=0, help="Default: the sampler's; 0 is greedy.")
     ] = None,
 ) -> None:
-    """Talk to a run's student and its teacher side by side, with the KL to the teacher at each student
-    token.
+    """Talk to a run's student and its teacher side by side, with the KL to the teacher at each student token.
 
-    A terminal shows it by color: none under 0.05 nats, yellow to 0.3, orange to 1, red beyond. Elsewhere, or
+    Terminals show it as color: none under 0.05 nats, yellow to 0.3, orange to 1, red above. Elsewhere, or
     with NO_COLOR, it is a number. Lines may come from a pipe. /new forgets the conversation, /quit ends it.
     """
     from fopd_cli import chat as talk
@@ -366,7 +366,7 @@ def doctor_command(
     """Find what would go wrong before it does: tokenizers, ends of sequence, templates, lengths, disk,
     memory.
 
-    Prints each finding with its cure; exits 2 if there is any.
+    Prints each finding with its cure; exits 2 if any is an error or a warning.
     """
     from fopd_cli import doctor
     from fopd_cli.inputs import load_inputs, with_engines
@@ -428,7 +428,7 @@ def recipe_command(
 
 
 def _within(key: str, section: str) -> bool:
-    """`task[math].train` lies in task, in task[math], and is task.train."""
+    """Whether a key is in a section: `task[math].train` is in task and task[math], and is task.train."""
     plain = "".join(part.partition("]")[2] if i else part for i, part in enumerate(key.split("[")))
     return any(k == section or k.startswith((f"{section}.", f"{section}[")) for k in (key, plain))
 
@@ -459,8 +459,8 @@ def export(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push: for you alone.")] = False,
 ) -> None:
-    """Write a run's student as a Hugging Face model directory, tokenizer and model card included: the best by
-    eval.keep_best if the recipe keeps one, else the newest checkpoint's; or of --step.
+    """Write a run's student as a Hugging Face model directory, with tokenizer and model card: the best by
+    eval.keep_best if the recipe keeps one, else the newest checkpoint's; --step chooses another.
     """
     if dtype not in EXPORTED:
         raise UserError(f"--dtype: {dtype!r} is none of {', '.join(EXPORTED)}")
@@ -513,7 +513,7 @@ def report(
         int, typer.Option(metavar="N", min=0, max=65535, help="Port of --watch; 0: any free one.")
     ] = 8642,
 ) -> None:
-    """One HTML file about a run, or about several side by side: curves, timeline, answers over training,
+    """Write one HTML file about one run, or several side by side: curves, timeline, answers over training,
     advice.
 
     It needs no network and no other file. The teacher's answers are shown beside the student's if they were
@@ -533,7 +533,7 @@ def report(
 
 
 def _report(summary: dict[str, Any], path: Path) -> None:
-    """What was learned and where it is."""
+    """Print what was learned and where it is."""
     typer.echo(json.dumps(summary, indent=1))
     typer.echo(
         f"student: {path / 'student'}\nmetrics: {path / 'metrics.jsonl'}\ntimeline: {path / 'trace.json'} "
@@ -542,7 +542,7 @@ def _report(summary: dict[str, Any], path: Path) -> None:
     if (path / "tensorboard").is_dir():
         typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
     if summary["kl_first"] is not None:
-        score = ""  # where nothing is graded there is none
+        score = ""  # empty if nothing is graded
         if summary["score_first"] is not None and summary["score_last"] is not None:
             score = f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, "
         if summary["student_chosen_by"] != "last":
@@ -557,11 +557,11 @@ def _report(summary: dict[str, Any], path: Path) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: known errors become one line and an exit code. Every command ends at SIGTERM as it does at
-    Ctrl-C.
+    """Entry point: known errors become one line and an exit code. SIGTERM and SIGHUP end every command as
+    Ctrl-C does.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _signalled)
     try:
         code = app(standalone_mode=False)
@@ -574,17 +574,16 @@ def main() -> NoReturn:
     except typer.Abort:
         _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
-        # A usage error of click's, whose classes typer keeps in a place of its own; it knows how to print
-        # itself.
+        # A usage error of click, which can print itself; typer has its own copies of click's classes.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(EXIT_USER)
         raise
-    sys.exit(code if isinstance(code, int) else 0)  # click hands a command's typer.Exit back as its code
+    sys.exit(code if isinstance(code, int) else 0)  # click returns a command's typer.Exit as its code
 
 
 def _signalled(number: int, frame: object) -> NoReturn:
-    if _importing():  # torch's C++ code aborts where an exception comes out of what it calls
+    if _importing():  # torch's C++ code aborts if Python code that it calls raises
         with contextlib.suppress(OSError):
             os.write(2, b"interrupted\n")
         os._exit(EXIT_INTERRUPTED)
@@ -592,12 +591,12 @@ def _signalled(number: int, frame: object) -> NoReturn:
 
 
 def _importing() -> bool:
-    """Whether a module is being imported, as torch is for seconds."""
+    """Whether a module is being imported; torch takes seconds."""
     specs = [getattr(module, "__dict__", {}).get("__spec__") for module in list(sys.modules.values())]
     return any(getattr(spec, "_initializing", False) for spec in specs)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    with contextlib.suppress(OSError):  # the terminal may be what went away
+    with contextlib.suppress(OSError):  # the terminal may be gone
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)

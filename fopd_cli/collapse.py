@@ -1,5 +1,5 @@
-"""Whether a run has collapsed, by the paper's definition: the final score is more than 40% under the peak,
-and the last tenth of training lies under 90% of the peak throughout.
+"""Whether a run has collapsed, by the paper's definition: the final score is more than 40% below the peak,
+and every score in the last tenth of training is below 90% of the peak.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Collapse:
 
 
 def collapse(curve: Sequence[tuple[int, float]], steps: int) -> Collapse:
-    """Of (optimizer step, score) pairs in order, at least one; `steps` is the length of training."""
+    """`curve`: (optimizer step, score) pairs in order, at least one. `steps`: the length of training."""
     scores = [score for _, score in curve]
     peak, final = max(scores), scores[-1]
     tail = [score for step, score in curve if step >= (1 - TAIL) * steps] or [final]

@@ -1,8 +1,8 @@
-"""What would go wrong, found before the devices are paid for. `fopd doctor` prints it; `fopd run` refuses on
+"""Problems found before the devices are paid for. `fopd doctor` prints them; `fopd run` refuses to start on
 errors.
 
-FIELD experience behind the checks: tokenizers that differ train on garbage without a word; a base student
-under an instruct teacher never meets its end-of-sequence token; Docker's 64 MB of shared memory ends a run at
+Field experience behind the checks: with different tokenizers a run silently trains on garbage; a base student
+under an instruct teacher never sees its end-of-sequence token; Docker's 64 MB of shared memory end a run at
 its first batch.
 """
 
@@ -53,7 +53,7 @@ SANITY_LIMIT_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 @dataclass(frozen=True)
 class Finding:
     """What is wrong, and what to do about it. An error stops a run; a warning is for the user to judge; a
-    note is no fault.
+    note is for information.
     """
 
     level: Literal["error", "warning", "note"]
@@ -65,7 +65,7 @@ class Finding:
 
 
 def findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
-    """All that can be found without loading weights, each thing once; `disk` is where the run will write."""
+    """All findings that need no weights, each once; `disk` is where the run will write."""
     yield from dict.fromkeys(_findings(inputs, disk))
 
 
@@ -96,18 +96,20 @@ def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
 
 
 def of_pairs(inputs: Inputs) -> Iterator[Finding]:
-    """Whether the teachers know the student's tokens at all: what any figure about them stands on."""
+    """Whether the teachers know the student's tokens at all; without that, no figure about them means
+    anything.
+    """
     for teacher in inputs.teachers:
         yield from _tokenizers(inputs, teacher)
     yield from _servers(inputs)
 
 
 def of_models(inputs: Inputs) -> Iterator[Finding]:
-    """Whether each model's files are all of it and nothing else."""
+    """Whether each model's files are complete and contain nothing else."""
     models = [("student.model", inputs.recipe.student.model, inputs.student_config)]
     models += [(t.key, t.section.model, t.config) for t in inputs.teachers]
     for key, model, config in models:
-        if support.quantized(config) is not None:  # a teacher on vLLM, whose files are its own affair
+        if support.quantized(config) is not None:  # a teacher on vLLM, which reads its files itself
             continue
         try:
             report = hf.load_report(model, config, key)
@@ -121,7 +123,7 @@ def of_models(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
-    """Ids that not all models have are never sampled; whoever uses them otherwise must know."""
+    """Ids that some model lacks are never sampled; prompts and tools must not use them either."""
     vocab = inputs.vocab
     ends = _student_ends(inputs)
     if min(ends) >= vocab:
@@ -154,7 +156,7 @@ def _vocabulary(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _visible() -> Iterator[Finding]:
-    """Devices that were asked for and are not there would be left out without a word."""
+    """Requested devices that CUDA does not find would otherwise be left out silently."""
     if lost := devices.unusable():
         yield Finding(
             "warning",
@@ -164,7 +166,7 @@ def _visible() -> Iterator[Finding]:
 
 
 def _engines(inputs: Inputs) -> Iterator[Finding]:
-    """Whether each engine is there, and takes its model as asked."""
+    """Whether each engine is installed and accepts its model with these settings."""
     uses: list[tuple[str, Sampler | Teacher, Any]]
     uses = [("sampler", inputs.recipe.sampler, inputs.student_config)]
     uses += [(t.key.removesuffix(".model"), t.section, t.config) for t in inputs.teachers]
@@ -179,7 +181,7 @@ def _engines(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _packing(inputs: Inputs) -> Iterator[Finding]:
-    """Whether samples may lie in one row, as far as the architecture alone tells; the engines then try it."""
+    """Whether samples can share a row, as far as the architecture tells; the engines then try it."""
     models = [("learner.packing", inputs.recipe.learner.packing, inputs.student_config)]
     models += [
         (f"{t.key.removesuffix('.model')}.packing", t.section.packing, t.config)
@@ -192,10 +194,10 @@ def _packing(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _rope(inputs: Inputs) -> Iterator[Finding]:
-    """Samples that grow past a switch of the student's rotary embedding on the way."""
+    """Samples that grow past the length at which the student's rotary embedding switches factors."""
     recipe = inputs.recipe
     switch = rope.switch(inputs.student_config)
-    if switch is None or sampler_facts(recipe.sampler).one_rotation:  # and so does the learner then
+    if switch is None or sampler_facts(recipe.sampler).one_rotation:  # the learner then uses one, too
         return
     stream = inputs.stream
     shortest = min(len(stream.encoded("train", i)) for i in stream.kept["train"][:PROMPTS_LOOKED_AT])
@@ -234,8 +236,8 @@ def _trackers(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _servers(inputs: Inputs) -> Iterator[Finding]:
-    """Ask every remote teacher whether it is there, knows our tokens and gives prompt log-probs, of the
-    longest sample too.
+    """Check that every remote teacher answers, knows our tokens and gives prompt log-probs, even of the
+    longest sample.
     """
     remote = [t for t in inputs.recipe.teachers if engine_of(t).remote]
     if remote:
@@ -302,9 +304,7 @@ def _ends(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 
 
 def _ends_of_turns(inputs: Inputs) -> Iterator[Finding]:
-    """A chat template ends the assistant's turn with a token of its own; one that does not end a response
-    never will.
-    """
+    """A chat template ends the assistant's turn with its own token, which must also end a response."""
     ours, frames = _student_ends(inputs), list[Frame]()
     if any(p.messages for p in inputs.stream.prompts["train"][:1]):
         frames.append(inputs.stream.frame)
@@ -343,7 +343,7 @@ def _templates(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 
 
 def _conversation(inputs: Inputs) -> Iterator[Finding]:
-    """What the environment answers must have a place in the chat template."""
+    """The chat template must have a place for the environment's answers."""
     first = inputs.stream.prompts["train"][inputs.stream.kept["train"][0]]
     if inputs.stream.episodic and first.messages:
         try:
@@ -359,8 +359,8 @@ def _between(inputs: Inputs, prompt: Prompt) -> np.ndarray:
 
 
 def shown(inputs: Inputs) -> Iterator[str]:
-    """One prompt as the student and its teacher see it, special tokens in double brackets: most runs that go
-    wrong do so here.
+    """One prompt as the student and its teacher see it, with special tokens in double brackets: most runs
+    that go wrong do so here.
     """
     stream = inputs.stream
     index = stream.kept["train"][0]
@@ -391,7 +391,9 @@ def _block(title: str, tokenizer: Any, ids: np.ndarray) -> Iterator[str]:
 
 
 def _temperatures(recipe: Recipe) -> Iterator[Finding]:
-    """At a temperature other than 1 the supports settle at different students; which one must be a choice."""
+    """At a temperature other than 1, each support converges to a different student; the user must choose
+    which.
+    """
     t, support = recipe.sampler.temperature, recipe.support
     if t == 1 or support == "full" or recipe.loss.teacher_temperature == "sampler":
         return
@@ -415,7 +417,7 @@ def _temperatures(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
-    # Told more than the student, a model teaches itself.
+    # With extra context, a model can teach itself.
     if inputs.recipe.student.model == teacher.section.model and not tells(teacher.section):
         yield Finding(
             "warning", "student and teacher are the same model: every loss is 0", "name a larger teacher"
@@ -434,7 +436,7 @@ def _sizes(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:
 
 
 def _plain_text(inputs: Inputs) -> Iterator[Finding]:
-    """A task of the user's own hands over plain text, and the student was taught conversations."""
+    """The user's own task gives plain text, although the student has a chat template."""
     task = inputs.recipe.task
     if (
         not isinstance(task, PluginTask)
@@ -453,7 +455,7 @@ def _plain_text(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _amounts(inputs: Inputs) -> Iterator[Finding]:
-    """Numbers that do not go together."""
+    """Numbers that do not fit together."""
     recipe = inputs.recipe
     learner, there = recipe.learner, len(inputs.stream.kept["train"]) * recipe.sampler.samples_per_prompt
     if learner.batch_samples > there:
@@ -476,14 +478,13 @@ def _amounts(inputs: Inputs) -> Iterator[Finding]:
 def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
     while not paths.exists(folder):
         folder = folder.parent
-    # fp32 masters and two AdamW moments, kept `keep` times and once more while a new one is written; the
-    # export.
+    # fp32 masters and two AdamW moments, `keep` times plus one that is being written; the export.
     state = 12 * inputs.trainable
-    if inputs.recipe.schedule.lag:  # and the weights of the version before, as samplers have them
+    if inputs.recipe.schedule.lag:  # and the previous version's weights, as samplers have them
         cuda = bool(inputs.plan.samplers[0].devices)
         state += resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * elements(inputs.published)
     kept = 0
-    if inputs.recipe.eval.keep_best is not None:  # the best now, and of each checkpoint
+    if inputs.recipe.eval.keep_best is not None:  # the current best, and each checkpoint's
         cuda = bool(inputs.plan.samplers[0].devices)
         size = resolve_dtype(inputs.recipe.sampler.dtype, cuda).itemsize * elements(inputs.published)
         kept = size * (inputs.recipe.checkpoint.keep + 2)
@@ -524,7 +525,7 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
 
 
 def _room(who: str, parts: memory.Parts, there: int, where: str, cure: str) -> Iterator[Finding]:
-    """By arithmetic: more than there is ends the run, more than nine tenths of it may."""
+    """By arithmetic: more than `there` bytes is an error, more than nine tenths of them a warning."""
     needed = memory.total(parts)
     if needed > (1 - SPARE) * there:
         yield Finding(
@@ -539,8 +540,7 @@ def sanity(inputs: Inputs) -> Finding | None:
     """Student = teacher must give loss 0 and drift 0: sample a little, let the student judge itself, look at
     both.
 
-    Loads the student on the CPU, through the very engines of a run. What is left is this machine's noise
-    floor.
+    Loads the student on the CPU, with the engines of a run. What remains is this machine's noise floor.
     """
     from fopd_cli.engines.learner.learner import FsdpLearner
     from fopd_cli.engines.transformers.build import on_weights

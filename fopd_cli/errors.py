@@ -1,6 +1,6 @@
-"""The errors that a user sees as one line, and the exit codes they mean.
+"""Errors that the user sees as one line, and their exit codes.
 
-0 done · 2 the user's mistake (nothing was lost) · 3 a worker failed (the last checkpoint stands) ·
+0 done · 2 the user's mistake (nothing was lost) · 3 a worker failed (the last checkpoint is intact) ·
 130 interrupted (a checkpoint was written).
 """
 
@@ -17,7 +17,7 @@ class UserError(Exception):
     """What is wrong, where, and what to do about it, in one line that a terminal can show. Exit code 2."""
 
     def __init__(self, message: str) -> None:
-        # What people wrote stands in it: it may be long, of several lines, or no text that can be encoded.
+        # It may quote user input, which can be long, have several lines, or be impossible to encode.
         line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
         if len(line) > LONGEST:
             line = f"{line[: LONGEST * 2 // 3]} [...] {line[-LONGEST // 3 :]}"
@@ -35,6 +35,6 @@ class Interrupted(Exception):
 class Signalled(KeyboardInterrupt):
     """A signal asks the command to end. Exit code 130.
 
-    Not KeyboardInterrupt itself: Python kills a process with SIGINT in which that one passed through exec of
-    a string, as dataclasses run it while modules are imported, even where it was handled.
+    Not KeyboardInterrupt itself: once that has passed through exec of a string, as dataclasses call it while
+    modules are imported, Python kills the process with SIGINT, even if it was handled.
     """

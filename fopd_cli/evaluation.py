@@ -1,8 +1,8 @@
 """`fopd eval`: the score of a model on a task's held-out prompts, by the same code and with the same random
 numbers as the run's own evaluation, so that the two agree.
 
-With a file for its rows it is resumable (each row is written when it is finished, what stands there is not
-done again), can generate first and grade later, and be spread over several processes, one a device.
+With a file for its rows it is resumable (each row is written when it is finished and never repeated), can
+generate first and grade later, and can be spread over several processes, one per device.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Job:
     model: str
     recipe: Recipe
     mode: Mode
-    groups: list[list[int]]  # numbers of held-out samples, batch by batch; in mode `grade` empty
-    rows: list[Row]  # those that are only to be graded
+    groups: list[list[int]]  # numbers of held-out samples, batch by batch; empty in mode `grade`
+    rows: list[Row]  # rows that only need grading
 
 
 def evaluate(
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def _judge(model: str, recipe: Recipe, book: _Book) -> None:
-    """Rows that nobody can grade are measured by their teacher instead."""
+    """Rows that cannot be graded get the KL to their teacher instead."""
     open_ = {n: row for n, row in book.rows.items() if not row["gradable"] and row["kl"] is None}
     if open_:
         from fopd_cli.teacher_kl import teacher_kl
@@ -111,7 +111,7 @@ def _judge(model: str, recipe: Recipe, book: _Book) -> None:
 def summary(rows: list[Row]) -> dict[str, Any]:
     """Figures over all rows; the score is mean@k over prompts, None while nothing is graded.
 
-    The KL to the teacher is there for rows without a grade: the mean over tokens, with an error over prompts.
+    Rows without a grade give the KL to the teacher: the mean over tokens, with a standard error over prompts.
     """
     by_prompt: dict[int, list[float]] = defaultdict(list)
     for row in rows:
@@ -142,12 +142,12 @@ def summary(rows: list[Row]) -> dict[str, Any]:
 
 
 def _plain(value: float | None) -> float | None:
-    """JSON has no nan: the error of a single prompt."""
+    """nan (the error of a single prompt) becomes None, since JSON has no nan."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _digest(model: str, recipe: Recipe) -> str:
-    """Of what rows depend on; of teachers what they are and what they read, as some rows hold a KL to
+    """A hash of everything that rows depend on, teachers and what they read included: some rows hold a KL to
     them.
     """
     teachers = [[t.name, t.model, t.context, t.template, t.k] for t in recipe.teachers]
@@ -163,7 +163,7 @@ def _digest(model: str, recipe: Recipe) -> str:
 
 
 class _Book:
-    """The rows by number, and the file that keeps them: a header, then a row a line, as they are finished."""
+    """The rows by number, and the file that keeps them: a header, then one row per line as they finish."""
 
     def __init__(self, path: Path | None, digest: str) -> None:
         self.path, self.header = path, {"fopd_eval": digest}
@@ -204,7 +204,7 @@ class _Book:
             self._file.flush()
 
     def rewrite(self) -> None:
-        """The file anew, each row once."""
+        """Rewrite the file with each row once."""
         assert self.path is not None
         text = [json.dumps(self.header)]
         text += [json.dumps(self.rows[n], ensure_ascii=False) for n in sorted(self.rows)]
@@ -237,8 +237,8 @@ def _jobs(model: str, recipe: Recipe, mode: Mode, jobs: int, rows: dict[int, Row
 
 
 def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
-    """The held-out prompts that fit, as in the run. Of teachers that cannot be looked at here no context is
-    known.
+    """The held-out prompts that fit, as in the run. Teachers whose configuration cannot be read here set no
+    limit.
     """
     tokenizer, config = hf.load_tokenizer(model, "MODEL"), hf.load_config(model, "MODEL")
     local = [t for t in recipe.teachers if not engine_of(t).remote and t.template == "student"]
@@ -246,7 +246,7 @@ def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
     for t in local:
         with contextlib.suppress(UserError):
             configs[t.name] = ("teacher.model", hf.load_config(t.model, "teacher.model"))
-    # else a teacher's may be the one that reads them
+    # else a teacher's template may be the one that uses them
     if all(t.template == "student" for t in recipe.teachers):
         check_variables(recipe.template_kwargs, [tokenizer])
     stream = PromptStream(
@@ -261,12 +261,12 @@ def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
 
 
 def default_jobs(recipe: Recipe) -> int:
-    """A replica of the sampler on each device, or on so many as one is split over."""
+    """One replica of the sampler per device, or per group of devices that a replica is split over."""
     return max(1, cuda_devices() // devices_of_a_replica(recipe.sampler))
 
 
 def _job_devices(recipe: Recipe, mode: Mode) -> list[tuple[int, ...]]:
-    """The devices of the first job, the second, and so on, then from the first again; grading wants none."""
+    """The devices of the first job, the second, and so on; further jobs start over. Grading needs none."""
     cuda, split = cuda_devices(), devices_of_a_replica(recipe.sampler)
     if cuda == 0 or mode == "grade":
         return [()]
@@ -277,7 +277,7 @@ def _job_devices(recipe: Recipe, mode: Mode) -> list[tuple[int, ...]]:
 
 
 def _work(jobs: list[Job], devices: list[tuple[int, ...]], take: Callable[[Row], None]) -> None:
-    """Do them, here if it is one, else a process each."""
+    """Run the jobs: a single one in this process, several in a process each."""
     if len(jobs) <= 1:
         for job in jobs:
             for row in _rows(job, torch.device("cuda" if devices[0] else "cpu")):
@@ -298,7 +298,7 @@ def _work(jobs: list[Job], devices: list[tuple[int, ...]], take: Callable[[Row],
 
 
 def evaluation_main(spec: WorkerSpec, mailbox: Mailbox, job: Job) -> None:
-    """One process's share; says `Ready` when all of it is done."""
+    """One process's share; sends `Ready` when all of it is done."""
     for row in _rows(job, torch.device("cuda", 0) if spec.devices else torch.device("cpu")):
         mailbox.send(row)
     mailbox.send(m.Ready())
@@ -340,14 +340,14 @@ def _rows(job: Job, device: torch.device) -> Iterator[Row]:
                 row = _row(stream.prompt(sample), sample, rollout, tokenizer)
                 if job.mode != "generate":
                     row |= _grade(task, stream.prompt(sample), row["answer"])
-                if job.mode == "generate" or not row["gradable"]:  # it may be for the teacher to judge
+                if job.mode == "generate" or not row["gradable"]:  # the teacher may have to judge it
                     row["token_ids"] = rollout.response_ids.tolist()
                 yield row
 
 
 def _vocab(model: str, recipe: Recipe) -> int:
-    """Ids that the model may sample: as in the run those that it shares with its teachers, where these are at
-    hand.
+    """Number of ids that the model may sample: as in the run, those shared with all teachers that are
+    available here.
     """
     found = [hf.vocab_size(hf.load_config(model, "MODEL"))]
     for teacher in recipe.teachers:

@@ -28,10 +28,8 @@ def export_student(
 ) -> int:
     """Write the student of a checkpoint (default: the newest sound one) to `out`; returns its step.
 
-    Weights are saved in the dtype in which the run sampled and evaluated them, so that its scores are those
-    of this model, or in
-    `dtype`.
-    `adapter`: only what a LoRA student learnt, in peft's format.
+    Weights are saved in `dtype`, by default the one in which the run sampled and evaluated them, so that its
+    scores hold for this model. `adapter`: only what a LoRA student learned, in peft's format.
     """
     recipe = run.load_recipe([])
     if adapter and recipe.student.lora is None:
@@ -60,8 +58,8 @@ def export_student(
 
 
 def export_best(run: RunDir, out: Path, dtype: torch.dtype | None = None) -> int | None:
-    """The same for the student of the best evaluation, where `eval.keep_best` kept one; returns its step, or
-    None where there is none.
+    """The same for the student of the best evaluation, if `eval.keep_best` kept one; returns its step, else
+    None.
     """
     keep = run.load_recipe([]).eval.keep_best
     if keep is None:
@@ -77,11 +75,11 @@ def export_best(run: RunDir, out: Path, dtype: torch.dtype | None = None) -> int
 
 
 def _export_kept(run: RunDir, out: Path, step: int, weights: Path, dtype: torch.dtype) -> None:
-    """From weights that were kept as they were published (`runtime/journal/best.py`)."""
+    """Export weights that were kept as they were published (`runtime/journal/best.py`)."""
     recipe, tensors = run.load_recipe([]), load_file(weights)
     if published_adapter(recipe) is None:
         model: Any = hf.load_model(recipe.student.model, "student.model", dtype)
-        model.load_state_dict(tensors, strict=False)  # tied weights stand there once
+        model.load_state_dict(tensors, strict=False)  # tied weights are stored once
     else:
         model = load_student(recipe, dtype)
         for name, tensor in lora.adapters(model):
@@ -98,8 +96,8 @@ def _export_kept(run: RunDir, out: Path, step: int, weights: Path, dtype: torch.
 
 
 def student_of(run: RunDir, step: int | None) -> Path:
-    """A directory with the run's student: `student/` of a run that has ended, else of a checkpoint
-    (`exports/`, made once).
+    """A directory with the run's student: `student/` if the run has ended, else a checkpoint's, exported once
+    to `exports/`.
     """
     if step is None and (run.student / "config.json").is_file():
         return run.student
@@ -126,9 +124,9 @@ def _trained(recipe: Recipe, folder: Path, frozen_dtype: torch.dtype) -> Any:
 
 
 def _merged(recipe: Recipe, model: Any) -> Any:
-    """A plain model again, adapters merged into their base."""
+    """A plain model, with adapters merged into their base."""
     if recipe.student.lora is None:
         return model
     plain = hf.load_model(recipe.student.model, "student.model", torch.float32)
-    plain.load_state_dict(dict(lora.merged(model)), strict=False)  # tied weights stand there once
+    plain.load_state_dict(dict(lora.merged(model)), strict=False)  # tied weights are stored once
     return plain

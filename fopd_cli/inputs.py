@@ -1,7 +1,6 @@
-"""What a run reads before any process starts: the recipe's models, looked at but for their weights, and its
-prompts.
+"""What a run reads before any process starts: the recipe's models without weights, and its prompts.
 
-    recipe, plan ──load_inputs──> Inputs ──> doctor's checks, the conductor, its workers
+recipe, plan ──load_inputs──> Inputs ──> doctor's checks, the conductor, its workers
 """
 
 from __future__ import annotations
@@ -55,13 +54,13 @@ class LocalTeacher:
 
     @cached_property
     def width(self) -> int:
-        """Of its hidden states."""
+        """Size of its hidden states."""
         return hf.hidden_width(self.config)
 
 
 @dataclass
 class Inputs:
-    """Everything that a run reads, loaded but for the weights."""
+    """Everything that a run reads, except weights."""
 
     recipe: Recipe
     plan: Plan
@@ -73,18 +72,18 @@ class Inputs:
 
     @property
     def vocab(self) -> int:
-        """Ids that all models here have; the rest is padding of one of them."""
+        """Number of ids that all local models have; any beyond it are padding of one of them."""
         return min(hf.vocab_size(c) for c in (self.student_config, *(t.config for t in self.teachers)))
 
     @property
     def tables(self) -> tuple[np.ndarray | None, ...]:
-        """Of each teacher: the student's token id -> the teacher's; None where they are the same."""
+        """Per teacher: student token id -> teacher token id; None where they are the same."""
         local = {t.section.name: t.match.table for t in self.teachers}
         return tuple(local.get(section.name) for section in self.recipe.teachers)
 
     @property
     def target_specs(self) -> tuple[TargetSpec, ...]:
-        """Of each teacher, remote ones included."""
+        """One per teacher, remote ones included."""
         kind, local = self.recipe.targets, {t.section.name: t for t in self.teachers}
         specs = []
         for section, ranks in zip(self.recipe.teachers, self.plan.teachers, strict=True):
@@ -105,7 +104,7 @@ class Inputs:
 
     @cached_property
     def adapters(self) -> Layout:
-        """Of a LoRA student. Raises `UserError` if they do not fit the model."""
+        """Layout of a LoRA student's adapters. Raises `UserError` if they do not fit the model."""
         model = hf.empty_model(self.student_config)
         add_adapters(model, self.recipe, torch.float32)
         dtype = sampler_dtype(self.recipe, self.plan)
@@ -122,8 +121,8 @@ class Inputs:
         return self.layout if published_adapter(self.recipe) is None else self.adapters
 
     def setup(self, arena: torch.Tensor, folder: Path) -> Setup:
-        """What workers are given at their start: `arena` is the memory of teacher targets, `folder` where
-        their ranks meet.
+        """What workers get when they start. `arena`: the memory of teacher targets. `folder`: where their
+        ranks meet.
         """
         return Setup(
             self.recipe,
@@ -139,7 +138,7 @@ class Inputs:
 
 
 def with_engines(recipe: Recipe) -> Recipe:
-    """The recipe with each engine by its name where it said `auto`; what was chosen is said. Comes before
+    """The recipe with every engine `auto` replaced by a concrete one; the choice is printed. Comes before
     anything else that a command does with a recipe.
     """
     recipe, chosen = auto.resolved(recipe, cuda_devices() > 0)
@@ -216,7 +215,7 @@ def own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:
 
 
 def _served(recipe: Recipe) -> dict[str, int]:
-    """The context of each remote teacher that tells."""
+    """The context length of each remote teacher that reports it."""
     found = {}
     for section in recipe.teachers:
         if engine_of(section).remote:
@@ -226,7 +225,7 @@ def _served(recipe: Recipe) -> dict[str, int]:
 
 
 def check_model_name(model: str, key: str) -> None:
-    """A name that is no directory must at least look like a hub id."""
+    """Raises `UserError` unless the name is a directory or looks like a hub id."""
     if paths.is_dir(model):
         return
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or model.count("/") == 0:
@@ -237,5 +236,5 @@ def check_model_name(model: str, key: str) -> None:
 
 
 def elements(layout: Layout) -> int:
-    """Numbers in it."""
+    """Number of elements in a layout."""
     return sum(int(np.prod(shape)) for _, shape, _ in layout)

@@ -40,18 +40,18 @@ def run(recipe: Recipe, path: Path) -> dict[str, Any]:
 
 
 def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
-    """Go on from a checkpoint, the newest sound one unless `step` names another; `overrides` stand from then
-    on.
+    """Continue from a checkpoint, the newest sound one unless `step` names another; `overrides` apply from
+    then on.
 
-    With `step`, changes of the recipe that were made later are undone, like all else that came later. A
-    resume that is refused leaves everything as it was.
+    With `step`, later changes of the recipe are undone, like everything else that came later. A resume that
+    is refused leaves everything unchanged.
     """
     return _resuming(RunDir.open(path), step, overrides).train()
 
 
 def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
-    """A second run that is the first one up to a checkpoint; `overrides` hold from there on. The first one is
-    only read, and may be going on. A fork that is refused leaves nothing behind.
+    """A second run that equals the first up to a checkpoint; `overrides` apply from there on. The first run
+    is only read, and may be running. A fork that is refused leaves nothing behind.
     """
     run_dir = RunDir.open(path)
     step = _sound(CheckpointStore(run_dir.checkpoints), step)
@@ -61,20 +61,20 @@ def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[
     except BaseException:
         shutil.rmtree(new)
         raise
-    # Should a worker fail at its start, a plain resume of the fork still knows what was asked for.
+    # If a worker fails at its start, a plain resume of the fork still has the overrides.
     write_synced(forked.recipe, dump_recipe(run.recipe))
     return run.train()
 
 
 def fork_name(path: Path, step: int | None) -> Path:
-    """Where a fork goes if nobody says."""
+    """Where a fork goes by default."""
     run_dir = RunDir.open(path)
     at = _sound(CheckpointStore(run_dir.checkpoints), step)
     return path.resolve().with_name(f"{path.resolve().name}-fork-{at}")
 
 
 def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
-    """Checked and restored, and nothing written yet."""
+    """A run that is checked and restored, with nothing written yet."""
     path = run_dir.path
     run_dir.lock()
     store = CheckpointStore(run_dir.checkpoints)
@@ -92,7 +92,7 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
         raise UserError(f"learner.steps: {recipe.learner.steps} is less than the {step} steps that are done")
     in_force = changes.flat(before)
     for at, changed in run_dir.changed():
-        if at == step:  # made when it went on from this very checkpoint
+        if at == step:  # made when it resumed from this very checkpoint
             in_force.update({key: values[1] for key, values in changed.items()})
     run = _Run(check(recipe, path), run_dir)
     say(f"resuming {path} from step {step}")
@@ -106,9 +106,7 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
 
 
 def _sound(store: CheckpointStore, step: int | None) -> int:
-    """The step to go on from. Raises `UserError` if there is none, or no sound checkpoint of the one asked
-    for.
-    """
+    """The step to continue from. Raises `UserError` if there is none, or `step` has no sound checkpoint."""
     if step is None:
         step, problems = store.newest_sound()
         for problem in problems:
@@ -121,7 +119,7 @@ def _sound(store: CheckpointStore, step: int | None) -> int:
 
 
 def _undone(run_dir: RunDir, step: int) -> list[str]:
-    """Overrides that take back what was changed after a step."""
+    """Overrides that undo recipe changes made after a step."""
     before: dict[str, Any] = {}
     for at, changed in run_dir.changed():
         if at > step:
@@ -130,12 +128,12 @@ def _undone(run_dir: RunDir, step: int) -> list[str]:
 
 
 def check(recipe: Recipe, path: Path) -> Inputs:
-    """Preflight: warnings are printed, the first errors stop the run."""
+    """Preflight: warnings are printed, errors stop the run."""
     inputs = load_inputs(recipe, placed(recipe))
     _heed(doctor.findings(inputs, path))
     models = [("student.model", recipe.student.model), *((t.key, t.section.model) for t in inputs.teachers)]
     if any([obtain(model, key, say) for key, model in models]):
-        _heed(doctor.of_models(inputs))  # now that there are files, they can be looked at
+        _heed(doctor.of_models(inputs))  # the files are here now, so they can be checked
     return inputs
 
 
@@ -155,7 +153,7 @@ def say(line: str) -> None:
 
 
 class _Run:
-    """A conductor with processes, and what stands around it."""
+    """A conductor, its processes, and everything around them."""
 
     def __init__(self, inputs: Inputs, run_dir: RunDir) -> None:
         self.recipe, self.run_dir = inputs.recipe, run_dir
@@ -170,8 +168,8 @@ class _Run:
         self.conductor = Conductor(self.state, crew, self.journal, self.saver, self.signals)
 
     def train(self) -> dict[str, Any]:
-        """To the end, then export the student; returns the summary. Ctrl-C, SIGTERM or a closed terminal:
-        checkpoint and stop; again: stop now.
+        """Train to the end, then export the student; returns the summary. Ctrl-C, SIGTERM or a closed
+        terminal: checkpoint and stop; again: stop now.
         """
         with self.signals, self.journal:
             self.conductor.run()
@@ -189,11 +187,11 @@ class _Run:
         return Telemetry(self.run_dir.path, resume, "tensorboard" in track, trackers)
 
     def _export(self) -> dict[str, Any]:
-        """The last student, or the best, in Hugging Face's format; returns which."""
+        """Export the last student, or the best, in Hugging Face's format; returns which."""
         from fopd_cli.export import export_best, export_student
 
         out = self.run_dir.student
-        if out.exists():  # of an end before this one
+        if out.exists():  # from an earlier end
             shutil.rmtree(out)
         step = export_best(self.run_dir, out)
         if step is not None:

@@ -1,6 +1,4 @@
-"""Whether a path is there, for paths that people wrote: one that cannot exist (too long, a null byte) is not
-there.
-"""
+"""Whether a user-written path exists; one that cannot exist (too long, a null byte) does not."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ def exists(path: Path | str) -> bool:
 
 
 def similar(path: Path | str) -> str:
-    """A hint for a path that is not there: one beside it that is spelt like it; empty if there is none."""
+    """A hint for a missing path: a similarly spelled one beside it; empty if there is none."""
     path = Path(path)
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         beside = {p.name: p for p in path.expanduser().parent.iterdir()}

@@ -26,8 +26,8 @@ from fopd_cli.names import TargetKind
 
 @dataclass(frozen=True)
 class PerToken:
-    """An array of a rollout with a row for each response token; `unsampled` fills rows that no student
-    sampled. Episodes, checkpoints and samplers need to know nothing else about it.
+    """An array of a rollout with a row per response token; `unsampled` fills the rows of tokens that no
+    student sampled. Episodes, checkpoints and samplers need to know nothing else about it.
     """
 
     unsampled: float
@@ -49,13 +49,13 @@ class Prompt:
 
     @property
     def where(self) -> str:
-        """How errors name it."""
+        """Its name in errors."""
         return self.place or f"prompt {self.index}"
 
 
 @dataclass(frozen=True, order=True)
 class SampleId:
-    """A sample's identity: `replica` counts the samples of one prompt in one epoch, `attempt` its
+    """What identifies a sample: `replica` counts the samples of a prompt in an epoch, `attempt` its
     regenerations.
     """
 
@@ -69,7 +69,7 @@ class SampleId:
         return f"{self.split}/e{self.epoch}/p{self.prompt}/s{self.replica}/a{self.attempt}"
 
     def seed(self, run_seed: int) -> int:
-        """63-bit seed of this sample's random numbers; depends on nothing but the run's seed and the id."""
+        """63-bit seed of this sample's random numbers; depends only on the run's seed and the id."""
         digest = hashlib.blake2b(f"{run_seed}/{self}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
@@ -82,7 +82,7 @@ class SamplingParams:
     top_p: float = 1.0
     max_new_tokens: int = 256
     keep_topk: int = 0  # behaviour log-probs of the k likeliest tokens; -1: of the whole vocabulary
-    draws: int = 1  # tokens drawn at every position, the response's own included
+    draws: int = 1  # tokens drawn per position, the response's own included
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Context:
-    """The context in which a teacher judges a rollout. It differs from what the student saw if the teacher is
-    told more (`teacher.context`), or if the environment would answer differently by now (a replay).
+    """What a teacher reads to judge a rollout. It differs from what the student saw if the teacher is told
+    more (`teacher.context`), or if the environment would answer differently by now (a replay).
     """
 
     token_ids: np.ndarray  # int32 (m,)
-    # int64 (n,): index in `token_ids` of the token at response position h; -1: absent
+    # int64 (n,): index in `token_ids` of the token at response position h; -1: not there
     positions: np.ndarray
 
 
@@ -124,19 +124,19 @@ class Rollout:
     topk_ids: Annotated[np.ndarray | None, PerToken(0)] = None
     # int32 (n, draws - 1): drawn from pi_r besides the response's own token
     draw_ids: Annotated[np.ndarray | None, PerToken(0)] = None
-    # float32 (n, draws - 1): their log pi_r
+    # float32 (n, draws - 1): log pi_r of these
     draw_logprobs: Annotated[np.ndarray | None, PerToken(0)] = None
     # response positions of each turn of an episode
     turns: list[tuple[int, int]] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)  # what an episode's environment executed
-    # tokens sampled over keys and values of an older version than their own; None: this never happens
+    # tokens sampled with keys and values of an older version than their own; None: never any
     stale_kv: int | None = None
-    answer: str | None = None  # what is graded, if an episode's environment says so; None: the last turn
-    context: Context | None = None  # None: what the student saw. Never saved: rebuilt for each scoring
+    answer: str | None = None  # what is graded, if an episode's environment sets it; None: the last turn
+    context: Context | None = None  # None: what the student saw. Rebuilt for each scoring, never saved
 
     @property
     def judged(self) -> Context:
-        """The context for the current scoring."""
+        """The context to score on."""
         return self.context or Context(self.token_ids, np.arange(self.prompt_length, len(self.token_ids)))
 
     @property
@@ -201,7 +201,7 @@ class TeacherTargets:
     `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes
     exact logits. `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the
     likeliest tokens. After a replay `drift` (n,) is KL(p(.|now) || p(.|labelled)) in nats, and `aligned` (n,)
-    is 0 where the current context has no such position; the labels themselves are still those of the first
+    0 where the current context has no such position; the labels themselves are still those of the first
     context, or of the current one (`freshness.replay.labels`). `teacher` is that teacher's number.
     """
 
@@ -253,7 +253,7 @@ class SampleStats:
 
 @dataclass
 class StepReport:
-    """What the learner reports about optimizer step `step`; the student's version is then `step + 1`."""
+    """The learner's report on optimizer step `step`; the student's version afterwards is `step + 1`."""
 
     step: int
     stats: SampleStats

@@ -1,8 +1,8 @@
-"""The KL to the teacher of responses that were sampled before: what `fopd eval` reports where nothing can be
+"""The KL to the teacher on responses that were sampled before: what `fopd eval` reports if nothing can be
 graded.
 
-In a process of its own, by the run's own teacher and learner, so that the figure is the one that the run's
-evaluation gives.
+It is computed in a separate process by the run's own teacher and learner, so that it agrees with the run's
+evaluation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WAIT_S = 3600.0
 
 
 class Measured(NamedTuple):
-    """Of one row: KL(student || teacher) in nats, the mean over so many tokens."""
+    """One row's KL(student || teacher) in nats, the mean over `tokens` tokens."""
 
     number: int
     kl: float
@@ -42,7 +42,7 @@ class Measured(NamedTuple):
 
 
 def teacher_kl(model: str, recipe: Recipe, rows: list[dict[str, Any]]) -> Iterator[Measured]:
-    """Of rows of `fopd eval`, which hold their token ids."""
+    """Measure rows of `fopd eval`, which must hold their token ids."""
     spec = WorkerSpec("judge", 0, 1, tuple(range(cuda_devices())), torch.get_num_threads())
     with tempfile.TemporaryDirectory(prefix="fopd-eval-") as logs, Fleet(Path(logs), WAIT_S, WAIT_S) as fleet:
         fleet.start(spec, judging_main, measuring(model, recipe), rows, Path(logs))
@@ -55,8 +55,8 @@ def teacher_kl(model: str, recipe: Recipe, rows: list[dict[str, Any]]) -> Iterat
 
 
 def measuring(model: str, recipe: Recipe) -> Recipe:
-    """The recipe with this model as its student, on the devices of one process, and a loss that needs no more
-    than tokens.
+    """The recipe with this model as its student, on the devices of one process, and a loss that needs only
+    tokens.
     """
     loss: dict[str, Any] = {"student_k": 0}
     if recipe.support == "mc":
@@ -75,7 +75,7 @@ def measuring(model: str, recipe: Recipe) -> Recipe:
 def judging_main(
     spec: WorkerSpec, mailbox: Mailbox, recipe: Recipe, rows: list[dict[str, Any]], folder: Path
 ) -> None:
-    """The worker: one group of rows after the other, teacher and learner taking turns on the device."""
+    """The worker: one group of rows after another, with teacher and learner taking turns on the device."""
     inputs = load_inputs(recipe, place(recipe, len(spec.devices)))
     for finding in doctor.of_pairs(inputs):
         if finding.level == "error":
@@ -134,7 +134,7 @@ def _rest(spec: WorkerSpec, engine: Any) -> None:
 
 
 class _Turn:
-    """An engine's time on the device; without one they all stand side by side."""
+    """An engine's turn on the device; without a device, all engines stay awake."""
 
     def __init__(self, spec: WorkerSpec, engine: Any) -> None:
         self.spec, self.engine = spec, engine

@@ -1,4 +1,4 @@
-"""Two pages of the documentation that cannot go stale: mkdocs makes them from the schema and the commands.
+"""Two documentation pages that cannot become stale: mkdocs makes them from the schema and the commands.
 
 A hook of mkdocs (see mkdocs.yml). Nothing that it writes is committed.
 """
@@ -41,7 +41,7 @@ def keys_page() -> str:
 
 
 def cli_page() -> str:
-    """Every command, as its --help has it."""
+    """Every command, with its --help."""
     command = typer.main.get_command(cli.app)
     context = typer.Context(command, info_name="fopd")
     return str(get_docs_for_click(obj=command, ctx=context, name="fopd", title="Commands"))
@@ -58,5 +58,5 @@ def _rows(keys: Iterator[tuple[str, str, str, str]]) -> Iterator[str]:
 
 
 def _escaped(text: str) -> str:
-    """Plain text in a cell: what Markdown or HTML would take for its own."""
+    """Plain text for a cell, with Markdown's and HTML's own characters escaped."""
     return "".join(f"&#{ord(c)};" if c in "\\`*_{}[]<>|" else c for c in text)

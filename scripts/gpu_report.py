@@ -1,8 +1,8 @@
-"""What a machine with a GPU says of fopd, as one markdown section: started by `scripts/gpu`.
+"""What fopd does on a machine with a GPU, as one markdown section; started by `scripts/gpu`.
 
-Each part is a process of its own, so that one that crashes or hangs does not keep the others from being
-tried; what needs a package that is not there is skipped, with the reason. With `--device cpu` every part runs
-the same code in tiny sizes, so that none is executed for the first time on a machine that is paid for.
+Each part runs in a process of its own, so that a crash or a hang does not keep the others from being tried.
+Parts whose packages are missing are skipped, with the reason. With `--device cpu` every part runs the same
+code in tiny sizes, so that no code runs for the first time on a paid machine.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _package(name: str) -> None:
 
 
 def _pair(out: Path) -> Path:
-    """An untrained pair of heads that vLLM bears, made once."""
+    """An untrained pair whose heads vLLM supports, made once."""
     folder = out / "pair"
     if not (folder / "student").exists():
         program = ROOT / "scripts" / "make_tiny_pair.py"
@@ -122,7 +122,7 @@ def _pair(out: Path) -> Path:
     return folder
 
 
-# ---- the parts, in the order of what can be wrong ----------------------------------------------------------
+# ---- the parts, in the order of what can go wrong ---------------------------------------------------------
 
 
 def tests(device: str, out: Path) -> Iterator[str]:
@@ -193,7 +193,7 @@ def vllm(device: str, out: Path) -> Iterator[str]:
 
 
 def sleep(device: str, out: Path) -> Iterator[str]:
-    """Sleep at level 2, wake, load: the weights are then forgotten and given anew."""
+    """Sleep at level 2, wake, load: the weights are forgotten and then given again."""
     _package("vllm")
     import torch
 
@@ -213,7 +213,7 @@ def sleep(device: str, out: Path) -> Iterator[str]:
 
 
 def varlen(device: str, out: Path) -> Iterator[str]:
-    """Packed rows against each sequence alone through PyTorch's attention, forward and backward."""
+    """Packed rows against separate sequences through PyTorch's attention, forward and backward."""
     import numpy as np
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -240,7 +240,7 @@ def varlen(device: str, out: Path) -> Iterator[str]:
             vocab_size=512,
         )
         torch.manual_seed(0)
-        # each with a configuration of its own: packing writes its attention into it
+        # each with its own configuration: packing writes its attention into it
         made = [
             AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
             for _ in range(2)
@@ -255,7 +255,7 @@ def varlen(device: str, out: Path) -> Iterator[str]:
         expected = torch.cat([TokenBatch.of([r], False, where).hidden(plain) for r in rows])
         batch = TokenBatch.of(rows, True, where, shared=False)
         found = batch.hidden(packed)
-        # not their squares: behind a norm these are constant, and their gradient is rounding alone
+        # not their squares: after a norm these are constant, and their gradient is only rounding
         weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(where)
         for hidden in (expected, found):
             (hidden.float() * weights).mean().backward()
@@ -272,7 +272,7 @@ def varlen(device: str, out: Path) -> Iterator[str]:
 
 
 def memory(device: str, out: Path) -> Iterator[str]:
-    """The memory model against what was allocated at most, each role in a process of its own."""
+    """The memory model against the peak of allocated memory, each role in a process of its own."""
     pair = ROOT / "recipes" / "real-pair"
     if not (pair / "student").exists():
         pair = _pair(out)
@@ -349,7 +349,7 @@ def _rank_losses(rank: int, world: int, pair: str, device: str) -> list[float]:
 
 
 def _benchmark(*command: str) -> Iterator[str]:
-    """The lines of a benchmark that are its tables."""
+    """The lines of a benchmark's output that are tables."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     sys.stderr.write(done.stderr)
     yield from (line for line in done.stdout.splitlines() if line.strip())
@@ -372,7 +372,7 @@ def learner(device: str, out: Path) -> Iterator[str]:
 
 
 def _run_of(mode: str, device: str, out: Path) -> Iterator[str]:
-    """A whole run; what its own records say of time and memory."""
+    """A whole run: what its own records say about time and memory."""
     real = ROOT / "recipes" / "real-pair" / "student"
     name = "real-cpu" if device == "cuda" and real.exists() else "quickstart"
     folder = out / f"{mode}-{time.time_ns()}"

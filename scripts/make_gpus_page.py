@@ -3,7 +3,7 @@
     python scripts/make_gpus_page.py            write it
     python scripts/make_gpus_page.py --print    show it
 
-No figure of the page is typed by hand, and none was measured on a GPU.
+No figure on the page is typed by hand, and none was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def shapes_of(name: str) -> Shapes:
 
 
 def published(name: str) -> Any:
-    """The configuration of a model of the hub, from its published numbers."""
+    """The configuration of a hub model, from its published numbers."""
     from transformers import CONFIG_MAPPING
 
     values = dict(json.loads(CONFIGURATIONS.read_text())[name])

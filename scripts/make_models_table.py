@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Write docs/models.md: what every architecture of tests/architectures.py is, found by running it (three
-minutes on an idle core).
+"""Write docs/models.md: the verdict on every architecture of tests/architectures.py, found by running it
+(three minutes on an idle core).
 
-python scripts/make_models_table.py [ARCHITECTURE ...]      the named rows anew, by default all of them
+python scripts/make_models_table.py [ARCHITECTURE ...]      the named rows again, by default all of them
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def row(name: str, found: Verdict) -> str:
 
 
 def in_vllm(name: str) -> bool:
-    """Whether vLLM's list of architectures names this one's class; read as text, since importing vLLM changes
+    """Whether vLLM's list of architectures names this one's class. Read as text, since importing vLLM changes
     a process.
     """
     import architectures
@@ -99,7 +99,7 @@ def in_vllm(name: str) -> bool:
 
 
 def rows() -> dict[str, str]:
-    """The lines that the table holds, by architecture."""
+    """The table's lines, by architecture."""
     lines = TABLE.read_text().splitlines() if TABLE.is_file() else []
     found = [line for line in lines if line.startswith("| ") and not line.startswith("| architecture")]
     return {line.split(" | ")[0].removeprefix("| "): line for line in found}

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Write `recipes/questions.jsonl`: 200 school questions of our own making, each with its answer.
+"""Write `recipes/questions.jsonl`: 200 school questions that we wrote, each with its answer.
 
     scripts/make_questions.py OUT
 
-One line a question: {"question": ..., "answer": ...}. Forty stories, five times each with other names and
-numbers; always the same ones.
+One line per question: {"question": ..., "answer": ...}. Forty stories, each five times with other names and
+numbers; every call makes the same ones.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ STORIES: tuple[Story, ...] = (
 
 
 def questions() -> Iterator[dict[str, str]]:
-    """All of them, mixed."""
+    """All questions, shuffled."""
     rng = random.Random(0)
     found = []
     for story, answer in STORIES:

@@ -8,7 +8,7 @@ The teacher learns the task from worked solutions until it is nearly perfect; th
 steps, enough to know the format and to be wrong most of the time. `recipes/tiny/` was made by this script
 with its defaults (about 40 seconds on two cores), `recipes/tiny-tool/` with `--task tool --student-loss 0.2`,
 `recipes/tiny-swe/` with `--task swe --teacher-steps 300 --teacher-loss 0 --student-loss 0.11`. The pair has a
-chat template, so that it can stand in for real models wherever one is needed.
+chat template, so that it can replace real models wherever one is needed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fopd_cli.tasks.swe.generated import instances
 from fopd_cli.tasks.swe.generated import scripted as scripted_fix
 from fopd_cli.tasks.tool import Calculations, scripted
 
-# What each architecture has of its own, small enough for samples to pass it; the sizes that all share are in
+# What is special to each architecture, small enough for samples to exceed it; shared sizes are in
 # `make_model`.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"tie_word_embeddings": True},
@@ -51,7 +51,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
     },
-    "granite": {  # multipliers, one of them of the logits
+    "granite": {  # multipliers, one of them for the logits
         "logits_scaling": 4.0,
         "embedding_multiplier": 2.0,
         "attention_multiplier": 0.2,
@@ -69,7 +69,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer() -> Any:
-    """Bytes, and four special tokens: any text goes in and comes out unchanged."""
+    """Bytes and four special tokens: any text survives the round trip unchanged."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(SPECIALS + alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -106,7 +106,7 @@ def make_model(arch: str, vocabulary: int, hidden: int, layers: int, seed: int) 
 class Arithmetics:
     """Worked solutions of the arithmetic task, as pieces (text, whether the model is to learn it).
 
-    Step s trains on questions of one horizon, 2 .. `horizon` in turn: from the long ones alone a model this
+    Step s trains on questions of one horizon, 2 .. `horizon` in turn: from long ones only, a model this
     small often never finds out which digits belong together.
     """
 
@@ -148,7 +148,7 @@ class ToolCalls:
 
 
 def encoded(tokenizer: Any, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-    """Token ids, and labels with -100 for what is not to be learnt."""
+    """Token ids, and labels with -100 for what is not to be learned."""
     ids: list[int] = []
     labels: list[int] = []
     for text, learnt in pieces:
@@ -168,8 +168,8 @@ def pretrain(
     lr: float = 4e-3,
     batch: int = 64,
 ) -> int:
-    """Next-token prediction until the loss is under `target` nats per token; returns the steps. With `steps`
-    at most so many, over which the learning rate falls to 0.
+    """Next-token prediction until the loss is under `target` nats per token; returns the number of steps.
+    `steps` is their upper limit, over which the learning rate falls to 0.
     """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -209,7 +209,7 @@ def make_pair(
     dtype: str = "bfloat16",
 ) -> None:
     """Write OUT/teacher and OUT/student; `examples(rng, step)` gives worked solutions as pieces (text,
-    whether it is learnt).
+    whether it is learned).
     """
     tokenizer = make_tokenizer()
     for seed, (name, hidden, target) in enumerate(

@@ -1,6 +1,5 @@
-"""`fopd new`: a recipe for models and data that are at hand.
+"""`fopd new`: a recipe for given models and data.
 
-`data.py` looks at the rows, `models.py` at the pair, `recipe.py` writes about twenty lines of them, `ask.py`
-puts the questions in a terminal. What was assumed is said, line by line, and stands in the recipe as
-comments.
+`data.py` inspects the rows, `models.py` the pair, `recipe.py` turns both into about twenty lines, `ask.py`
+asks the questions in a terminal. Assumptions are printed, one per line, and kept in the recipe as comments.
 """

@@ -1,4 +1,4 @@
-"""The questions of `fopd new`, each with an answer to take by pressing Enter."""
+"""The questions of `fopd new`, each with a default that Enter accepts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Ask = Callable[[str, str | None], str]
 def complete(
     student: str | None, teacher: str | None, data: str | None, ask: Ask | None
 ) -> tuple[str, str, str]:
-    """What flags leave open is asked. Raises `UserError` where nobody can be asked (`ask` is None)."""
+    """Ask for what the flags leave open. Raises `UserError` if that is impossible (`ask` is None)."""
     given = {"--student": student, "--teacher": teacher, "--data": data}
     missing = [name for name, value in given.items() if value is None]
     if missing and ask is None:
@@ -43,5 +43,5 @@ def complete(
 
 
 def at_terminal() -> bool:
-    """Whether somebody is there to be asked."""
+    """Whether there is a user to ask."""
     return sys.stdin.isatty() and sys.stderr.isatty()

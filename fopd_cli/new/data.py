@@ -38,14 +38,14 @@ ANSWERS = (
     "completion",
 )
 LOOKED_AT = 200  # rows
-MOST = 0.9  # of them must be of a kind for a column to be of it
-SHORT = 40  # characters of a final answer that math-verify compares
+MOST = 0.9  # share of them that must fit for the column to count
+SHORT = 40  # characters: a longer text is no final answer for math-verify
 
 
 @dataclass(frozen=True)
 class Data:
-    """A file of questions. `answer` is a column to grade by, `reference` one of whole responses; `asks` and
-    `responses` are those of the first rows.
+    """A file of questions. `answer` is the column to grade by, `reference` the one with whole responses;
+    `asks` and `responses` come from the first rows.
     """
 
     source: str
@@ -64,7 +64,7 @@ class Data:
 
 
 def look(source: str, question: str | None = None, answer: str | None = None) -> Data:
-    """Read a file and find its columns, where they are not named. Raises `UserError` where it is unclear."""
+    """Read a file and find the columns that are not named. Raises `UserError` if that is ambiguous."""
     rows = read_rows(source, "--data")
     first = rows[:LOOKED_AT]
     names = _columns(first)
@@ -93,7 +93,7 @@ def look(source: str, question: str | None = None, answer: str | None = None) ->
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """Of the rows; of a nested one also its parts, as `a.b`."""
+    """All columns of the rows, and the parts of nested ones, as `a.b`."""
     names: dict[str, None] = {}
     for row in rows:
         for name, value in row.values.items():
@@ -110,7 +110,7 @@ def _found(rows: Sequence[Row], name: str | None, option: str) -> str | None:
 
 
 def _question(rows: Sequence[Row], names: Sequence[str], source: str) -> str:
-    """The column with a usual name; else the only one of texts."""
+    """The column with a usual name, else the only one that holds questions."""
     lower = {name.lower(): name for name in names}
     usual = [lower[name] for name in QUESTIONS if name in lower]
     answers = [name for name in names if name.lower() in ANSWERS]
@@ -151,7 +151,7 @@ def _asks(rows: Sequence[Row], name: str) -> bool:
 
 
 def _gradable(texts: Sequence[str]) -> bool:
-    """Numbers and expressions, by themselves, boxed, or behind `####`."""
+    """Whether these are numbers and expressions: plain, boxed, or after `####`."""
     return bool(texts) and sum(map(_is_answer, texts)) >= MOST * len(texts)
 
 
@@ -162,5 +162,5 @@ def _is_answer(text: str) -> bool:
 
 
 def _explained(texts: Sequence[str]) -> tuple[str, ...]:
-    """Answers that come with their working say how long a response is; bare numbers do not."""
+    """Answers with their working show how long a response is; bare numbers do not."""
     return tuple(text for text in texts if len(text) > 2 * SHORT)

@@ -1,4 +1,4 @@
-"""What a recipe has to know of a pair: sizes, templates, whether one can judge the other's tokens."""
+"""What a recipe needs to know about a pair: sizes, templates, whether one can judge the other's tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Model:
 
     @property
     def packs(self) -> bool:
-        """Whether samples may lie in one row, as far as the architecture tells."""
+        """Whether samples can share a row, as far as the architecture tells."""
         return support.packing_refusal(self.config) is None
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Model:
 
 
 def look(name: str, option: str) -> Model:
-    """Raises `UserError` if there is no such model, or one that cannot be distilled."""
+    """Raises `UserError` if the model does not exist or cannot be distilled."""
     check_model_name(name, option)
     config = hf.load_config(name, option)
     support.check_architecture(config, option)
@@ -46,7 +46,7 @@ def look(name: str, option: str) -> Model:
 
 
 def check_pair(student: Model, teacher: Model) -> list[str]:
-    """Notes about the two. Raises `UserError` where the teacher cannot read the student's tokens."""
+    """Notes about the pair. Raises `UserError` if the teacher cannot read the student's tokens."""
     vocab = min(hf.vocab_size(m.config) for m in (student, teacher))
     found = match(student.tokenizer, teacher.tokenizer, vocab)
     if found.different:
@@ -63,7 +63,7 @@ def check_pair(student: Model, teacher: Model) -> list[str]:
 
 
 def nearby(folder: Path) -> list[str]:
-    """Model directories in a folder and one below, the smallest first."""
+    """Model directories in a folder and one level below, the smallest first."""
     found = [p.parent for pattern in ("*/config.json", "*/*/config.json") for p in folder.glob(pattern)]
     weights = {p: sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in found}
     return [str(p.relative_to(folder)) for p in sorted(found, key=lambda p: weights[p]) if weights[p]]

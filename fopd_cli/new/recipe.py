@@ -1,4 +1,4 @@
-"""About twenty lines of YAML, each with why it is so."""
+"""About twenty lines of YAML, each with its reason."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fopd_cli.new.models import Model, readable
 from fopd_cli.samples import Prompt
 from fopd_cli.tasks import held_out
 
-# Learning rates of AdamW that full fine-tuning of such sizes bears; a start, not a tuned value.
+# (parameters, AdamW learning rate that full fine-tuning bears up to that size): a start, not tuned values.
 RATES = ((3e8, 1e-4), (1e9, 2e-5), (4e9, 5e-6), (math.inf, 1e-6))
 EPOCHS = 3
 FEWEST_STEPS, MOST_STEPS = 30, 400
-WARM_UP = 10  # what the learner's default takes; of a short run a tenth
+WARM_UP = 10  # the learner's default; a short run gets a tenth of its steps
 EVALUATIONS = 8
 ROUND = 64  # tokens
 
@@ -31,11 +31,11 @@ class Lengths:
     """Tokens, in the student's numbering; `response` is None where the data has none."""
 
     prompt: int  # the longest
-    response: int | None  # 95 of a hundred are at most this long
+    response: int | None  # 95% are at most this long
 
 
 def measure(data: Data, student: Model, chat: bool) -> Lengths:
-    """Of the first rows."""
+    """Lengths in the first rows."""
     frame = Frame(student.tokenizer)
     longest = max(len(frame.prompt(_prompt(n, ask.content, chat))) for n, ask in enumerate(data.asks))
     counts = [len(student.tokenizer(text)["input_ids"]) for text in data.responses]
@@ -51,7 +51,7 @@ def _prompt(index: int, content: Any, chat: bool) -> Prompt:
 
 
 def text(folder: Path, student: Model, teacher: Model, data: Data, devices: int) -> tuple[str, list[str]]:
-    """The recipe, to be written into `folder`, and what was assumed."""
+    """The recipe, to be written into `folder`, and the assumptions behind it."""
     chat = student.chats
     lengths = measure(data, student, chat)
     longest = _response(lengths, devices)
@@ -111,7 +111,7 @@ def text(folder: Path, student: Model, teacher: Model, data: Data, devices: int)
 
 
 def _response(lengths: Lengths, devices: int) -> int:
-    """Half as long again as what the data holds; without any, what fits the machine."""
+    """One and a half times the length in the data; without any, a length that suits the machine."""
     if lengths.response is None:
         return 512 if devices else 128
     wanted = ROUND * math.ceil(1.5 * lengths.response / ROUND)
@@ -125,7 +125,7 @@ def _about_length(lengths: Lengths, longest: int) -> str:
 
 
 def _batch(questions: int, devices: int) -> int:
-    """A power of two that the data fills."""
+    """A power of two, at most the number of questions."""
     most = 64 if devices else 16
     return max(1, min(most, 2 ** int(math.log2(max(1, questions)))))
 
@@ -139,8 +139,8 @@ def _meaning(data: Data) -> str:
 
 
 def _path(name: str, folder: Path) -> str:
-    """As the recipe finds it: relative to the recipe if it lies beneath, else in full; a hub's name as it
-    is.
+    """As the recipe finds it: relative if it is below the recipe's folder, else absolute; hub names
+    unchanged.
     """
     if name.startswith("hf:") or not paths.exists(name):
         return name
@@ -150,7 +150,7 @@ def _path(name: str, folder: Path) -> str:
 
 
 def _value(text: str | None) -> str:
-    """A YAML scalar; JSON's strings are YAML's."""
+    """A YAML scalar; JSON strings are valid YAML."""
     assert text is not None
     plain = text.replace("/", "").replace("_", "").replace("-", "").replace(".", "")
     return (

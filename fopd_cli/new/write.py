@@ -1,4 +1,4 @@
-"""From names to a recipe on disk that was checked."""
+"""From names to a checked recipe on disk."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def write(
     answer: str | None,
     say: Callable[[str], None],
 ) -> tuple[Path, list[doctor.Finding]]:
-    """Look, say what was assumed, write `folder/recipe.yaml`; returns it with what doctor finds.
+    """Inspect, say what was assumed, write `folder/recipe.yaml`; returns its path and what doctor finds.
 
-    Raises `UserError` for what cannot be read, and where there is a recipe already.
+    Raises `UserError` for what cannot be read, and if there is a recipe already.
     """
     path = folder / "recipe.yaml"
     if path.exists():

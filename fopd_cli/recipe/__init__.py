@@ -2,7 +2,7 @@
 torch.
 
 A recipe is YAML. Unknown keys are errors; `--set a.b=c` overrides one key; relative paths are looked up
-beside the recipe first, then in the current directory. What runs is written to the run directory with every
+beside the recipe first, then in the current directory. The run directory gets the recipe with every
 default filled in.
 """
 

@@ -1,4 +1,4 @@
-"""What is different between two recipes, key by key, and what that means for a run that goes on."""
+"""The differences between two recipes, key by key, and what they mean for a run that continues."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from fopd_cli.recipe.schema import Recipe
 
 Flat = dict[str, Any]
-# What a run is. With another value, weights and samples of a checkpoint would mean something else.
+# A run's identity. With other values, the weights and samples of a checkpoint would mean something else.
 IDENTITY = ("student.", "task.", "seed", "sampler.samples_per_prompt")
-# What runs a teacher, and where, may change between two starts; what it is and what it is told may not.
+# A teacher's identity and inputs, which may not change between two starts; its engine and devices may.
 OF_TEACHERS = ("name", "model", "k", "dtype", "context")
-# Resolved from these: what a teacher hands over for each token.
+# The keys that decide what a teacher hands over for each token.
 HANDED_OVER = ("loss.support", "loss.teacher_temperature", "teacher.targets", "teacher.engine")
 
 
 def flat(recipe: Recipe) -> Flat:
-    """Every key with its value, as JSON has it; of several teachers by number, as in `teacher.0.k`."""
+    """Every key with its value as JSON; several teachers are numbered, as in `teacher.0.k`."""
     return flattened(recipe.model_dump(mode="json"))
 
 
 def flattened(dumped: Mapping[str, Any]) -> Flat:
-    """The same of a recipe as it is written down, of whatever version."""
+    """The same for a dumped recipe, of whatever version."""
     return dict(_flat(dict(dumped), ""))
 
 
@@ -38,13 +38,13 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys of which the two differ, with both values; a key that is not there is null."""
+    """Keys in which the two differ, with both values; a missing key is null."""
     keys = dict.fromkeys([*old, *new])
     return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
 
 
 def refused(old: Recipe, new: Recipe) -> list[str]:
-    """Changed keys that a run cannot go on with."""
+    """Changed keys with which a run cannot continue."""
     found = changes(flat(old), flat(new))
     keys = [k for k in found if k.startswith(IDENTITY) or _of_teacher(k)]
     if old.targets != new.targets:
@@ -62,20 +62,16 @@ def _without_number(key: str) -> str:
 
 
 def invalidated(old: Recipe, new: Recipe) -> list[str]:
-    """Keys by which samples in flight were made that would be made in another way now: they have to be
-    sampled again.
-    """
+    """Changed keys that samples in flight depend on; these have to be sampled again."""
     before, after = _making(old), _making(new)
     keys = [key for key in before if before[key] != after[key]]
     if "schedule.lag" not in keys and new.max_lag < old.max_lag:
-        keys.append("schedule.depth")  # some may be older than it allows; a larger one suits them
+        keys.append("schedule.depth")  # some samples may be older than it allows; a larger depth suits all
     return keys
 
 
 def _making(recipe: Recipe) -> Flat:
-    """What a sample in flight depends on. Keys whose default follows others stand for what they resolve
-    to.
-    """
+    """What a sample in flight depends on. Keys whose default follows others appear as they resolve."""
     return {
         "sampler.temperature": recipe.sampler.temperature,
         "sampler.top_p": recipe.sampler.top_p,

@@ -1,4 +1,4 @@
-"""What is wrong with keys that are each fine alone."""
+"""Contradictions between keys that are each valid alone."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
 
 
 def _of_sampler(recipe: Recipe) -> Iterator[str]:
-    """What its engine, or each that it may become, does not give."""
+    """What the sampler's engine (for auto: every candidate) does not offer."""
     section = recipe.sampler
     unfit = [unfit_to_sample(engine, recipe) for engine in candidates(section)]
     if all(unfit) and "loss.support: mc" in unfit:
@@ -92,7 +92,7 @@ def _of_sampler(recipe: Recipe) -> Iterator[str]:
 
 
 def _of_supports(recipe: Recipe) -> Iterator[str]:
-    """Keys that only some supports know."""
+    """Keys that only some supports use."""
     loss, support = recipe.loss, recipe.support
     if support == "topk" and loss.temperature != 1:
         yield "loss.temperature: top-k log-probs come at temperature 1 and cannot be re-tempered; set it to 1"
@@ -132,7 +132,7 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
 
 
 def _of_evaluations(recipe: Recipe) -> Iterator[str]:
-    """Keys that look at several evaluations."""
+    """Keys that compare several evaluations."""
     section = recipe.eval
     if section.patience and section.keep_best is None:
         yield "eval.patience: needs to know what is best; set eval.keep_best: score or kl"
@@ -148,7 +148,7 @@ def _of_evaluations(recipe: Recipe) -> Iterator[str]:
 
 
 def _of_prompts(recipe: Recipe) -> Iterator[str]:
-    """Keys of the chat template that no chat template would read."""
+    """Chat template keys that no chat template would read."""
     own_template = any(t.template == "teacher" for t in recipe.teachers)
     if getattr(recipe.task, "chat", True) is not False:
         return

@@ -19,16 +19,14 @@ from fopd_cli.recipe.meant import meant, near_value
 from fopd_cli.recipe.plain import NotPlain, NotYaml, parse, shown, shown_key
 from fopd_cli.recipe.schema import Recipe
 
-REMOTE = [name for name, engine in ENGINES.items() if engine.remote]  # their models are no paths here
+REMOTE = [name for name, engine in ENGINES.items() if engine.remote]  # their models are not local paths
 MOST_PROBLEMS = 4  # in one message
-PATHS = ("path", "file", "folder", "dir", "directory")  # ends of keys that name one
-LONG_KEY = 60  # characters: longer ones are not typing errors
+PATHS = ("path", "file", "folder", "dir", "directory")  # endings of keys that name a path
+LONG_KEY = 60  # characters: longer ones are not typos
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, resolve paths, validate. Whatever the file holds, a problem is a `UserError` that names
-    the key.
-    """
+    """Read, override, resolve paths, validate. Any problem in the file is a `UserError` naming the key."""
     try:
         raw = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,7 +37,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from None
     except NotPlain as problem:
         raise UserError(f"{path}: {problem}") from None
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a null byte
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null byte
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(fields_of(Recipe))}")
@@ -53,7 +51,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recorded_recipe(dumped: dict[str, Any], where: Path) -> Recipe:
-    """The recipe in a checkpoint, which is whole and resolved."""
+    """The recipe in a checkpoint, which is complete and resolved."""
     try:
         return Recipe.model_validate(dumped)
     except ValidationError as error:
@@ -106,9 +104,7 @@ def _set_item(items: list[Any], path: list[str], value: str, override: str) -> N
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Paths beside the recipe win over paths in the current directory; what exists in neither stays as it
-    is.
-    """
+    """Paths beside the recipe win over paths in the current directory; what is in neither is unchanged."""
     for section, keys in (
         ("student", ("model",)),
         ("teacher", ("model",)),
@@ -125,7 +121,7 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
 
 
 def _resolve_plugin(task: dict[str, Any], folder: Path) -> None:
-    """Where a task of the user's own lies, and the files that its options name."""
+    """Resolve the folder of the user's own task, and the files that its options name."""
     module = str(task["name"]).partition(":")[0].split(".")[0]
     if "path" not in task:
         with contextlib.suppress(OSError, ValueError):
@@ -157,7 +153,7 @@ def _resolved(values: dict[str, Any], key: str, folder: Path) -> dict[str, str]:
                     and (candidate / "recipe.yaml").is_file()
                     and (candidate / "student").is_dir()
                 ):
-                    candidate = candidate / "student"  # a run stands for what it taught
+                    candidate = candidate / "student"  # a run directory stands for its student
                 if candidate.exists():
                     return {key: str(candidate.resolve())}
     return {}
@@ -196,9 +192,9 @@ def _explain_error(error: Any, raw: dict[str, Any]) -> str:
 
 
 def _place(loc: tuple[Any, ...], numbered: bool) -> tuple[list[str], list[str]]:
-    """(the key's parts, the keys that there are) at pydantic's `loc`, which also names the members of unions.
+    """(the key's parts, the known keys) at pydantic's `loc`, which also names the members of unions.
 
-    `numbered`: there are several teachers; a single one is a list of one only to pydantic.
+    `numbered`: there are several teachers. To pydantic, a single one is a list, too.
     """
     parts: list[str] = []
     model: type[BaseModel] | None = Recipe

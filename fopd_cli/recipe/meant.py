@@ -1,4 +1,4 @@
-"""What somebody may have meant by a key or a value that there is not."""
+"""What the user may have meant by an unknown key or value."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from fopd_cli.recipe.explain import explain
 
-SHORT_WORD = 3  # letters: "of", "per" say nothing
+SHORT_WORD = 3  # letters: shorter ones, like "of", say nothing
 
 
 def meant(unknown: str, section: Sequence[str]) -> str | None:
-    """The key that is likeliest meant by one that `section` does not have: one that is spelt like it there,
-    or whose meaning has its words (`learning_rate` is lr), or one of another section, which is then named,
-    too.
+    """The key most likely meant by one that `section` does not have: one there that is spelled like it or
+    whose meaning has its words (`learning_rate` is lr), else one of another section, with that section's
+    name.
     """
     keys = _keys()
     prefix = ".".join(p for p in section if not p.isdigit())
@@ -37,7 +37,7 @@ def _keys() -> dict[str, str]:
 
 
 def _with_words(words: Sequence[str], keys: dict[str, str]) -> str | None:
-    """The key whose first sentence has all of them, the shortest such sentence first."""
+    """The key whose first sentence has all of the words, the shortest such sentence first."""
     if not words:
         return None
     sentences = {
@@ -48,7 +48,7 @@ def _with_words(words: Sequence[str], keys: dict[str, str]) -> str | None:
 
 
 def near_value(got: str, allowed: Sequence[str]) -> str:
-    """A hint to put behind an error; empty if nothing is near."""
+    """A hint to append to an error; empty if nothing is near."""
     spelt = {value.lower(): value for value in allowed}
     plain = got.lower().replace("-", "_").replace(" ", "_")
     near = difflib.get_close_matches(plain, spelt, n=1, cutoff=0.55)

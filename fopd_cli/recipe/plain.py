@@ -1,8 +1,8 @@
 """From text to plain data: mappings with text keys, lists, texts, numbers, true, false, null. Nothing here
 knows a key.
 
-YAML can say much more than a recipe needs: dates, sets, bytes, references to themselves, numbers of a million
-digits. All of it is refused here, in one line and at once, so that what follows meets nothing but plain data.
+YAML can express much more than a recipe needs: dates, sets, bytes, self-references, numbers with a million
+digits. All of it is refused here at once, in one line, so that later code sees only plain data.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import yaml
 LONGEST_TEXT = 200_000  # characters of a recipe
 MOST_VALUES = 20_000
 DEEPEST = 40
-LARGEST = 2**63  # of whole numbers: what follows computes in 64 bits
+LARGEST = 2**63  # of integers: later code computes in 64 bits
 
 
 class NotPlain(Exception):
-    """Why a text is no plain data. The message says where, as far as that is known."""
+    """Why a text is not plain data. The message says where, if that is known."""
 
 
 class NotYaml(NotPlain):
@@ -37,17 +37,15 @@ def parse(text: str) -> Any:
         raise NotYaml(f"is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise NotPlain("is nested too deeply") from None
-    except (
-        Exception
-    ) as error:  # PyYAML raises whatever comes: for a date without a day, a number of 5,000 digits
+    except Exception as error:  # PyYAML raises anything: for an impossible date, a number of 5,000 digits
         raise NotPlain(f"holds a value that YAML cannot read: {error}") from None
     _check(value, "", (), [MOST_VALUES])
     return value
 
 
 def _check(value: Any, key: str, above: tuple[int, ...], left: list[int]) -> None:
-    """`above`: the ids of what it lies in. `left`: how many values there may still be; one that is referred
-    to often counts each time.
+    """`above`: the ids of the values around it. `left`: how many more values are allowed; an alias counts
+    each time.
     """
     left[0] -= 1
     if left[0] < 0:
@@ -101,13 +99,13 @@ _SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: what it is, not all of it."""
+    """A value for an error message, shortened."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python prints no whole number of thousands of digits
+    except ValueError:  # Python does not print integers with thousands of digits
         return f"a {type(value).__name__} too long to show"
 
 
 def shown_key(key: str) -> str:
-    """A key in an error message: as it is if it can be one, else cut and quoted."""
+    """A key for an error message: unchanged if printable and short, else cut and quoted."""
     return key if key.isprintable() and len(key) <= 120 else shown(key)

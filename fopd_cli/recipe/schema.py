@@ -49,12 +49,12 @@ Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 if TYPE_CHECKING:
     SamplerEngine: TypeAlias = str
     TeacherEngine: TypeAlias = str
-else:  # as many as the registry has
+else:  # those of the registry
     SamplerEngine, TeacherEngine = Literal[(AUTO, *SAMPLERS)], Literal[(AUTO, *TEACHERS)]
 
-# A token with the advantage A comes to rest where lambda log(pi_t/pi_r) = A: at 20, one that the teacher
-# finds 12 nats less likely moves by 0.6 nats before it is sampled again. Each estimator's best at lag 8
-# (docs/staleness.md): less collapses, more is slower.
+# A token with advantage A stops moving where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds
+# 12 nats less likely moves by 0.6 nats before it is sampled again. Each is its estimator's best at lag 8
+# (docs/staleness.md): lower ones collapse, higher ones are slower.
 ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
 
 
@@ -120,7 +120,7 @@ class Vllm(Section):
 
 class SamplerVllm(Vllm):
     prefix_caching: bool = True
-    """Share the KV cache of prompts that begin alike; it is dropped at every weight update."""
+    """Share the KV cache of prompts with a common beginning; it is dropped at every weight update."""
 
 
 class Http(Section):
@@ -135,14 +135,16 @@ class Http(Section):
     concurrency: Annotated[int, Field(gt=0, le=4096)] = 16
     """Requests in flight at once."""
     timeout_s: Seconds = 120.0
-    """Time-out of one request."""
+    """Timeout of one request."""
     retries: Annotated[int, Field(ge=0, le=20)] = 5
-    """Retries after a refused connection, a time-out, or status 408, 429 or 5xx, with doubling pauses."""
+    """Retries after a refused connection, a timeout, or status 408, 429 or 5xx, with doubling pauses."""
 
 
 class Teacher(Section):
     name: str = "teacher"
-    """What prompts call this teacher when there are several: teacher may be a list of such sections."""
+    """The name by which prompts choose this teacher if there are several: teacher may be a list of such
+    sections.
+    """
     model: str
     """Model directory or hub id of the frozen teacher (engine http: the model's name on the server); its
     tokenizer must give the same ids.
@@ -201,7 +203,7 @@ class ArithmeticTask(Section):
 
 
 class Prompts(Section):
-    """What tasks share whose prompts come from the user."""
+    """Keys of all tasks whose prompts come from the user."""
 
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for the chat template wherever it is rendered, for example {enable_thinking: false}."""
@@ -247,19 +249,19 @@ class Graded(Questions):
 
 class ChatTask(Questions):
     name: Literal["chat"]
-    """Questions without an answer to grade: distillation alone. Evaluations report the KL to the teacher."""
+    """Questions without answers to grade, for distillation only. Evaluations report the KL to the teacher."""
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: str | None = None
-    """The same, for held-out questions; may be the training file: what is held out is then not trained on.
-    null: some of task.train, drawn by their text.
+    """The same, for held-out questions; may be the training file, whose held-out questions are then not
+    trained on. null: some of task.train, drawn by their text.
     """
     question: str = "messages"
     """Column of the question, a list of chat messages or a text; a.b for a nested column. A final assistant
     message is left out.
     """
     eval_prompts: HowMany | None = None
-    """Held-out questions used. Default: 256, but of the training file at most a tenth."""
+    """Number of held-out questions. Default: 256, but at most a tenth of the training file."""
 
 
 class MathTask(Graded):
@@ -268,11 +270,11 @@ class MathTask(Graded):
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: str | None = None
-    """The same, for held-out questions; may be the training file: what is held out is then not trained on.
-    null: some of task.train, drawn by their text.
+    """The same, for held-out questions; may be the training file, whose held-out questions are then not
+    trained on. null: some of task.train, drawn by their text.
     """
     eval_prompts: HowMany | None = None
-    """Held-out questions used. Default: 256, but of the training file at most a tenth."""
+    """Number of held-out questions. Default: 256, but at most a tenth of the training file."""
 
 
 class ToolTask(Graded):
@@ -301,7 +303,7 @@ class ToolTask(Graded):
     memory_mb: Positive = 512
     """Memory of an episode's interpreter and everything that it starts."""
     sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
-    """none runs what the model wrote with your rights, on your files and network."""
+    """none runs the model's code with your rights, on your files and network."""
     digits: Annotated[int, Field(ge=1, le=9)] = 2
     """Digits of the numbers in generated questions."""
     terms: Annotated[int, Field(ge=2, le=9)] = 3
@@ -309,25 +311,25 @@ class ToolTask(Graded):
     train_prompts: HowMany = 20_000
     """Distinct generated training questions."""
     eval_prompts: HowMany | None = None
-    """Held-out questions used. Default: 256, but of the training file at most a tenth."""
+    """Number of held-out questions. Default: 256, but at most a tenth of the training file."""
     seed: Seed = 0
     """Seed of generated questions, separate from the run's seed."""
     drift: Share = 0.0
-    """Probability that the tool's answers to a training question change at a version of the student: a world
-    that moves on, for studies of supervision drift.
+    """Probability that the tool's answers to a training question change at a version of the student: a
+    changing world, for studies of supervision drift.
     """
 
 
 class SweTask(Prompts):
     name: Literal["swe"]
-    """A coding agent mends repositories with bash, on mini-SWE-agent's scaffold."""
+    """A coding agent fixes repositories with bash, on mini-SWE-agent's scaffold."""
     train: str | None = None
     """Instances with SWE-bench's columns; sources as in the math task. null for both train and eval:
     generated repositories.
     """
     eval: str | None = None
-    """The same, held out. It may be the training file: what is held out is then not trained on. null, with a
-    training file: some of its instances, drawn by their ids.
+    """The same, held out; may be the training file, whose held-out instances are then not trained on. null,
+    with a training file: some of its instances, drawn by their ids.
     """
     scaffold: str = "swebench_backticks"
     """Prompts and formats: a configuration that comes with mini-swe-agent, or a YAML file like it."""
@@ -342,8 +344,8 @@ class SweTask(Prompts):
     chat: bool = True
     """Whether to apply the tokenizer's chat template."""
     sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap"
-    """Where commands and tests run: behind bubblewrap here, or in the instance's container (not yet run by
-    us). none runs what the model wrote with your rights, on your files and network.
+    """Where commands and tests run: in bubblewrap here, or in the instance's container (not yet run by us).
+    none runs the model's code with your rights, on your files and network.
     """
     wall_s: Seconds = 60.0
     """A command is stopped after this time."""
@@ -358,7 +360,7 @@ class SweTask(Prompts):
     train_prompts: HowMany = 20_000
     """Generated training instances."""
     eval_prompts: HowMany | None = None
-    """Held-out instances used. Default: 256, but of the training file at most a tenth."""
+    """Number of held-out instances. Default: 256, but at most a tenth of the training file."""
     seed: Seed = 0
     """Seed of generated instances, separate from the run's seed."""
 
@@ -383,7 +385,7 @@ class PluginTask(Prompts):
     @classmethod
     def _looks_like_an_import_path(cls, values: Any) -> Any:
         name = values.get("name") if isinstance(values, dict) else None
-        # said alone: which keys it may have is another question
+        # reported alone: its keys cannot be checked before its name
         if isinstance(name, str) and ":" not in name:
             near = difflib.get_close_matches(name, BUILT_IN_TASKS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BUILT_IN_TASKS)}"
@@ -430,8 +432,8 @@ class Sampler(Section):
     at loss.teacher_temperature.
     """
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; under 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor takes
-    off.
+    """Nucleus sampling; under 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor
+    subtracts.
     """
     max_new_tokens: Positive = 512
     """Responses are cut off there (and recorded as truncated)."""
@@ -455,7 +457,7 @@ class Learner(Section):
     micro_tokens: Positive = 16384
     """Tokens per forward-backward pass on each rank; changes memory and speed, not the loss."""
     packing: bool = True
-    """Samples lie end to end in one row, each with attention of its own; false pads them to a rectangle. An
+    """Put samples end to end in one row, each with its own attention; false pads them to a rectangle. An
     architecture that cannot be packed is refused.
     """
     lr: PositiveFactor = 1e-6
@@ -544,39 +546,39 @@ class Schedule(Section):
     lag: NonNegative | None = None
     """A fixed lag instead, for studies; depth is then ignored."""
     inflight: Literal["keep", "wait", "keep_stale_kv"] = "keep"
-    """When samplers load new weights: in the middle of rollouts, which go on with a second version, all keys
-    and values computed anew (keep), or between rollouts (wait). keep_stale_kv: as keep, without computing
-    anew; what follows an update is then sampled by a policy that is neither version, whose log-probs are
-    recorded.
+    """When samplers load new weights: in the middle of rollouts, which continue with the new version and
+    recompute all keys and values (keep), or between rollouts (wait). keep_stale_kv: like keep, without
+    recomputing; what follows an update is then sampled by a policy that is neither version, whose log-probs
+    are recorded.
     """
 
 
 class Refresh(Section):
     mean: Share = 0.1
-    """kappa_f: refresh when the batch's mean freshness is at or under this. Refreshing never, once, or every
-    25 of 200 steps ended alike in our sweep; refreshing often costs throughput.
+    """kappa_f: refresh when the batch's mean freshness is at or under this. In our sweep, refreshing never,
+    once, or every 25 of 200 steps gave about the same result; refreshing often costs throughput.
     """
     coverage_roll: Share = 0.5
     """kappa_roll: also refresh when the batch's mean rollout coverage is under this."""
     coverage_sup: Share = 0.5
     """kappa_sup: also refresh when the batch's mean supervision coverage is under this. Samples that were not
-    replayed count as covered, so it acts only above 1 - replay.share. 0, 0.9 once and 0.9 often ended alike
-    in our sweep.
+    replayed count as covered, so it acts only above 1 - replay.share. In our sweep, 0, 0.9 once and 0.9 often
+    gave about the same result.
     """
     every_at_least: Positive = 200
-    """Fewest optimizer steps between two adaptive refreshes."""
+    """Least number of optimizer steps between two adaptive refreshes."""
     every: Positive = 10
     """Optimizer steps between two refreshes of policy fixed_refresh."""
 
 
 class Replay(Section):
-    """Only for multi-turn tasks: the contexts of others cannot change."""
+    """Only for multi-turn tasks; the contexts of other tasks cannot change."""
 
     share: Share = 0.125
     """At most this share of a batch is replayed before an optimizer step, oldest context first: the calls are
-    executed again, and the teacher judges what changed. With cached labels that happens during the step
-    before, and costs almost nothing. 0: D_sup is taken to be 0. Policies without freshness weights replay
-    only for labels: current.
+    executed again, and the teacher judges what changed. With cached labels that happens during the previous
+    step, and costs almost nothing. 0: D_sup is taken to be 0. Policies without freshness weights replay only
+    for labels: current.
     """
     min_lag: Positive = 1
     """Replay only contexts that are at least this many optimizer steps old."""
@@ -614,7 +616,7 @@ class Freshness(Section):
     """k of drift topk. As an anchor, 1 collapsed in our sweep, 2 fell behind, 8 and more held."""
     max_drift: Annotated[float, Field(gt=0)] | None = 0.01
     """For policy fopd: while lagging samples drift more than this (D_roll, nats per token), sampling runs
-    less far ahead than schedule.depth, down to not at all. Ours, not the paper's. null: always as far as
+    less far ahead than schedule.depth, down to not at all. Ours, not the paper's. null: always up to
     schedule.depth. A fixed schedule.lag ignores it.
     """
     weights: Literal["raw", "normalized"] = "normalized"
@@ -651,8 +653,8 @@ class Eval(Section):
     """Longest response in evaluations. Default: the sampler's."""
 
     keep_best: Literal["score", "kl"] | None = None
-    """Keep the student of the best evaluation, by its score or by its KL to the teacher. At the end student/
-    is that one, and summary.json says which step it is from. null: the last one.
+    """Keep the student of the best evaluation, by its score or by its KL to the teacher. At the end, student/
+    holds it, and summary.json names its step. null: the last one.
     """
     patience: NonNegative = 0
     """With keep_best: end the run after this many evaluations in a row without a new best; 0: never."""
@@ -671,7 +673,7 @@ class Checkpoint(Section):
 
 class Threads(Section):
     """Default: all cores for the role whose turn it is (depth 0, time-slicing). Side by side on a CPU, cores
-    are divided among the roles that compute at the moment; with a fixed lag, or beside CUDA devices, equally.
+    are divided among the roles that are computing; with a fixed lag, or beside CUDA devices, equally.
     """
 
     sampler: Processes | None = None
@@ -684,10 +686,10 @@ class Threads(Section):
 
 class Placement(Section):
     mode: Literal["auto", "cpu", "timeslice", "partition", "colocate"] = "auto"
-    """partition: each role has devices of its own. colocate: all roles stay on all devices and nobody takes
-    turns; vLLM gets the share of memory that is left. timeslice: all roles take turns on all devices. cpu: no
-    CUDA. auto: by the number of CUDA devices (0: cpu; 1 or 2: colocate if a device holds all roles by
-    arithmetic, else timeslice; more: partition).
+    """partition: each role has devices of its own. colocate: all roles stay on all devices, without turns;
+    vLLM gets the share of memory that is left. timeslice: all roles take turns on all devices. cpu: no CUDA.
+    auto: by the number of CUDA devices (0: cpu; 1 or 2: colocate if a device holds all roles by arithmetic,
+    else timeslice; more: partition).
     """
     sampler: Processes | None = None
     """Devices (on a CPU: processes) for samplers. Default: half the devices; on a CPU 1."""
@@ -700,11 +702,11 @@ class Placement(Section):
 
 class Runtime(Section):
     timeout_s: Seconds = 900.0
-    """A worker that owes an answer and has not moved for this long is stopped and named."""
+    """A worker with work to do that makes no progress for this long is stopped and named."""
     start_timeout_s: Seconds = 1800.0
-    """The same while a worker loads its model, from its first breath on; downloads come before."""
+    """The same while a worker loads its model, counted from its first sign of life; downloads come before."""
     restarts: NonNegative = 2
-    """How often each sampler, teacher, grader or environment that died or hung is started again. A learner is
+    """How often each sampler, teacher, grader or environment is restarted after it died or hung. A learner is
     not: resume the run.
     """
 
@@ -783,7 +785,7 @@ class Recipe(Section):
 
     @property
     def targets(self) -> TargetKind:
-        """What the teachers hand over, resolved; all of them the same."""
+        """What the teachers hand over, resolved; the same for all."""
         chosen = self.teachers[0].targets
         if chosen != "auto":
             return chosen

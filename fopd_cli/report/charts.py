@@ -9,16 +9,14 @@ from typing import Any, Literal
 
 from fopd_cli.report.reading import Record, Run
 
-MOST_POINTS = 240  # of a curve: more are averaged, a phone shows no more
-BUSY_POINTS = 40  # shares of single steps say little, where roles take turns
+MOST_POINTS = 240  # per curve: more are averaged, a phone cannot show more
+BUSY_POINTS = 40  # single steps say little where roles take turns
 Value = float | None
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a chart: `value` and `error` of a record. `faint` ones stand beside another that matters
-    more.
-    """
+    """One curve of a chart: `value` and `error` of a record. `faint` ones accompany one that matters more."""
 
     label: str
     value: Callable[[Record], Value]
@@ -28,7 +26,7 @@ class Line:
 
     @property
     def dots(self) -> bool:
-        """Few points, each of which counts."""
+        """Whether points are drawn: they are few, and each counts."""
         return self.of == "evaluations"
 
 
@@ -48,7 +46,7 @@ def held_out(label: str, name: str) -> Line:
     return Line(label, key(name), "evaluations", key(f"{name}_error"))
 
 
-# (title, what it says, unit, curves); the first curve is the one that several runs are compared by.
+# (title, note, unit, curves); several runs are compared by the first curve, score and KL by the first two.
 CHARTS: list[tuple[str, str, str, list[Line]]] = [
     (
         "Score",
@@ -102,8 +100,8 @@ ROLES = ("sampler", "teacher", "learner", "grader", "environment")
 
 
 def charts(runs: Sequence[Run]) -> list[Record]:
-    """All that have anything to show. A series has `run`, its number, and points `x` (step), `t` (minutes),
-    `y`, `e`.
+    """All charts with anything to show. A series has `label`, its look, and points `x` (step), `t` (minutes),
+    `y`, `e` (error).
     """
     found = []
     for title, note, unit, lines in CHARTS:
@@ -197,7 +195,7 @@ def _minutes(record: Record) -> float:
 
 
 def _thinned(points: list[tuple[Any, ...]], most: int) -> Record:
-    """At most so many points, each the mean over its neighbours."""
+    """At most `most` points, each the mean of a few neighbors."""
     size = -(-len(points) // most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
 

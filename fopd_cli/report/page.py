@@ -1,5 +1,5 @@
-"""One HTML file of one or several runs: no network, no other file. Without scripts, as some mail programs
-show it, the curves are missing and all else is there.
+"""One HTML file about one or several runs: no network, no other file. Without scripts, as in some mail
+programs, only the curves are missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 
 def write(paths: Sequence[Path], out: Path) -> int:
-    """Write the page of these runs; returns its bytes. Raises `UserError`."""
+    """Write the page of these runs; returns its size in bytes. Raises `UserError`."""
     text = page([read(path) for path in paths])
     try:
         if out.exists() and not out.read_bytes().startswith(MARK.encode()):
@@ -38,9 +38,7 @@ def write(paths: Sequence[Path], out: Path) -> int:
 
 
 def page(runs: Sequence[Run], watching: bool = False) -> str:
-    """The file's text. `watching`: it asks the address that it came from whether there is news, and loads
-    itself anew.
-    """
+    """The file's text. `watching`: it asks the address that it came from for news, and reloads itself."""
     title = "fopd: " + ", ".join(run.name for run in runs)
     data = json.dumps(charts(runs), separators=(",", ":")).replace("<", "\\u003c")
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -94,9 +92,7 @@ def _of(title: str, run: Run, runs: Sequence[Run]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells are HTML already. With the kind `stack` each row is a list of its own where the screen is
-    narrow.
-    """
+    """Cells are HTML already. With the kind `stack`, each row becomes a list on narrow screens."""
     lines = []
     for row in rows:
         cells = zip(head, row, strict=True)

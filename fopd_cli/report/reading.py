@@ -1,4 +1,4 @@
-"""A run directory as it stands, whatever became of the run: going on, stopped, killed, finished."""
+"""A run directory in any state of the run: running, stopped, killed, finished."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ State = Literal["running", "finished", "stopped"]
 
 @dataclass
 class Run:
-    """What a run has written. Records are in the order of steps; `pid` is the process that holds the
-    directory now.
-    """
+    """What a run has written. Records are in step order; `pid` is the process that holds the directory."""
 
     path: Path
     recipe: Record
@@ -59,7 +57,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of wall time, as far as the records go."""
+        """Wall time in seconds, as far as the records go."""
         records = [*self.steps[-1:], *self.evaluations[-1:]]
         found = [float(r.get("timing", {}).get("wall_seconds") or 0) for r in records]
         return max(
@@ -70,7 +68,7 @@ class Run:
         )
 
     def last(self, key: str) -> tuple[float | None, float | None]:
-        """The newest evaluation's figure and its standard error; None where there is none."""
+        """The newest evaluation's figure and its standard error; None if there is none."""
         for record in reversed(self.evaluations):
             if record.get(key) is not None:
                 return float(record[key]), record.get(f"{key}_error")
@@ -82,7 +80,7 @@ def is_run(path: Path) -> bool:
 
 
 def read(path: Path) -> Run:
-    """Raises `UserError` for what is no run directory."""
+    """Raises `UserError` if `path` is not a run directory."""
     if not is_run(path):
         raise UserError(f"{path}: is not a run directory (it has no recipe.yaml){paths.similar(path)}")
     try:
@@ -101,9 +99,7 @@ def read(path: Path) -> Run:
 
 
 def jsonl(path: Path) -> list[Record]:
-    """The records of a file that may be written at this moment: a last line that is not whole yet is left
-    out.
-    """
+    """The records of a file that may be growing: a last line that is not yet complete is left out."""
     found = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -115,8 +111,8 @@ def jsonl(path: Path) -> list[Record]:
 
 
 def holder(lock: Path) -> int | None:
-    """The live process that holds a run's lock. Asked of the kernel's own list: to try the lock, even for a
-    moment, would refuse a run that starts in that moment.
+    """The live process that holds a run's lock, by the kernel's own list: even a brief try of the lock could
+    make a run that is just starting fail.
     """
     try:
         inode, pid = lock.stat().st_ino, int(lock.read_text().strip() or 0)

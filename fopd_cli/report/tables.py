@@ -41,8 +41,8 @@ def of_runs(folder: Path) -> str:
 
 
 def of_differences(first: Path, second: Path) -> str:
-    """Keys, then results; the difference of two figures comes with its standard error, as if their prompts
-    were not the same.
+    """Keys, then results. The standard error of a difference treats the prompts of the two runs as
+    independent.
     """
     runs = [read(first), read(second)]
     names = [run.name if first.resolve().name != second.resolve().name else str(run.path) for run in runs]

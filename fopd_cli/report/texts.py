@@ -1,4 +1,4 @@
-"""What the page says in words: advice, answers over training, and in what the recipes differ."""
+"""What the page says in words: advice, answers over training, and how the recipes differ."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEACHER_ROWS = "teacher.jsonl"  # of `fopd eval TEACHER --task RUN/recipe.yaml -
 
 
 def advice(run: Run) -> list[str]:
-    """What the run itself said, and what its end says."""
+    """The run's warnings and refreshes, and what its summary says."""
     found = [
         f"Step {w['step']}: {w['text']}" if w.get("step") else str(w["text"])
         for w in run.warnings
@@ -44,9 +44,8 @@ class Answer:
 
 
 def answers(run: Run, prompts: int = 3) -> list[tuple[str, list[Answer]]]:
-    """(prompt, the student's answers early, halfway and now, and the teacher's where recorded), of held-out
-    prompts that were answered at every evaluation; of training prompts, as they came, if there is nothing
-    else.
+    """(prompt, the student's answers early, halfway and now, and the teacher's if recorded) for held-out
+    prompts; for training prompts, as they came, if there is nothing else.
     """
     by_prompt = defaultdict[str, list[Record]](list)
     for sample in run.samples:
@@ -72,7 +71,7 @@ def answers(run: Run, prompts: int = 3) -> list[tuple[str, list[Answer]]]:
 
 
 def teacher_score(run: Run) -> float | None:
-    """Of the recorded rows, the mean over those with a score."""
+    """Mean score of the teacher's recorded rows that have one."""
     scores = [r["score"] for r in jsonl(run.path / TEACHER_ROWS) if r.get("score") is not None]
     return sum(scores) / len(scores) if scores else None
 
@@ -96,7 +95,7 @@ def shortened(text: str) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) of the keys in which the recipes are not all the same."""
+    """(key, its value in each run) of the keys in which the recipes differ."""
     recipes = [flattened(run.recipe) for run in runs]
     keys = dict.fromkeys(k for recipe in recipes for k in recipe)
     rows = [(key, [_shown(r.get(key, "-")) for r in recipes]) for key in keys]

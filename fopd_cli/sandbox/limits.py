@@ -1,4 +1,4 @@
-"""What code in a sandbox may use up, and how its run ended."""
+"""What code in a sandbox may use, and how its run ended."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one sandbox. Times are of each command, the rest of all its processes together unless said
+    """Limits of one sandbox. Times are per command, the rest for all its processes together unless said
     otherwise.
     """
 
     wall_s: float = 15.0
     cpu_s: int = 10  # of each process
-    memory_mb: int = 512  # resident; each process can ask for no more either
+    memory_mb: int = 512  # resident; also the most that each process can request
     processes: int = 32
     output_kb: int = 64
     disk_mb: int = 64  # /tmp, and /dev/shm, each; and the largest file anywhere
-    workspace_mb: int = 1024  # all files of a workspace that lies on disk
+    workspace_mb: int = 1024  # all files of a workspace on disk
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a command printed (stdout and stderr as they came) and why it ended.
 
-    `exit`: by itself, with `code` (for a Python session 0, or 1 after an exception); all others: stopped, and
-    everything that it had started with it.
+    `exit`: by itself, with `code` (for a Python session 0, or 1 after an exception); all others: it was
+    stopped, together with everything that it had started.
     """
 
     output: str

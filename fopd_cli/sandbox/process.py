@@ -20,7 +20,7 @@ Reason = Literal["exit", "timeout", "memory", "disk", "output", "died"]
 
 
 class Jail:
-    """A running sandbox. `kill` ends every process in it, daemons included: their namespace goes."""
+    """A running sandbox. `kill` ends every process in it, daemons included: their namespace ends."""
 
     def __init__(
         self, process: asyncio.subprocess.Process, limits: Limits, workspace: Path | None = None
@@ -44,7 +44,7 @@ class Jail:
         return cls(process, limits, workspace)
 
     async def send(self, data: bytes) -> None:
-        """To its standard input; what it does not read by the time it dies is lost."""
+        """Write to its standard input; what it has not read when it dies is lost."""
         assert self.process.stdin is not None
         with contextlib.suppress(ConnectionError):
             self.process.stdin.write(data)
@@ -54,7 +54,7 @@ class Jail:
         """(output before the marker, rest of the marker's line, why it ended); without `until`, all up to the
         end.
 
-        At the first limit that is passed everything in the sandbox is killed.
+        When the first limit is exceeded, everything in the sandbox is killed.
         """
         reading = asyncio.ensure_future(self._read(until))
         watching = asyncio.ensure_future(self._watch())
@@ -82,7 +82,7 @@ class Jail:
             os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own
         self.process.stdin.close()
         while await self.process.stdout.read(1 << 16):
-            pass  # asyncio does not see the end of a process whose output nobody reads
+            pass  # asyncio does not see the end of a process whose output is not read
         await self.process.wait()
 
     async def _read(self, until: bytes | None) -> tuple[bytes, bytes, Reason]:
@@ -113,10 +113,9 @@ class Jail:
 
 
 def holds_more(pid: int, limit: int) -> bool:
-    """Whether a process and all its descendants together hold more bytes of memory than that.
+    """Whether a process and all its descendants together hold more than `limit` bytes of memory.
 
-    Pages that a fork shares with its parent are told apart only where the cheap sum, which counts them in
-    each, is over.
+    The cheap sum counts pages that forks share in each of them; the exact one is taken only if that is over.
     """
     family = processes(pid)
     return sum(map(resident, family)) > limit and sum(map(proportional, family)) > limit
@@ -139,8 +138,8 @@ def resident(pid: int) -> int:
 
 
 def proportional(pid: int) -> int:
-    """Bytes of memory that are a process's own, with its part of what it shares; what it can see where the
-    kernel won't say.
+    """Bytes of memory of a process, with only its part of what it shares; like `resident` if the kernel does
+    not say.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -162,11 +161,11 @@ def occupied(folder: Path) -> int:
 async def run(
     command: list[str], limits: Limits, workspace: Path | None = None, sandboxed: bool = True
 ) -> Outcome:
-    """One command from start to end, and nothing of it afterwards."""
+    """Run one command from start to end, and leave nothing of it behind."""
     began = time.monotonic()
     jail = await Jail.start(command, limits, workspace, sandboxed)
     assert jail.process.stdin is not None
-    jail.process.stdin.close()  # a command that reads from it must not wait for ever
+    jail.process.stdin.close()  # a command that reads from it must not wait forever
     try:
         output, _, reason = await jail.read(None)
         code = await asyncio.wait_for(jail.process.wait(), 5) if reason == "exit" else None

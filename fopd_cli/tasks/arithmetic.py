@@ -1,9 +1,8 @@
-"""Generated arithmetic modulo 10 with its steps written out: as many dependent steps as the recipe asks for.
+"""Generated arithmetic modulo 10 with its steps written out; the recipe sets the number of dependent steps.
 
 Prompt `7+5-9=`, response `7+5=2,2-9=3.3`: every step repeats the running value, applies the next operation
-and writes the result; the answer stands behind the full stop. One wrong step spoils the answer, so exact
-match falls with the horizon as (accuracy per step) ** horizon: that is what makes a student's compounding
-errors visible.
+and writes the result; the answer follows the period. One wrong step spoils the answer, so exact match falls
+with the horizon as (accuracy per step) ** horizon, which makes a student's compounding errors visible.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ OPERATORS = {1: "+", 2: "+-", 3: "+-*"}
 
 
 class Arithmetic:
-    """`horizon` dependent steps; `difficulty` 1: sums, 2: and differences, 3: and products."""
+    """`horizon` dependent steps; `difficulty` 1: sums, 2: also differences, 3: also products."""
 
     @takes("arithmetic", ArithmeticTask)
     def __init__(self, options: ArithmeticTask) -> None:
@@ -61,7 +60,7 @@ class Arithmetic:
         ]
 
     def grade(self, prompt: Prompt, response: str) -> float:
-        """1 if what stands behind the last full stop is the answer, else 0."""
+        """1 if the text after the last period is the answer, else 0."""
         return float(response.rpartition(".")[2].strip() == prompt.payload["answer"])
 
     def _question(self, rng: random.Random) -> str:

@@ -1,8 +1,7 @@
-"""What a turn asks to be executed: fenced blocks of code, or tool calls in the notations of models' chat
+"""What a turn asks to execute: fenced blocks of code, or tool calls in the notations of models' chat
 templates.
 
-What a model only thinks is not executed: `<think>` ... `</think>`, or up to the first `</think>` where the
-template opened it.
+Thoughts are not executed: `<think>` ... `</think>`, or up to the first `</think>` if the template opened it.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
 MARKS = {*THOUGHTS, *THOUGHTS.values(), "<tool_call>", "</tool_call>", "[TOOL_CALLS]"}
 
-# Fences and thoughts side by side, the leftmost first: a fence inside a thought is a thought, and a mark
-# inside a fence is code. One without a language must begin its line: what ends an inline ```7``` opens
+# Fences and thoughts in one pattern, the leftmost first: a fence inside a thought is thought, and a mark
+# inside a fence is code. One without a language must begin its line, so the end of an inline ```7``` opens
 # nothing.
 FENCE = r"(?:(?<![^\n])[ \t]*```|```(?=[^\s`]))(?P<language>[^\n`]*)\n(?P<code>.*?)```"
 THOUGHT = "|".join(rf"{re.escape(a)}.*?(?:{re.escape(b)}|\Z)" for a, b in THOUGHTS.items())
@@ -35,7 +34,7 @@ PARAMETER = re.compile(
 
 
 class Call(NamedTuple):
-    """One native call. `problem`: why it is none; `text` is what was written."""
+    """One native call. `problem`: why it is invalid; `text` is what was written."""
 
     text: str
     name: str = ""
@@ -44,13 +43,13 @@ class Call(NamedTuple):
 
 
 def spoken(turn: str) -> str:
-    """The turn without what was only thought."""
+    """The turn without its thoughts."""
     rest = _after_opened_thought(turn)
     return PIECES.sub(lambda found: "" if found["code"] is None else found[0], rest)
 
 
 def fenced(turn: str) -> list[str]:
-    """Python code in fenced blocks, in their order."""
+    """Python code in fenced blocks, in order."""
     found = PIECES.finditer(_after_opened_thought(turn))
     return [
         p["code"]
@@ -60,7 +59,7 @@ def fenced(turn: str) -> list[str]:
 
 
 def native(turn: str) -> list[Call]:
-    """All tool calls of a turn, parallel ones in their order: JSON or XML in `<tool_call>`, XML alone, or
+    """All tool calls of a turn in order, parallel ones included: JSON or XML in `<tool_call>`, XML alone, or
     Mistral's list.
     """
     text = spoken(turn)
@@ -72,7 +71,7 @@ def native(turn: str) -> list[Call]:
 
 
 def _after_opened_thought(turn: str) -> str:
-    """Of a turn that ends a thought which it did not begin, what comes after."""
+    """What follows a thought that the turn ends without having begun it; else the whole turn."""
     for opened, closed in THOUGHTS.items():
         before, found, after = turn.partition(closed)
         if found and opened not in before:
@@ -99,7 +98,7 @@ def _parameters(body: str) -> dict[str, Any]:
 
 
 def _of_json(body: str) -> list[Call]:
-    """One object, a list of them, or several one after the other."""
+    """One object, a list of them, or several one after another."""
     decoder, at, calls = json.JSONDecoder(strict=False), 0, list[Call]()
     while at < len(body):
         try:
@@ -120,7 +119,7 @@ def _of_value(value: Any, text: str) -> Call:
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
         return Call(text, problem="not a call of a tool: it has no name")
     arguments = inner.get("arguments", inner.get("parameters", {}))
-    if isinstance(arguments, str):  # as OpenAI's API has it
+    if isinstance(arguments, str):  # as in OpenAI's API
         try:
             arguments = json.loads(arguments, strict=False)
         except (ValueError, RecursionError):

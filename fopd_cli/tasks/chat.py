@@ -1,5 +1,5 @@
-"""Questions without an answer that could be graded: the teacher's distribution is all that is learnt from,
-and the measure.
+"""Questions without answers to grade: the teacher's distribution is all there is to learn from, and the
+measure.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fopd_cli.tasks.sections import takes
 
 
 class Chat(Questions):
-    """As `Questions`, without an answer. Evaluations report the KL to the teacher."""
+    """Like `Questions`, without answers. Evaluations report the KL to the teacher."""
 
     @takes("chat", ChatTask)
     def __init__(self, options: ChatTask) -> None:

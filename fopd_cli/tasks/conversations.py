@@ -1,4 +1,4 @@
-"""From a row's question to what is asked: a text, or the messages up to the answer that is wanted."""
+"""From a row's question to the prompt: a text, or the messages before the answer that is wanted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARE_GPT = {
 
 
 class Asked(NamedTuple):
-    """`said` is the assistant's answer that stood behind the question, as in data for fine-tuning."""
+    """`said` is the assistant's answer that followed the question, as in data for fine-tuning."""
 
     content: str | list[dict[str, Any]]
     said: str | None = None
@@ -43,8 +43,8 @@ def asked(value: Any) -> Asked:
 
 
 def _messages_in(text: str) -> Any:
-    """What JSON, or a list that Python printed (so pandas writes csv files), says; a text that is neither as
-    it is.
+    """Parsed JSON, or a parsed list as Python prints it (and pandas writes it to csv files); other text
+    unchanged.
     """
     for read in (json.loads, ast.literal_eval):
         try:
@@ -77,13 +77,15 @@ def _conversation(value: list[Any]) -> Asked:
 
 
 def _message(number: int, message: Any) -> dict[str, Any]:
-    """In the form that chat templates know. What is null was put in by a table that has a column for it."""
+    """A message in the form that chat templates know. Nulls are dropped: tables add them for columns of other
+    messages.
+    """
     if isinstance(message, dict) and "from" in message and "role" not in message:
         message = {"role": str(message["from"]), "content": message.get("value")}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f"has no role in message {number}; a message is {{role: user, content: ...}}")
     found = {name: value for name, value in message.items() if value is not None}
-    role = found["role"].strip().lower()  # templates know these names, and mostly say nothing of others
+    role = found["role"].strip().lower()  # templates know these names, and mostly skip others silently
     found["role"] = SHARE_GPT.get(role, role)
     content = found.get("content")
     if isinstance(content, list):

@@ -1,4 +1,4 @@
-"""Rows of data: jsonl, json, csv, parquet and arrow files, a directory of them, or a dataset of the hub."""
+"""Rows of data: jsonl, json, csv, parquet and arrow files, a directory of them, or a dataset on the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fopd_cli import paths
 from fopd_cli.errors import UserError
 
 NEEDS_DATA = "pip install 'fopd[data]'"
-# What a dataset's own tools leave beside its rows.
+# Files that dataset tools leave beside the rows.
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])")
 
@@ -48,8 +48,8 @@ def read_rows(source: str, key: str) -> list[Row]:
 
 
 def column(row: Row, name: str, source_key: str, key: str) -> Any:
-    """The value of a column; `a.b` is one with this very name, else b in a. A text on the way is read as
-    JSON.
+    """The value of a column; `a.b` is the column of that name, else b in a. Text on the way there is parsed
+    as JSON.
     """
     if name in row.values:
         return row.values[name]
@@ -70,7 +70,7 @@ def column(row: Row, name: str, source_key: str, key: str) -> Any:
 
 
 def _visible(name: str) -> str:
-    """Quoted where spaces at its ends would not be seen."""
+    """Quoted if it has spaces at its ends, which would be invisible."""
     return name if name == name.strip() else repr(name)
 
 
@@ -82,7 +82,9 @@ def _parsed(text: str) -> Any:
 
 
 def _files(folder: Path, key: str) -> list[Path]:
-    """The data files of a directory, by name. Those of several splits are not mixed without a word."""
+    """The data files of a directory, by name. Raises `UserError` if there are none, or if they are of several
+    splits.
+    """
     inside = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in READERS and p.name not in METADATA]
     files = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
     if not files:
@@ -115,7 +117,7 @@ def _of_file(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from None
     except RecursionError:
         raise UserError(f"{key}: cannot read {str(path)!r}: its values are nested too deeply") from None
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's own are of these
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are among these
         raise UserError(f"{key}: cannot read {str(path)!r}: {_first_line(error)}") from None
 
 
@@ -137,7 +139,7 @@ def _lines(text: str, path: Path, key: str) -> Iterator[tuple[int, dict[str, Any
 
 
 def _json(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A list of objects, one such list under a single key, or (as many name it) a jsonl file."""
+    """A list of objects, one such list under a single key, or a jsonl file (often named .json)."""
     text = path.read_text(encoding="utf-8-sig")
     try:
         value = json.loads(text)
@@ -158,10 +160,10 @@ def _json(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """With a header. An empty cell is null, as a csv file has no other way to say so.
+    """Rows below a header. An empty cell is null, since a csv file has no other way to say so.
 
-    Where the header has no comma but semicolons, these part the cells: so spreadsheets write csv in half of
-    the world.
+    If the header has semicolons but no comma, they separate the cells, as spreadsheets write them in half the
+    world.
     """
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -194,20 +196,18 @@ def _arrow(path: Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     with pa.OSFile(str(path)) as file:
         try:
             table = pa.ipc.open_stream(file).read_all()
-        except pa.ArrowInvalid:  # the other one of Arrow's two formats
+        except pa.ArrowInvalid:  # the other of Arrow's two formats
             table = pa.ipc.open_file(file).read_all()
     yield from enumerate(_texts(table).to_pylist(), 1)
 
 
 def _texts(table: Any) -> Any:
-    """Columns of bytes as the texts that they are, where they are: some writers leave out that they mean
-    text.
-    """
+    """Turn columns of bytes into text if they hold text: some writers do not mark it as such."""
     import pyarrow as pa
 
     for number, field in enumerate(table.schema):
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
-            with contextlib.suppress(pa.ArrowInvalid):  # of an image, say
+            with contextlib.suppress(pa.ArrowInvalid):  # images, say
                 table = table.set_column(number, field.name, table.column(number).cast(pa.large_string()))
     return table
 
@@ -232,7 +232,7 @@ def _of_hub(source: str, key: str) -> list[Row]:
     name, _, config = name.partition("@")
     try:
         rows = list(load_dataset(name, config or None, split=split or "train"))
-    except Exception as error:  # the hub's, the file system's and pyarrow's own
+    except Exception as error:  # from the hub, the file system or pyarrow
         raise UserError(f"{key}: cannot load {source!r} from the hub: {_first_line(error)}") from None
     return [Row(f"row {n} of {source!r}", dict(values)) for n, values in enumerate(rows, 1)]
 

@@ -1,5 +1,5 @@
-"""Around a task of the user's own: whatever it raises becomes one line that names the method, the error and
-the line it is in.
+"""Wraps the user's own task: whatever it raises becomes one line that names the method, the error and the
+line of code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OURS = Path(__file__).resolve().parent.parent
 
 
 class Guarded:
-    """Stands for a task, or for an episode of one. What it does not have, it does not have."""
+    """Wraps a task, or an episode of one. Attributes that it lacks stay missing."""
 
     def __init__(self, inner: Any, name: str) -> None:
         self._inner, self._name = inner, name
@@ -55,7 +55,7 @@ async def _awaited(waiting: Awaitable[Any], name: str, called: str) -> Any:
 
 
 def _check(found: Any, name: str, called: str) -> None:
-    """What comes back is of the kind that base.py says."""
+    """The result must be of the type that base.py says."""
     if called == "grade" and not isinstance(found, Grade | numbers.Real):
         raise UserError(
             f"task.name: {name}: grade() returned {_of_kind(found)}; it must be a number in [0, 1] or a Grade"
@@ -82,7 +82,7 @@ def _of_kind(value: Any) -> str:
 
 
 def blamed(error: Exception, name: str, what: str) -> UserError:
-    """The error as the user's own, with the line of theirs that it came through last."""
+    """The error as a `UserError`, with the last line of the user's code that it came through."""
     if isinstance(error, UserError):
         return error
     frames = traceback.extract_tb(error.__traceback__)

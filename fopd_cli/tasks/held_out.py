@@ -1,4 +1,4 @@
-"""What is held out of data that came in one piece."""
+"""Which rows are held out of data that has only one split."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Sequence
 
 DEFAULT = 256
-SHARE = 10  # at most one in so many
+SHARE = 10  # at most one in this many
 
 
 def size(asked: int | None, there: int, shared: bool) -> int:
-    """How many of `there` are held out if the recipe asks for so many, or does not say. `shared`: the rest is
+    """How many of `there` rows to hold out: as many as the recipe asks for, if it does. `shared`: the rest is
     trained on.
     """
     if asked is not None:
@@ -19,9 +19,8 @@ def size(asked: int | None, there: int, shared: bool) -> int:
 
 
 def drawn(identities: Sequence[str], count: int) -> list[int]:
-    """The positions of those that are held out, in order: by their text alone, so that neither their order
-    nor rows that are added later make one that was trained on a held-out one, or the other way round, but for
-    the few at the edge.
+    """The positions of the held-out rows, in order, chosen only by their text. So neither their order nor
+    rows added later move a row from training to held-out or back, except for a few at the boundary.
     """
     ranked = sorted(
         range(len(identities)), key=lambda i: hashlib.sha256(identities[i].encode(errors="replace")).digest()

@@ -21,9 +21,9 @@ GRADE_TIMEOUT_S = 5
 
 
 class Math(Questions):
-    """As `Questions`, with an answer column; `answer: null` says that there are no reference answers.
+    """Like `Questions`, with an answer column; `answer: null` says that there are no reference answers.
 
-    Training needs none; every grade is then nan, and an evaluation's measure is the KL to the teacher.
+    Training needs none; every grade is then nan, and evaluations measure the KL to the teacher.
     """
 
     @takes("math", MathTask)
@@ -48,9 +48,7 @@ class Math(Questions):
 
 
 def final_answer(text: str) -> str:
-    """What stands behind the last `####`, else the whole text (math-verify finds boxes and plain
-    expressions).
-    """
+    """The text after the last `####`, else the whole text (math-verify finds boxes and plain expressions)."""
     return text.rpartition("####")[2] if "####" in text else text
 
 

@@ -1,4 +1,4 @@
-"""What only the teacher is told: its own version of a question, with a hint or a reference solution in it."""
+"""What only the teacher reads: its own version of a question, with a hint or a reference solution in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions from files: rows become prompts, each once, and what is held out is not trained on."""
+"""Questions from files: rows become prompts, without repeats, and held-out questions are not trained on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Split = Literal["train", "eval"]
 
 
 class Questions:
-    """`train` and `eval` as of `files.read_rows`; without `eval` some of `train` are held out. A column may
-    be nested (`reward_model.ground_truth`).
+    """`train` and `eval` are sources for `files.read_rows`; without `eval` some of `train` are held out. A
+    column may be nested (`reward_model.ground_truth`).
 
-    A question is a text or a list of chat messages. An assistant's answer at its end is what the student is
-    to write, so it is left out of the prompt; `solution` is that answer, unless a column is named for it.
-    `notices` say, once the prompts were read, what was done to how many rows.
+    A question is a text or a list of chat messages. A final assistant answer is what the student is to write,
+    so it is left out of the prompt; it is the `solution`, unless a column is named for that. Once the prompts
+    were read, `notices` say what was done to how many rows.
     """
 
     @takes("math", MathTask)
@@ -47,7 +47,7 @@ class Questions:
     @property
     def notices(self) -> list[str]:
         if self.sources["train"] == self.sources["eval"] and "train" in self._notices:
-            return self._notices["train"] + self._notices.get("eval", []) * self.split_off  # of one file once
+            return self._notices["train"] + self._notices.get("eval", []) * self.split_off  # reported once
         return [notice for split in self._notices.values() for notice in split]
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
@@ -72,7 +72,7 @@ class Questions:
         return found[: held_out.size(self.eval_prompts, len(found), shared)]
 
     def _split_off(self) -> list[Prompt]:
-        """Of the training file, those with an answer if there are any to grade by."""
+        """Held-out questions from the training file; if answers are graded, only questions that have one."""
         everyone = self._read("train")
         found = [p for p in everyone if self.answers["train"] is None or p.payload["answer"] is not None]
         if not found:
@@ -91,7 +91,7 @@ class Questions:
         return [replace(found[i], index=number) for number, i in enumerate(chosen)]
 
     def _read(self, split: Split) -> list[Prompt]:
-        """The distinct rows."""
+        """The distinct questions of a source."""
         distinct: dict[str, Prompt] = {}
         rows, counts = read_rows(self.sources[split], f"task.{split}"), Counter[str]()
         for row in rows:
@@ -154,7 +154,7 @@ def _blank(value: Any) -> bool:
 
 
 def _identity(prompt: Prompt) -> str:
-    """All that the student sees of it: conversations that end alike are different questions."""
+    """All that the student sees of it: conversations that only end alike are different questions."""
     return json.dumps([prompt.text, prompt.messages], sort_keys=True, default=str)
 
 

@@ -1,4 +1,4 @@
-"""From a recipe's task section to a task: a built-in name, or `package.module:Class` for a user's own."""
+"""From a recipe's task section to a task: a built-in name, or `package.module:Class` for the user's own."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ BUILT_IN = {
 
 
 def load_task(name: str, options: dict[str, Any], folder: str | None = None) -> Task:
-    """Build the task; `options` are the recipe's keys. Ours take their section of the recipe, a plug-in takes
-    keyword arguments. Its module is looked up in `folder` first; whatever is wrong with it is the user's
-    mistake, and says where.
+    """Build the task; `options` are the recipe's keys. Built-in tasks take their section of the recipe,
+    plug-ins keyword arguments. A plug-in's module is looked up in `folder` first; anything wrong with it is a
+    `UserError` that says where.
     """
     module_name, _, attribute = BUILT_IN.get(name, name).partition(":")
     if name in BUILT_IN:
@@ -45,7 +45,7 @@ def load_task(name: str, options: dict[str, Any], folder: str | None = None) -> 
     try:
         task = factory(**options)
     except TypeError as error:
-        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # of the call itself
+        if error.__traceback__ is not None and error.__traceback__.tb_next is None:  # from the call itself
             raise UserError(f"task.options: {name!r} does not take these options: {error}") from None
         raise blamed(error, name, "its constructor") from error
     except Exception as error:

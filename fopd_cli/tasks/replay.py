@@ -2,11 +2,11 @@
 measured.
 
 The student's turns are given; what the environment says between them may have changed. A task whose world can
-be looked up more cheaply than by doing everything again (retrieval, memory) has a method of its own,
+be looked up more cheaply than by repeating everything (retrieval, memory) defines
 
     async def replay(self, prompt: Prompt, turns: list[str], now: int) -> Replay
 
-and one without turns may have it too, to say how its prompt has changed.
+A task without turns may define it, too, to say how its prompt has changed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from fopd_cli.tasks.base import Observation
 
 @dataclass(frozen=True)
 class Replay:
-    """The question as it would be asked today, and what would be answered to each turn but the last.
+    """The question as it would be asked today, and the environment's answers to each turn but the last.
 
-    If there are fewer answers than that, the environment did not go along to the end, and later turns have no
-    context.
+    If there are fewer answers, the environment ended the conversation early, and later turns have no context.
     """
 
     prompt: Prompt
@@ -53,7 +52,7 @@ async def replay(task: Any, prompt: Prompt, turns: Sequence[str], now: int) -> R
 def realigned(rollout: Rollout, prompt_ids: np.ndarray, observations: Sequence[np.ndarray]) -> Context:
     """The current context: the student's own tokens, between today's prompt and today's observations.
 
-    Every sampled token stands in it once, up to the first turn for which there is no observation any more.
+    It holds every sampled token once, up to and including the first turn without an observation.
     """
     pieces, length = [prompt_ids], len(prompt_ids)
     positions = np.full(rollout.response_length, -1, dtype=np.int64)
@@ -69,8 +68,8 @@ def realigned(rollout: Rollout, prompt_ids: np.ndarray, observations: Sequence[n
 
 
 def cached(rollout: Rollout, told: np.ndarray | None) -> Context:
-    """The context on which it was judged first; `told` is the prompt as the teacher saw it, if not as the
-    student did.
+    """The context on which it was first judged; `told` is the prompt as the teacher saw it, if that differs
+    from the student's.
     """
     if told is None:
         return rollout.judged

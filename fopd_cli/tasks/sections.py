@@ -1,4 +1,4 @@
-"""How a task of ours is made: from its section of the recipe, or from the section's keys."""
+"""How a built-in task is made: from its section of the recipe, or from the section's keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 
 def takes(name: str, section: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Of a constructor whose one argument is a section. A class of the user's that builds on ours may give
-    the keys of the section called `name` as keyword arguments; what it leaves out has the recipe's defaults.
+    """Decorates a constructor whose one argument is a section. A user's class that builds on a built-in task
+    may give the keys of the section called `name` as keyword arguments; missing keys have the recipe's
+    defaults.
     """
 
     def decorate(init: Callable[..., None]) -> Callable[..., None]:

@@ -1,11 +1,11 @@
-"""Questions to be answered with a Python interpreter: the student writes code, sees what it prints, and goes
-on.
+"""Questions to be answered with a Python interpreter: the student writes code, sees what it prints, and
+continues.
 
 In the style of ReTool, in two notations: blocks of code fenced as ```python, answered by the user's next
 message, or native calls of the chat template (`<tool_call>{"name": "python", "arguments": {"code":
-...}}</tool_call>`, or XML), each answered as the tool's. All calls of a turn are executed, in their order;
-what the student only thinks is none. The interpreter keeps its state within an episode and runs in the
-sandbox. A turn without a call is the answer.
+...}}</tool_call>`, or XML), each answered by a tool message. All calls of a turn are executed in order;
+thoughts are not calls. The interpreter keeps its state within an episode and runs in the sandbox. A turn
+without a call is the answer.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ STOPPED = {
 
 
 class Tool:
-    """`train` and `eval` as of the math task; without them, sums and products of numbers that one does not do
-    in one's head.
+    """`train` and `eval` are as in the math task; without them, sums and products too hard for mental
+    arithmetic.
     """
 
     @takes("tool", ToolTask)
@@ -96,7 +96,7 @@ class Tool:
         return ToolEpisode(self, prompt.messages is not None, self._shift(prompt, now))
 
     def _shift(self, prompt: Prompt, now: int) -> int:
-        """By how much the tool is off at a version: the newest change up to it, if there was one."""
+        """The error of the tool at a version: that of the newest change up to it, 0 if there was none."""
         for version in range(now, 0, -1) if prompt.payload.get("drifts") else ():
             rng = random.Random(f"{self.seed}/{prompt.index}/{version}")
             if rng.random() < self.drift:
@@ -124,9 +124,7 @@ class ToolEpisode:
         return Observation("\n".join(seen) if self.chat else "".join(seen), "user", calls)
 
     async def _execute(self, code: str, problem: str | None) -> dict[str, Any]:
-        """One call, in the order in which they were written: a later one may need what an earlier one left
-        behind.
-        """
+        """Execute one call. Calls run in order: a later one may need what an earlier one left behind."""
         call: dict[str, Any] = {"tool": "python", "input": code, "ok": False, "seconds": 0.0}
         if self.calls >= self.task.max_calls:
             problem = f"no more than {self.task.max_calls} calls are allowed; give the answer"
@@ -141,7 +139,7 @@ class ToolEpisode:
         await self.session.close()
 
     def _shown(self, outcome: Outcome) -> str:
-        """The output, its middle left out if it is long, and why it was stopped if it was."""
+        """The output, with its middle left out if it is long, and the reason if it was stopped."""
         text, most = outcome.output.rstrip("\n"), self.task.observation_chars
         if self.shift:
             text = NUMBER.sub(lambda found: str(int(found[0]) + self.shift), text)
@@ -155,7 +153,7 @@ class ToolEpisode:
         return text
 
     def _frame(self, text: str) -> str:
-        """As the student sees it; in plain text the frame stands in for the chat template's."""
+        """The output as the student sees it; in plain text, the frame stands in for the chat template's."""
         if self.task.notation == "native":
             return text
         block = f"```output\n{text}\n```"
@@ -163,7 +161,7 @@ class ToolEpisode:
 
 
 def parse(turn: str, notation: Literal["code", "native"]) -> list[tuple[str, str | None]]:
-    """(code, what is wrong with the call) of each of a turn's calls; none: the turn is the answer."""
+    """(code, what is wrong with the call) of each call in a turn; without calls, the turn is the answer."""
     if notation == "code":
         return [(code, None) for code in fenced(turn)]
     return [_python(call) for call in native(turn)]
@@ -197,7 +195,7 @@ class Calculations:
             )
 
     def prompts(self, split: Literal["train", "eval"]) -> list[Prompt]:
-        """Distinct; the held-out ones are drawn first."""
+        """Distinct questions; the held-out ones are drawn first."""
         rng = random.Random(f"tool/{self.seed}/{self.digits}/{self.terms}")
         questions: dict[str, None] = {}
         while len(questions) < self.sizes["eval"]:
@@ -220,8 +218,8 @@ class Calculations:
 
 
 def scripted(question: str) -> tuple[str, str, str]:
-    """What an expert writes to a generated question: the turn with the call, the observation, the turn with
-    the answer.
+    """An expert's episode on a generated question: the turn with the call, the observation, the turn with the
+    answer.
     """
     expression = question.removesuffix("=")
     value = eval(expression)

@@ -1,9 +1,8 @@
 """mini-SWE-agent's own agent, its loop and its prompts, with our student behind its model interface.
 
-The agent asks its model and waits; our runtime brings turns and takes observations. So the agent runs in a
-thread of its own and its model is a pair of queues: what the agent would send to a model is the observation,
-what the student wrote is the model's answer. Tokens never pass through here, only what the agent sees of
-them: the text of a turn.
+The agent asks its model and waits, while our runtime brings turns and takes observations. So the agent runs
+in its own thread and its model is a pair of queues: what the agent would send to a model is the observation,
+what the student wrote is the model's answer. Tokens never pass through here, only the text of turns.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ INSTALL = "pip install 'fopd[swe]' && pip install --no-deps mini-swe-agent==2.4.
 
 
 def require() -> None:
-    """Raises `UserError` unless the scaffold can be imported. Importing it makes a folder in one's home and
-    prints; not so here.
+    """Raises `UserError` unless the scaffold can be imported. Importing it would make a folder in the user's
+    home and print; both are prevented here.
     """
     if importlib.util.find_spec("minisweagent") is None:
         raise UserError(
@@ -46,8 +45,8 @@ def require() -> None:
 
 
 class Scaffold:
-    """A configuration of mini-SWE-agent: one that comes with it, by name (`swebench_backticks`), or a YAML
-    file of one's own.
+    """A configuration of mini-SWE-agent: one that comes with it, by name (`swebench_backticks`), or the
+    user's YAML file.
     """
 
     def __init__(self, name: str, notation: Literal["code", "native"], max_turns: int) -> None:
@@ -77,7 +76,7 @@ class Scaffold:
         self.environment = dict(config.get("environment", {}))
 
     def messages(self, task: str) -> list[dict[str, str]]:
-        """What the agent sends first."""
+        """The agent's first messages."""
         from minisweagent.agents.default import DefaultAgent
 
         nowhere: Any = _Nowhere(self.environment)
@@ -92,7 +91,7 @@ class _Stopped(BaseException):
 
 
 class TurnModel:
-    """minisweagent's `Model`: `send` tells the student what it would be sent, `said` brings the student's
+    """minisweagent's `Model`: `send` passes the agent's messages to the student, `said` brings the student's
     turn (None: give up).
     """
 
@@ -172,7 +171,7 @@ class TurnModel:
 
 
 def _tool_call(call: Call, number: str) -> Any:
-    """A call of a chat template as OpenAI's API has it, which is what the scaffold checks."""
+    """A chat template's call in the form of OpenAI's API, which is what the scaffold checks."""
     name, arguments = (call.name, json.dumps(call.arguments)) if call.problem is None else ("bash", call.text)
     return SimpleNamespace(id=number, function=SimpleNamespace(name=name, arguments=arguments))
 
@@ -184,12 +183,12 @@ class _Nowhere:
         self.config = config
 
     def get_template_vars(self, **_: Any) -> dict[str, Any]:
-        # As of the machine inside the sandbox, never ours.
+        # What the machine inside the sandbox would say, never ours.
         return {"system": "Linux", "release": "", "version": "", "machine": "x86_64", **self.config}
 
 
 class PlaceEnvironment(_Nowhere):
-    """minisweagent's `Environment` on a place of ours; the same line submits as in its own."""
+    """minisweagent's `Environment` on one of our places; the line that submits is the same as in its own."""
 
     def __init__(self, place: Place, limits: Limits, config: dict[str, Any]) -> None:
         super().__init__({**config, "cwd": place.directory})
@@ -199,7 +198,7 @@ class PlaceEnvironment(_Nowhere):
     def execute(self, action: dict[str, Any], **_: Any) -> dict[str, Any]:
         from minisweagent.exceptions import Submitted
 
-        # What no argument of a process can hold: NUL, and halves of surrogate pairs.
+        # A process's arguments cannot hold NUL or halves of surrogate pairs.
         command = str(action["command"]).replace("\0", "").encode(errors="replace").decode()
         if len(command.encode()) > LONGEST:
             outcome = Outcome(f"stopped: a command of more than {LONGEST} bytes\n", "exit", 126, 0.0)
@@ -238,7 +237,7 @@ class AgentEpisode:
     async def observe(self, turn: str) -> Observation:
         if self._heard is None:
             self._start()
-            # the prompt, which the student has had already; or the reason why there is no place
+            # the prompt, which the student already has; or the error that prevented the place
             first = await self._next()
             if isinstance(first, BaseException):
                 raise first

@@ -31,7 +31,7 @@ def instances(split: str, count: int, seed: int, held_out: int) -> list[Instance
 
 
 def instance(rng: random.Random) -> Instance:
-    """One of them."""
+    """One random instance."""
     names = rng.sample(sorted(OPERATORS), 2 * rng.randint(1, len(MODULES)))
     broken, x, y = rng.choice(names), rng.randint(2, 99), rng.randint(2, 99)
     right = _value(OPERATORS[broken], x, y)
@@ -61,12 +61,12 @@ def instance(rng: random.Random) -> Instance:
     )
 
 
-LOOK = "grep -A1 def [ab].py /dev/null"  # with a second file it says in which one it found something
+LOOK = "grep -A1 def [ab].py /dev/null"  # with a second file, grep names the file of each match
 SUBMIT = "echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && git diff"
 
 
 def scripted(made: Instance) -> list[tuple[str, str]]:
-    """What an expert does, and what each command prints: look, mend, submit (whose output nobody sees)."""
+    """An expert's commands, and what each prints: look, fix, submit (whose output is never shown)."""
     broken, files = made.problem.split("(")[0], made.files or {}
     shown = []
     for module in (m for m in MODULES if m in files):

@@ -1,10 +1,9 @@
 """Whether a patch resolves its instance: the instance's own tests, on a fresh checkout, with the model's
 patch and no other trace of the model.
 
-Who passed is read in pytest's own report file, of a name that is drawn anew each time, and not in what the
-tests print: a patch may print what it likes. The patch still runs in pytest's process, and one that is
-written to cheat can replace the report, or pytest. Whoever trains on the score looks at patches
-(samples.jsonl) before believing it.
+Results are read from pytest's own report file, whose name is random each time, not from what the tests print:
+a patch may print anything. The patch still runs in pytest's process, and one that is written to cheat can
+replace the report, or pytest. Before you train on the score, look at patches (samples.jsonl).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
     """Score 1 if all FAIL_TO_PASS and PASS_TO_PASS tests pass with the patch.
 
     Figures: `submitted` (there is a patch), `applied`, and for those that apply `regression`: a test that
-    passed before fails now (the paper's post-patch regression). Tests that the patch touches are put back
+    passed before fails now (the paper's post-patch regression). Tests that the patch touches are restored
     first.
     """
     if not patch.lstrip().startswith("diff "):
@@ -43,7 +42,7 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
     write(place, PATCH, patch)
     if place.run(f"git apply --whitespace=nowarn {PATCH}").code != 0:
         return Grade(0.0, {"submitted": 1.0, "applied": 0.0})
-    # One command from here on: each starts a sandbox of its own.
+    # A single command from here on, since each one starts a sandbox.
     tests = [*instance.fail_to_pass, *instance.pass_to_pass]
     own = dict.fromkeys(
         [*(t.split("::")[0] for t in tests), *IN_DIFF.findall(instance.test_patch), "conftest.py"]
@@ -58,7 +57,7 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
         report = f".fopd-{secrets.token_hex(12)}.xml"
         command += f" -o junit_family=xunit1 --junitxml={report}"
     outcome = place.run("; ".join([*steps, f"{command} {files}"]), wall_s)
-    if report is None:  # another runner: what it prints is all there is
+    if report is None:  # another runner: only its output is known
         passed = {name for _, name in STATUS.findall(outcome.output)}
     else:
         passed = passed_tests(place.read(report) or "")
@@ -68,8 +67,8 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
 
 
 def passed_tests(report: str) -> set[str]:
-    """The node ids of tests that passed, or failed as expected, in a report of pytest's (JUnit XML, family
-    xunit1); a test that stands there twice has passed if it did both times. None of a file that is no report.
+    """The node ids of tests that passed, or failed as expected, in a pytest report (JUnit XML, family
+    xunit1); a test that is listed twice must have passed both times. Empty if the text is not a report.
     """
     passed, failed = set[str](), set[str]()
     try:
@@ -91,7 +90,7 @@ def passed_tests(report: str) -> set[str]:
 
 
 def harness(instance: Instance, patch: str, dataset: str, split: str) -> Grade:
-    """By the official harness: the `swebench` package and Docker. Not yet run: no machine of ours has
+    """Grade by the official harness: the `swebench` package and Docker. Not yet run: none of our machines has
     Docker.
     """
     if not patch.strip():

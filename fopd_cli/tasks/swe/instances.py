@@ -13,7 +13,7 @@ from fopd_cli.tasks.files import read_rows
 
 @dataclass(frozen=True)
 class Instance:
-    """A repository, what is wrong with it, and the tests that tell.
+    """A repository, its problem, and the tests that decide.
 
     Where the repository is: `files` (path -> text, in the row itself), `directory` (on this machine), or a
     container `image` that holds it under /testbed.
@@ -28,11 +28,11 @@ class Instance:
     files: dict[str, str] | None = None
     directory: Path | None = None
     image: str | None = None
-    place: str | None = None  # the row that it stands in, for errors
+    place: str | None = None  # its row, for errors
 
 
 def load_instances(source: str, key: str) -> list[Instance]:
-    """All rows of a source. Raises `UserError` for a row that is no instance."""
+    """All rows of a source. Raises `UserError` for a row that is not an instance."""
     return [_instance(row.values, row.place, key, source) for row in read_rows(source, key)]
 
 
@@ -70,20 +70,20 @@ def _instance(row: dict[str, Any], place: str, key: str, source: str) -> Instanc
 
 
 def _contents(files: Any) -> dict[str, str] | None:
-    """Path -> text. In a csv file it is JSON; a parquet file has a field for the paths of all rows, null in
-    the others.
+    """Path -> text. In a csv file it is JSON; in a parquet file every row has the paths of all rows, null if
+    not its own.
     """
     found = json.loads(files) if isinstance(files, str) else files
     return None if found is None else {path: text for path, text in found.items() if text is not None}
 
 
 def official_image(instance_id: str) -> str:
-    """SWE-bench's own, on Docker Hub, whose names may not hold two underscores."""
+    """SWE-bench's own image on Docker Hub, whose names must not contain double underscores."""
     return f"docker.io/swebench/sweb.eval.x86_64.{instance_id.replace('__', '_1776_')}:latest".lower()
 
 
 def _names(value: Any, where: str) -> tuple[str, ...]:
-    """A list, or (as the hub has it) a list written as JSON."""
+    """A list, or (as on the hub) a list written as JSON."""
     try:
         names = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""Where an instance's repository lives while an agent works on it, or its tests are run: a sandbox here, or a
+"""Where an instance's repository lives while an agent works on it or its tests run: a sandbox here, or a
 container.
 
 Commands block their thread (each episode has one); `stop` ends a running one from another thread.
@@ -40,7 +40,7 @@ GIT = (
     "core.hooksPath=/dev/null",
 )
 MOST_READ = 50_000_000  # characters of a file
-STEP = 64_000  # characters of base64 a command: a single argument of Linux's may not be longer than 128 kB
+STEP = 64_000  # characters of base64 per command: Linux limits a single argument to 128 kB
 NOTES = {
     "timeout": "stopped: it took longer than {0.wall_s:g} s",
     "memory": "stopped: it used more than {0.memory_mb} MB",
@@ -53,14 +53,14 @@ NOTES = {
 class Place(Protocol):
     """A repository at its base commit; single use."""
 
-    directory: str  # where it is, from the inside
+    directory: str  # its path as seen from inside
 
     def run(self, command: str, wall_s: float | None = None) -> Outcome:
         """One bash command in the repository. Only files outlive it."""
         ...
 
     def read(self, name: str) -> str | None:
-        """A file of the repository as text; None if there is none, or it is no plain file."""
+        """A file of the repository as text; None if it is missing or not a plain file."""
         ...
 
     def stop(self) -> None:
@@ -71,8 +71,8 @@ class Place(Protocol):
 
 
 class LocalPlace:
-    """Behind bubblewrap's walls, the repository on disk at /workspace. `slots` bounds the commands that run
-    at once.
+    """A bubblewrap sandbox with the repository on disk at /workspace. `slots` bounds the commands that run at
+    once.
     """
 
     def __init__(
@@ -154,10 +154,10 @@ def _check_out(instance: Instance, path: Path) -> None:
 
 
 class ContainerPlace:
-    """A container of the instance's image without network or capabilities, by mini-SWE-agent's own Docker
+    """A container of the instance's image without network or capabilities, run by mini-SWE-agent's own Docker
     environment.
 
-    `executable` is docker or podman. Not yet run: no machine of ours has either.
+    `executable` is docker or podman. Not yet run: none of our machines has either.
     """
 
     directory = "/testbed"
@@ -206,7 +206,7 @@ class ContainerPlace:
         began = time.monotonic()
         try:
             found = self._environment.execute({"command": command}, timeout=int(wall_s or self.limits.wall_s))
-        except Submitted as submitted:  # it looks for the magic line itself; whoever called does that, too
+        except Submitted as submitted:  # it looks for the magic line itself; so does our caller
             extra = submitted.messages[0]["extra"]
             found = {
                 "output": f"COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT\n{extra['submission']}",
@@ -229,14 +229,14 @@ class ContainerPlace:
 
 
 def write(place: Place, path: str, text: str) -> None:
-    """Put a file into a repository, whatever is in it. `path` is a name of ours."""
+    """Put a file into a repository, whatever its content. `path` must be safe in a shell."""
     data = base64.b64encode(text.encode(errors="replace")).decode()
     for i in range(0, max(1, len(data)), STEP):
         place.run(f"printf %s '{data[i : i + STEP]}' | base64 -d {'>>' if i else '>'} {path}")
 
 
 def shown(outcome: Outcome, limits: Limits) -> str:
-    """What a command printed, and why it was stopped if it was."""
+    """A command's output, and the reason if it was stopped."""
     if outcome.reason == "exit":
         return outcome.output
     return f"{outcome.output.rstrip()}\n{NOTES[outcome.reason].format(limits)}\n".lstrip("\n")

@@ -1,4 +1,4 @@
-"""The swe task: a coding agent mends a repository with bash, until it submits a patch."""
+"""The swe task: a coding agent fixes a repository with bash, until it submits a patch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fopd_cli.tasks.swe.places import ContainerPlace, LocalPlace, Place
 
 
 class Swe:
-    """`train` and `eval` are jsonl files or hub datasets in SWE-bench's columns; without them, small
-    repositories of ours.
+    """`train` and `eval` are jsonl files or hub datasets with SWE-bench's columns; without them, small
+    generated repositories.
     """
 
     @takes("swe", SweTask)
@@ -60,7 +60,7 @@ class Swe:
         return [self._prompt(i, made) for i, made in enumerate(self.instances(split))]
 
     def instances(self, split: Literal["train", "eval"]) -> list[Instance]:
-        """Of a split; what is held out is not trained on."""
+        """Instances of a split; held-out ones are not trained on."""
         options = self.options
         train, own = options.train, options.eval
         if train is None:
@@ -94,7 +94,7 @@ class Swe:
         return [found[i] for i in chosen]
 
     def grade(self, prompt: Prompt, response: str) -> Grade:
-        """Of the submitted patch. An agent that never submitted has none."""
+        """Grade the submitted patch. An agent that never submitted has none."""
         instance: Instance = prompt.payload["instance"]
         if self.options.grader == "swebench":
             assert self.options.eval is not None
@@ -116,7 +116,7 @@ class Swe:
         """A fresh checkout."""
         if self.options.sandbox in ("docker", "podman"):
             return ContainerPlace(instance, self.limits, self.options.sandbox)
-        if self._slots is None:  # one a process: a task is built in several, and a semaphore does not travel
+        if self._slots is None:  # one per process: tasks are built in several, and a semaphore cannot be sent
             self._slots = threading.Semaphore(max(4, os.cpu_count() or 1))
         return LocalPlace(instance, self.limits, self._slots, self.options.sandbox == "bubblewrap")
 
