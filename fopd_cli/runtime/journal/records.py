@@ -54,6 +54,7 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
         "lr": report.lr,
         "skipped": report.skipped,
         "response_length": float(s.length.mean()),
+        "length_deciles": [float(q) for q in np.quantile(s.length, np.linspace(0, 1, 11))],
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         "versions_per_rollout": float(np.mean([len(r.spans) for r in rollouts])),
         **stale_kv(rollouts),

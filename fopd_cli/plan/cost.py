@@ -1,0 +1,109 @@
+"""Seconds of each action, for an engine that has its devices (or all cores) to itself. By arithmetic here, as
+in `runtime/time_model.py`; `calibrate.py` replaces what a run has measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fopd_cli.engines.registry import engine_of
+from fopd_cli.plan.hardware import Hardware
+from fopd_cli.plan.lengths import Lengths
+from fopd_cli.recipe import Recipe
+from fopd_cli.runtime.memory.model import Models, total, workers
+from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.time_model import learner_flops
+
+
+@dataclass(frozen=True)
+class Call:
+    """Seconds of one call, and more for each token in it. Several ranks share the tokens."""
+
+    call: float
+    token: float
+
+    def seconds(self, tokens: float) -> float:
+        return self.call + self.token * tokens
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A sampler replica: seconds of a pass, more for each running row; of a prompt's token; of new weights.
+    `rows` is how many run at once, at most.
+    """
+
+    step: float
+    row: float
+    prompt_token: float
+    load: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of all roles, in seconds. `measured` names what a run has measured; the rest is arithmetic."""
+
+    decoding: Decoding
+    scoring: tuple[Call, ...]  # by teacher, without its delay
+    training: Call
+    publish: float
+    measuring: Call
+    grade: float = 0.0  # of a sample
+    bookkeeping: float = 0.0  # of the conductor, for each optimizer step
+    tools: float = 0.0  # of an episode
+    turn: float = 0.0  # from one role's turn to the next, where they take turns
+    save: float = 0.0  # of a checkpoint
+    spread: float = 1.0  # with a share s of the cores, work is done at the rate s ** spread
+    measured: frozenset[str] = frozenset()
+
+
+def by_arithmetic(
+    recipe: Recipe, plan: Plan, models: Models, hardware: Hardware, responses: Lengths, prompts: Lengths
+) -> Costs:
+    """Nothing measured."""
+    s, rates, size = models.student, hardware.rates, 4 if hardware.cpu else 2
+    launch = hardware.launch
+    found = workers(recipe, plan, models, hardware.nbytes)
+    split = max(1, len(plan.samplers[0].devices))
+    reading = split * rates.bandwidth * rates.reading
+    here = next((w.use for w in found if w.spec == plan.samplers[0]), None)
+    rows = recipe.sampler.concurrency
+    if here is not None and here.rows:  # as many as its cache holds at half their full length
+        rows = min(rows, max(1, int(2 * here.rows)))
+    judged = split * rates.flops * rates.judging
+    sent = models.trainable if recipe.student.lora and recipe.student.lora.publish == "adapter" else None
+    moved = size * (s.parameters if sent is None else sent) / rates.host
+    decoding = Decoding(
+        step=size * s.parameters / reading + s.layers * launch,
+        row=size * s.kv * (prompts.mean + responses.context) / reading,
+        prompt_token=2 * s.active / judged,
+        load=moved,
+        rows=rows,
+    )
+    scoring = []
+    for section in recipe.teachers:
+        if engine_of(section).remote:  # nothing is known of a server
+            scoring.append(Call(0.0, 0.0))
+            continue
+        t = models.teachers[section.name]
+        split = engine_of(section).devices(section)
+        scoring.append(Call(t.layers * launch, 2 * t.active / (split * rates.flops * rates.judging)))
+    train = learner_flops(recipe, models, 1) / (rates.flops * rates.training)
+    return Costs(
+        decoding,
+        tuple(scoring),
+        Call(3 * s.layers * launch, train),
+        publish=moved,
+        measuring=Call(s.layers * launch, train / 3),
+        turn=_turn(plan, found, rates.host),
+    )
+
+
+def _turn(plan: Plan, found: list, host: float) -> float:  # type: ignore[type-arg]
+    """Seconds to put a role to sleep and wake another: what each keeps in main memory meanwhile crosses the
+    bus. The mean over roles.
+    """
+    if not plan.exclusive:
+        return 0.0
+    moved = [total(w.use.host_asleep) for w in found if w.spec.devices]
+    return 2 * sum(moved) / max(1, len(moved)) / host
