@@ -104,6 +104,58 @@ def new(
     typer.echo(f"{path}: ready; next: fopd run {path}")
 
 
+@app.command("plan")
+def plan_command(
+    recipe: RecipeArgument,
+    devices: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, max=1024, help="How many; 0: the CPU. Default: this machine's."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="h100, h200, a100, l40s, rtx4090, ...; default: h100, or this machine's."),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", min=1, help="Of each device; default: what NAME has.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEAN,MAX|FILE",
+            help="Tokens of the responses: log-normal, a file of numbers, or a run directory. Default: those "
+            "of --from, else half of sampler.max_new_tokens.",
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="A run whose measured seconds replace the arithmetic."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="P", min=0, help="Of one device for an hour.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """What a run would take on some devices: memory, seconds, lag, hours, cost, and the best split.
+
+    The real schedule is driven on a virtual clock. No device is needed, and nothing is downloaded but the
+    models' configurations.
+    """
+    from fopd_cli.plan import page
+    from fopd_cli.plan.command import plan
+    from fopd_cli.plan.split import best
+    from fopd_cli.recipe import load_recipe
+
+    found, chosen = plan(load_recipe(recipe, set_ or ()), devices, device, memory, lengths, from_)
+    if chosen is not None:
+        typer.echo(chosen, err=True)
+    if json_:
+        typer.echo(json.dumps(page.plain(found, best(found), price), indent=1))
+        return
+    for text in page.text(found, best(found), price):
+        typer.echo(text)
+
+
 @app.command()
 def run(
     recipe: MaybeRecipe = None,

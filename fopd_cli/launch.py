@@ -15,9 +15,11 @@ from fopd_cli import doctor
 from fopd_cli.engines.models.downloads import obtain
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, load_inputs, with_engines
+from fopd_cli.plan.command import before_a_run
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
 from fopd_cli.runtime.build import sampler_dtype
 from fopd_cli.runtime.conductor import Conductor
+from fopd_cli.runtime.crew import cores
 from fopd_cli.runtime.crew.processes import Processes
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_synced
 from fopd_cli.runtime.journal.journal import Journal
@@ -25,6 +27,7 @@ from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.saving import Saver
 from fopd_cli.runtime.journal.sinks import Changes, Resume, Telemetry
 from fopd_cli.runtime.journal.trackers import Subject, open_trackers
+from fopd_cli.runtime.placement import to_plain
 from fopd_cli.runtime.placing import placed
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
@@ -36,6 +39,7 @@ def run(recipe: Recipe, path: Path) -> dict[str, Any]:
     inputs = check(recipe, path)
     run_dir = RunDir.create(path, recipe)
     say(f"recipe: {run_dir.recipe}")
+    say(before_a_run(inputs))
     return _Run(inputs, run_dir).train()
 
 
@@ -181,6 +185,8 @@ class _Run:
     def _open_sinks(self, resume: Resume | None, changed: Changes) -> Telemetry:
         if resume is not None:
             self.run_dir.take_up(self.recipe, resume, changed)
+        where = {"cores": cores.here(), "plan": to_plain(self.state.inputs.plan)}
+        self.run_dir.placement.write_text(json.dumps(where) + "\n", encoding="utf-8")
         track = self.recipe.track
         subject = Subject(self.run_dir.path, self.recipe.model_dump(mode="json"))
         trackers = open_trackers(track, subject, self.journal.say)

@@ -41,19 +41,22 @@ def places(plan: Plan, remote: Collection[int] = ()) -> dict[Engine, Place]:
 
 @dataclass(frozen=True)
 class Contention:
-    """The rate of each working engine, where 1 is alone on its devices, or alone with all cores.
+    """The rate of each working engine, where 1 is alone on its devices, or alone on the machine.
 
-    Devices that several use at once are shared equally. On a CPU a share s of the cores works at the rate
-    s ** spread: at 0, threads help nothing, at 1, twice the cores are twice as fast.
+    Devices that several use at once are shared equally. On a CPU an engine whose threads are 1/c of those that
+    run works at the rate c ** -spread: at 1, cores are divided and nothing is lost; less where threads help
+    little, as with small models, more than 0 where cores share caches. More threads than cores take turns.
     """
 
     places: Mapping[Engine, Place]
     cores: int
     spread: float = 1.0
 
-    def rates(self, working: Collection[Engine], asleep: Collection[Engine] = ()) -> dict[Engine, float]:
+    def rates(
+        self, working: Collection[Engine], asleep: Collection[Engine] = (), others: int = 0
+    ) -> dict[Engine, float]:
         """`asleep` are those of the working ones that wait inside a call: they keep their share of cores that
-        are divided by need, and use none.
+        are divided by need, and use none. `others`: threads that run beside the engines.
         """
         known = {e: self.places[e] for e in working if e in self.places}
         on_cpu = {e: p for e, p in known.items() if not p.devices and not p.remote}
@@ -62,7 +65,8 @@ class Contention:
             e: p.processes * (max(1.0, self.cores / claims) if p.threads is None else p.threads)
             for e, p in on_cpu.items()
         }
-        used = sum(n for e, n in threads.items() if e not in asleep)
+        used = others + sum(n for e, n in threads.items() if e not in asleep or on_cpu[e].threads is None)
+        running = others + sum(n for e, n in threads.items() if e not in asleep)
         found = {}
         for engine, place in known.items():
             if place.remote:
@@ -71,6 +75,6 @@ class Contention:
                 sharers = (sum(d in p.devices for p in known.values()) for d in place.devices)
                 found[engine] = 1 / max(sharers)
             else:
-                share = min(1.0, threads[engine] / self.cores)
-                found[engine] = share**self.spread * min(1.0, self.cores / max(used, 1e-9))
+                crowd = max(1.0, min(used / threads[engine], self.cores))
+                found[engine] = crowd**-self.spread * min(1.0, self.cores / max(running, 1e-9))
         return found

@@ -4,15 +4,19 @@ in `runtime/time_model.py`; `calibrate.py` replaces what a run has measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fopd_cli.engines.registry import engine_of
 from fopd_cli.plan.hardware import Hardware
 from fopd_cli.plan.lengths import Lengths
 from fopd_cli.recipe import Recipe
-from fopd_cli.runtime.memory.model import Models, total, workers
+from fopd_cli.runtime.memory.model import Models, Worker, total, workers
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.time_model import learner_flops
+
+NO_GRAPHS = 10  # times as long to start a layer's kernels one by one as from a graph; an estimate
+BOOKKEEPING, MESSAGE = 5e-3, 5e-4  # seconds, as seen with batches of 64 on a CPU; estimates
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,12 @@ class Costs:
     publish: float
     measuring: Call
     grade: float = 0.0  # of a sample
-    bookkeeping: float = 0.0  # of the conductor, for each optimizer step
+    bookkeeping: float = BOOKKEEPING  # of the conductor, for each optimizer step
+    message: float = MESSAGE  # of the conductor, for each answer that it gets
     tools: float = 0.0  # of an episode
     turn: float = 0.0  # from one role's turn to the next, where they take turns
     save: float = 0.0  # of a checkpoint
-    spread: float = 1.0  # with a share s of the cores, work is done at the rate s ** spread
+    spread: float = 1.0  # how much engines on a CPU slow each other down
     measured: frozenset[str] = frozenset()
 
 
@@ -71,10 +76,11 @@ def by_arithmetic(
     if here is not None and here.rows:  # as many as its cache holds at half their full length
         rows = min(rows, max(1, int(2 * here.rows)))
     judged = split * rates.flops * rates.judging
+    graphs = hardware.cpu or engine_of(recipe.sampler).claims
     sent = models.trainable if recipe.student.lora and recipe.student.lora.publish == "adapter" else None
     moved = size * (s.parameters if sent is None else sent) / rates.host
     decoding = Decoding(
-        step=size * s.parameters / reading + s.layers * launch,
+        step=size * s.parameters / reading + s.layers * launch * (1 if graphs else NO_GRAPHS),
         row=size * s.kv * (prompts.mean + responses.context) / reading,
         prompt_token=2 * s.active / judged,
         load=moved,
@@ -99,7 +105,7 @@ def by_arithmetic(
     )
 
 
-def _turn(plan: Plan, found: list, host: float) -> float:  # type: ignore[type-arg]
+def _turn(plan: Plan, found: Sequence[Worker], host: float) -> float:
     """Seconds to put a role to sleep and wake another: what each keeps in main memory meanwhile crosses the
     bus. The mean over roles.
     """

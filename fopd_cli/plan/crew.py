@@ -81,12 +81,14 @@ class _Row:
 
 
 class _Sampler:
-    """A replica. Responses end on a grid of `grid` tokens, so that several end in one moment."""
+    """A replica. Responses end on a grid of `grid` tokens, so that several end in one moment. Where one
+    simulated request stands for more than run at once, they run in so many `waves`.
+    """
 
     asleep = False
 
-    def __init__(self, costs: Decoding, many: int, grid: int) -> None:
-        self.costs, self.many, self.grid = costs, many, grid
+    def __init__(self, costs: Decoding, many: int, waves: float, grid: int) -> None:
+        self.costs, self.many, self.waves, self.grid = costs, many, waves, grid
         self.stops = _InTurn()  # prompts and new weights, before the next pass
         self.rows: list[_Row] = []  # a heap
         self.queue: deque[m.Sampled] = deque()
@@ -125,7 +127,7 @@ class _Sampler:
             heapq.heappush(self.rows, row)
 
     def _a_pass(self) -> float:
-        return self.costs.step + self.costs.row * self.many * len(self.rows)
+        return self.waves * self.costs.step + self.costs.row * self.many * len(self.rows)
 
     def left(self, rate: float) -> float:
         if self.stops.busy:
@@ -135,7 +137,8 @@ class _Sampler:
     def pass_time(self, seconds: float, rate: float) -> Sequence[m.Answer]:
         if self.stops.busy:
             return self.stops.pass_time(seconds, rate)
-        self.sampled += seconds * rate / max(self._a_pass(), NOTHING)
+        took = self._a_pass()
+        self.sampled = self.sampled + seconds * rate / took if took > NOTHING else self.rows[0].end
         found = []
         while self.rows and self.rows[0].end <= self.sampled + 1e-6:
             found.append(heapq.heappop(self.rows).answer)
@@ -157,6 +160,7 @@ class Shared(Virtual):
         delays: Sequence[float],
         recompute: bool,
         many: int,
+        waves: float,
         grid: int,
         steps: int,
     ) -> None:
@@ -164,7 +168,7 @@ class Shared(Virtual):
         self.prices, self.contention, self.delays = costs, contention, delays
         self.recompute, self.many, self.steps = recompute, many, steps
         self._at: dict[Engine, _InTurn | _Sampler] = {
-            engine: _Sampler(costs.decoding, many, grid) if engine.role == "sampler" else _InTurn()
+            engine: _Sampler(costs.decoding, many, waves, grid) if engine.role == "sampler" else _InTurn()
             for engine in contention.places
         }
         self._at[Engine("grader")] = _InTurn()
@@ -225,22 +229,24 @@ class Shared(Virtual):
         """All events of the next moment. The conductor's own work follows, in which engines go on."""
         while not self._events or self._events[0][0] > self.now:
             self._advance(math.inf)
-        steps = 0
+        work = 0.0
         for engine, event in self._happened():
             yield engine, event
+            work += self.many * self.prices.message
             if isinstance(event, m.Trained):
-                steps += 1
+                work += self.prices.bookkeeping
                 self.marks.append((self.now, dict(self.busy)))
                 if len(self.marks) == self.steps:
                     raise Enough
-        until = self.now + steps * self.prices.bookkeeping
+        until = self.now + work
         while self.now < until:
-            self._advance(until)
+            self._advance(until, others=1)
 
-    def _advance(self, until: float) -> None:
-        """To the next moment at which anything changes, or to `until`."""
+    def _advance(self, until: float, others: int = 0) -> None:
+        """To the next moment at which anything changes, or to `until`. `others`: threads of the conductor."""
         working = {e: place for e, place in self._at.items() if place.busy}
-        rates = self.contention.rates(working, [e for e, place in working.items() if place.asleep])
+        asleep = [e for e, place in working.items() if place.asleep]
+        rates = self.contention.rates(working, asleep, others)
         left = {e: place.left(rates.get(e, 1.0)) for e, place in working.items()}
         soonest = self._events[0][0] if self._events and self._events[0][0] > self.now else math.inf
         end = min(until, soonest, self.now + min(left.values(), default=math.inf))

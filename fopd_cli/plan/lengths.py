@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from fopd_cli import paths
 from fopd_cli.errors import UserError
 
 POINTS = 400  # of a distribution
+GOLDEN = (math.sqrt(5) - 1) / 2
 RARELY = 0.999  # the share of guessed lengths that is under the largest
 
 
@@ -41,8 +41,11 @@ class Lengths:
         """Tokens of a response that lie before one of its tokens, on average over all tokens."""
         return sum(v * v for v in self.values) / (2 * sum(self.values))
 
-    def draw(self, seed: int) -> int:
-        return self.values[int(random.Random(seed).random() * len(self.values))]
+    def nth(self, number: int) -> int:
+        """The length of a sample: any few in a row are spread over the whole distribution, so that a short
+        simulation has its mean.
+        """
+        return self.values[int(number * GOLDEN % 1 * len(self.values))]
 
     def at_most(self, tokens: int) -> Lengths:
         """Longer ones are cut off."""
@@ -122,13 +125,17 @@ def of_run(path: Path) -> Lengths | None:
 
 
 def of_steps(steps: Iterable[dict[str, Any]], source: str) -> Lengths | None:
-    """The same from its records: deciles of each step, or their means where a run has no deciles."""
-    points = (np.arange(20) + 0.5) / 20
-    found: list[float] = []
+    """The same from its records: quantiles of each step, or their means where a run has no quantiles."""
+    points = (np.arange(40) + 0.5) / 40
+    found: list[np.ndarray] = []
     for record in steps:
-        deciles = record.get("length_deciles") or [record["response_length"]]
-        found += np.interp(points, np.linspace(0, 1, len(deciles)), deciles).tolist()
-    return spread([max(1, round(v)) for v in found], source) if found else None
+        mean = float(record["response_length"])
+        quantiles = record.get("length_quantiles") or [mean]
+        drawn = np.interp(points, np.linspace(0, 1, len(quantiles)), quantiles)
+        found.append(drawn * mean / max(1e-9, drawn.mean()))  # between quantiles, a tail is no straight line
+    if not found:
+        return None
+    return spread([max(1, round(v)) for v in np.concatenate(found).tolist()], source)
 
 
 def spread(found: Sequence[int], source: str) -> Lengths:

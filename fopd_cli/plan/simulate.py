@@ -36,7 +36,8 @@ from fopd_cli.runtime.state import State
 from fopd_cli.samples import Prompt, Request, TargetSpec
 
 MEASURED = 12  # optimizer steps
-MOST_SAMPLES = 1000  # under way at once; beyond that, each simulated one stands for several
+MOST_SAMPLES = 320  # under way at once; beyond that, each simulated one stands for several
+MOST_BEGUN = 24  # steps that are simulated before any is timed
 PROMPTS = 512
 ROOMY_GB = 1e6
 GRID = 24  # moments in a mean response at which responses may end
@@ -82,11 +83,11 @@ def simulate(
     """`measured` steps are timed, after as many as fill the pipeline. `here`: teacher targets have what this
     machine's main memory gives them; elsewhere, whatever they need.
     """
-    recipe, many = _simulated(recipe, here)
+    before, (recipe, many) = recipe, _simulated(recipe, here)
     inputs = _inputs(recipe, plan, models, prompts)
     state, records = State(inputs), Recorded()
     remote = [i for i, t in enumerate(recipe.teachers) if engine_of(t).remote]
-    begun = min(recipe.max_lag + 3, max(1, recipe.learner.steps - 1))
+    begun = max(1, min(recipe.max_lag + 3, MOST_BEGUN, recipe.learner.steps - 1))
     crew = Shared(
         Pretend(_sampled(responses)),
         costs,
@@ -94,6 +95,7 @@ def simulate(
         delays=[t.delay_ms / 1000 for t in recipe.teachers],
         recompute=recipe.schedule.inflight == "keep",
         many=many,
+        waves=max(1.0, many / before.sampler.concurrency),
         grid=max(1, round(responses.mean / GRID)),
         steps=begun + measured,
     )
@@ -102,7 +104,7 @@ def simulate(
         contextlib.suppress(Enough),
     ):
         Conductor(state, crew, journal, Unsaved(), Signals(journal.say)).run()
-    return _outcome(crew, records, begun, many * recipe.learner.batch_samples)
+    return _outcome(crew, records, begun, before.learner.batch_samples)
 
 
 def _simulated(recipe: Recipe, here: bool) -> tuple[Recipe, int]:
@@ -115,11 +117,11 @@ def _simulated(recipe: Recipe, here: bool) -> tuple[Recipe, int]:
     for t in recipe.teachers:
         room = t.buffer_gb / many if t.buffer_gb is not None else None if here and many == 1 else ROOMY_GB
         update = {"context": None, "template": "student", "buffer_gb": room}
-        teachers.append(t.model_copy(update={**update, "batch_samples": max(1, t.batch_samples // many)}))
+        teachers.append(t.model_copy(update={**update, "batch_samples": -(-t.batch_samples // many)}))
     sampler, learner = recipe.sampler, recipe.learner
     found = {
         "teachers": tuple(teachers),
-        "sampler": sampler.model_copy(update={"concurrency": max(1, sampler.concurrency // many)}),
+        "sampler": sampler.model_copy(update={"concurrency": -(-sampler.concurrency // many)}),
         "learner": learner.model_copy(update={"batch_samples": max(1, learner.batch_samples // many)}),
     }
     return recipe.model_copy(update=found), many
@@ -152,10 +154,10 @@ def _outcome(crew: Shared, records: Recorded, begun: int, samples: int) -> Outco
 
 
 def _sampled(responses: Lengths) -> Any:
-    """The length of each response, from its request's seed."""
+    """The length of each response."""
 
     def length(request: Request) -> int:
-        return min(responses.draw(request.seed), request.params.max_new_tokens)
+        return min(responses.nth(request.key), request.params.max_new_tokens)
 
     return length
 
@@ -165,7 +167,7 @@ class _Task:
 
     def __init__(self, lengths: Lengths, teachers: Sequence[str]) -> None:
         names = [teachers[i % len(teachers)] for i in range(PROMPTS)]
-        self._prompts = [Prompt(i, text=str(lengths.draw(i)), teacher=name) for i, name in enumerate(names)]
+        self._prompts = [Prompt(i, text=str(lengths.nth(i)), teacher=name) for i, name in enumerate(names)]
 
     def prompts(self, split: str) -> Sequence[Prompt]:
         return self._prompts if split == "train" else []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fopd_cli.runtime.journal.totals import Totals
     from fopd_cli.runtime.scheduling.schedule import Schedule
 
+QUANTILES = np.linspace(0, 1, 21)  # of response lengths: fopd plan draws from them
 MANY_TRUNCATED = 0.5  # share of responses
 
 
@@ -54,7 +55,7 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
         "lr": report.lr,
         "skipped": report.skipped,
         "response_length": float(s.length.mean()),
-        "length_deciles": [float(q) for q in np.quantile(s.length, np.linspace(0, 1, 11))],
+        "length_quantiles": np.quantile(s.length, QUANTILES).round(1).tolist(),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         "versions_per_rollout": float(np.mean([len(r.spans) for r in rollouts])),
         **stale_kv(rollouts),
