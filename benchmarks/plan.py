@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Is a plan right? Real runs on a CPU against what `fopd plan --from` says of them, calibrated by one of them.
+"""Is a plan right? Real runs on a CPU against what `fopd plan --from` says of them, calibrated by the first.
 
     python benchmarks/plan.py [--steps 30] [--repeats 3] [--only NAME ...]
 
@@ -95,7 +95,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="cells whose names contain one of these, and the first")
-    parser.add_argument("--keep", type=Path, help="keep the runs there; those that are there are not done again")
+    parser.add_argument(
+        "--keep", type=Path, help="keep the runs there; those that are there are not done again"
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from fopd_cli.plan.split import LAG_KEY

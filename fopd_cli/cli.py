@@ -113,7 +113,9 @@ def plan_command(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="h100, h200, a100, l40s, rtx4090, ...; default: h100, or this machine's."),
+        typer.Option(
+            metavar="NAME", help="h100, h200, a100, l40s, rtx4090, ...; default: h100, or this machine's."
+        ),
     ] = None,
     memory: Annotated[
         float | None, typer.Option(metavar="GB", min=1, help="Of each device; default: what NAME has.")

@@ -17,7 +17,12 @@ from fopd_cli.samples import Request, Rollout, Sample, SampleStats, StepReport, 
 
 
 class Sampler(Protocol):
-    """The student, generating. Requests may be added while others run; finished ones leave at once."""
+    """The student, generating. Requests may be added while others run; finished ones leave at once.
+
+    `joins`: how often requests have joined running ones in a pass of their own.
+    """
+
+    joins: int
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue generations."""

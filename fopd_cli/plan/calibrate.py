@@ -31,7 +31,7 @@ from fopd_cli.runtime.journal.trace import read_trace
 from fopd_cli.runtime.placement import Plan, from_plain
 
 COMPUTING = ("generate", "score", "train", "publish", "measure")
-NEAR = 1e-3  # how much a fitted line is held to the arithmetic's
+NEAR = 1e-4  # how much a fitted line is held to the arithmetic's
 SPREADS = (0.5, 1.0, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0)  # the first, where a run cannot tell
 TELLS = 0.9  # a spread is another if it explains the spans so much better
 EARLY = 0.25  # the quantile of a gap that holds no waiting
@@ -188,9 +188,7 @@ class _Measured:
     off: float
 
 
-def measured(
-    found: Sequence[Span], guess: Costs, plan: Plan, delays: Sequence[float], cores: int
-) -> Costs:
+def measured(found: Sequence[Span], guess: Costs, plan: Plan, delays: Sequence[float], cores: int) -> Costs:
     """The costs that explain a run's spans best; `guess` is the arithmetic for that run."""
     remote = [i for i, costs in enumerate(guess.scoring) if costs == Call(0.0, 0.0)]
     best: _Measured | None = None
@@ -210,10 +208,10 @@ def _lines(found: Sequence[Span], guess: Costs, plan: Plan) -> _Measured:
     costs, far, known = guess, [], set()
     d = guess.decoding
     if sampled := [s for s in kinds["generate"] if s.args.get("passes")]:
-        names = ("passes", "rows", "prompt_tokens")
-        line = _Line(sampled, lambda s: [s.args[n] for n in names], [d.step, d.row, d.prompt_token])
-        step, row, prompt = line.found.tolist()
-        costs = replace(costs, decoding=replace(d, step=step, row=row, prompt_token=prompt))
+        names = ("passes", "rows", "prompt_tokens", "joins")
+        line = _Line(sampled, lambda s: [s.args.get(n, 0) for n in names], _parts(d))
+        step, row, prompt, join = line.found.tolist()
+        costs = replace(costs, decoding=replace(d, step=step, row=row, prompt_token=prompt, join=join))
         far.append(line.off)
         known.add("sampler")
     scoring = list(guess.scoring)
@@ -243,6 +241,10 @@ def _lines(found: Sequence[Span], guess: Costs, plan: Plan) -> _Measured:
         measured=frozenset({*known, "learner"}),
     )
     return _Measured(costs, fmean(far))
+
+
+def _parts(d: Decoding) -> list[float]:
+    return [d.step, d.row, d.prompt_token, d.join]
 
 
 class _Line:
@@ -289,10 +291,14 @@ def carried_over(run: Costs, guess: Costs, target: Costs) -> Costs:
         return Call(one(m.call, g.call, t.call), one(m.token, g.token, t.token))
 
     def decoding(m: Decoding, g: Decoding, t: Decoding) -> Decoding:
-        parts = {
-            k: one(getattr(m, k), getattr(g, k), getattr(t, k)) for k in ("step", "row", "prompt_token", "load")
-        }
-        return replace(t, **parts)
+        return replace(
+            t,
+            step=one(m.step, g.step, t.step),
+            row=one(m.row, g.row, t.row),
+            prompt_token=one(m.prompt_token, g.prompt_token, t.prompt_token),
+            load=one(m.load, g.load, t.load),
+            join=one(m.join, g.join, t.join),
+        )
 
     same = len(run.scoring) == len(target.scoring)
     return replace(

@@ -45,7 +45,7 @@ def plan(
         responses = known.responses.at_most(recipe.sampler.max_new_tokens)
     else:
         responses = guessed(recipe)
-    here = device is None and devices is None and gigabytes is None
+    here = there.cpu or (device is None and devices is None and gigabytes is None)
     models = models_of(recipe, prompts.lengths.most)
     return forecast(recipe, Setting(there, models, responses, prompts, known, here)), chosen
 

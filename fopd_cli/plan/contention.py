@@ -43,9 +43,10 @@ def places(plan: Plan, remote: Collection[int] = ()) -> dict[Engine, Place]:
 class Contention:
     """The rate of each working engine, where 1 is alone on its devices, or alone on the machine.
 
-    Devices that several use at once are shared equally. On a CPU an engine whose threads are 1/c of those that
-    run works at the rate c ** -spread: at 1, cores are divided and nothing is lost; less where threads help
-    little, as with small models, more than 0 where cores share caches. More threads than cores take turns.
+    Devices that several use at once are shared equally. On a CPU an engine whose threads are 1/c of those
+    that run works at the rate c ** -spread: 1 where cores are divided and each is worth the same, 0 where
+    neighbours do not matter, and in between with small models, whom a second thread helps little, and with
+    cores that share caches. More threads than cores take turns.
     """
 
     places: Mapping[Engine, Place]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fopd_cli.engines.registry import engine_of
+from fopd_cli.engines.registry import engine_of, sampler_facts
 from fopd_cli.plan.hardware import Hardware
 from fopd_cli.plan.lengths import Lengths
 from fopd_cli.recipe import Recipe
@@ -16,6 +16,7 @@ from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.time_model import learner_flops
 
 NO_GRAPHS = 10  # times as long to start a layer's kernels one by one as from a graph; an estimate
+JOIN = 2.5  # passes: one, and copies of keys and values; as seen with small models on a CPU, an estimate
 BOOKKEEPING, MESSAGE = 5e-3, 5e-4  # seconds, as seen with batches of 64 on a CPU; estimates
 
 
@@ -32,8 +33,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A sampler replica: seconds of a pass, more for each running row; of a prompt's token; of new weights.
-    `rows` is how many run at once, at most.
+    """A sampler replica: seconds of a pass, more for each running row; of a prompt's token; of new weights;
+    of requests that join running ones. `rows` run at once, at most; so many must be `free` for others to join.
     """
 
     step: float
@@ -41,6 +42,8 @@ class Decoding:
     prompt_token: float
     load: float
     rows: int
+    join: float = 0.0
+    free: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,16 @@ def by_arithmetic(
     graphs = hardware.cpu or engine_of(recipe.sampler).claims
     sent = models.trainable if recipe.student.lora and recipe.student.lora.publish == "adapter" else None
     moved = size * (s.parameters if sent is None else sent) / rates.host
+    a_pass = size * s.parameters / reading + s.layers * launch * (1 if graphs else NO_GRAPHS)
+    joins = sampler_facts(recipe.sampler).joins
     decoding = Decoding(
-        step=size * s.parameters / reading + s.layers * launch * (1 if graphs else NO_GRAPHS),
+        step=a_pass,
         row=size * s.kv * (prompts.mean + responses.context) / reading,
         prompt_token=2 * s.active / judged,
         load=moved,
         rows=rows,
+        join=JOIN * a_pass if joins else 0.0,
+        free=max(1, int(joins * recipe.sampler.concurrency)),
     )
     scoring = []
     for section in recipe.teachers:

@@ -25,7 +25,7 @@ from fopd_cli.samples import Rollout
 NOTHING = 1e-9  # seconds, or tokens
 
 
-class Enough(Exception):  # noqa: N818  not an error
+class Enough(Exception):
     """So many optimizer steps were asked for, and they are done."""
 
 
@@ -118,6 +118,10 @@ class _Sampler:
 
     def _fill(self) -> None:
         most = max(1, self.costs.rows // self.many)
+        if not self.queue or (self.rows and (most - len(self.rows)) * self.many < self.costs.free):
+            return
+        if self.rows and self.costs.join:
+            self.stops.jobs.append(_Job(self.costs.join, 0.0))
         while self.queue and len(self.rows) < most:
             answer = self.queue.popleft()
             (rollout,) = answer.rollouts
@@ -197,7 +201,9 @@ class Shared(Virtual):
             case m.ScoreCommand(rollouts):
                 share = self._share(engine, [len(r.judged.token_ids) for r in rollouts])
                 samples = math.ceil(len(rollouts) * self.many / self._ranks(engine))
-                return self._call(self.prices.scoring[engine.index], share), self.delays[engine.index] * samples
+                return self._call(self.prices.scoring[engine.index], share), self.delays[
+                    engine.index
+                ] * samples
             case m.TrainCommand(_, rollouts):
                 return self._call(self.prices.training, self._of(engine, rollouts)) + self.prices.publish, 0.0
             case m.MeasureCommand(rollouts):

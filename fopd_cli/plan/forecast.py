@@ -141,7 +141,9 @@ def fits(demands: list[memory.Demand], nbytes: int) -> bool:
     return all(d.nbytes <= (1 - SPARE + 0.01) * nbytes for d in demands)
 
 
-def forecast(recipe: Recipe, setting: Setting, plan: Plan | None = None, measured: int = MEASURED) -> Forecast:
+def forecast(
+    recipe: Recipe, setting: Setting, plan: Plan | None = None, measured: int = MEASURED
+) -> Forecast:
     """Raises `UserError` if the recipe cannot be placed."""
     plan = plan or setting.placed(recipe)
     costs = setting.costs(recipe, plan)

@@ -54,9 +54,13 @@ def chosen(name: str | None, count: int | None, gigabytes: float | None) -> Hard
     """The devices that the options name, or else those of this machine. Raises `UserError`."""
     if name is not None and name.lower() not in KNOWN:
         raise UserError(
-            f"--device: {name!r} is not known; there are {', '.join(KNOWN)} (for another one take the nearest, "
-            "with --memory)"
+            f"--device: {name!r} is not known; there are {', '.join(KNOWN)} (for another one take the "
+            "nearest and give --memory)"
         )
+    if count == 0:
+        if name is not None or gigabytes is not None:
+            raise UserError("--devices: 0 means this machine's CPU; leave out --device and --memory")
+        return cpu(len(os.sched_getaffinity(0)))
     if name is None and count is None and gigabytes is None:
         return here()
     rates, nbytes = KNOWN[(name or "h100").lower()]
@@ -103,59 +107,6 @@ def recognized(product: str) -> str | None:
         "rtx5090": {"5090"},
     }
     return next((key for key, mark in marks.items() if mark <= set(words)), None)
-
-
-def cpu(self) -> bool:
-        return self.count == 0
-
-
-def _gpu(name: str, tflops: float, tb_per_s: float, gb: int) -> tuple[Device, int]:
-    return Device(name, tflops * 1e12, tb_per_s * 1e12), gb * GB
-
-
-# Dense bf16, as the makers' data sheets have it.
-KNOWN: dict[str, tuple[Device, int]] = {
-    "h100": _gpu("H100 SXM", 989, 3.35, 80),
-    "h100-pcie": _gpu("H100 PCIe", 756, 2.0, 80),
-    "h200": _gpu("H200", 989, 4.8, 141),
-    "b200": _gpu("B200", 2250, 8.0, 180),
-    "a100": _gpu("A100 80 GB", 312, 2.04, 80),
-    "a100-40": _gpu("A100 40 GB", 312, 1.56, 40),
-    "a6000": _gpu("RTX A6000", 155, 0.77, 48),
-    "a10": _gpu("A10", 125, 0.6, 24),
-    "l40s": _gpu("L40S", 362, 0.86, 48),
-    "l4": _gpu("L4", 121, 0.3, 24),
-    "rtx4090": _gpu("RTX 4090", 165, 1.01, 24),
-    "rtx5090": _gpu("RTX 5090", 209, 1.79, 32),
-}
-
-
-def chosen(name: str | None, count: int | None, gigabytes: float | None) -> Hardware:
-    """The devices that the options name, or else those of this machine. Raises `UserError`."""
-    if name is not None and name.lower() not in KNOWN:
-        raise UserError(
-            f"--device: {name!r} is not known; there are {', '.join(KNOWN)} (for another one take the nearest, "
-            "with --memory)"
-        )
-    if name is None and count is None and gigabytes is None:
-        return here()
-    rates, nbytes = KNOWN[(name or "h100").lower()]
-    return Hardware(
-        rates.name,
-        1 if count is None else count,
-        rates,
-        nbytes if gigabytes is None else int(gigabytes * GB),
-        CUDA_LAUNCH,
-    )
-
-
-def here() -> Hardware:
-    """This machine's devices, or its CPU."""
-    count = visible.count()
-    if count == 0:
-        return cpu(len(os.sched_getaffinity(0)))
-    rates, nbytes = KNOWN["h100"]
-    return Hardware("unknown", count, rates, nbytes, CUDA_LAUNCH)
 
 
 def cpu(cores: int) -> Hardware:

@@ -21,8 +21,8 @@ def line(found: Forecast) -> str:
     o, r = found.outcome, found.recipe
     return (
         f"plan: about {readable(found.seconds)} for {r.learner.steps} steps ({_seconds(o.seconds)} a step, "
-        f"{o.tokens_per_second:,.0f} response tokens/s); most of it the {o.bottleneck}; lag {o.lag_mean:.1f}, "
-        f"at most {o.lag_max}; {_basis(found)}"
+        f"{o.tokens_per_second:,.0f} response tokens/s); the {o.bottleneck} is the bottleneck; lag "
+        f"{o.lag_mean:.1f}, at most {o.lag_max}; {_basis(found)}"
     )
 
 
@@ -136,8 +136,8 @@ def _assumptions(found: Forecast) -> Iterator[str]:
         yield "assumed: a CPU's rates; small models are far from them (--from a short run is)"
     if r.max_drift is not None and r.max_lag > 0:
         yield (
-            f"assumed: the student's drift lets sampling run {r.max_lag} steps ahead (freshness.max_drift may "
-            "hold it back)"
+            f"assumed: the student's drift lets sampling run {_steps(r.max_lag)} ahead "
+            "(freshness.max_drift may hold it back)"
         )
 
 
@@ -207,6 +207,10 @@ def _best(found: Forecast, best: Best, price: float | None) -> Iterator[str]:
     yield "  " + " ".join(f"--set {s}" for s in best.settings)
     if any(s.startswith(f"schedule.{LAG_KEY}=") for s in best.settings):
         yield "  what a lag costs in quality a plan cannot say: docs/staleness.md"
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _seconds(value: float) -> str:

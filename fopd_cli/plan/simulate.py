@@ -23,7 +23,6 @@ from fopd_cli.plan.crew import Enough, Shared
 from fopd_cli.plan.lengths import Lengths
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.conductor import Conductor
-from fopd_cli.runtime.crew.crew import Engine
 from fopd_cli.runtime.crew.pretend import Pretend
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.saving import Unsaved

@@ -45,9 +45,7 @@ def costs(sample: float, judge: float, learn: float, **other: Any) -> Costs:
 def outcome(
     tiny: Models, lag: int, found: Costs, *settings: str, lengths: Lengths = EVEN, devices: int = 3
 ) -> Outcome:
-    recipe = load_recipe(
-        ROOT / "recipes" / "quickstart.yaml", [*SMALL, f"schedule.depth={lag}", *settings]
-    )
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [*SMALL, f"schedule.depth={lag}", *settings])
     return simulate(recipe, place(recipe, devices), tiny, found, lengths, SHORT, cores=4)
 
 
@@ -143,11 +141,11 @@ def test_turns_cost_what_sleeping_and_waking_costs(tiny: Models) -> None:
 
 def test_uneven_lengths_cost_less_where_a_lag_lets_stragglers_be_overtaken(tiny: Models) -> None:
     uneven = log_normal(TOKENS, 10 * TOKENS, "long tail")
+    settings = ("sampler.max_new_tokens=400", "schedule.inflight=keep")
     longest, with_lag = (
-        outcome(tiny, lag, costs(4.0, 0.0, 0.5), "sampler.max_new_tokens=400", lengths=uneven).seconds
-        for lag in (0, 4)
+        outcome(tiny, lag, costs(4.0, 0.0, 0.5), *settings, lengths=uneven).seconds for lag in (0, 4)
     )
-    assert with_lag < 0.6 * longest
+    assert with_lag < 0.7 * longest
 
 
 # ---- who shares what ---------------------------------------------------------------------------------------
@@ -174,7 +172,7 @@ def test_cores_by_need_are_divided_among_those_that_compute() -> None:
 
 
 def test_fixed_threads_slow_each_other_down_only_where_cores_are_short() -> None:
-    found = Contention({LEARNER: at(1), teacher(0): at(1), sampler(0): at(1)}, 2)
+    found = Contention({LEARNER: at(1), teacher(0): at(1), sampler(0): at(1)}, 2, spread=0.0)
     alone = found.rates([LEARNER])[LEARNER]
     assert found.rates([LEARNER, sampler(0)])[LEARNER] == alone
     assert found.rates([LEARNER, sampler(0), teacher(0)])[LEARNER] == pytest.approx(alone * 2 / 3)

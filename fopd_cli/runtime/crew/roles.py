@@ -57,13 +57,15 @@ def _rest(engine: Sampler | Teacher | Learner, command: m.RestCommand) -> m.Asle
 
 @dataclass
 class _Work:
-    """What a sampler did in a span: decoding passes, the requests that ran in each, summed up, and tokens of
-    the prompts that it took on; `tokens` are those of the responses that ended in it.
+    """What a sampler did in a span: decoding passes, the requests that ran in each, summed up, how often
+    others joined them, and tokens of the prompts that it took on; `tokens` are those of the responses that
+    ended in it.
     """
 
     tokens: int = 0
     passes: int = 0
     rows: int = 0
+    joins: int = 0
     prompt_tokens: int = 0
 
 
@@ -102,7 +104,9 @@ class Sampling:
     def step(self) -> m.Sampled | None:
         """One token for every running request; returns what is finished, if anything."""
         self._began = self._began or time.time()
+        joins = self.engine.joins
         rollouts = self.engine.step()
+        self._work.joins += self.engine.joins - joins
         self._work.passes += 1
         self._work.rows += self._running
         self._work.tokens += sum(r.response_length for r in rollouts)
