@@ -34,7 +34,8 @@ class Call:
 @dataclass(frozen=True)
 class Decoding:
     """A sampler replica: seconds of a pass, more for each running row; of a prompt's token; of new weights;
-    of requests that join running ones. `rows` run at once, at most; so many must be `free` for others to join.
+    of requests that join running ones. `rows` run at once, at most; so many must be `free` for others
+    to join.
     """
 
     step: float

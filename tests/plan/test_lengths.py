@@ -73,7 +73,7 @@ def test_a_run_with_quantiles_and_one_without(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["800", "800,400", "a,b", "0,10", "10,20,30", "nan,10", "lengths.jsonl"])
 def test_what_is_no_length(text: str) -> None:
-    with pytest.raises(UserError, match="--lengths: .* neither a file or a run directory nor MEAN,MAX"):
+    with pytest.raises(UserError, match=r"--lengths: .* neither a file or a run directory nor MEAN,MAX"):
         given(text, 1000)
 
 
@@ -81,7 +81,7 @@ def test_what_is_no_length(text: str) -> None:
 def test_what_is_no_file_of_lengths(tmp_path: Path, content: str) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text(content)
-    with pytest.raises(UserError, match="lengths.txt"):
+    with pytest.raises(UserError, match=r"lengths\.txt"):
         given(str(path), 1000)
 
 

@@ -1,5 +1,5 @@
-"""`fopd plan`: its memory is the memory model's, its best split is one that can be set and is faster, and what
-is wrong with an option or a recipe is said in one line.
+"""`fopd plan`: its memory is the memory model's, its best split is one that can be set and is faster, and
+what is wrong with an option or a recipe is said in one line.
 """
 
 from __future__ import annotations
