@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fopd_cli.errors import UserError
-from fopd_cli.plan.contention import Contention, places
+from fopd_cli.plan.contention import Contention, places, usual_spread
 from fopd_cli.plan.cost import Call, Costs, Decoding
 from fopd_cli.recipe import Recipe
 from fopd_cli.report.reading import Record
@@ -32,7 +32,7 @@ from fopd_cli.runtime.placement import Plan, from_plain
 
 COMPUTING = ("generate", "score", "train", "publish", "measure")
 NEAR = 1e-4  # how much a fitted line is held to the arithmetic's
-SPREADS = (0.5, 1.0, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0)  # the first, where a run cannot tell
+SPREADS = tuple(i / 10 for i in range(11))
 TELLS = 0.9  # a spread is another if it explains the spans so much better
 EARLY = 0.25  # the quantile of a gap that holds no waiting
 
@@ -188,17 +188,44 @@ class _Measured:
     off: float
 
 
-def measured(found: Sequence[Span], guess: Costs, plan: Plan, delays: Sequence[float], cores: int) -> Costs:
-    """The costs that explain a run's spans best; `guess` is the arithmetic for that run."""
+def measured(
+    found: Sequence[Span],
+    guess: Costs,
+    plan: Plan,
+    delays: Sequence[float],
+    cores: int,
+    conductor: float | None = None,
+) -> Costs:
+    """The costs that explain a run's spans best; `guess` is the arithmetic for that run. `conductor`: seconds
+    of a core that its process used in a step, if they are known.
+    """
     remote = [i for i, costs in enumerate(guess.scoring) if costs == Call(0.0, 0.0)]
     best: _Measured | None = None
-    for spread in SPREADS if plan.mode == "cpu" else SPREADS[:1]:
+    usual = usual_spread(plan)
+    for spread in (usual, *SPREADS) if plan.mode == "cpu" else (usual,):
         contention = Contention(places(plan, remote), cores, spread)
         tried = _lines(undisturbed(found, contention, delays), guess, plan)
         if best is None or tried.off < TELLS * best.off:
             best = _Measured(replace(tried.costs, spread=spread), tried.off)
     assert best is not None
-    return best.costs
+    if conductor is None:
+        return best.costs
+    left = max(0.0, conductor - best.costs.bookkeeping)
+    return replace(best.costs, message=left / max(1.0, _answers(found)))
+
+
+def _answers(found: Sequence[Span]) -> float:
+    """How many answers the conductor gets in a step; a sampler's are about as many as the grader's."""
+    counts = Counter(s.kind for s in found)
+    sampled = max(counts["grade"], counts["generate"])
+    rest = sum(counts[kind] for kind in ("grade", "score", "load", "train"))
+    return (sampled + rest) / counts["train"]
+
+
+def conductor_seconds(steps: Sequence[Record]) -> float | None:
+    """Of a core, in an optimizer step; the first ones start things up."""
+    found = [r["timing"]["conductor_seconds"] for r in steps[2:] if "conductor_seconds" in r["timing"]]
+    return median(found) if found else None
 
 
 def _lines(found: Sequence[Span], guess: Costs, plan: Plan) -> _Measured:

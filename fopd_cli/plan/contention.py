@@ -39,6 +39,11 @@ def places(plan: Plan, remote: Collection[int] = ()) -> dict[Engine, Place]:
     }
 
 
+def usual_spread(plan: Plan) -> float:
+    """Where no run has measured it: threads that are divided by need are missed, neighbours hardly felt."""
+    return 0.5 if any(spec.threads is None for spec in plan.everyone) else 0.0
+
+
 @dataclass(frozen=True)
 class Contention:
     """The rate of each working engine, where 1 is alone on its devices, or alone on the machine.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fopd_cli.engines.registry import engine_of, sampler_facts
+from fopd_cli.plan.contention import usual_spread
 from fopd_cli.plan.hardware import Hardware
 from fopd_cli.plan.lengths import Lengths
 from fopd_cli.recipe import Recipe
@@ -110,6 +111,7 @@ def by_arithmetic(
         publish=moved,
         measuring=Call(s.layers * launch, train / 3),
         turn=_turn(plan, found, rates.host),
+        spread=usual_spread(plan),
     )
 
 

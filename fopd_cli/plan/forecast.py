@@ -194,7 +194,8 @@ def calibrated(path: Path, recipe: Recipe, hardware: Hardware) -> Run:
     models = models_of(ran)
     lengths = log_normal(prompt, math.ceil(2 * prompt), "measured")
     guess = by_arithmetic(ran, plan, models, hardware, responses, lengths)
-    costs = calibrate.measured(spans, guess, plan, calibrate.delays_of(ran), cores)
+    own = calibrate.conductor_seconds(found.steps)
+    costs = calibrate.measured(spans, guess, plan, calibrate.delays_of(ran), cores, own)
     return Run(path, costs, guess, found.steps, batch, cuda)
 
 

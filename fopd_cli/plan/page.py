@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fopd_cli.plan.forecast import Forecast
-from fopd_cli.plan.split import LAG_KEY, Best
+from fopd_cli.plan.lags import LAG_KEY
+from fopd_cli.plan.split import Best
 from fopd_cli.runtime.journal.pace import readable
 from fopd_cli.runtime.memory import model as memory
 

@@ -20,6 +20,7 @@ from fopd_cli.inputs import Inputs
 from fopd_cli.plan.contention import Contention, places
 from fopd_cli.plan.cost import Costs
 from fopd_cli.plan.crew import Enough, Shared
+from fopd_cli.plan.lags import with_lag
 from fopd_cli.plan.lengths import Lengths
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.conductor import Conductor
@@ -36,6 +37,7 @@ from fopd_cli.samples import Prompt, Request, TargetSpec
 
 MEASURED = 12  # optimizer steps
 MOST_SAMPLES = 320  # under way at once; beyond that, each simulated one stands for several
+MOST_LAG = 32  # beyond that, all that more would change is how long the pipeline takes to fill
 MOST_BEGUN = 24  # steps that are simulated before any is timed
 PROMPTS = 512
 ROOMY_GB = 1e6
@@ -110,6 +112,7 @@ def _simulated(recipe: Recipe, here: bool) -> tuple[Recipe, int]:
     """The recipe without what a plan leaves out, and the number of samples that each simulated one stands
     for.
     """
+    recipe = with_lag(recipe, min(recipe.max_lag, MOST_LAG))
     flying = recipe.learner.batch_samples * (recipe.max_lag + 1)
     many = max(1, min(math.ceil(flying / MOST_SAMPLES), recipe.learner.batch_samples // 8))
     teachers = []

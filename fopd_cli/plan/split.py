@@ -13,12 +13,12 @@ from fopd_cli.engines.registry import engine_of
 from fopd_cli.errors import UserError
 from fopd_cli.plan.cost import Costs
 from fopd_cli.plan.forecast import Forecast, Setting, fits, forecast, sampling
+from fopd_cli.plan.lags import LAG_KEY, with_lag
 from fopd_cli.recipe import Recipe
 from fopd_cli.recipe.contradictions import contradictions
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.placement import Plan
 
-LAG_KEY = "depth"  # of the schedule section: how many steps sampling may run ahead
 LAGS = (1, 2, 4, 8)
 SIMULATED = 3  # splits
 MEASURED = 8  # optimizer steps of each
@@ -104,7 +104,7 @@ def _placed(
 def _lags(recipe: Recipe) -> Iterator[Recipe]:
     """The recipe with other largest lags, where it can have them."""
     for lag in () if recipe.schedule.lag is not None else LAGS:
-        other = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={LAG_KEY: lag})})
+        other = with_lag(recipe, lag)
         if lag != recipe.max_lag and not list(contradictions(other)):
             yield other
 

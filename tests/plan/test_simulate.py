@@ -75,6 +75,11 @@ def test_a_step_is_its_longest_stage_or_its_share_of_the_way(
     assert found.lag_max <= lag
 
 
+def test_a_lag_without_bound_is_simulated_in_no_more_time(tiny: Models) -> None:
+    """A learner a thousand times slower than the samplers, which nothing holds back."""
+    assert outcome(tiny, 10**6, costs(0.001, 0.001, 1.0)).seconds == pytest.approx(1.0, rel=1e-6)
+
+
 @pytest.mark.parametrize("lag", [1, 2, 4, 8])
 def test_a_slow_learner_gets_samples_as_old_as_the_recipe_allows(tiny: Models, lag: int) -> None:
     assert outcome(tiny, lag, costs(0.1, 0.1, 5.0)).lag_max == lag

@@ -53,6 +53,7 @@ class Journal:
         self._pace = Pace(recipe.learner.steps, recipe.eval.every or recipe.learner.steps)
         self._load: dict[str, float] = {}  # a sampler's latest weight update
         self._began = self._step_began = self._version_since = time.time()
+        self._cpu = time.process_time()
 
     def resume(self, at: Resume, totals: Mapping[str, Any], changes: Changes) -> None:
         """Go on from a checkpoint; `changes` to the recipe go into the history."""
@@ -119,6 +120,7 @@ class Journal:
         self._version_since = time.time()
         timing = {
             "seconds": time.time() - self._step_began,
+            "conductor_seconds": self._cpu_seconds(),
             "busy": self.sinks.busy_shares(),
             **runtime,
             "publish_seconds": report.publish_seconds,
@@ -194,6 +196,11 @@ class Journal:
         if rollout.turns:
             record |= {"turns": rollout.turns, "calls": rollout.calls}
         self.sinks.samples.write(record)
+
+    def _cpu_seconds(self) -> float:
+        """Seconds of a core that this process has used since the last call."""
+        before, self._cpu = self._cpu, time.process_time()
+        return self._cpu - before
 
     # ---- sums ----------------------------------------------------------------------------------------------
 
