@@ -36,7 +36,7 @@ from fopd_cli.runtime.state import State
 from fopd_cli.samples import Prompt, Request, TargetSpec
 
 MEASURED = 12  # optimizer steps
-MOST_SAMPLES = 320  # under way at once; beyond that, each simulated one stands for several
+MOST_SAMPLES = 240  # under way at once; beyond that, each simulated one stands for several
 MOST_LAG = 32  # beyond that, all that more would change is how long the pipeline takes to fill
 MOST_BEGUN = 24  # steps that are simulated before any is timed
 PROMPTS = 512
@@ -81,14 +81,17 @@ def simulate(
     here: bool = True,
     measured: int = MEASURED,
 ) -> Outcome:
-    """`measured` steps are timed, after as many as fill the pipeline. `here`: teacher targets have what this
-    machine's main memory gives them; elsewhere, whatever they need.
+    """At least `measured` steps are timed, after as many as fill the pipeline. `here`: teacher targets have
+    what this machine's main memory gives them; elsewhere, whatever they need.
     """
     before, (recipe, many) = recipe, _simulated(recipe, here)
     inputs = _inputs(recipe, plan, models, prompts)
     state, records = State(inputs), Recorded()
     remote = [i for i, t in enumerate(recipe.teachers) if engine_of(t).remote]
     begun = max(1, min(recipe.max_lag + 3, MOST_BEGUN, recipe.learner.steps - 1))
+    # Work comes in rounds of up to lag + 1 steps, most of all where roles take turns: whole rounds are timed.
+    rounds = max(2 if plan.exclusive else 1, math.ceil(measured / (recipe.max_lag + 1)))
+    timed = rounds * (recipe.max_lag + 1)
     crew = Shared(
         Pretend(_sampled(responses)),
         costs,
@@ -98,7 +101,7 @@ def simulate(
         many=many,
         waves=max(1.0, many / before.sampler.concurrency),
         grid=max(1, round(responses.mean / GRID)),
-        steps=begun + measured,
+        steps=begun + timed,
     )
     with (
         Journal(recipe, inputs.tokenizer, lambda *_: records, quiet=True) as journal,

@@ -139,6 +139,17 @@ def test_roles_on_one_device_take_as_long_as_all_together(tiny: Models, lag: int
     assert found.seconds == pytest.approx(6.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("measured", [1, 8])
+def test_in_turns_a_round_of_steps_is_sampled_at_once(tiny: Models, measured: int) -> None:
+    """With places for three batches and a lag of 2; whole rounds are timed, however few are asked for."""
+    settings = [*SMALL, "schedule.depth=2", f"sampler.concurrency={3 * BATCH}", "placement.mode=timeslice"]
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", settings)
+    found = simulate(
+        recipe, place(recipe, 1), tiny, costs(9.0, 1.0, 2.0), EVEN, SHORT, cores=4, measured=measured
+    )
+    assert found.seconds == pytest.approx(9.0 / 3 + 1.0 + 2.0, rel=1e-6)
+
+
 def test_turns_cost_what_sleeping_and_waking_costs(tiny: Models) -> None:
     found = outcome(tiny, 0, costs(1.0, 2.0, 3.0, turn=0.5), "placement.mode=timeslice", devices=1)
     assert found.seconds == pytest.approx(6.0 + 3 * 0.5, rel=1e-6)
