@@ -78,7 +78,11 @@ def row(folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     steps = [r for r in records if r["kind"] == "step"]
     last = steps[-max(1, len(steps) // 10) :]
-    mean = {key: sum(r[key] for r in last) / len(last) for key in ("kl", "lag_mean", "drift_roll")} if last else {}
+    mean = (
+        {key: sum(r[key] for r in last) / len(last) for key in ("kl", "lag_mean", "drift_roll")}
+        if last
+        else {}
+    )
     return {
         "held_out": {r["step"]: r["kl"] for r in records if r["kind"] == "eval"},
         "steps": len(steps),
