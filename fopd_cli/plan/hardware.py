@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from fopd_cli.errors import UserError
 from fopd_cli.runtime import devices as visible
@@ -12,6 +13,7 @@ from fopd_cli.runtime.time_model import Device
 GB = 10**9
 CUDA_LAUNCH = 10e-6  # seconds for each layer of a forward pass, whatever it computes; an estimate
 CPU_LAUNCH = 300e-6
+DRIVER = Path("/proc/driver/nvidia")
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,25 @@ def here() -> Hardware:
     count = visible.count()
     if count == 0:
         return cpu(len(os.sched_getaffinity(0)))
-    said = visible.product(0) or "unknown device"
+    said = product(DRIVER) or "unknown device"
     key = recognized(said)
     rates, nbytes = KNOWN[key or "h100"]
     sizes = [visible.memory(d) for d in range(count)]
     known = [size for size in sizes if size is not None]
     name = rates.name if key else f"{said}, taken for an {rates.name}"
     return Hardware(name, count, rates, min(known, default=nbytes), CUDA_LAUNCH)
+
+
+def product(driver: Path) -> str | None:
+    """What the driver calls this machine's first device; None if it does not say. All are taken to be
+    alike.
+    """
+    for path in sorted(driver.glob("gpus/*/information")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "Model" and value.strip():
+                return value.strip()
+    return None
 
 
 def recognized(product: str) -> str | None:

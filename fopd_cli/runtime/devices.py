@@ -82,21 +82,10 @@ def memory(device: int) -> int | None:
     name = entry(device)
     if name.startswith("MIG-"):
         return _instance_memory(name)
-    megabytes = _queried(name, "memory.total")
-    return int(megabytes) << 20 if megabytes is not None and megabytes.isdigit() else None
-
-
-def product(device: int) -> str | None:
-    """What the driver calls a visible device, such as `NVIDIA H100 80GB HBM3`; None if it does not say."""
-    return _queried(entry(device), "name")
-
-
-def _queried(name: str, what: str) -> str | None:
-    """nvidia-smi's answer about one device, by its entry in the list of visible ones."""
-    for line in _nvidia_smi(f"--query-gpu=index,uuid,{what}", "--format=csv,noheader,nounits"):
-        index, uuid, value = (part.strip() for part in [*line.split(","), "", ""][:3])
-        if index == name or (name in uuid and uuid.startswith(name)):
-            return value
+    for line in _nvidia_smi("--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"):
+        index, uuid, megabytes = (part.strip() for part in [*line.split(","), "", ""][:3])
+        if (index == name or (name in uuid and uuid.startswith(name))) and megabytes.isdigit():
+            return int(megabytes) << 20
     return None
 
 

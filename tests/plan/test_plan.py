@@ -235,6 +235,14 @@ def test_devices_by_what_their_driver_calls_them(product: str, key: str | None) 
     assert hardware.recognized(product) == key
 
 
+def test_a_device_is_known_by_its_driver(tmp_path: Path) -> None:
+    assert hardware.product(tmp_path) is None
+    folder = tmp_path / "gpus" / "0000:1b:00.0"
+    folder.mkdir(parents=True)
+    (folder / "information").write_text("Model: \t\t NVIDIA H200\nIRQ:   \t\t 17\n")
+    assert hardware.product(tmp_path) == "NVIDIA H200"
+
+
 # ---- a run -------------------------------------------------------------------------------------------------
 
 
