@@ -45,6 +45,8 @@ def text(found: Forecast, best: Best, price: float | None) -> Iterator[str]:
             f"the fullest device, {worst.device} ({worst.who}): {worst.nbytes / memory.GB:.1f} of "
             f"{s.hardware.nbytes / memory.GB:.0f} GB: {verdict}"
         )
+    main = memory.total(memory.host(found.plan, found.workers, 0))
+    yield f"main memory of all processes, without teacher targets: {main / memory.GB:.1f} GB"
     yield ""
     yield from table(["role", "seconds of a step", "idle", "tokens/s if never idle", ""], list(_roles(found)))
     yield ""
@@ -170,12 +172,12 @@ def _memory_rows(found: Forecast) -> Iterator[list[str]]:
 
 def _roles(found: Forecast) -> Iterator[list[str]]:
     o = found.outcome
-    remote = [t for i, t in enumerate(found.plan.teachers) if not found.setting.models.teachers]
+    served = not found.setting.models.teachers
     for role in ROLES:
         share = o.busy[role]
         known = "measured" if role in found.costs.measured else ARITHMETIC
         rate = f"{o.tokens / (share * o.seconds):,.0f}" if share > 0 else "-"
-        note = SERVER if role == "teacher" and remote and "teacher" not in found.costs.measured else known
+        note = SERVER if role == "teacher" and served and "teacher" not in found.costs.measured else known
         yield [role, _seconds(share * o.seconds), f"{1 - share:.0%}", rate, note]
 
 
