@@ -31,7 +31,7 @@ from fopd_cli.runtime.journal.trace import read_trace
 from fopd_cli.runtime.placement import Plan, from_plain
 
 COMPUTING = ("generate", "score", "train", "publish", "measure")
-NEAR = 1e-4  # how much a fitted line is held to the arithmetic's
+NEAR = 1e-3  # how much a fitted line is held to the arithmetic's
 SPREADS = tuple(i / 10 for i in range(11))
 TELLS = 0.9  # a spread is another if it explains the spans so much better
 EARLY = 0.25  # the quantile of a gap that holds no waiting
@@ -211,7 +211,8 @@ def measured(
     if conductor is None:
         return best.costs
     left = max(0.0, conductor - best.costs.bookkeeping)
-    return replace(best.costs, message=left / max(1.0, _answers(found)))
+    scale = left / max(1e-12, guess.message * _answers(found) + guess.sample * _samples(found))
+    return replace(best.costs, message=scale * guess.message, sample=scale * guess.sample)
 
 
 def _answers(found: Sequence[Span]) -> float:
@@ -220,6 +221,12 @@ def _answers(found: Sequence[Span]) -> float:
     sampled = max(counts["grade"], counts["generate"])
     rest = sum(counts[kind] for kind in ("grade", "score", "load", "train"))
     return (sampled + rest) / counts["train"]
+
+
+def _samples(found: Sequence[Span]) -> float:
+    """How many samples were judged in a step."""
+    judged = sum(int(s.args.get("samples", 0)) for s in found if s.kind == "score")
+    return judged / sum(s.kind == "train" for s in found)
 
 
 def conductor_seconds(steps: Sequence[Record]) -> float | None:

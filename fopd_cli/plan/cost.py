@@ -18,7 +18,8 @@ from fopd_cli.runtime.time_model import learner_flops
 
 NO_GRAPHS = 10  # times as long to start a layer's kernels one by one as from a graph; an estimate
 JOIN = 2.5  # passes: one, and copies of keys and values; as seen with small models on a CPU, an estimate
-BOOKKEEPING, MESSAGE = 5e-3, 5e-4  # seconds, as seen with batches of 64 on a CPU; estimates
+THIN = 3  # times as long for a row's token on a CPU as for one of a long text; an estimate
+BOOKKEEPING, MESSAGE, SAMPLE = 5e-3, 3e-4, 2e-4  # seconds, as seen on a CPU; estimates
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Costs:
     grade: float = 0.0  # of a sample
     bookkeeping: float = BOOKKEEPING  # of the conductor, for each optimizer step
     message: float = MESSAGE  # of the conductor, for each answer that it gets
+    sample: float = SAMPLE  # of the conductor, for each response
     tools: float = 0.0  # of an episode
     turn: float = 0.0  # from one role's turn to the next, where they take turns
     save: float = 0.0  # of a checkpoint
@@ -81,6 +83,8 @@ def by_arithmetic(
     if here is not None and here.rows:  # as many as its cache holds at half their full length
         rows = min(rows, max(1, int(2 * here.rows)))
     judged = split * rates.flops * rates.judging
+    # A GPU computes while it reads; on a CPU, computing a row takes longer than reading its keys and values.
+    computed = THIN * 2 * s.active / judged if hardware.cpu else 0.0
     graphs = hardware.cpu or engine_of(recipe.sampler).claims
     sent = models.trainable if recipe.student.lora and recipe.student.lora.publish == "adapter" else None
     moved = size * (s.parameters if sent is None else sent) / rates.host
@@ -88,7 +92,7 @@ def by_arithmetic(
     joins = sampler_facts(recipe.sampler).joins
     decoding = Decoding(
         step=a_pass,
-        row=size * s.kv * (prompts.mean + responses.context) / reading,
+        row=size * s.kv * (prompts.mean + responses.context) / reading + computed,
         prompt_token=2 * s.active / judged,
         load=moved,
         rows=rows,

@@ -238,7 +238,9 @@ class Shared(Virtual):
         work = 0.0
         for engine, event in self._happened():
             yield engine, event
-            work += self.many * self.prices.message
+            work += self.prices.message
+            if isinstance(event, m.Sampled):
+                work += self.many * self.prices.sample * len(event.rollouts)
             if isinstance(event, m.Trained):
                 work += self.prices.bookkeeping
                 self.marks.append((self.now, dict(self.busy)))
@@ -262,7 +264,10 @@ class Shared(Virtual):
         self.now = end
         for engine, place in working.items():
             self.busy[engine] += seconds
-            away = self.prices.tools if engine.role == "sampler" else 0.0
-            for answer in place.pass_time(min(seconds, left[engine]), rates.get(engine, 1.0)):
-                late = away if isinstance(answer, m.Sampled) else 0.0
-                self._happens(end + late, engine, answer)
+            done = place.pass_time(min(seconds, left[engine]), rates.get(engine, 1.0))
+            sampled = [r for answer in done if isinstance(answer, m.Sampled) for r in answer.rollouts]
+            if sampled:  # in one message, as a sampler sends them
+                self._happens(end + self.prices.tools, engine, m.Sampled(sampled, [], 0))
+            for answer in done:
+                if not isinstance(answer, m.Sampled):
+                    self._happens(end, engine, answer)

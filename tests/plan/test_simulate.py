@@ -38,7 +38,7 @@ def tiny() -> Models:
 def costs(sample: float, judge: float, learn: float, **other: Any) -> Costs:
     """Seconds of a batch of even lengths in each role."""
     decoding = Decoding(step=sample / TOKENS, row=0.0, prompt_token=0.0, load=0.0, rows=10**6)
-    free = {"publish": 0.0, "measuring": Call(0.0, 0.0), "bookkeeping": 0.0, "message": 0.0}
+    free = {"publish": 0.0, "measuring": Call(0.0, 0.0), "bookkeeping": 0.0, "message": 0.0, "sample": 0.0}
     return Costs(decoding, (Call(judge, 0.0),), Call(learn, 0.0), **{**free, **other})
 
 
