@@ -46,6 +46,7 @@ class Prompt:
     teacher: str | None = None  # name of the teacher that judges it; None: the first
     tools: list[dict[str, Any]] = field(default_factory=list)  # for the chat template, in JSON schema
     place: str | None = None  # the row of the user's file that it comes from, for errors
+    held_out: str | None = None  # name of the held-out set that it belongs to; None: there is only one
 
     @property
     def where(self) -> str:

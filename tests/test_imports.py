@@ -115,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.text.templates",
         "errors",
         "freshness.policies",
+        "names",
         "recipe",
         "runtime.crew.messages",  # the messages alone, which are plain data
         "samples",

@@ -124,12 +124,35 @@ def _results(runs: Sequence[Run]) -> str:
             ]
         )
     head = ["run", "state", "steps", "score", "KL", "freshness", "largest lag", "time"]
-    inside = _table(head, rows, "stack")
+    inside = _table(head, rows, "stack") + _sets(runs)
     taught = [(run.name, texts.teacher_score(run)) for run in runs]
     said = [
         f"{_e(name)}: the teacher's own score is {score:.3f}." for name, score in taught if score is not None
     ]
     return inside + "".join(f"<p>{line}</p>" for line in said)
+
+
+def _sets(runs: Sequence[Run]) -> str:
+    """Results by held-out set, where there are several."""
+    rows = []
+    for n, run in enumerate(runs):
+        for name in run.sets:
+            own, first = run.of_set(name), run.of_set(name).evaluations[0]
+            mark = " (the run's own)" if name == run.evaluations[-1].get("set") else ""
+            rows.append(
+                [
+                    f'<b class="c{n % 6}">{_e(run.name)}</b>',
+                    f"{_e(name)}{mark}",
+                    str(first.get("prompts", "–")),
+                    _change(first.get("score"), *own.last("score"), 3),
+                    _change(first.get("kl"), *own.last("kl"), 4),
+                ]
+            )
+    return (
+        "<h3>By held-out set</h3>" + _table(["run", "set", "prompts", "score", "KL"], rows, "stack")
+        if rows
+        else ""
+    )
 
 
 def _change(first: float | None, last: float | None, error: float | None, digits: int) -> str:

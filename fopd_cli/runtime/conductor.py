@@ -276,7 +276,8 @@ class Conductor:
     def _on_measured(self, stats: SampleStats) -> None:
         """Held-out samples are measured; with the last of them the learner may train again."""
         version, keys = self.schedule.step, stats.keys.tolist()
-        self.journal.measured(stats, [(self._sample(key), self.buffer[key]) for key in keys])
+        rows = [(self._sample(key), self.buffer[key], self._prompt(key).held_out) for key in keys]
+        self.journal.measured(stats, rows)
         for key in keys:
             self._forget(key)
         if self.schedule.on_measured(version, keys):

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
 OpenSinks = Callable[[Resume | None, Changes], Sinks]
 SAMPLES = 20  # written as text in a whole run
-HELD_OUT_SAMPLES = 2  # per evaluation
+HELD_OUT_SAMPLES = 2  # per evaluation and held-out set
 
 
 @dataclass
@@ -35,6 +36,7 @@ class _Evaluation:
 
     stats: list[SampleStats] = field(default_factory=list)
     rows: dict[int, tuple[SampleId, Entry]] = field(default_factory=dict)
+    sets: list[str | None] = field(default_factory=list)  # the held-out set of each row
 
 
 class Journal:
@@ -147,17 +149,20 @@ class Journal:
         if step % max(1, self.recipe.learner.steps // SAMPLES) == 0:
             self._write_sample(step, *batch[0])
 
-    def measured(self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry]]) -> None:
-        """Some held-out samples were measured."""
+    def measured(self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry, str | None]]) -> None:
+        """Some held-out samples were measured; each comes with the name of its set, if there are several."""
         self._evaluation.stats.append(stats)
-        self._evaluation.rows |= {entry.key: (sample, entry) for sample, entry in rows}
+        for sample, entry, held_out in rows:
+            self._evaluation.rows[entry.key] = (sample, entry)
+            self._evaluation.sets.append(held_out)
 
     def evaluated(self, version: int) -> None:
         """All held-out samples were measured."""
-        stats, rows = self._evaluation.stats, self._evaluation.rows
+        stats, rows, sets = self._evaluation.stats, self._evaluation.rows, self._evaluation.sets
         self._evaluation = _Evaluation()
         samples = [(sample, entry.score, entry.rollout) for sample, entry in rows.values()]
-        record = records.evaluation(version, stats, samples, [entry.metrics for _, entry in rows.values()])
+        metrics = [entry.metrics for _, entry in rows.values()]
+        record = records.evaluation(version, stats, samples, metrics, sets, self.recipe.eval.follow)
         self.totals.evaluations[str(version)] = record
         timing = {
             **records.tool_seconds([rollout for _, _, rollout in samples]),
@@ -166,9 +171,12 @@ class Journal:
         }
         self._pace.evaluated(timing["seconds"])
         self.sinks.metrics.write({**record, "timing": timing})
-        self.sinks.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
-        for key in sorted(rows)[:HELD_OUT_SAMPLES]:
-            self._write_sample(version, *rows[key])
+        self.sinks.scalars(records.evaluation_scalars(record), version)
+        written = Counter[str | None]()
+        for key, held_out in sorted(zip(rows, sets, strict=True)):
+            written[held_out] += 1
+            if written[held_out] <= HELD_OUT_SAMPLES:
+                self._write_sample(version, *rows[key])
         self.say(records.evaluation_line(record))
 
     def refreshed(self, step: int, reason: str, samples: Iterable[SampleId]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -84,42 +86,65 @@ def evaluation(
     stats: list[SampleStats],
     samples: list[tuple[SampleId, float, Rollout]],
     figures: list[dict[str, float]],
+    sets: Sequence[str | None] = (),
+    follow: str | None = None,
 ) -> dict[str, Any]:
     """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over
     tokens.
 
     `samples` come in the order of `stats`. Without grades the score is nan, and KL is the only measure; its
-    error is over prompts, too.
+    error is over prompts, too. `sets` names the held-out set of each sample: with several the record is that
+    of `follow` (None: the set of the first prompt), and has all of them by name under "sets".
     """
+    every = {f.name: np.concatenate([getattr(s, f.name) for s in stats]) for f in fields(SampleStats)}
+    by_set: dict[str | None, list[int]] = defaultdict(list)
+    for i in sorted(range(len(samples)), key=lambda i: samples[i][0].prompt):
+        by_set[sets[i] if sets else None].append(i)
+    found = {}
+    for name, own in by_set.items():
+        own = sorted(own)
+        part = SampleStats(**{key: values[own] for key, values in every.items()})
+        found[name] = _evaluation(part, [samples[i] for i in own], [figures[i] for i in own])
+    start = {"kind": "eval", "step": version}
+    if len(found) == 1:
+        return {**start, **next(iter(found.values()))}
+    own_set = next(iter(found)) if follow is None else follow
+    return {**start, "set": own_set, **found[own_set], "sets": found}
+
+
+def _evaluation(
+    stats: SampleStats, samples: list[tuple[SampleId, float, Rollout]], figures: list[dict[str, float]]
+) -> dict[str, Any]:
+    """The figures of one held-out set."""
     by_prompt: dict[int, list[float]] = defaultdict(list)
     kl_by_prompt: dict[int, list[float]] = defaultdict(list)
-    for (sample, grade, _), kl in zip(samples, np.concatenate([s.kl for s in stats]), strict=True):
+    for (sample, grade, _), kl in zip(samples, stats.kl, strict=True):
         by_prompt[sample.prompt].append(grade)
         kl_by_prompt[sample.prompt].append(float(kl))
     score, error = mean_and_error(by_prompt.values())
     rollouts = [r for _, _, r in samples]
-
-    def tokens_mean(name: str) -> float:
-        return _token_mean(
-            np.concatenate([getattr(s, name) for s in stats]), np.concatenate([s.length for s in stats])
-        )
-
     return {
-        "kind": "eval",
-        "step": version,
         "score": score,
         "score_error": error,
         "prompts": len(by_prompt),
         **mean_figures(figures),
-        "kl": tokens_mean("kl"),
+        "kl": _token_mean(stats.kl, stats.length),
         "kl_error": mean_and_error(kl_by_prompt.values())[1],
-        "forward_kl": tokens_mean("forward_kl"),
-        "entropy": tokens_mean("entropy"),
-        "kl_by_quartile": [_mean(column) for column in np.concatenate([s.kl_quartiles for s in stats]).T],
+        "forward_kl": _token_mean(stats.forward_kl, stats.length),
+        "entropy": _token_mean(stats.entropy, stats.length),
+        "kl_by_quartile": [_mean(column) for column in stats.kl_quartiles.T],
         "response_length": float(np.mean([r.response_length for r in rollouts])),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         **episodes(rollouts),
     }
+
+
+def evaluation_scalars(record: dict[str, Any]) -> dict[str, float]:
+    """For TensorBoard: eval/score, and eval/NAME/score of each held-out set if there are several."""
+    flat = {f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}
+    for name, figures in record.get("sets", {}).items():
+        flat |= {f"eval/{name}/{k}": v for k, v in figures.items() if isinstance(v, float)}
+    return flat
 
 
 def mean_figures(figures: list[dict[str, float]]) -> dict[str, float]:
@@ -149,6 +174,16 @@ def tool_seconds(rollouts: list[Rollout]) -> dict[str, float]:
 
 def evaluation_line(record: dict[str, Any]) -> str:
     """For people; a score only where there is one."""
+    sets = record.get("sets")
+    said = (
+        _evaluation_line(record)
+        if sets is None
+        else "; ".join(f"{name}: {_evaluation_line(figures)}" for name, figures in sets.items())
+    )
+    return f"held-out at step {record['step']}: {said}"
+
+
+def _evaluation_line(record: dict[str, Any]) -> str:
     kl = f"KL to the teacher {measured(record['kl'], record['kl_error'], 4)}"
     if math.isfinite(record["score"]):
         figures = (
@@ -159,7 +194,7 @@ def evaluation_line(record: dict[str, Any]) -> str:
     cut_off = ""
     if record["truncated"] > MANY_TRUNCATED:
         cut_off = f"; {record['truncated']:.0%} of the responses were cut off at max_new_tokens"
-    return f"held-out at step {record['step']}: {figures}{cut_off}"
+    return figures + cut_off
 
 
 def measured(value: float, error: float, digits: int) -> str:
@@ -219,6 +254,7 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "kl_first": _plain(first.get("kl")),
         "kl_last": _plain(last.get("kl")),
         "kl_last_error": _plain(last.get("kl_error")),
+        **_by_set(first, last),
         "max_lag": totals.max_lag,
         "mean_freshness": totals.freshness_sum / max(1, totals.samples),
         "wall_seconds": round(totals.wall_seconds, 3),
@@ -237,6 +273,25 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "busy": {role: round(share, 3) for role, share in sorted(busy.items())},
         "advice": advice(busy),
     }
+
+
+def _by_set(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """The first and last figures of each held-out set, and which of them is the run's own; empty with one."""
+    if "sets" not in last:
+        return {}
+    found = {}
+    for name, figures in last["sets"].items():
+        begin = first.get("sets", {}).get(name, {})
+        found[name] = {
+            f"{key}_{when}": _plain(values.get(source))
+            for key in ("score", "kl")
+            for when, values, source in (
+                ("first", begin, key),
+                ("last", figures, key),
+                ("last_error", figures, f"{key}_error"),
+            )
+        }
+    return {"set": last["set"], "sets": found}
 
 
 def advice(busy: dict[str, float]) -> str | None:
