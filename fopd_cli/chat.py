@@ -110,7 +110,7 @@ class Chat:
     ) -> None:
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
         self.tokenizer = hf.load_tokenizer(model, "MODEL")
-        self.chat = _has_template(recipe, self.tokenizer) if chat is None else chat
+        self.chat = has_template(recipe, self.tokenizer) if chat is None else chat
         frame = student_frame(recipe, self.tokenizer)
         config = hf.load_config(model, "MODEL")
         self.vocab, self.system = hf.vocab_size(config), getattr(recipe.task, "system", None)
@@ -206,7 +206,7 @@ def _speaker(
     return Speaker(name, sampler.model, sampler, frame, decoder, context, device)
 
 
-def _has_template(recipe: Recipe, tokenizer: Any) -> bool:
+def has_template(recipe: Recipe, tokenizer: Any) -> bool:
     """Whether the run's own prompts went through the chat template, as far as the recipe tells."""
     chat = getattr(recipe.task, "chat", recipe.task.name != "arithmetic")
     return chat is not False and bool(getattr(tokenizer, "chat_template", None))

@@ -258,6 +258,32 @@ def evaluate(
             metavar="N", help="Of a run: the student of this checkpoint; it stays in RUN_DIR/exports."
         ),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|YAML[,..]",
+            help="Tasks of the lm-evaluation-harness instead, by name or as files; a run keeps the results.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of --suite: only the first N samples of a task.")
+    ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="teacher,untrained", help="Of --suite, for a run: what is measured beside its student."
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="hf|vllm", help="Of --suite: the harness's own backends.")
+    ] = "hf",
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="Of --suite: without or with the chat template; default: like the run's own prompts.",
+        ),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
@@ -273,6 +299,15 @@ def evaluate(
 
     folder = Path(model)
     is_run = paths.is_file(folder / "recipe.yaml")
+    ours = {"--task": task, "--samples": samples, "--generate-only": generate_only, "--jobs": jobs}
+    ours |= {"--grade-only": grade_only}
+    theirs = {"--limit": limit, "--beside": beside, "--raw, --chat": raw}
+    given = {name: value for name, value in (theirs if suite is None else ours).items() if value is not None}
+    for name in [name for name, value in given.items() if suite is None or value is not False]:
+        raise UserError(f"{name}: {'belongs to' if suite is None else 'does not go with'} --suite")
+    if suite is not None:
+        _suite(folder if is_run else None, model, suite, limit, beside, backend, raw, step, out, set_ or [])
+        return
     source = task or (folder / "recipe.yaml" if is_run else None)
     if source is None:
         raise UserError(
@@ -299,6 +334,53 @@ def evaluate(
     recipe = with_engines(recipe)
     mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
     typer.echo(json.dumps(score(path, recipe, out, mode, jobs or default_jobs(recipe)), indent=1))
+
+
+def _suite(
+    folder: Path | None,
+    model: str,
+    asked: str,
+    limit: int | None,
+    beside: str | None,
+    backend: str,
+    raw: bool | None,
+    step: int | None,
+    out: Path | None,
+    set_: list[str],
+) -> None:
+    """`fopd eval --suite` of a run (`folder`) or of a model; each model's figures are written at once."""
+    if folder is None:
+        for name in [n for n, value in (("--beside", beside), ("--step", step), ("--set", set_)) if value]:
+            raise UserError(f"{name}: is for runs, but {model} is not one (it has no recipe.yaml)")
+    from fopd_cli import suite
+    from fopd_cli.inputs import check_model_name
+    from fopd_cli.report import suites, tables
+
+    suite.check_installed()
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    if not names:
+        raise UserError("--suite: names no task")
+    recipe = None
+    if folder is None:
+        check_model_name(model, "MODEL")
+        subjects = [suite.Subject("model", model)]
+    else:
+        from fopd_cli.runtime.journal.rundir import RunDir
+
+        run = RunDir.open(folder)
+        recipe = run.load_recipe(set_)
+        others = [name.strip() for name in (beside or "").split(",") if name.strip()]
+        subjects = suite.of_run(run, recipe, step, others)
+    terms = suite.terms(backend, recipe, subjects[0].model, limit, None if raw is None else not raw)
+    target = out or (None if folder is None else folder / suites.FILE)
+    found = []
+    for record in suite.measure(subjects, names, terms):
+        found.append(record)
+        if target is not None:
+            suites.write(target, [record])
+    typer.echo(tables.aligned(suites.table(found)))
+    if target is not None:
+        typer.echo(f"written to {target}")
 
 
 @app.command()

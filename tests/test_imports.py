@@ -197,6 +197,18 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks", "teacher_kl"},
     "chat": {"inputs", "engines", "errors", "recipe", "runtime.build", "samples"},
     "report": {"__init__", "errors", "paths", "recipe.changes", "runtime.journal.trace"},
+    "suite": {
+        "chat",  # whether a run's prompts go through the template
+        "engines.models.hf",
+        "engines.registry",
+        "errors",
+        "export",
+        "paths",
+        "recipe",
+        "runtime.build",
+        "runtime.journal.rundir",
+        "runtime.placement",
+    },
     "card": {"__init__", "paths", "report.reading"},
     "new": {
         "doctor",
@@ -231,6 +243,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.devices",
         "runtime.journal.rundir",
         "runtime.placing",
+        "suite",
     },
     "__main__": {"cli"},
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fopd_cli import __version__
 from fopd_cli.errors import UserError
-from fopd_cli.report import texts, timeline
+from fopd_cli.report import suites, texts, timeline
 from fopd_cli.report.charts import charts
 from fopd_cli.report.reading import Run, read
 
@@ -45,6 +45,7 @@ def page(runs: Sequence[Run], watching: bool = False) -> str:
     body = [
         f"<header><h1>{_e(title)}</h1><p class=faint>made {now} by fopd {__version__}</p></header>",
         _section("Results", _results(runs)),
+        *(_section(_of("Suites", run, runs), _suites(run)) for run in runs),
         _section("Advice", _advice(runs)),
         _section("Recipes: what is different", _differences(runs)) if len(runs) > 1 else "",
         '<section id="curves"><h2>Curves</h2><div class="bar" id="axis" hidden><button type="button" '
@@ -182,6 +183,20 @@ def _advice(runs: Sequence[Run]) -> str:
 def _differences(runs: Sequence[Run]) -> str:
     rows = [[f"<code>{_e(k)}</code>", *(_e(v) for v in values)] for k, values in texts.differences(runs)]
     return _table(["key", *(run.name for run in runs)], rows) if rows else "<p>Nothing.</p>"
+
+
+def _suites(run: Run) -> str:
+    """What `fopd eval --suite` found."""
+    records = suites.newest(run.path)
+    if not records:
+        return ""
+    head, *rows = suites.table(records)
+    limits = {r["limit"] for r in records if r["limit"] is not None}
+    note = f", only the first {max(limits)} samples of a task" if limits else ""
+    return (
+        _table(head, ([_e(cell) for cell in row] for row in rows), "stack")
+        + f'<p class="faint">Measured by the lm-evaluation-harness{note}. ± is its standard error.</p>'
+    )
 
 
 def _timeline(run: Run) -> str:
