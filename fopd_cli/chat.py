@@ -21,6 +21,7 @@ from torch import Tensor
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
 from fopd_cli.engines.registry import engine_of
+from fopd_cli.engines.text.pieces import pieces
 from fopd_cli.engines.text.templates import Frame
 from fopd_cli.engines.text.vocabularies import exchanged, inverse, match
 from fopd_cli.engines.transformers.sampler import TransformersSampler
@@ -210,20 +211,6 @@ def has_template(recipe: Recipe, tokenizer: Any) -> bool:
     """Whether the run's own prompts went through the chat template, as far as the recipe tells."""
     chat = getattr(recipe.task, "chat", recipe.task.name != "arithmetic")
     return chat is not False and bool(getattr(tokenizer, "chat_template", None))
-
-
-def pieces(tokenizer: Any, ids: np.ndarray, kls: np.ndarray) -> Iterator[tuple[str, float]]:
-    """(text, KL) of each token. Tokens that only together make a character are one piece, with the sum of
-    their KLs.
-    """
-    done, kl = "", 0.0
-    for i, value in enumerate(kls.tolist(), 1):
-        kl += value
-        text = str(tokenizer.decode(ids[:i].tolist()))
-        if i < len(ids) and (text.endswith("\ufffd") or not text.startswith(done)):
-            continue
-        yield text[len(done) :], kl
-        done, kl = text, 0.0
 
 
 SHADES = (

@@ -250,6 +250,8 @@ class SampleStats:
     coverage_sup: np.ndarray  # float64 in [0, 1]
     freshness: np.ndarray  # float64, f_i
     weight: np.ndarray  # float64, the policy's weight before normalisation
+    # object: `kl` of each loss-bearing token, float32 (length,), of measured samples; None of trained ones
+    token_kl: np.ndarray
 
 
 @dataclass

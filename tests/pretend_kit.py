@@ -90,6 +90,7 @@ def _stats(rollouts: Sequence[Rollout], lags: Sequence[int]) -> SampleStats:
         coverage_sup=ones,
         freshness=1 / (lag + 1),
         weight=ones,
+        token_kl=np.full(len(rollouts), None, dtype=object),
     )
 
 

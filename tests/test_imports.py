@@ -158,6 +158,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.journal": {
         "collapse",
         "engines.models.hf",
+        "engines.text.pieces",
         "errors",
         "paths",
         "recipe",
@@ -317,7 +318,7 @@ def test_a_command_that_computes_nothing_needs_no_torch(command: str) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_nobody_outside_engines_asks_which_engine_it_is(path: Path) -> None:
     """What there is to know of an engine stands in its record; a comparison is a new engine's trap."""
-    if within(dotted(path), "engines"):
+    if within(dotted(path), "engines") or dotted(path) == "suite":  # the harness's backends have such names
         return
     for node in ast.walk(ast.parse(path.read_text())):
         names = isinstance(node, ast.Constant) and node.value in ENGINES

@@ -18,6 +18,7 @@ from fopd_cli.report.reading import Run, read
 
 HERE = Path(__file__).parent
 MARK = "<!doctype html><!-- fopd report -->"
+SHADES = (0.05, 0.3, 1.0, 3.0)  # nats, where a darker colour begins
 # Whatever a model wrote, the page loads nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
@@ -217,7 +218,7 @@ def _timeline(run: Run) -> str:
 
 
 def _answers(run: Run) -> str:
-    out = []
+    out, coloured = [], False
     for prompt, shown in texts.answers(run):
         columns = []
         for answer in shown:
@@ -225,12 +226,36 @@ def _answers(run: Run) -> str:
                 f' <span class="score">score {answer.score:.2f}</span>' if answer.score is not None else ""
             )
             cut = ' <span class="score">cut off</span>' if answer.finish == "length" else ""
-            columns.append(f"<div><h4>{_e(answer.who)}{score}{cut}</h4><pre>{_e(answer.text)}</pre></div>")
+            far = "" if answer.kl is None else f' <span class="score">KL {answer.kl:.3f}</span>'
+            text = _coloured(answer.pieces) + _e(answer.rest) if answer.pieces else _e(answer.text)
+            columns.append(f"<div><h4>{_e(answer.who)}{score}{far}{cut}</h4><pre>{text}</pre></div>")
+            coloured |= bool(answer.pieces)
         out.append(
             f'<article><pre class="prompt">{_e(prompt)}</pre><div '
             f'class="answers">{"".join(columns)}</div></article>'
         )
+    return (_shades() if coloured else "") + "".join(out)
+
+
+def _coloured(pieces: Sequence[tuple[str, float | None]]) -> str:
+    """Each token on a background that says how far the student was from the teacher there."""
+    out = []
+    for text, kl in pieces:
+        if kl is None:
+            out.append(_e(text))
+        else:
+            shade = sum(kl >= limit for limit in SHADES)
+            out.append(f'<span class="n{shade}" title="{kl:.2g} nats">{_e(text)}</span>')
     return "".join(out)
+
+
+def _shades() -> str:
+    ends = ["under " + f"{SHADES[0]:g}", *(f"from {limit:g}" for limit in SHADES)]
+    shades = "".join(f'<span><i class="n{n}"></i>{end}</span>' for n, end in enumerate(ends))
+    return (
+        "<p>Each token of the student's is coloured by its KL to the teacher there, in nats; hold the "
+        f'pointer on one for the number.</p><div class="legend shades">{shades}</div>'
+    )
 
 
 def _recipe(run: Run) -> str:

@@ -41,6 +41,9 @@ class Answer:
     text: str
     score: float | None
     finish: str | None
+    kl: float | None = None  # to the teacher, nats per token
+    pieces: Sequence[tuple[str, float | None]] = ()  # its first tokens, and the KL in nats at each
+    rest: str = ""  # what follows them
 
 
 def answers(run: Run, prompts: int = 3) -> list[tuple[str, list[Answer]]]:
@@ -83,7 +86,11 @@ def _early_halfway_now(samples: list[Record]) -> list[Record]:
 
 def _answer(sample: Record) -> Answer:
     text = shortened(str(sample.get("response")))
-    return Answer(f"student, step {sample.get('step')}", text, sample.get("score"), sample.get("finish"))
+    pieces = [(str(text), kl) for text, kl in sample.get("pieces") or ()]
+    who = f"student, step {sample.get('step')}"
+    left = len(str(sample.get("response"))) - sum(len(text) for text, _ in pieces)
+    rest = f"\n[… {left:,} more characters]" if pieces and left > 0 else ""
+    return Answer(who, text, sample.get("score"), sample.get("finish"), sample.get("kl"), pieces, rest)
 
 
 def shortened(text: str) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from fopd_cli.chat import coloured, numbered, pieces
+from fopd_cli.chat import coloured, numbered
+from fopd_cli.engines.text.pieces import pieces
 
 
 def test_colours_begin_where_the_two_are_apart() -> None:

@@ -11,26 +11,20 @@ import numpy as np
 import pytest
 import yaml
 from conftest import SLOW, TINY, Fopd, lines, metrics, small_recipe, summary
+from inprocess_kit import conducted
 
 from fopd_cli import card
 from fopd_cli.errors import UserError
 from fopd_cli.evaluation import evaluate
 from fopd_cli.inputs import Inputs, load_inputs
-from fopd_cli.recipe import Recipe, changes, dump_recipe, load_recipe
+from fopd_cli.recipe import Recipe, changes, load_recipe
 from fopd_cli.report.charts import charts
 from fopd_cli.report.page import page
 from fopd_cli.report.reading import read
 from fopd_cli.report.tables import of_differences, of_runs
-from fopd_cli.runtime.conductor import Conductor
-from fopd_cli.runtime.crew.inprocess import InProcess, LocalEngines
 from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.best import Best
-from fopd_cli.runtime.journal.journal import Journal
-from fopd_cli.runtime.journal.saving import Unsaved
-from fopd_cli.runtime.journal.sinks import Recorded
 from fopd_cli.runtime.placement import place
-from fopd_cli.runtime.signals import Signals
-from fopd_cli.runtime.state import State
 from fopd_cli.samples import Rollout, SampleId, SampleStats
 from fopd_cli.tasks import load_task
 from fopd_cli.tasks.arithmetic import worked
@@ -60,31 +54,6 @@ def loaded(folder: Path, *overrides: str, **changed: Any) -> Recipe:
 def inputs_of(folder: Path, *overrides: str) -> Inputs:
     recipe = loaded(folder, *overrides)
     return load_inputs(recipe, place(recipe, 0))
-
-
-class Units:
-    """Every answer takes a unit of the clock."""
-
-    def ends(self, now: float, engine: Any, command: Any, answers: Any) -> list[float]:
-        return [now + 1.0 for _ in answers]
-
-    def stopped(self, now: float, engine: Any) -> None: ...
-
-
-def conducted(recipe: Recipe, folder: Path) -> Path:
-    """A whole run with real engines in this process; its directory as far as reports read it."""
-    state = State(load_inputs(recipe, place(recipe, 0)))
-    setup = state.inputs.setup(state.buffer.arena.memory, folder)
-    written = Recorded()
-    with Journal(recipe, state.inputs.tokenizer, lambda *_: written, quiet=True) as journal:
-        crew = InProcess(LocalEngines(state.inputs.plan, setup), Units())
-        Conductor(state, crew, journal, Unsaved(), Signals(journal.say)).run()
-    run = folder / "run"
-    run.mkdir()
-    (run / "recipe.yaml").write_text(dump_recipe(recipe))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r, default=float) + "\n" for r in written.metrics))
-    (run / "samples.jsonl").write_text("".join(json.dumps(r, default=str) + "\n" for r in written.samples))
-    return run
 
 
 @pytest.fixture(scope="module")

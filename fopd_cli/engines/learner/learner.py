@@ -323,7 +323,7 @@ class FsdpLearner:
             figures, _, _ = self._forward(samples, indices, batch)
             batches.ahead()
             if indices:
-                parts.append((indices, _stats(samples, indices, figures)))
+                parts.append((indices, _stats(samples, indices, figures, batch)))
         return self._gather(parts, len(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
@@ -422,6 +422,7 @@ class FsdpLearner:
             "forward_kl": mean(terms.forward_kl),
             "entropy": mean(terms.entropy),
             "kl_quartiles": _quartiles(terms.kl, batch, mask),
+            "token_kl": terms.kl,
             "student_mass": mean(terms.student_mass),
             "teacher_mass": mean(terms.teacher_mass),
             "clamped": mean(terms.clamped),
@@ -541,12 +542,29 @@ class FsdpLearner:
         self.teacher_heads = [head.to(self.device) for head in self._heads_at_rest]
 
 
-def _stats(samples: Sequence[Sample], indices: list[int], figures: dict[str, Tensor]) -> SampleStats:
-    """What `_forward` returned for these samples; waits for it."""
+def _by_sample(term: Tensor, batch: MicroBatch, count: int) -> np.ndarray:
+    """object `(count,)`: the term at each sample's loss-bearing positions, in their order."""
+    values, sample = term.detach().float().cpu().numpy(), batch.sample.cpu().numpy()
+    sampled = batch.sampled.cpu().numpy()  # a sample without any has one of weight 0
+    found = np.empty(count, dtype=object)
+    for i in range(count):
+        found[i] = values[(sample == i) & sampled]
+    return found
+
+
+def _stats(
+    samples: Sequence[Sample], indices: list[int], figures: dict[str, Tensor], batch: MicroBatch | None = None
+) -> SampleStats:
+    """What `_forward` returned for these samples; waits for it. With their `batch`, also token by token."""
+    of_tokens = figures.pop("token_kl")
     found = {name: _numpy(value) for name, value in figures.items()}
     for name in ("lag", "length"):
         found[name] = found[name].astype(np.int64)
-    return SampleStats(keys=np.array([samples[i].rollout.key for i in indices]), **found)
+    token_kl = np.full(len(indices), None, dtype=object)
+    if batch is not None:
+        token_kl = _by_sample(of_tokens, batch, len(indices))
+    keys = np.array([samples[i].rollout.key for i in indices])
+    return SampleStats(keys=keys, token_kl=token_kl, **found)
 
 
 def _quartiles(term: Tensor, batch: MicroBatch, mask: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fopd_cli.engines.models import hf
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.buffer import Entry
@@ -173,10 +175,11 @@ class Journal:
         self.sinks.metrics.write({**record, "timing": timing})
         self.sinks.scalars(records.evaluation_scalars(record), version)
         written = Counter[str | None]()
+        kls = {k: kl for s in stats for k, kl in zip(s.keys.tolist(), s.token_kl, strict=True)}
         for key, held_out in sorted(zip(rows, sets, strict=True)):
             written[held_out] += 1
             if written[held_out] <= HELD_OUT_SAMPLES:
-                self._write_sample(version, *rows[key])
+                self._write_sample(version, *rows[key], kls[key])
         self.say(records.evaluation_line(record))
 
     def refreshed(self, step: int, reason: str, samples: Iterable[SampleId]) -> None:
@@ -187,7 +190,10 @@ class Journal:
         self.sinks.ledger.write({"step": step, "refreshed": ids})
         self.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
 
-    def _write_sample(self, step: int, sample: SampleId, entry: Entry) -> None:
+    def _write_sample(
+        self, step: int, sample: SampleId, entry: Entry, token_kl: np.ndarray | None = None
+    ) -> None:
+        """As text; with `token_kl`, that of each token that the student sampled, also token by token."""
         rollout = entry.rollout
         record: dict[str, Any] = {
             "kind": sample.split,
@@ -201,6 +207,9 @@ class Journal:
         }
         if rollout.turns:
             record |= {"turns": rollout.turns, "calls": rollout.calls}
+        if token_kl is not None:
+            record["kl"] = float(token_kl.mean()) if len(token_kl) else None
+            record["pieces"] = records.pieces(self.tokenizer, rollout, token_kl)
         self.sinks.samples.write(record)
 
     # ---- sums ----------------------------------------------------------------------------------------------

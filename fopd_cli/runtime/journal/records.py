@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fopd_cli.collapse import collapse
+from fopd_cli.engines.text.pieces import pieces as text_pieces
 from fopd_cli.runtime.journal.sinks import mean_and_error
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fopd_cli.runtime.scheduling.schedule import Schedule
 
 MANY_TRUNCATED = 0.5  # share of responses
+MOST_PIECES = 512  # tokens of a response that are written one by one; each decodes all before it
 
 
 def outcome(weight: float) -> Literal["trained", "gated"]:
@@ -273,6 +275,14 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "busy": {role: round(share, 3) for role, share in sorted(busy.items())},
         "advice": advice(busy),
     }
+
+
+def pieces(tokenizer: Any, rollout: Rollout, token_kl: np.ndarray) -> list[list[Any]]:
+    """[text, KL to the teacher in nats] of the response's first tokens; a tool's tokens have None."""
+    kls = np.full(rollout.response_length, np.nan)
+    kls[rollout.loss_mask] = token_kl
+    shown = text_pieces(tokenizer, rollout.response_ids[:MOST_PIECES], kls[:MOST_PIECES])
+    return [[text, float(f"{kl:.3g}") if math.isfinite(kl) else None] for text, kl in shown]
 
 
 def _by_set(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
