@@ -49,6 +49,10 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override one key of the recipe, for example learner.steps=100."
     ),
 ]
+LiveOption = Annotated[
+    bool,
+    typer.Option("--live", help="A view in the terminal: progress, busy roles, figures, the newest answer."),
+]
 StepOption = Annotated[
     int | None, typer.Option(metavar="N", help="The checkpoint of this step; default: the newest sound one.")
 ]
@@ -121,6 +125,7 @@ def run(
             help="Print the resolved recipe and the placement on this machine; start and load nothing.",
         ),
     ] = False,
+    live: LiveOption = False,
 ) -> None:
     """Distil: sample, judge, learn, until learner.steps. Ctrl-C or SIGTERM writes a checkpoint and stops; a
     second one stops at once.
@@ -152,7 +157,7 @@ def run(
     warm.begin()
     from fopd_cli import launch
 
-    _report(launch.run(parsed, path), path)
+    _report(launch.run(parsed, path, live), path)
 
 
 @app.command()
@@ -162,6 +167,7 @@ def resume(
     ],
     step: StepOption = None,
     set_: SetOption = None,
+    live: LiveOption = False,
 ) -> None:
     """Continue a run from its newest sound checkpoint, exactly where it left off.
 
@@ -171,7 +177,7 @@ def resume(
     warm.begin()
     from fopd_cli import launch
 
-    _report(launch.resume(run_dir, step, set_ or []), run_dir)
+    _report(launch.resume(run_dir, step, set_ or [], live), run_dir)
 
 
 @app.command()

@@ -21,13 +21,14 @@ from fopd_cli.runtime.buffer import Entry
 from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.pace import Pace, readable
-from fopd_cli.runtime.journal.sinks import Changes, Progress, Resume, Sinks
+from fopd_cli.runtime.journal.sinks import Changes, Display, Progress, Resume, Sinks
 from fopd_cli.runtime.journal.totals import Totals
 from fopd_cli.runtime.journal.watch import Watch
 from fopd_cli.runtime.scheduling.schedule import Schedule
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
 OpenSinks = Callable[[Resume | None, Changes], Sinks]
+OpenDisplay = Callable[[int, int], Display]
 SAMPLES = 20  # written as text in a whole run
 HELD_OUT_SAMPLES = 2  # per evaluation and held-out set
 
@@ -44,14 +45,23 @@ class _Evaluation:
 class Journal:
     """Use as a context manager: leaving it closes all files."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, open_sinks: OpenSinks, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: Any,
+        open_sinks: OpenSinks,
+        quiet: bool = False,
+        display: OpenDisplay = Progress,
+    ) -> None:
+        """`display` gets the number of steps, and how many are done."""
         self.recipe, self.tokenizer, self.quiet = recipe, tokenizer, quiet
+        self._open_display = display
         self._open_sinks = open_sinks
         self.totals = Totals()
         self._watch = Watch(recipe.learner.clip)
         self._resume: Resume | None = None
         self._changes: Changes = {}
-        self._progress: Progress | None = None
+        self._progress: Display | None = None
         self._sinks: Sinks | None = None
         self._evaluation = _Evaluation()
         self._pace = Pace(recipe.learner.steps, recipe.eval.every or recipe.learner.steps)
@@ -65,7 +75,8 @@ class Journal:
     def __enter__(self) -> Journal:
         self._began = time.time() - self.totals.wall_seconds
         if not self.quiet:
-            self._progress = Progress(self.recipe.learner.steps, self._resume.step if self._resume else 0)
+            done = self._resume.step if self._resume else 0
+            self._progress = self._open_display(self.recipe.learner.steps, done)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -145,7 +156,7 @@ class Journal:
             self._pace.step(step, time.time())
             left = self._pace.remaining()
             eta = {} if left is None else {"left": readable(left)}
-            self._progress.step(step, {**records.bar(record, timing), **eta})
+            self._progress.step(step, {**records.bar(record, timing), **eta}, timing["busy"])
         for warning in self._watch.step(report.grad_norm, record["kl"], record["kl_by_quartile"]):
             self.warn(step, warning)
         if step % max(1, self.recipe.learner.steps // SAMPLES) == 0:
@@ -181,6 +192,8 @@ class Journal:
             if written[held_out] <= HELD_OUT_SAMPLES:
                 self._write_sample(version, *rows[key], kls[key])
         self.say(records.evaluation_line(record))
+        if self._progress is not None:
+            self._progress.evaluated(record)
 
     def refreshed(self, step: int, reason: str, samples: Iterable[SampleId]) -> None:
         """The buffer was dropped."""
@@ -211,6 +224,8 @@ class Journal:
             record["kl"] = float(token_kl.mean()) if len(token_kl) else None
             record["pieces"] = records.pieces(self.tokenizer, rollout, token_kl)
         self.sinks.samples.write(record)
+        if self._progress is not None:
+            self._progress.sampled(record)
 
     # ---- sums ----------------------------------------------------------------------------------------------
 
