@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = 75  # exit code of a part that cannot run here
-LIMIT_S = 1800.0
 
 
 class Skip(Exception):
@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of logs and the section"
     )
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a part is stopped")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
@@ -46,7 +47,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     lines, failed = [*_machine(options.device), ""], 0
     for name in options.only.split(","):
-        state, found = _run(name, options.device, options.out)
+        state, found = _run(name, options.device, options.out, options.limit)
         failed += state == "failed"
         lines += [f"### {name}: {state}", "", *found, ""]
         print("\n".join(lines[-len(found) - 3 :]), flush=True)
@@ -73,17 +74,23 @@ def _machine(device: str) -> list[str]:
     ]
 
 
-def _run(name: str, device: str, out: Path) -> tuple[str, list[str]]:
+def _run(name: str, device: str, out: Path, limit: float) -> tuple[str, list[str]]:
     """A part in a process of its own: how it ended, and its lines."""
     command = [sys.executable, __file__, "--part", name, "--device", device, "--out", str(out)]
     log = out / f"{name}.log"
     began = time.monotonic()
+    lines: list[str] = []
     with log.open("w") as errors:
+        # in a session of its own: what it started ends with it, and leaves the device to the next part
+        part = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=LIMIT_S)
-            code, lines = done.returncode, done.stdout.splitlines()
+            out_lines, _ = part.communicate(timeout=limit)
+            code, lines = part.returncode, out_lines.splitlines()
         except subprocess.TimeoutExpired:
-            return "failed", [f"It was stopped after {LIMIT_S:.0f} s; its log: {log}"]
+            lines = _stopped(part)
+            return "failed", [*lines, f"It was stopped after {limit:.0f} s; its log: {log}"]
     seconds = f"({time.monotonic() - began:.0f} s)"
     if code == SKIPPED:
         return "skipped", lines
@@ -91,6 +98,18 @@ def _run(name: str, device: str, out: Path) -> tuple[str, list[str]]:
         last = (log.read_text().strip().splitlines() or ["no word"])[-1]
         return "failed", [*lines, f"Exit code {code}: {last[:300]} {seconds}"]
     return "done", [*lines, "", seconds]
+
+
+def _stopped(part: subprocess.Popen[str]) -> list[str]:
+    """End a part and all that it started; what it had printed."""
+    for number, wait_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, None)):
+        os.killpg(part.pid, number)
+        try:
+            said, _ = part.communicate(timeout=wait_s)
+            return said.splitlines()
+        except subprocess.TimeoutExpired:
+            continue
+    return []
 
 
 def _one(name: str, device: str, out: Path) -> int:
@@ -128,10 +147,14 @@ def _pair(out: Path) -> Path:
 def tests(device: str, out: Path) -> Iterator[str]:
     """The tests that are skipped without a GPU."""
     _package("pytest")
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "tests/commands/test_gpu.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    yield from (line for line in done.stdout.splitlines() if re.match(r"(FAILED|ERROR|\d+ )", line))
-    if done.returncode:
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-m", "gpu", "tests/commands/test_gpu.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            sys.stderr.write(line)  # to the log as it comes, so that a part that is stopped says where
+            if re.match(r"(FAILED|ERROR|=+ \d+ )|.*(PASSED|SKIPPED)", line):
+                yield line.strip("= \n")
+    if running.returncode:
         raise SystemExit(1)
 
 
