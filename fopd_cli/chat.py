@@ -177,7 +177,8 @@ class Chat:
             theirs = hf.decode(self.tokenizer, answer)
         self.student.remember(line, said)
         mean = None if self.teacher is None else float(kls.mean())
-        return Turn(list(pieces(self.tokenizer, said, kls)), mean, theirs, notice)
+        shown = [(text, float(kls[a:b].sum())) for text, a, b in pieces(self.tokenizer, said)]
+        return Turn(shown, mean, theirs, notice)
 
     def _fits(self, line: str) -> bool:
         return all(

@@ -237,15 +237,17 @@ def _answers(run: Run) -> str:
     return (_shades() if coloured else "") + "".join(out)
 
 
-def _coloured(pieces: Sequence[tuple[str, float | None]]) -> str:
+def _coloured(pieces: Sequence[texts.Piece]) -> str:
     """Each token on a background that says how far the student was from the teacher there."""
     out = []
-    for text, kl in pieces:
+    for text, kl, likeliest in pieces:
         if kl is None:
             out.append(_e(text))
-        else:
-            shade = sum(kl >= limit for limit in SHADES)
-            out.append(f'<span class="n{shade}" title="{kl:.2g} nats">{_e(text)}</span>')
+            continue
+        shade = sum(kl >= limit for limit in SHADES)
+        rather = ", ".join(f"{json.dumps(token, ensure_ascii=False)} {p:.0%}" for token, p in likeliest)
+        title = f"{kl:.2g} nats" + (f"; the teacher: {rather}" if rather else "")
+        out.append(f'<span class="n{shade}" title="{_e(title)}">{_e(text)}</span>')
     return "".join(out)
 
 

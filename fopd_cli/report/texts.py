@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fopd_cli.recipe.changes import flattened
 from fopd_cli.report.reading import Record, Run, jsonl
@@ -33,6 +34,16 @@ def advice(run: Run) -> list[str]:
     return found
 
 
+class Piece(NamedTuple):
+    """A token of the student's; `kl` in nats. `likeliest`: what the teacher would rather have written there,
+    with its probability, if the run recorded that.
+    """
+
+    text: str
+    kl: float | None
+    likeliest: Sequence[tuple[str, float]] = ()
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer to a prompt; `who` says whose and when."""
@@ -42,7 +53,7 @@ class Answer:
     score: float | None
     finish: str | None
     kl: float | None = None  # to the teacher, nats per token
-    pieces: Sequence[tuple[str, float | None]] = ()  # its first tokens, and the KL in nats at each
+    pieces: Sequence[Piece] = ()  # its first tokens
     rest: str = ""  # what follows them
 
 
@@ -86,9 +97,9 @@ def _early_halfway_now(samples: list[Record]) -> list[Record]:
 
 def _answer(sample: Record) -> Answer:
     text = shortened(str(sample.get("response")))
-    pieces = [(str(text), kl) for text, kl in sample.get("pieces") or ()]
+    pieces = [Piece(*piece) for piece in sample.get("pieces") or ()]
     who = f"student, step {sample.get('step')}"
-    left = len(str(sample.get("response"))) - sum(len(text) for text, _ in pieces)
+    left = len(str(sample.get("response"))) - sum(len(piece.text) for piece in pieces)
     rest = f"\n[… {left:,} more characters]" if pieces and left > 0 else ""
     return Answer(who, text, sample.get("score"), sample.get("finish"), sample.get("kl"), pieces, rest)
 

@@ -276,6 +276,8 @@ class Conductor:
     def _on_measured(self, stats: SampleStats) -> None:
         """Held-out samples are measured; with the last of them the learner may train again."""
         version, keys = self.schedule.step, stats.keys.tolist()
+        for key in keys:
+            self.buffer.note_likeliest(key)
         rows = [(self._sample(key), self.buffer[key], self._prompt(key).held_out) for key in keys]
         self.journal.measured(stats, rows)
         for key in keys:

@@ -51,6 +51,24 @@ def test_the_kl_at_each_token_is_that_of_two_plain_forward_passes(run: Path) -> 
         assert sample["kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
 
 
+def test_the_teachers_likeliest_tokens_where_it_names_them(tmp_path: Path) -> None:
+    """A teacher of top-k log-probs does; the numbers are those of a plain forward pass."""
+    recipe = small_recipe(TINY, learner={"steps": 1}, loss={"support": "topk"}, teacher={"k": 8})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = conducted(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    sample = next(s for s in lines(run / "samples.jsonl") if s["kind"] == "eval")
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "teacher")
+    ids = tokenizer(sample["prompt"] + sample["pieces"][0][0], add_special_tokens=False)["input_ids"]
+    teacher = AutoModelForCausalLM.from_pretrained(TINY / "teacher").float()
+    with torch.no_grad():
+        found = teacher(torch.tensor([ids])).logits[0, -1].softmax(-1).topk(3)
+    named = [tokenizer.decode([i]) for i in found.indices.tolist()]
+    _, _, likeliest = sample["pieces"][1]
+    assert [n for n, _ in likeliest] == named
+    assert [p for _, p in likeliest] == pytest.approx(found.values.tolist(), abs=2e-3)
+    assert f"the teacher: &quot;{html.escape(named[0])}&quot; {likeliest[0][1]:.0%}" in page([read(run)])
+
+
 def test_only_samples_grow_by_it(run: Path) -> None:
     assert "pieces" not in (run / "metrics.jsonl").read_text()
     assert all(("pieces" in s) == (s["kind"] == "eval") for s in lines(run / "samples.jsonl"))
@@ -61,7 +79,7 @@ def test_the_page_colours_each_token_and_says_what_the_colours_mean(run: Path) -
     last = texts.answers(read(run))[0][1][-1]
     assert last.who == "student, step 2"
     assert f"KL {last.kl:.3f}" in text
-    for piece, kl in last.pieces:
+    for piece, kl, _ in last.pieces:
         assert kl is not None
         shade = sum(kl >= limit for limit in SHADES)
         assert f'<span class="n{shade}" title="{kl:.2g} nats">{html.escape(piece)}</span>' in text

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 
 
-def pieces(tokenizer: Any, ids: np.ndarray, kls: np.ndarray) -> Iterator[tuple[str, float]]:
-    """(text, KL) of each token. Tokens that only together make a character are one piece, with the sum of
-    their KLs.
+def pieces(tokenizer: Any, ids: np.ndarray) -> Iterator[tuple[str, int, int]]:
+    """(text, first, end) of each token, in numbers of tokens. Tokens that only together make a character are
+    one piece.
     """
-    done, kl = "", 0.0
-    for i, value in enumerate(kls.tolist(), 1):
-        kl += value
-        text = str(tokenizer.decode(ids[:i].tolist()))
-        if i < len(ids) and (text.endswith("\ufffd") or not text.startswith(done)):
+    done, first = "", 0
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end].tolist()))
+        if end < len(ids) and (text.endswith("\ufffd") or not text.startswith(done)):
             continue
-        yield text[len(done) :], kl
-        done, kl = text, 0.0
+        yield text[len(done) :], first, end
+        done, first = text, end

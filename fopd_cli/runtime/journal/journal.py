@@ -222,7 +222,7 @@ class Journal:
             record |= {"turns": rollout.turns, "calls": rollout.calls}
         if token_kl is not None:
             record["kl"] = float(token_kl.mean()) if len(token_kl) else None
-            record["pieces"] = records.pieces(self.tokenizer, rollout, token_kl)
+            record["pieces"] = records.pieces(self.tokenizer, rollout, token_kl, entry.likeliest)
         self.sinks.samples.write(record)
         if self._progress is not None:
             self._progress.sampled(record)

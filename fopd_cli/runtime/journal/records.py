@@ -277,12 +277,27 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
     }
 
 
-def pieces(tokenizer: Any, rollout: Rollout, token_kl: np.ndarray) -> list[list[Any]]:
-    """[text, KL to the teacher in nats] of the response's first tokens; a tool's tokens have None."""
+def pieces(
+    tokenizer: Any,
+    rollout: Rollout,
+    token_kl: np.ndarray,
+    likeliest: tuple[np.ndarray, np.ndarray] | None = None,
+) -> list[list[Any]]:
+    """[text, KL to the teacher in nats] of the response's first tokens; a tool's tokens have None. With the
+    teacher's `likeliest` ids and probabilities at each position, also [[token, probability], ...].
+    """
     kls = np.full(rollout.response_length, np.nan)
     kls[rollout.loss_mask] = token_kl
-    shown = text_pieces(tokenizer, rollout.response_ids[:MOST_PIECES], kls[:MOST_PIECES])
-    return [[text, float(f"{kl:.3g}") if math.isfinite(kl) else None] for text, kl in shown]
+    found: list[list[Any]] = []
+    for text, start, stop in text_pieces(tokenizer, rollout.response_ids[:MOST_PIECES]):
+        kl = float(kls[start:stop].sum())
+        piece: list[Any] = [text, float(f"{kl:.3g}") if math.isfinite(kl) else None]
+        if likeliest is not None and math.isfinite(kl):
+            ids, probabilities = (array[start].tolist() for array in likeliest)
+            named = [str(tokenizer.decode([i])) for i in ids]
+            piece.append([[n, round(p, 3)] for n, p in zip(named, probabilities, strict=True)])
+        found.append(piece)
+    return found
 
 
 def _by_set(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
