@@ -630,18 +630,22 @@ def _report(summary: dict[str, Any], path: Path) -> None:
     if (path / "tensorboard").is_dir():
         typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
     if summary["kl_first"] is not None:
-        score = ""  # empty if nothing is graded
-        if summary["score_first"] is not None and summary["score_last"] is not None:
-            score = f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, "
         if summary["student_chosen_by"] != "last":
             typer.echo(
                 f"student/ is that of step {summary['student_step']}, the best by its "
                 f"{summary['student_chosen_by']}"
             )
-        typer.echo(
-            f"{score}KL to the teacher {summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in "
-            f"{summary['steps']} steps and {summary['wall_seconds']:.0f} s"
-        )
+        for name, own in summary.get("sets", {}).items():
+            typer.echo(f"on {name}: {_learned(own)}")
+        took = f"{summary['steps']} steps and {summary['wall_seconds']:.0f} s"
+        typer.echo(f"{_learned(summary)}, in {took}")
+
+
+def _learned(figures: dict[str, Any]) -> str:
+    """From the first evaluation to the last; a score only where something is graded."""
+    pairs = [("score", "score", 3), ("KL to the teacher", "kl", 4)]
+    ends = [(label, figures[f"{key}_first"], figures[f"{key}_last"], n) for label, key, n in pairs]
+    return ", ".join(f"{w} {a:.{n}f} -> {b:.{n}f}" for w, a, b, n in ends if a is not None and b is not None)
 
 
 def main() -> NoReturn:
