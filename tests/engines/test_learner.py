@@ -426,6 +426,21 @@ def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> No
         kit.make_learner(pair, kit.config()).train(3, samples)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_kl_of_every_token_that_the_student_sampled(pair: Path, samples: list[Sample], packing: bool) -> None:
+    """In the order of the samples, whatever micro-batches they were measured in; a step keeps none."""
+    learner = kit.make_learner(pair, kit.config(packing=packing))
+    some = [replace(s, rollout=replace(s.rollout, loss_mask=s.rollout.loss_mask.copy())) for s in samples]
+    some[1].rollout.loss_mask[1:-1:2] = False  # as where a tool wrote
+    stats = learner.measure(some)
+    assert [len(kls) for kls in stats.token_kl] == [int(s.rollout.loss_mask.sum()) for s in some]
+    assert [float(kls.mean()) for kls in stats.token_kl] == pytest.approx(stats.kl.tolist(), rel=1e-5)
+    alone = [learner.measure([s]).token_kl[0] for s in some]
+    for together, one in zip(stats.token_kl, alone, strict=True):
+        assert together == pytest.approx(one, rel=1e-3, abs=1e-6)
+    assert list(learner.train(0, samples).stats.token_kl) == [None] * len(samples)
+
+
 def test_kl_by_quarter_of_the_response(pair: Path, samples: list[Sample]) -> None:
     stats = kit.make_learner(pair, kit.config()).measure(samples)
     lengths = [s.rollout.response_length for s in samples]
