@@ -46,7 +46,7 @@ LOSSES = {
 }
 RAW = "freshness.weights=raw"
 PUBLISHED = ["freshness.drift=sampled", "freshness.anchor=1", "freshness.refresh.every_at_least=100", RAW]
-CURRENT, ALL = ["freshness.replay.labels=current"], "freshness.replay.share=1"
+CURRENT, ALL = ["freshness.reexecute.labels=current"], "freshness.reexecute.share=1"
 PAPER = {
     name: [f"freshness.policy={name}", *PUBLISHED, *labels]
     for names, labels in (
@@ -96,7 +96,7 @@ class Cell:
     def overrides(self) -> list[str]:
         lag = (
             [
-                "schedule.depth=8",
+                "schedule.max_lag=8",
                 "schedule.inflight=keep",
                 "sampler.concurrency=96",
                 "freshness.max_drift=null",
@@ -218,7 +218,7 @@ def replays(seed: int) -> Iterator[Cell]:
         for policy in ("async", DEFAULT):
             for extra in (CURRENT, (*CURRENT, ALL)):
                 yield Cell("middle", loss, policy, "8", seed, tuple(extra))
-        for others in ((), (ALL,), (ALL, "freshness.beta=10"), ("freshness.replay.share=0",)):
+        for others in ((), (ALL,), (ALL, "freshness.beta=10"), ("freshness.reexecute.share=0",)):
             yield Cell("middle", loss, DEFAULT, "8", seed, others)
 
 

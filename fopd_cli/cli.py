@@ -410,12 +410,14 @@ def recipe_command(
         raise UserError("say what: fopd recipe --explain [SECTION], or fopd recipe --template")
     from fopd_cli.recipe import explain as keys
     from fopd_cli.recipe.meant import meant
+    from fopd_cli.recipe.renames import renamed
     from fopd_cli.recipe.template import TEMPLATE
 
     if template:
         typer.echo(TEMPLATE, nl=False)
         return
-    shown = [found for found in keys() if section is None or _within(found[0], section)]
+    wanted = None if section is None else renamed(section)
+    shown = [found for found in keys() if wanted is None or _within(found[0], wanted)]
     if not shown:
         near = meant(str(section), [])
         hint = f"did you mean {near!r}?" if near else "fopd recipe --explain lists all"

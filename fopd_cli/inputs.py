@@ -93,7 +93,7 @@ class Inputs:
             dtype = resolve_dtype(section.dtype, bool(ranks[0].devices))
             specs.append(
                 TargetSpec(
-                    kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0
+                    kind, width, dtype, self.stream.replayable and self.recipe.freshness.reexecute.share > 0
                 )
             )
         return tuple(specs)

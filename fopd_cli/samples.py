@@ -202,7 +202,7 @@ class TeacherTargets:
     exact logits. `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the
     likeliest tokens. After a replay `drift` (n,) is KL(p(.|now) || p(.|labelled)) in nats, and `aligned` (n,)
     0 where the current context has no such position; the labels themselves are still those of the first
-    context, or of the current one (`freshness.replay.labels`). `teacher` is that teacher's number.
+    context, or of the current one (`freshness.reexecute.labels`). `teacher` is that teacher's number.
     """
 
     kind: TargetKind

@@ -22,7 +22,7 @@ class Policy:
 
 
 POLICIES: dict[str, Policy] = {
-    "sync": Policy(weights="one"),  # and depth 0, which the recipe checks
+    "sync": Policy(weights="one"),  # and max_lag 0, which the recipe checks
     "async": Policy(weights="one"),
     "fixed_refresh": Policy(weights="one", refresh="fixed"),
     "lag_weight": Policy(weights="lag"),

@@ -279,7 +279,7 @@ def test_asynchronous_episodes_and_a_lost_environment(fopd: Fopd) -> None:
     told to abort them: nothing of that may get into the episodes' second try.
     """
     recipe = tool_recipe(
-        schedule={"depth": 2},
+        schedule={"max_lag": 2},
         sampler={"concurrency": 32},
         learner={"steps": 12, "batch_samples": 16, "lr": 1e-3, "warmup_steps": 0},
         teacher={"delay_ms": 20},
@@ -318,7 +318,7 @@ def test_a_student_learns_to_use_the_tool(fopd: Fopd) -> None:
         sampler={"max_new_tokens": 160, "concurrency": 64},
         learner={"steps": 45, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
         teacher={"batch_samples": 16},
-        schedule={"depth": 2},
+        schedule={"max_lag": 2},
         freshness={"xi": 0.02},
         checkpoint={"every": 40},
     )

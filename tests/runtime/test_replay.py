@@ -183,7 +183,12 @@ def drifting(lag: int, drift: float, **changes: Any) -> dict[str, Any]:
         task={"drift": drift, "eval_prompts": 2, "max_turns": 3},
         schedule={"lag": lag},
         learner={"steps": 5, "batch_samples": 8, "lr": 1e-6, "warmup_steps": 0},
-        freshness={"policy": "reweight", "xi": 0.0, "replay": {"share": 1.0}, **changes.pop("freshness", {})},
+        freshness={
+            "policy": "reweight",
+            "xi": 0.0,
+            "reexecute": {"share": 1.0},
+            **changes.pop("freshness", {}),
+        },
         **changes,
     )
     recipe["student"]["model"] = str(TOOL / "teacher")
@@ -225,7 +230,7 @@ def test_a_tool_that_drifts_is_measured_and_one_that_does_not_is_not(fopd: Fopd)
 def test_replays_of_an_asynchronous_run(fopd: Fopd) -> None:
     """No fixed lag: samples are replayed as they get ready, and the accounts stay exact."""
     recipe = drifting(0, 0.5)
-    recipe["schedule"] = {"depth": 3}
+    recipe["schedule"] = {"max_lag": 3}
     recipe["learner"]["steps"] = 8
     run = fopd.run(recipe)
     check_accounts(run)
@@ -242,7 +247,7 @@ def test_a_drifted_sample_teaches_what_the_student_has_read_unless_told_otherwis
         [
             r["kl"]
             for r in metrics(
-                fopd.run(drifting(4, 0.9, freshness={"replay": {**replay, "labels": labels}}), labels)
+                fopd.run(drifting(4, 0.9, freshness={"reexecute": {**replay, "labels": labels}}), labels)
             )
             if r["kind"] == "step"
         ]
@@ -255,7 +260,7 @@ def test_a_drifted_sample_teaches_what_the_student_has_read_unless_told_otherwis
 @SLOW
 @needs_sandbox
 def test_two_runs_with_replays_are_bitwise_the_same_and_the_budget_holds(fopd: Fopd) -> None:
-    recipe = drifting(2, 0.5, freshness={"replay": {"share": 0.25}})
+    recipe = drifting(2, 0.5, freshness={"reexecute": {"share": 0.25}})
     first, second = (fopd.run(recipe, name) for name in ("a", "b"))
     assert metrics(first) == metrics(second)
     assert cost(first, "replayed") == 3 * 2

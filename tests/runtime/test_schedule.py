@@ -551,7 +551,7 @@ def test_killed_at_any_moment_it_computes_the_same(
     faults: int,
     seed: int,
 ) -> None:
-    """Depth 0 or a fixed lag: every step takes the same samples, of the same versions, sampled and scored
+    """max_lag 0 or a fixed lag: every step takes the same samples, of the same versions, sampled and scored
     beside the same others.
     """
     cfg = config(
@@ -613,7 +613,7 @@ def test_deterministic_modes_form_the_same_batches_whatever_the_durations(lag: i
 
 
 def test_deterministic_teacher_groups() -> None:
-    """At depth 0 the teacher's groups too are the same, whatever the order of arrival."""
+    """At max_lag 0 the teacher's groups too are the same, whatever the order of arrival."""
     groups = []
     for seed in range(4):
         sim = Simulator(config(depth=0, concurrency=3, score_batch=(4,), batch=10, steps=2), seed)

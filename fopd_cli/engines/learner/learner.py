@@ -364,7 +364,7 @@ class FsdpLearner:
         sample, lag, lengths = batch.sample, batch.lag, batch.lengths
         # A cached label is for the context that the student read, whether or not that still exists.
         still_there = batch.sampled & batch.current
-        mask = batch.sampled if config.freshness.replay.labels == "cached" else still_there
+        mask = batch.sampled if config.freshness.reexecute.labels == "cached" else still_there
         aligned = torch.isfinite(batch.at.behaviour)
         _, coverage = drift.per_sample(
             torch.zeros_like(batch.at.behaviour), aligned, batch.sampled, sample, n

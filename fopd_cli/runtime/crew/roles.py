@@ -130,7 +130,7 @@ class Teaching:
         self.engine, self.setup = build_teacher(spec, setup, breathe), setup
         self._rank, self._world = spec.rank, spec.world
         self._delay_s = setup.recipe.teachers[spec.index].delay_ms / 1000
-        self._labels = setup.recipe.freshness.replay.labels
+        self._labels = setup.recipe.freshness.reexecute.labels
 
     def do(self, command: m.TeacherCommand | m.RestCommand) -> m.Message:
         match command:

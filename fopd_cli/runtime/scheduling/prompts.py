@@ -175,13 +175,13 @@ class EvalVersions:
 
 def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: bool) -> ScheduleConfig:
     """The recipe in the form that the schedule takes."""
-    replay = recipe.freshness.replay
-    wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or replay.labels == "current"
+    reexecute = recipe.freshness.reexecute
+    wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or reexecute.labels == "current"
     eval_versions = EvalVersions(recipe.learner.steps, recipe.eval.every)
     return ScheduleConfig(
         steps=recipe.learner.steps,
         batch=recipe.learner.batch_samples,
-        depth=recipe.schedule.depth,
+        depth=recipe.schedule.max_lag,
         lag=recipe.schedule.lag,
         inflight=recipe.schedule.inflight,
         replicas=replicas,
@@ -189,7 +189,7 @@ def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: 
         score_batch=tuple(t.batch_samples for t in recipe.teachers),
         exclusive=exclusive,
         eval_versions=eval_versions,
-        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable and wanted else 0,
-        replay_lag=replay.min_lag,
-        replay_ahead=replay.labels == "cached",
+        replays=math.ceil(reexecute.share * recipe.learner.batch_samples) if replayable and wanted else 0,
+        replay_lag=reexecute.min_lag,
+        replay_ahead=reexecute.labels == "cached",
     )

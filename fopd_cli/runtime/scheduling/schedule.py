@@ -27,7 +27,7 @@ measured drift (`freshness/depth.py`). Deadlines stay v + D: admitting less keep
 max(0, j - k) and consumed at step j. A sampler moves to v + 1 only when window v + k is sampled, and step t
 starts only when all samplers hold version t.
 
-**Windows.** At depth 0 and under a fixed lag two runs must compute the same bits. So samples are cut by
+**Windows.** At max_lag 0 and under a fixed lag two runs must compute the same bits. So samples are cut by
 number into the batches that consume them (`_windows`), and every group of a sampler or teacher is within one:
 `concurrency` or `score_batch` samples in a row, whatever the order of arrival. Groups are scored in the order
 in which they are consumed, held-out ones first, because the learner waits for them. A group whose targets do
