@@ -210,8 +210,8 @@ def sweep(seed: int) -> Iterator[Cell]:
             yield Cell("short", "pg_cached", policy, "8", seed, extra)
 
 
-def replays(seed: int) -> Iterator[Cell]:
-    """Supervision drift: how much of a batch to replay, what replayed samples teach, and what D_sup may cost
+def reexecution(seed: int) -> Iterator[Cell]:
+    """Supervision drift: how much of a batch to reexecute, what such samples teach, and what D_sup may cost
     them.
     """
     for loss in ("reverse_kl", "forward_kl"):
@@ -267,7 +267,7 @@ STUDIES = {
         losses,
         sweep,
         mixed,
-        replays,
+        reexecution,
         coverage,
         sgd,
         weights,

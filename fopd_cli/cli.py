@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil a big language model into a small one, on policy and asynchronously, with freshness "
     "control (f-OPD). Exit codes: 0 done, 2 your mistake (nothing is lost), 3 a worker failed (the "
-    "last checkpoint stands), 130 interrupted by Ctrl-C, SIGTERM or a terminal that closed (a "
+    "last checkpoint is intact), 130 interrupted by Ctrl-C, SIGTERM or a terminal that closed (a "
     "checkpoint was written).",
 )
 
@@ -99,7 +99,7 @@ def new(
         typer.echo(str(finding))
     if any(f.level == "error" for f in findings):
         raise UserError(
-            f"{path}: written, but it will not run on this machine before the errors above are mended"
+            f"{path}: written, but it will not run on this machine until the errors above are fixed"
         )
     typer.echo(f"{path}: ready; next: fopd run {path}")
 

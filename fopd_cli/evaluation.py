@@ -135,7 +135,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         "prompts": len({row["prompt_index"] for row in rows}),
         "rows": len(rows),
         "truncated": sum(row["finish"] == "length" for row in rows) / max(1, len(rows)),
-        **records.mean_figures([row["figures"] for row in rows]),
+        **records.mean_metrics([row["figures"] for row in rows]),
         **records.episodes(episodes),
         **records.tool_seconds(episodes),
     }
@@ -375,7 +375,7 @@ def _row(prompt: Prompt, sample: SampleId, rollout: Rollout, tokenizer: Any) -> 
     return {
         "number": rollout.key,
         "prompt_index": sample.prompt,
-        "sample": sample.replica,
+        "sample": sample.repeat,
         "prompt": prompt.text or prompt.messages,
         "response": hf.decode(tokenizer, rollout.response_ids),
         "answer": hf.decode(tokenizer, rollout.last_turn) if rollout.answer is None else rollout.answer,
@@ -417,5 +417,5 @@ def converse(
         if sampler.busy:
             yield from (rollout for _, rollout in conversations.on_turns(0, sampler.step()))
         for seen in environments.receive(block=bool(conversations) and not sampler.busy):
-            assert isinstance(seen, m.Observed)  # nothing is replayed here
+            assert isinstance(seen, m.Observed)  # nothing is executed again here
             yield from (rollout for _, rollout in conversations.on_observed(seen))

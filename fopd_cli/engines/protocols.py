@@ -67,8 +67,8 @@ class Learner(Protocol):
     def train(self, step: int, samples: Sequence[Sample]) -> StepReport:
         """One optimizer step on the whole batch (every rank is given all of it and takes its share)."""
 
-    def measure(self, samples: Sequence[Sample]) -> SampleStats:
-        """The same figures without learning."""
+    def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
+        """The same metrics without learning."""
 
     def publish(self) -> Iterator[tuple[str, Tensor]]:
         """Full weights, one by one; every rank must exhaust the iterator."""

@@ -18,7 +18,7 @@ class Policy:
     anchor: bool = False
     refresh: Literal["never", "fixed", "adaptive"] = "never"
     trust: bool = False  # the token's trust region (`trust.py`)
-    depth: bool = False  # how far sampling runs ahead follows the drift (`depth.py`)
+    ahead: bool = False  # how far sampling runs ahead follows the drift (`ahead.py`)
 
 
 POLICIES: dict[str, Policy] = {
@@ -28,7 +28,7 @@ POLICIES: dict[str, Policy] = {
     "lag_weight": Policy(weights="lag"),
     "reweight": Policy(weights="freshness"),
     "reweight+anchor": Policy(weights="freshness", anchor=True),
-    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive", depth=True),
+    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive", ahead=True),
     # Ours, not the paper's.
     "trust": Policy(weights="one", trust=True),
 }

@@ -748,7 +748,7 @@ class Recipe(Section):
     @property
     def max_drift(self) -> float | None:
         """freshness.max_drift where the policy and the schedule ask for it."""
-        follows = POLICIES[self.freshness.policy].depth and self.schedule.lag is None
+        follows = POLICIES[self.freshness.policy].ahead and self.schedule.lag is None
         return self.freshness.max_drift if follows else None
 
     @property

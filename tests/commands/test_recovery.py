@@ -266,7 +266,7 @@ def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -
     assert process.returncode == 0, err
     assert summary(run)["restarts"] == 3
     for name in ("sampler-0", "grader-0", "teacher-0"):
-        assert any(name in line and "starting it again (1 of 2)" in line for line in err.splitlines()), name
+        assert any(name in line and "restarting it (1 of 2)" in line for line in err.splitlines()), name
     assert "teacher-0" in next(line for line in err.splitlines() if "has not moved" in line)
     assert metrics(run) == metrics(quiet)
     assert check_accounts(run) == check_accounts(quiet)
@@ -281,7 +281,7 @@ def test_other_replicas_take_over(fopd: Fopd, pair: Path) -> None:
     worker(run, "sampler-1", process.pid).kill()
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
-    assert "stays away" in err
+    assert "not restarting it" in err
     prompts = check_accounts(run)
     assert prompts["trained"] + prompts["gated"] == 24 * 8
     assert prompts["in_flight"] == 0

@@ -191,7 +191,7 @@ def test_two_signals_a_moment_apart_stop_at_once(fopd: Fopd, pair: Path) -> None
     time.sleep(1.0)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGTERM)
-    assert "stopped at once" in end(process, family)
+    assert "stopped immediately" in end(process, family)
 
 
 @SLOW

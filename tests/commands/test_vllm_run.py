@@ -132,7 +132,7 @@ def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fo
     process.kill()
     _, err = process.communicate()
     wait_for(lambda: gone(family), "everything to die with the conductor", 5.0)
-    assert err.count("starting it again (1 of 2)") == 2
+    assert err.count("restarting it (1 of 2)") == 2
     fopd("resume", run, "--set", f"learner.steps={steps_done(run) + 2}")
     check_accounts(run)
 

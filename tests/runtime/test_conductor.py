@@ -113,7 +113,7 @@ def check_buffer(state: State) -> None:
     entries = state.buffer.entries
     assert entries.keys() <= state.schedule.tickets.keys()
     sizes = [
-        state.buffer.specs[e.teacher].nbytes(e.rollout.response_length) for e in entries.values() if e.slot
+        state.buffer.specs[e.teacher].nbytes(e.rollout.response_length) for e in entries.values() if e.region
     ]
     assert state.buffer.arena.used_bytes == sum(map(aligned, sizes))
 

@@ -83,7 +83,7 @@ def evaluation(
     version: int,
     stats: list[SampleStats],
     samples: list[tuple[SampleId, float, Rollout]],
-    figures: list[dict[str, float]],
+    metrics: list[dict[str, float]],
 ) -> dict[str, Any]:
     """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over
     tokens.
@@ -110,7 +110,7 @@ def evaluation(
         "score": score,
         "score_error": error,
         "prompts": len(by_prompt),
-        **mean_figures(figures),
+        **mean_metrics(metrics),
         "kl": tokens_mean("kl"),
         "kl_error": mean_and_error(kl_by_prompt.values())[1],
         "forward_kl": tokens_mean("forward_kl"),
@@ -122,10 +122,10 @@ def evaluation(
     }
 
 
-def mean_figures(figures: list[dict[str, float]]) -> dict[str, float]:
-    """Means of the graders' further figures, each over the samples that have it."""
-    names = sorted({name for found in figures for name in found})
-    return {name: _mean(np.array([found.get(name, np.nan) for found in figures])) for name in names}
+def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Means of the graders' further metrics, each over the samples that have it."""
+    names = sorted({name for found in metrics for name in found})
+    return {name: _mean(np.array([found.get(name, np.nan) for found in metrics])) for name in names}
 
 
 def episodes(rollouts: list[Rollout]) -> dict[str, float]:
@@ -149,21 +149,20 @@ def tool_seconds(rollouts: list[Rollout]) -> dict[str, float]:
 
 def evaluation_line(record: dict[str, Any]) -> str:
     """For people; a score only where there is one."""
-    kl = f"KL to the teacher {measured(record['kl'], record['kl_error'], 4)}"
+    kl = f"KL to the teacher {with_error(record['kl'], record['kl_error'], 4)}"
     if math.isfinite(record["score"]):
-        figures = (
-            f"score {measured(record['score'], record['score_error'], 3)} ({record['prompts']} prompts), {kl}"
-        )
+        score = with_error(record["score"], record["score_error"], 3)
+        metrics = f"score {score} ({record['prompts']} prompts), {kl}"
     else:
-        figures = f"{kl} ({record['prompts']} prompts)"
+        metrics = f"{kl} ({record['prompts']} prompts)"
     cut_off = ""
     if record["truncated"] > MANY_TRUNCATED:
         cut_off = f"; {record['truncated']:.0%} of the responses were cut off at max_new_tokens"
-    return f"held-out at step {record['step']}: {figures}{cut_off}"
+    return f"held-out at step {record['step']}: {metrics}{cut_off}"
 
 
-def measured(value: float, error: float, digits: int) -> str:
-    """A figure with its standard error, where there is one (a single prompt has none)."""
+def with_error(value: float, error: float, digits: int) -> str:
+    """A metric with its standard error, where there is one (a single prompt has none)."""
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
 
@@ -185,9 +184,9 @@ def histograms(stats: SampleStats) -> dict[str, np.ndarray]:
 
 
 def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
-    """The figures that matter, for the progress bar."""
+    """The metrics that matter, for the progress bar."""
     score = {"score": f"{record['score']:.2f}"} if math.isfinite(record["score"]) else {}
-    figures = {
+    metrics = {
         **score,
         "loss": f"{record['loss']:.4f}",
         "kl": f"{record['kl']:.4f}",
@@ -196,10 +195,10 @@ def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
         "tok/s": f"{record['tokens'] / max(timing['seconds'], 1e-9):.0f}",
     }
     busy = timing["busy"]
-    figures["busy"] = "/".join(
+    metrics["busy"] = "/".join(
         f"{role[0].upper()}{busy[role]:.0%}" for role in ("sampler", "teacher", "learner") if role in busy
     )
-    return figures
+    return metrics
 
 
 def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[str, Any]:

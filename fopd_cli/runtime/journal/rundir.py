@@ -79,7 +79,7 @@ class RunDir:
         if not self.recipe.is_file():
             return ""
         if any(self.checkpoints.glob("step-*/MANIFEST.json")):
-            return f"go on with it (fopd resume {self.path}) or "
+            return f"continue it (fopd resume {self.path}) or "
         return "it is a run that ended before its first checkpoint: delete it, or "
 
     def fork(self, new: Path, step: int) -> RunDir:

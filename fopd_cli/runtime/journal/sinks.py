@@ -220,14 +220,14 @@ class Progress:
 
             self._bar = tqdm(total=steps, initial=initial, unit="step", dynamic_ncols=True)
 
-    def step(self, step: int, figures: dict[str, str]) -> None:
+    def step(self, step: int, metrics: dict[str, str]) -> None:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.update(step - self._bar.n)
-                self._bar.set_postfix(figures, refresh=False)
+                self._bar.set_postfix(metrics, refresh=False)
         elif time.time() - self._last > self.EVERY_S or step == self.steps:
             self._last = time.time()
-            self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in figures.items()))
+            self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in metrics.items()))
 
     def say(self, line: str) -> None:
         with contextlib.suppress(OSError):
