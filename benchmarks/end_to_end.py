@@ -124,7 +124,7 @@ def fopd_recipe(max_lag: int, policy: str, engine: str, args: argparse.Namespace
         "freshness": {"policy": policy},
         "eval": {"every": args.every, "training": False},
         "checkpoint": {"every": 0},
-        "placement": {"mode": "cpu"},
+        "placement": {"mode": args.mode},
         "seed": args.seed,
     }
 
@@ -202,6 +202,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--to", type=float, default=0.63, help="held-out KL, in nats a token")
+    parser.add_argument("--mode", default="auto", help="fopd's placement.mode")
     parser.add_argument("--only", nargs="*", help="contenders whose names contain one of these")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, help="jsonl file to append each contender's curve to")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,10 +26,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HELD_OUT = 32  # questions, the first of the file; the others are trained on
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(pair: Path, name: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.bfloat16).to(DEVICE).eval()
 
 
 def questions(file: Path) -> list[str]:
@@ -45,7 +47,8 @@ def generate(student: Any, tokenizer: Any, asked: list[str], tokens: int) -> dic
     """A batch of answers: ids and mask `(n, width)`, which of the last `tokens` positions are answer, EOS
     included.
     """
-    prompts = tokenizer(shown(tokenizer, asked), return_tensors="pt", padding=True, add_special_tokens=False)
+    texts = shown(tokenizer, asked)
+    prompts = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(DEVICE)
     with torch.no_grad():
         ids = student.generate(
             **prompts, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
@@ -70,7 +73,7 @@ def divergence(kind: str, student: torch.Tensor, teacher: torch.Tensor) -> torch
     if kind == "forward_kl":
         return (teacher.exp() * (teacher - student)).sum(-1)
     if kind == "jsd":
-        mixture = torch.logaddexp(student, teacher) - torch.log(torch.tensor(2.0))
+        mixture = torch.logaddexp(student, teacher) - math.log(2.0)
         return 0.5 * ((teacher.exp() * (teacher - mixture)) + student.exp() * (student - mixture)).sum(-1)
     return (student.exp() * (student - teacher)).sum(-1)
 
@@ -87,6 +90,8 @@ class Clock:
         self.go_on()
 
     def pause(self) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._began
 
     def go_on(self) -> None:
@@ -99,20 +104,21 @@ class Clock:
         same randomness.
         """
         self.pause()
-        state = torch.get_rng_state()
-        torch.manual_seed(1234)
+        with torch.random.fork_rng():
+            torch.manual_seed(1234)
+            kl = self._kl(student, teacher, tokenizer, asked, tokens)
+        print(json.dumps({"kind": "eval", "step": step, "kl": kl, "seconds": self.seconds}), flush=True)
+        self.go_on()
+
+    @staticmethod
+    def _kl(student: Any, teacher: Any, tokenizer: Any, asked: list[str], tokens: int) -> float:
         total, count = 0.0, 0
         for start in range(0, len(asked), 16):
             with torch.no_grad():
                 batch = generate(student, tokenizer, asked[start : start + 16], tokens)
                 kl = divergence("reverse_kl", logprobs(student, batch), logprobs(teacher, batch))
             total, count = total + float(kl.sum()), count + len(kl)
-        torch.set_rng_state(state)
-        print(
-            json.dumps({"kind": "eval", "step": step, "kl": total / count, "seconds": self.seconds}),
-            flush=True,
-        )
-        self.go_on()
+        return total / count
 
 
 def train(args: argparse.Namespace) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = 75  # exit code of a part that cannot run here
-LIMIT_S = 1800.0
 
 
 class Skip(Exception):
@@ -36,6 +35,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of logs and the section"
     )
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which a part is stopped")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
@@ -46,7 +46,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     lines, failed = [*_machine(options.device), ""], 0
     for name in options.only.split(","):
-        state, found = _run(name, options.device, options.out)
+        state, found = _run(name, options.device, options.out, options.limit)
         failed += state == "failed"
         lines += [f"### {name}: {state}", "", *found, ""]
         print("\n".join(lines[-len(found) - 3 :]), flush=True)
@@ -73,17 +73,17 @@ def _machine(device: str) -> list[str]:
     ]
 
 
-def _run(name: str, device: str, out: Path) -> tuple[str, list[str]]:
+def _run(name: str, device: str, out: Path, limit: float) -> tuple[str, list[str]]:
     """A part in a process of its own: how it ended, and its lines."""
     command = [sys.executable, __file__, "--part", name, "--device", device, "--out", str(out)]
     log = out / f"{name}.log"
     began = time.monotonic()
     with log.open("w") as errors:
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=LIMIT_S)
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=limit)
             code, lines = done.returncode, done.stdout.splitlines()
         except subprocess.TimeoutExpired:
-            return "failed", [f"It was stopped after {LIMIT_S:.0f} s; its log: {log}"]
+            return "failed", [f"It was stopped after {limit:.0f} s; its log: {log}"]
     seconds = f"({time.monotonic() - began:.0f} s)"
     if code == SKIPPED:
         return "skipped", lines

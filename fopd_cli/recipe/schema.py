@@ -97,6 +97,9 @@ class Student(Section):
     """Adapters (peft) over a frozen base; the trained student is exported merged. null: train all weights."""
 
 
+GPU_MEMORY = 0.85  # what vLLM takes of a device that it does not share
+
+
 class Vllm(Section):
     """Settings of engine vllm; other engines ignore them."""
 
@@ -104,8 +107,10 @@ class Vllm(Section):
     """Devices (on a CPU: processes) that one replica is split over; must divide the number of attention
     heads.
     """
-    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Share of a device's memory for weights and KV cache, unless kv_cache_gb is set (CUDA)."""
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of a device's memory for weights and KV cache, unless kv_cache_gb is set (CUDA). Default: 0.85;
+    under placement colocate as much as all running requests can need, at most what the other roles leave.
+    """
     kv_cache_gb: Gigabytes | None = None
     """KV cache per replica. Default: on CUDA what gpu_memory leaves; on a CPU as much as all running requests
     can need, at most an eighth of the RAM.

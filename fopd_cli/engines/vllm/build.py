@@ -89,7 +89,7 @@ def teacher(order: TeacherOrder) -> Teacher:
 
 def _keys(section: Vllm, share: float | None) -> Vllm:
     """The recipe's, with the share of a device that this engine was given, where several roles stay on it."""
-    return section if share is None else section.model_copy(update={"gpu_memory": share, "kv_cache_gb": None})
+    return section if share is None else section.model_copy(update={"gpu_memory": share})
 
 
 def _fewer(vocab: int, config: Any) -> int | None:

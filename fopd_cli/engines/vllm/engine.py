@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Vllm
+from fopd_cli.recipe.schema import GPU_MEMORY
 
 TESTED_VERSION = "0.32.0"
 TELLING = ("Value error", "Assertion failed", "must")  # in the line of an error that says what is wrong
@@ -53,7 +54,7 @@ class VllmOptions:
     max_tokens: int  # of prompt and response together
     max_requests: int  # running at once
     max_logprobs: int  # largest k asked for; -1: the whole vocabulary
-    cache_bytes: int | None = None  # KV cache where the section does not say; None: vLLM's own choice
+    cache_bytes: int | None = None  # a replica's KV cache by default; None: vLLM's own choice
     batched_tokens: int | None = None  # the same of tokens a forward pass
     prefix_caching: bool = False
     live_weights: bool = False  # whether `load` will be called
@@ -65,8 +66,10 @@ class VllmOptions:
 
     @property
     def kv_cache_bytes(self) -> int | None:
-        gigabytes = self.section.kv_cache_gb
-        return self.cache_bytes if gigabytes is None else int(gigabytes * 1e9)
+        """What vLLM is told: the part of one device (or process) of a replica."""
+        gigabytes, split = self.section.kv_cache_gb, self.section.tensor_parallel
+        whole = self.cache_bytes if gigabytes is None else int(gigabytes * 1e9)
+        return None if whole is None else whole // split
 
     @property
     def max_batched_tokens(self) -> int | None:
@@ -317,7 +320,7 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",  # of the distribution really sampled from
         "enable_prefix_caching": options.prefix_caching,
         "tensor_parallel_size": options.section.tensor_parallel,
-        "gpu_memory_utilization": options.section.gpu_memory,
+        "gpu_memory_utilization": options.section.gpu_memory or GPU_MEMORY,
         "enforce_eager": options.section.eager or not options.cuda,
         "kv_cache_memory_bytes": options.kv_cache_bytes,
         "disable_log_stats": True,

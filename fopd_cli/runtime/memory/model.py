@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from fopd_cli.engines.models.shapes import Shapes
 from fopd_cli.engines.registry import engine_of
-from fopd_cli.recipe.schema import Learner, Recipe, Sampler, Teacher
+from fopd_cli.recipe.schema import GPU_MEMORY, Learner, Recipe, Sampler, Teacher
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory.sizes import total_memory
 from fopd_cli.runtime.placement import SPARE, Plan, Shares
@@ -24,6 +25,7 @@ from fopd_cli.runtime.placement import SPARE, Plan, Shares
 MB, GB = 1 << 20, 10**9
 CONTEXT = 1 * GB  # of CUDA and its libraries in each process; an estimate
 RANKS = int(0.5 * GB)  # NCCL's buffers where there are several ranks; an estimate
+CUBLAS = 32 * MB  # of cuBLAS, allocated by PyTorch, on Hopper; 8 MB before
 GRAPHS = int(1.5 * GB)  # vLLM's CUDA graphs and workspaces; an estimate
 ASLEEP = 2 * GB  # what vLLM keeps on a device while it sleeps; an estimate
 PROCESS = 450 * MB  # of main memory: Python, torch, transformers
@@ -59,7 +61,8 @@ class Use:
     host: Parts = ()  # in main memory, where the rest is on a device
     host_asleep: Parts = ()
     least: int = 0  # vLLM: bytes of the device that it needs to start, an update included
-    rows: float = 0.0  # vLLM: samples of full length whose keys and values fit in its cache
+    row: int = 0  # vLLM: bytes of the keys and values of a sample of full length
+    rows: float = 0.0  # vLLM: how many of these its cache holds
 
     @property
     def phase(self) -> str:
@@ -244,11 +247,12 @@ def vllm(
     device: int,
     longest: int,
     batched: int | None,
+    cache_bytes: int | None,
     log_probs: bool,
     live: bool,
 ) -> Use:
     """One replica split over `split` devices of `device` bytes. It takes the fraction `share` of each at its
-    start, whatever it needs. `live`: its weights are updated.
+    start, whatever it needs, or `cache_bytes` for keys and values if given. `live`: its weights are updated.
     """
     size = dtype.itemsize
     weights = Part("weights", size * s.parameters // split)
@@ -264,7 +268,8 @@ def vllm(
     # An update comes a layer at a time, outside what vLLM counts.
     update = Part("an update on its way", 2 * size * s.block if live else 0)
     token = max(1, size * s.kv // split)
-    cache = max(0, int(share * device) - total(working))
+    left = max(0, int(share * device) - total(working))
+    cache = left if cache_bytes is None else cache_bytes // split
     return Use(
         (*working, Part("KV cache", cache)),
         {"update": (update,)},
@@ -272,6 +277,7 @@ def vllm(
         (Part("process", split * CUDA_PROCESS),),
         () if live else (weights,),
         least=total(working) + token * longest + update.nbytes,
+        row=token * longest,
         rows=cache / (token * longest),
     )
 
@@ -300,7 +306,10 @@ def _files(s: Shapes, size: int) -> Part:
 def _context(cuda: bool, world: int) -> Parts:
     if not cuda:
         return ()
-    return (Part("CUDA and its libraries (estimate)", CONTEXT + (RANKS if world > 1 else 0)),)
+    return (
+        Part("CUDA and its libraries (estimate)", CONTEXT + (RANKS if world > 1 else 0)),
+        Part("cuBLAS's workspace", CUBLAS),
+    )
 
 
 # ---- a run -------------------------------------------------------------------------------------------------
@@ -395,10 +404,11 @@ def _claiming(
         s,
         dtype=dtype,
         split=len(spec.devices),
-        share=spec.share or keys.gpu_memory,
+        share=spec.share or keys.gpu_memory or GPU_MEMORY,
         device=device_bytes,
         longest=longest,
         batched=batched,
+        cache_bytes=None if keys.kv_cache_gb is None else int(keys.kv_cache_gb * 1e9),
         log_probs=not samples,
         live=samples,
     )
@@ -461,6 +471,11 @@ def _dtype(name: str, cuda: bool) -> torch.dtype:
     return torch.float32 if wide else torch.bfloat16
 
 
+def _sized(keys: Any) -> bool:
+    """Whether the recipe says how much memory an engine that claims a share is to take."""
+    return keys.gpu_memory is not None or keys.kv_cache_gb is not None
+
+
 class Fit:
     """What placement asks: which roles a device can hold at once. Implements `placement.Memory`."""
 
@@ -476,7 +491,9 @@ class Fit:
         """The fractions of a device that vLLM engines may take where roles do not take turns; None: they do
         not fit.
 
-        A sampler's cache must hold an eighth of its concurrent samples at full length, as few ever reach it.
+        A share that the recipe names is taken as it is. By default a sampler's cache holds all its concurrent
+        samples at full length, or what is left if that is less; an eighth of them must fit, as few ever
+        reach that length.
         """
         room = (1 - SPARE) * self.device_bytes
         found = workers(self.recipe, plan, self.models, self.device_bytes)
@@ -488,18 +505,36 @@ class Fit:
                 continue
             section = self.recipe.teachers[worker.spec.index] if worker.spec.role == "teacher" else None
             if section is not None and engine_of(section).claims:
-                by_teacher[section.name] = worker.use.least / self.device_bytes
-                taken += worker.use.least
+                keys = engine_of(section).keys(section)
+                claim = worker.use.peak if _sized(keys) else worker.use.least
+                by_teacher[section.name] = claim / self.device_bytes
+                taken += claim
             else:
                 taken += worker.use.peak
-        left = room - taken
+        left = int(room - taken)
         if not claims:
             return Shares(None, by_teacher) if left >= 0 else None
-        update = max(total(p) for w in found if w.spec.role == "sampler" for p in w.use.phases.values())
-        share = (left - update) / self.device_bytes
-        if share <= 0:
-            return None
-        spec = replace(plan.samplers[0], share=share)
-        use = of_sampler(self.recipe, spec, self.models, self.device_bytes)
-        wanted = max(1, self.recipe.sampler.concurrency / 8)
-        return Shares(share, by_teacher) if use.least <= left and use.rows >= wanted else None
+        share = self._sampler_share(plan, left)
+        return None if share is None else Shares(share, by_teacher)
+
+    def _sampler_share(self, plan: Plan, left: int) -> float | None:
+        """The fraction of a device for a sampler where `left` bytes are left; None: too little."""
+        section, device = self.recipe.sampler, self.device_bytes
+        keys = engine_of(section).keys(section)
+
+        def use(share: float) -> Use:
+            spec = replace(plan.samplers[0], share=share)
+            return of_sampler(self.recipe, spec, self.models, device)
+
+        first = use(keys.gpu_memory or 1.0)
+        update = first.peak - total(first.always)  # outside what vLLM counts
+        if keys.kv_cache_gb is not None:
+            share = total(first.always) / device
+        elif keys.gpu_memory is not None:
+            share = keys.gpu_memory
+        else:
+            enough = first.least - update + (section.concurrency - 1) * first.row
+            share = (min(left, enough + update) - update) / device
+        found = use(share) if share > 0 else first
+        fits = share > 0 and found.peak <= left and found.least <= found.peak
+        return share if fits and found.rows >= max(1, section.concurrency / 8) else None
