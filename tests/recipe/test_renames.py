@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, small_recipe
+from conftest import ROOT, TINY, small_recipe
 
 from fopd_cli import errors
 from fopd_cli.recipe import explain, load_recipe, recorded_recipe
@@ -120,3 +120,13 @@ def test_a_difference_between_an_older_run_and_a_newer_one(tmp_path: Path) -> No
         written(tmp_path / name / "recipe.yaml", sections)
     keys = tables.of_differences(tmp_path / "older", tmp_path / "newer").partition("\n\n")[0].splitlines()
     assert [line.split()[0] for line in keys] == ["recipe", "seed"]
+
+
+def test_nothing_that_is_shipped_uses_an_old_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe in [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("benchmarks/recipes/*.yaml")]:
+        load_recipe(recipe)
+    assert "is now called" not in capsys.readouterr().err
+    folders = ("benchmarks", "docs", "examples", "recipes", "scripts")
+    files = [ROOT / "README.md", *(f for name in folders for f in (ROOT / name).rglob("*"))]
+    texts = {f: f.read_text() for f in files if f.suffix in {".md", ".py", ".yaml", ".sh", ".csv", ".jsonl"}}
+    assert [f for f, text in texts.items() if any(old in text for old in RENAMED)] == []
