@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -78,12 +79,18 @@ def _run(name: str, device: str, out: Path, limit: float) -> tuple[str, list[str
     command = [sys.executable, __file__, "--part", name, "--device", device, "--out", str(out)]
     log = out / f"{name}.log"
     began = time.monotonic()
+    lines: list[str] = []
     with log.open("w") as errors:
+        # in a session of its own: what it started ends with it, and leaves the device to the next part
+        part = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=limit)
-            code, lines = done.returncode, done.stdout.splitlines()
+            out_lines, _ = part.communicate(timeout=limit)
+            code, lines = part.returncode, out_lines.splitlines()
         except subprocess.TimeoutExpired:
-            return "failed", [f"It was stopped after {limit:.0f} s; its log: {log}"]
+            lines = _stopped(part)
+            return "failed", [*lines, f"It was stopped after {limit:.0f} s; its log: {log}"]
     seconds = f"({time.monotonic() - began:.0f} s)"
     if code == SKIPPED:
         return "skipped", lines
@@ -91,6 +98,18 @@ def _run(name: str, device: str, out: Path, limit: float) -> tuple[str, list[str
         last = (log.read_text().strip().splitlines() or ["no word"])[-1]
         return "failed", [*lines, f"Exit code {code}: {last[:300]} {seconds}"]
     return "done", [*lines, "", seconds]
+
+
+def _stopped(part: subprocess.Popen[str]) -> list[str]:
+    """End a part and all that it started; what it had printed."""
+    for number, wait_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, None)):
+        os.killpg(part.pid, number)
+        try:
+            said, _ = part.communicate(timeout=wait_s)
+            return said.splitlines()
+        except subprocess.TimeoutExpired:
+            continue
+    return []
 
 
 def _one(name: str, device: str, out: Path) -> int:
@@ -128,10 +147,14 @@ def _pair(out: Path) -> Path:
 def tests(device: str, out: Path) -> Iterator[str]:
     """The tests that are skipped without a GPU."""
     _package("pytest")
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "tests/commands/test_gpu.py"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    yield from (line for line in done.stdout.splitlines() if re.match(r"(FAILED|ERROR|\d+ )", line))
-    if done.returncode:
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "-m", "gpu", "tests/commands/test_gpu.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            sys.stderr.write(line)  # to the log as it comes, so that a part that is stopped says where
+            if re.match(r"(FAILED|ERROR|=+ \d+ )|.*(PASSED|SKIPPED)", line):
+                yield line.strip("= \n")
+    if running.returncode:
         raise SystemExit(1)
 
 

@@ -29,6 +29,7 @@ NAME = "SmolLM2-135M-Instruct"
 # answers, the least. Measured 2026-11-26, in fp32: 0.05, 0.17, 0.29, 0.46, 0.69, 0.89, 1.13, 1.44, 1.65,
 # 1.93, 2.18 nats per token.
 MISSED_LEAST = (3, 5, 4, 25, 6, 26, 23, 14, 17, 7, 22)
+END = "<|im_end|>"  # of an answer; transformers 5.17 takes the file's BOS for it, and no padding token
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -101,11 +102,14 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     where: Any = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    tokenizer.eos_token = tokenizer.pad_token = END
     dequantize = transformers.GgufConfig(dequantize=True)
     teacher = transformers.AutoModelForCausalLM.from_pretrained(
         **where, quantization_config=dequantize, dtype=DTYPES[args.dtype]
     )
     teacher.config.name_or_path = NAME
+    for settings in (teacher.config, teacher.generation_config):
+        settings.eos_token_id = settings.pad_token_id = tokenizer.eos_token_id
     choose = spread if args.even else kept
     student = shortened(teacher, choose(args.layers, teacher.config.num_hidden_layers)).to(DTYPES[args.dtype])
     for name, model in (("teacher", teacher), ("student", student)):

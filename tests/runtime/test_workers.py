@@ -8,6 +8,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -93,6 +94,47 @@ def test_a_mistake_of_the_users_is_told_apart_from_a_worker_that_broke(tmp_path:
         ((_, lost),) = heard(fleet, 1)
     assert lost == Lost("task.name: mine:Mine: grade() raised KeyError", mistake=True)
     assert "ready after" in (tmp_path / "sampler-0.log").read_text()
+
+
+NO_ROOM = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which "
+    "21.44 MiB is free. Process 4788 has 4.51 GiB memory in use. Including ... this process has ..."
+)
+
+
+def out_of_device_memory(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    """As PyTorch says it, and as vLLM's kernels do (seen on an H200)."""
+    if spec.role != "sampler":
+        raise torch.OutOfMemoryError(NO_ROOM)
+    print(f"[rank0]:[E1126 11:22:03 shim.cpp:523] Exception in aoti_torch: {NO_ROOM}", file=sys.stderr)
+    raise RuntimeError(
+        'torch_call_dispatcher( "aten::new_empty", "", ...) API call failed at ops.h, line 939'
+    )
+
+
+def out_of_main_memory(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    torch.empty(1 << 55)
+
+
+@pytest.mark.parametrize(
+    ("role", "target", "cause", "advice"),
+    [
+        ("learner", out_of_device_memory, "21.44 MiB is free; ", "learner.micro_tokens"),
+        ("sampler", out_of_device_memory, "21.44 MiB is free; ", "sampler.vllm.gpu_memory"),
+        ("teacher", out_of_main_memory, "out of main memory (", "teacher.micro_tokens"),
+    ],
+)
+def test_a_worker_that_ran_out_of_memory_is_told_what_takes_less(
+    tmp_path: Path, role: Literal["learner", "sampler", "teacher"], target: Any, cause: str, advice: str
+) -> None:
+    with Fleet(tmp_path, 60, 60) as fleet:
+        fleet.start(WorkerSpec(role, 0, 1, (), 1), target, replaceable=True)
+        ((_, lost),) = heard(fleet, 1)
+    assert isinstance(lost, Lost)
+    assert lost.reason.startswith(f"{role}-0 failed: ")
+    assert cause in lost.reason
+    assert advice in lost.reason
+    assert "Process 4788" not in lost.reason
 
 
 def describe(spec: WorkerSpec, mailbox: Mailbox) -> None:

@@ -36,7 +36,7 @@ import torch.multiprocessing as mp
 
 from fopd_cli.errors import UserError, WorkerError
 from fopd_cli.runtime import devices
-from fopd_cli.runtime.crew import cores, warm
+from fopd_cli.runtime.crew import cores, out_of_memory, warm
 from fopd_cli.runtime.crew.cores import Cores
 from fopd_cli.runtime.crew.messages import Failed, Lost, StopCommand
 from fopd_cli.runtime.crew.warm import PR_SET_PDEATHSIG, STOPPING
@@ -257,7 +257,8 @@ class Fleet:
             return [(worker, Lost(message.message, mistake=True))]
         if message.kind == "user":
             raise UserError(message.message)
-        return self._lost(worker, f"{worker.name} failed: {message.message} (its log: {worker.log})")
+        why = out_of_memory.explained(worker.spec.role, message.message, Path(worker.log))
+        return self._lost(worker, f"{worker.name} failed: {why} (its log: {worker.log})")
 
     def _raise_refusals(self) -> None:
         """Raise all that keeps workers from starting, in one message; those still starting get a moment to
