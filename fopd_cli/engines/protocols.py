@@ -6,10 +6,11 @@ its device memory; `sleep` gives that memory to the machine's other roles, and `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fopd_cli.losses.head import Head
@@ -70,8 +71,10 @@ class Learner(Protocol):
     def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
         """The same metrics without learning."""
 
-    def publish(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights, one by one; every rank must exhaust the iterator."""
+    def publish(self, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Full weights, one by one, in the dtypes named if these are narrower; every rank must exhaust the
+        iterator.
+        """
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Write the learner's state; returns what must go into the run's own state (rank 0's is kept)."""

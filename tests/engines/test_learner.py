@@ -345,7 +345,11 @@ def rank_save(rank: int, world: int, pair: Path, samples: list[Sample], folder: 
     learner.train(0, samples)
     extra = learner.save(folder)
     after = learner.train(1, samples)
-    return extra, after.loss, {n: t.clone().numpy() for n, t in learner.publish()}
+    weights = {n: t.clone() for n, t in learner.publish()}
+    # narrowed before they are gathered, they are the same as narrowed after
+    for name, narrow in learner.publish(dict.fromkeys(weights, torch.bfloat16)):
+        assert torch.equal(narrow, weights[name].bfloat16()), name
+    return extra, after.loss, {n: t.numpy() for n, t in weights.items()}
 
 
 @pytest.mark.parametrize("world", [1, 2])

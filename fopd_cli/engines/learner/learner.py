@@ -16,7 +16,7 @@ A micro-batch's weights need only its own forward pass. What needs the whole bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -475,11 +475,14 @@ class FsdpLearner:
     # ---- weights and state ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def publish(self) -> Iterator[tuple[str, Tensor]]:
+    def publish(self, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full weights under Hugging Face names, tied ones once, adapters merged (or only the adapters, if
-        the recipe says so); a collective on several ranks.
+        the recipe says so); a collective on several ranks, which gathers `dtypes` if these are narrower.
         """
-        yield from (lora.adapters if self.config.adapter_only else lora.merged)(self.student.lm)
+        if self.config.adapter_only:
+            yield from lora.adapters(self.student.lm)
+        else:
+            yield from lora.merged(self.student.lm, dtypes or {})
 
     def save(self, folder: Path) -> dict[str, Any]:
         begun = bool(self.optimizer.state)

@@ -119,7 +119,9 @@ class TransformersSampler:
     def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = self.model.state_dict(keep_vars=True)
         for name, tensor in weights:
-            own[name].copy_(tensor)
+            own[name].copy_(tensor, non_blocking=True)
+        if self.device.type != "cpu":
+            torch.cuda.current_stream(self.device).synchronize()  # `weights` may be overwritten after this
         self.version = version
         if not self.stale_kv:
             self._cache = None

@@ -243,7 +243,7 @@ def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
 
 def publish(spec: WorkerSpec, engine: Learner, channel: WeightChannel) -> int:
     """Write the learner's weights into their slot; all ranks gather, rank 0 writes."""
-    return channel.write(engine.version, engine.publish(), keep=spec.rank == 0)
+    return channel.write(engine.version, engine.publish(channel.dtypes), keep=spec.rank == 0)
 
 
 # ---- grader
