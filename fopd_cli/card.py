@@ -90,7 +90,7 @@ def _facts(run: Run, step: int) -> Iterator[tuple[str, Any]]:
     yield "optimizer steps", f"{step} of {learner['batch_samples']} samples"
     yield "learning rate", f"{learner['lr']:g}, {learner['decay']}"
     yield "loss", f"{loss['kind'].replace('_', ' ')}, support {loss['support']}"
-    lag = schedule["depth"] if schedule.get("lag") is None else schedule["lag"]
+    lag = schedule["max_lag"] if schedule.get("lag") is None else schedule["lag"]
     yield "freshness", f"policy {recipe['freshness']['policy']}, lag at most {lag}"
     if recipe["student"].get("lora") is not None:
         yield "adapters", f"LoRA of rank {recipe['student']['lora']['rank']}, merged"

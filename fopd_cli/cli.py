@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Distil a big language model into a small one, on policy and asynchronously, with freshness "
     "control (f-OPD). Exit codes: 0 done, 2 your mistake (nothing is lost), 3 a worker failed (the "
-    "last checkpoint stands), 130 interrupted by Ctrl-C, SIGTERM or a terminal that closed (a "
+    "last checkpoint is intact), 130 interrupted by Ctrl-C, SIGTERM or a terminal that closed (a "
     "checkpoint was written).",
 )
 
@@ -103,7 +103,7 @@ def new(
         typer.echo(str(finding))
     if any(f.level == "error" for f in findings):
         raise UserError(
-            f"{path}: written, but it will not run on this machine before the errors above are mended"
+            f"{path}: written, but it will not run on this machine until the errors above are fixed"
         )
     typer.echo(f"{path}: ready; next: fopd run {path}")
 
@@ -498,12 +498,14 @@ def recipe_command(
         raise UserError("say what: fopd recipe --explain [SECTION], or fopd recipe --template")
     from fopd_cli.recipe import explain as keys
     from fopd_cli.recipe.meant import meant
+    from fopd_cli.recipe.renames import renamed
     from fopd_cli.recipe.template import TEMPLATE
 
     if template:
         typer.echo(TEMPLATE, nl=False)
         return
-    shown = [found for found in keys() if section is None or _within(found[0], section)]
+    wanted = None if section is None else renamed(section)
+    shown = [found for found in keys() if wanted is None or _within(found[0], wanted)]
     if not shown:
         near = meant(str(section), [])
         hint = f"did you mean {near!r}?" if near else "fopd recipe --explain lists all"

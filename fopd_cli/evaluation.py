@@ -112,15 +112,15 @@ def summary(rows: list[Row], follow: str | None = None) -> dict[str, Any]:
     """Figures over all rows; the score is mean@k over prompts, None while nothing is graded.
 
     Rows without a grade give the KL to the teacher: the mean over tokens, with a standard error over prompts.
-    With several held-out sets, the figures are those of `follow` (None: the first), and all are by name under
+    With several held-out sets, the metrics are those of `follow` (None: the first), and all are by name under
     "sets".
     """
     by_set: dict[str | None, list[Row]] = defaultdict(list)
     for row in rows:
         by_set[row.get("set")].append(row)
     if len(by_set) < 2:
-        return _figures(rows)
-    found = {name: _figures(own) for name, own in by_set.items()}
+        return _metrics(rows)
+    found = {name: _metrics(own) for name, own in by_set.items()}
     own_set = next(iter(found)) if follow is None else follow
     if own_set not in found:
         raise UserError(
@@ -129,8 +129,8 @@ def summary(rows: list[Row], follow: str | None = None) -> dict[str, Any]:
     return {"set": own_set, **found[own_set], "sets": found}
 
 
-def _figures(rows: list[Row]) -> dict[str, Any]:
-    """The figures of one held-out set."""
+def _metrics(rows: list[Row]) -> dict[str, Any]:
+    """The metrics of one held-out set."""
     by_prompt: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         if row["score"] is not None:
@@ -153,7 +153,7 @@ def _figures(rows: list[Row]) -> dict[str, Any]:
         "prompts": len({row["prompt_index"] for row in rows}),
         "rows": len(rows),
         "truncated": sum(row["finish"] == "length" for row in rows) / max(1, len(rows)),
-        **records.mean_figures([row["figures"] for row in rows]),
+        **records.mean_metrics([row["figures"] for row in rows]),
         **records.episodes(episodes),
         **records.tool_seconds(episodes),
     }
@@ -397,7 +397,7 @@ def _row(prompt: Prompt, sample: SampleId, rollout: Rollout, tokenizer: Any) -> 
     return {
         "number": rollout.key,
         "prompt_index": sample.prompt,
-        "sample": sample.replica,
+        "sample": sample.repeat,
         **({} if prompt.held_out is None else {"set": prompt.held_out}),
         "prompt": prompt.text or prompt.messages,
         "response": hf.decode(tokenizer, rollout.response_ids),
@@ -440,5 +440,5 @@ def converse(
         if sampler.busy:
             yield from (rollout for _, rollout in conversations.on_turns(0, sampler.step()))
         for seen in environments.receive(block=bool(conversations) and not sampler.busy):
-            assert isinstance(seen, m.Observed)  # nothing is replayed here
+            assert isinstance(seen, m.Observed)  # nothing is executed again here
             yield from (rollout for _, rollout in conversations.on_observed(seen))

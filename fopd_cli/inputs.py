@@ -93,7 +93,7 @@ class Inputs:
             dtype = resolve_dtype(section.dtype, bool(ranks[0].devices))
             specs.append(
                 TargetSpec(
-                    kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0
+                    kind, width, dtype, self.stream.reexecutable and self.recipe.freshness.reexecute.share > 0
                 )
             )
         return tuple(specs)
@@ -192,7 +192,7 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
             "task.chat_template_kwargs: all prompts are plain text, so no chat template is rendered; "
             "leave it out"
         )
-    if frames and stream.replayable:
+    if frames and stream.reexecutable:
         raise UserError(
             "teacher.template: what stands between turns is in the student's frame, so a teacher with its "
             "own can judge tasks of one turn only; set teacher.template: student"

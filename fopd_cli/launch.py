@@ -165,8 +165,8 @@ class _Run:
         self.signals = Signals(self.journal.say)
         dtype = sampler_dtype(inputs.recipe, inputs.plan)
         self.saver = Saver(self.state, run_dir, self.journal, self.setup.channel, dtype)
-        replayable, say = inputs.stream.replayable, self.journal.say
-        crew = Processes(inputs.plan, self.setup, run_dir.logs, replayable, self.signals, say)
+        reexecutable, say = inputs.stream.reexecutable, self.journal.say
+        crew = Processes(inputs.plan, self.setup, run_dir.logs, reexecutable, self.signals, say)
         self.conductor = Conductor(self.state, crew, self.journal, self.saver, self.signals)
 
     def train(self) -> dict[str, Any]:

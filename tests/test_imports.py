@@ -197,7 +197,7 @@ ALLOWED: dict[str, set[str]] = {
     "teacher_kl": {"doctor", "inputs", "errors", "recipe", "runtime", "samples", "tasks.replay"},
     "evaluation": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks", "teacher_kl"},
     "chat": {"inputs", "engines", "errors", "recipe", "runtime.build", "samples"},
-    "report": {"__init__", "errors", "paths", "recipe.changes", "runtime.journal.trace"},
+    "report": {"__init__", "errors", "paths", "recipe.changes", "recipe.renames", "runtime.journal.trace"},
     "suite": {
         "chat",  # whether a run's prompts go through the template
         "engines.models.hf",

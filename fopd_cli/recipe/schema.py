@@ -278,7 +278,7 @@ class ChatTask(Questions):
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: HeldOut | None = None
     """The same, for held-out questions, or several by name ({gsm8k: a.jsonl, own: b.jsonl}), each with its
-    own figures (see eval.follow). May be the training file, whose held-out questions are then not trained
+    own metrics (see eval.follow). May be the training file, whose held-out questions are then not trained
     on. null: some of task.train, drawn by their text.
     """
     question: str = "messages"
@@ -296,7 +296,7 @@ class MathTask(Graded):
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: HeldOut | None = None
     """The same, for held-out questions, or several by name ({gsm8k: a.jsonl, own: b.jsonl}), each with its
-    own figures (see eval.follow). May be the training file, whose held-out questions are then not trained
+    own metrics (see eval.follow). May be the training file, whose held-out questions are then not trained
     on. null: some of task.train, drawn by their text.
     """
     eval_prompts: HowMany | None = None
@@ -567,10 +567,10 @@ class Loss(Section):
 
 
 class Schedule(Section):
-    depth: NonNegative = 4
+    max_lag: NonNegative = 4
     """Largest lag in optimizer steps, enforced by admission; 0 is synchronous."""
     lag: NonNegative | None = None
-    """A fixed lag instead, for studies; depth is then ignored."""
+    """A fixed lag instead, for studies; max_lag is then ignored."""
     inflight: Literal["keep", "wait", "keep_stale_kv"] = "keep"
     """When samplers load new weights: in the middle of rollouts, which continue with the new version and
     recompute all keys and values (keep), or between rollouts (wait). keep_stale_kv: like keep, without
@@ -588,8 +588,8 @@ class Refresh(Section):
     """kappa_roll: also refresh when the batch's mean rollout coverage is under this."""
     coverage_sup: Share = 0.5
     """kappa_sup: also refresh when the batch's mean supervision coverage is under this. Samples that were not
-    replayed count as covered, so it acts only above 1 - replay.share. In our sweep, 0, 0.9 once and 0.9 often
-    gave about the same result.
+    reexecuted count as covered, so it acts only above 1 - reexecute.share. In our sweep, 0, 0.9 once and 0.9
+    often gave about the same result.
     """
     every_at_least: Positive = 200
     """Least number of optimizer steps between two adaptive refreshes."""
@@ -597,21 +597,22 @@ class Refresh(Section):
     """Optimizer steps between two refreshes of policy fixed_refresh."""
 
 
-class Replay(Section):
-    """Only for multi-turn tasks; the contexts of other tasks cannot change."""
+class Reexecute(Section):
+    """Executing the calls of lagging samples again, to see what they would read today. Only for multi-turn
+    tasks; the contexts of other tasks cannot change."""
 
     share: Share = 0.125
-    """At most this share of a batch is replayed before an optimizer step, oldest context first: the calls are
-    executed again, and the teacher judges what changed. With cached labels that happens during the previous
-    step, and costs almost nothing. 0: D_sup is taken to be 0. Policies without freshness weights replay only
-    for labels: current.
+    """At most this share of a batch has its calls executed again before an optimizer step, oldest context
+    first, and the teacher judges what changed. With cached labels that happens during the previous step, and
+    costs almost nothing. 0: D_sup is taken to be 0. Policies without freshness weights reexecute only for
+    labels: current.
     """
     min_lag: Positive = 1
-    """Replay only contexts that are at least this many optimizer steps old."""
+    """Reexecute only contexts that are at least this many optimizer steps old."""
     labels: Labels = "cached"
-    """What a replayed sample teaches. cached: what the teacher said when both had read the same, weighted by
-    freshness. current, as published: what the teacher says in the current context, which the student has not
-    read; the step waits for it.
+    """What a reexecuted sample teaches. cached: what the teacher said when both had read the same, weighted
+    by freshness. current, as published: what the teacher says in the current context, which the student has
+    not read; the step waits for it.
     """
 
 
@@ -625,7 +626,7 @@ class Freshness(Section):
     beta: Factor = 1.0
     """Weight of sqrt(D_sup) in the score. 10 instead of 1 made no difference in our sweep."""
     xi: Factor = 0.05
-    """Gate: w = relu(f - xi). Must be less than 1/(depth + 1). A tenth to four fifths of that made no
+    """Gate: w = relu(f - xi). Must be less than 1/(max_lag + 1). A tenth to four fifths of that made no
     difference in our sweep; 0 was worse.
     """
     anchor: Factor | Literal["auto"] = "auto"
@@ -642,8 +643,8 @@ class Freshness(Section):
     """k of drift topk. As an anchor, 1 collapsed in our sweep, 2 fell behind, 8 and more held."""
     max_drift: Annotated[float, Field(gt=0)] | None = 0.01
     """For policy fopd: while lagging samples drift more than this (D_roll, nats per token), sampling runs
-    less far ahead than schedule.depth, down to not at all. Ours, not the paper's. null: always up to
-    schedule.depth. A fixed schedule.lag ignores it.
+    less far ahead than schedule.max_lag, down to not at all. Ours, not the paper's. null: always up to
+    schedule.max_lag. A fixed schedule.lag ignores it.
     """
     weights: Literal["raw", "normalized"] = "normalized"
     """normalized: divide by the batch's mean weight, so that lag does not shrink the step and only
@@ -659,7 +660,7 @@ class Freshness(Section):
     direction of its advantage since it was sampled. 0.1 and 0.2 held at lag 8, 0.3 fell behind, 1 collapsed.
     """
     refresh: Refresh = Refresh()
-    replay: Replay = Replay()
+    reexecute: Reexecute = Reexecute()
 
 
 class Eval(Section):
@@ -702,8 +703,8 @@ class Checkpoint(Section):
 
 
 class Threads(Section):
-    """Default: all cores for the role whose turn it is (depth 0, time-slicing). Side by side on a CPU, cores
-    are divided among the roles that are computing; with a fixed lag, or beside CUDA devices, equally.
+    """Default: all cores for the role whose turn it is (max_lag 0, time-slicing). Side by side on a CPU,
+    cores are divided among the roles that are computing; with a fixed lag, or beside CUDA devices, equally.
     """
 
     sampler: Processes | None = None
@@ -772,12 +773,12 @@ class Recipe(Section):
 
     @property
     def max_lag(self) -> int:
-        return self.schedule.depth if self.schedule.lag is None else self.schedule.lag
+        return self.schedule.max_lag if self.schedule.lag is None else self.schedule.lag
 
     @property
     def max_drift(self) -> float | None:
         """freshness.max_drift where the policy and the schedule ask for it."""
-        follows = POLICIES[self.freshness.policy].depth and self.schedule.lag is None
+        follows = POLICIES[self.freshness.policy].ahead and self.schedule.lag is None
         return self.freshness.max_drift if follows else None
 
     @property

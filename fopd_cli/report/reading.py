@@ -13,6 +13,7 @@ import yaml
 
 from fopd_cli import paths
 from fopd_cli.errors import UserError
+from fopd_cli.recipe.renames import rename
 
 Record = dict[str, Any]
 State = Literal["running", "finished", "stopped"]
@@ -103,7 +104,9 @@ def read(path: Path) -> Run:
         recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path / 'recipe.yaml'}: cannot be read: {error}") from None
-    run = Run(path, recipe if isinstance(recipe, dict) else {}, pid=holder(path / "run.lock"))
+    recipe = recipe if isinstance(recipe, dict) else {}
+    rename(recipe, str(path / "recipe.yaml"))  # an older run's
+    run = Run(path, recipe, pid=holder(path / "run.lock"))
     kinds = {"step": run.steps, "eval": run.evaluations, "refresh": run.refreshes}
     for record in jsonl(path / "metrics.jsonl"):
         kinds.get(str(record.get("kind")), []).append(record)

@@ -35,10 +35,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Grade:
-    """A score in [0, 1], and further figures, of which evaluations report the mean (a nan is left out)."""
+    """A score in [0, 1], and further metrics, of which evaluations report the mean (a nan is left out)."""
 
     score: float
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

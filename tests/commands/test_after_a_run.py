@@ -60,7 +60,7 @@ def test_a_table_of_the_runs_that_are_here(here: Fopd, tmp_path: Path) -> None:
 def test_trackers_have_the_curves_and_one_that_fails_stops_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow, in a directory, has all of it; nobody is logged in at wandb. TensorBoard was not asked for."""
+    """MLflow, in a directory, has all of it; nobody is logged in to wandb. TensorBoard was not asked for."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = pytest.importorskip("mlflow").MlflowClient((folder / "mlruns").as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name("fopd").experiment_id])
@@ -99,7 +99,7 @@ def test_a_fork_is_the_run_up_to_a_step_and_its_own_from_there(here: Fopd) -> No
     assert json.loads((fork / "forked-from.json").read_text()) == {"run": str(first.resolve()), "step": 2}
     assert "same in every key" in here("diff", "first", "first-fork-2").out
     assert (
-        "exists and is not empty; go on with it (fopd resume"
+        "exists and is not empty; continue it (fopd resume"
         in here("fork", "first", "--step", "2", code=2).err
     )
 
@@ -200,7 +200,7 @@ def test_an_export_has_a_card_and_goes_to_the_hub(here: Fopd, tmp_path: Path) ->
     here.environment |= {"HF_HOME": offline["HF_HOME"]}
     assert "--license: a model" in here("export", "first", out, "--push", "me/small", code=2).err
     arguments = ("export", "first", out, "--push", "me/small", "--license", "apache-2.0", "--private")
-    assert "nobody is logged in" in here(*arguments, code=2).err
+    assert "not logged in to the hub" in here(*arguments, code=2).err
     here.environment |= {"HF_TOKEN": "hf_wrong"}
     assert "HF_HUB_OFFLINE is set" in here(*arguments, code=2).err
     assert not out.exists()

@@ -1,6 +1,6 @@
 """What a run writes down and says. The conductor tells it what happened; it keeps the clock and the sums.
 
-    conductor ──trained, measured, refreshed──> Journal ──records.py──> sinks.py: files, TensorBoard, progress
+    conductor ──trained, evaluated, ...──> Journal ──records.py──> sinks.py: files, TensorBoard, progress
 
 `begin` is called once every worker is ready: until then the files on disk describe the previous run.
 """
@@ -35,7 +35,7 @@ HELD_OUT_SAMPLES = 2  # per evaluation and held-out set
 
 @dataclass
 class _Evaluation:
-    """The evaluation that is being measured."""
+    """The evaluation under way."""
 
     stats: list[SampleStats] = field(default_factory=list)
     rows: dict[int, tuple[SampleId, Entry]] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Journal:
         self, report: StepReport, batch: Sequence[tuple[SampleId, Entry]], runtime: Mapping[str, Any]
     ) -> None:
         """An optimizer step and its publication are done. `batch` is in the order of `report.stats`;
-        `runtime` holds current figures that depend on the clock.
+        `runtime` holds current metrics that depend on the clock.
         """
         step, stats = report.step + 1, report.stats
         self.totals.count(stats, report.skipped)
@@ -162,15 +162,17 @@ class Journal:
         if step % max(1, self.recipe.learner.steps // SAMPLES) == 0:
             self._write_sample(step, *batch[0])
 
-    def measured(self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry, str | None]]) -> None:
-        """Some held-out samples were measured; each comes with the name of its set, if there are several."""
+    def evaluated_samples(
+        self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry, str | None]]
+    ) -> None:
+        """Some of an evaluation's samples are done, each with the name of its set if there are several."""
         self._evaluation.stats.append(stats)
         for sample, entry, held_out in rows:
             self._evaluation.rows[entry.key] = (sample, entry)
             self._evaluation.sets.append(held_out)
 
     def evaluated(self, version: int) -> None:
-        """All held-out samples were measured."""
+        """All of them are done."""
         stats, rows, sets = self._evaluation.stats, self._evaluation.rows, self._evaluation.sets
         self._evaluation = _Evaluation()
         samples = [(sample, entry.score, entry.rollout) for sample, entry in rows.values()]

@@ -42,7 +42,7 @@ class View:
 
     def __init__(self, steps: int, initial: int, console: Console) -> None:
         self.steps, self._step, self._console = steps, initial, console
-        self._figures: dict[str, str] = {}
+        self._metrics: dict[str, str] = {}
         self._busy: dict[str, float] = {}
         self._evaluation: Mapping[str, Any] | None = None
         self._sample: Mapping[str, Any] | None = None
@@ -54,10 +54,10 @@ class View:
 
     # ---- what happened -------------------------------------------------------------------------------------
 
-    def step(self, step: int, figures: dict[str, str], busy: Mapping[str, float]) -> None:
-        self._step, self._figures, self._busy = step, figures, dict(busy)
+    def step(self, step: int, metrics: dict[str, str], busy: Mapping[str, float]) -> None:
+        self._step, self._metrics, self._busy = step, metrics, dict(busy)
         if self._instead is not None:
-            self._instead.step(step, figures, busy)
+            self._instead.step(step, metrics, busy)
         elif time.monotonic() - self._drawn > EVERY_S or step == self.steps:
             self._draw()
 
@@ -111,17 +111,17 @@ class View:
         return Group(*parts)
 
     def _progress(self) -> RenderableType:
-        left = self._figures.get("left")
+        left = self._metrics.get("left")
         row = Table.grid(padding=(0, 1))
         row.add_row(
             Text(f"step {self._step}/{self.steps}", style="bold"),
             ProgressBar(total=max(1, self.steps), completed=self._step, width=BAR),
-            Text("starting" if not self._figures else "" if left is None else f"{left} left"),
+            Text("starting" if not self._metrics else "" if left is None else f"{left} left"),
         )
         return row
 
     def _numbers(self) -> RenderableType:
-        shown = {name: value for name, value in self._figures.items() if name not in ("left", "busy")}
+        shown = {name: value for name, value in self._metrics.items() if name not in ("left", "busy")}
         return Text("   ".join(f"{name} {value}" for name, value in shown.items()))
 
     def _bars(self) -> RenderableType:

@@ -87,7 +87,7 @@ def evaluation(
     version: int,
     stats: list[SampleStats],
     samples: list[tuple[SampleId, float, Rollout]],
-    figures: list[dict[str, float]],
+    metrics: list[dict[str, float]],
     sets: Sequence[str | None] = (),
     follow: str | None = None,
 ) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def evaluation(
     for name, own in by_set.items():
         own = sorted(own)
         part = SampleStats(**{key: values[own] for key, values in every.items()})
-        found[name] = _evaluation(part, [samples[i] for i in own], [figures[i] for i in own])
+        found[name] = _evaluation(part, [samples[i] for i in own], [metrics[i] for i in own])
     start = {"kind": "eval", "step": version}
     if len(found) == 1:
         return {**start, **next(iter(found.values()))}
@@ -115,9 +115,9 @@ def evaluation(
 
 
 def _evaluation(
-    stats: SampleStats, samples: list[tuple[SampleId, float, Rollout]], figures: list[dict[str, float]]
+    stats: SampleStats, samples: list[tuple[SampleId, float, Rollout]], metrics: list[dict[str, float]]
 ) -> dict[str, Any]:
-    """The figures of one held-out set."""
+    """The metrics of one held-out set."""
     by_prompt: dict[int, list[float]] = defaultdict(list)
     kl_by_prompt: dict[int, list[float]] = defaultdict(list)
     for (sample, grade, _), kl in zip(samples, stats.kl, strict=True):
@@ -129,7 +129,7 @@ def _evaluation(
         "score": score,
         "score_error": error,
         "prompts": len(by_prompt),
-        **mean_figures(figures),
+        **mean_metrics(metrics),
         "kl": _token_mean(stats.kl, stats.length),
         "kl_error": mean_and_error(kl_by_prompt.values())[1],
         "forward_kl": _token_mean(stats.forward_kl, stats.length),
@@ -144,15 +144,15 @@ def _evaluation(
 def evaluation_scalars(record: dict[str, Any]) -> dict[str, float]:
     """For TensorBoard: eval/score, and eval/NAME/score of each held-out set if there are several."""
     flat = {f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}
-    for name, figures in record.get("sets", {}).items():
-        flat |= {f"eval/{name}/{k}": v for k, v in figures.items() if isinstance(v, float)}
+    for name, own in record.get("sets", {}).items():
+        flat |= {f"eval/{name}/{k}": v for k, v in own.items() if isinstance(v, float)}
     return flat
 
 
-def mean_figures(figures: list[dict[str, float]]) -> dict[str, float]:
-    """Means of the graders' further figures, each over the samples that have it."""
-    names = sorted({name for found in figures for name in found})
-    return {name: _mean(np.array([found.get(name, np.nan) for found in figures])) for name in names}
+def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Means of the graders' further metrics, each over the samples that have it."""
+    names = sorted({name for found in metrics for name in found})
+    return {name: _mean(np.array([found.get(name, np.nan) for found in metrics])) for name in names}
 
 
 def episodes(rollouts: list[Rollout]) -> dict[str, float]:
@@ -180,27 +180,26 @@ def evaluation_line(record: dict[str, Any]) -> str:
     said = (
         _evaluation_line(record)
         if sets is None
-        else "; ".join(f"{name}: {_evaluation_line(figures)}" for name, figures in sets.items())
+        else "; ".join(f"{name}: {_evaluation_line(own)}" for name, own in sets.items())
     )
     return f"held-out at step {record['step']}: {said}"
 
 
 def _evaluation_line(record: dict[str, Any]) -> str:
-    kl = f"KL to the teacher {measured(record['kl'], record['kl_error'], 4)}"
+    kl = f"KL to the teacher {with_error(record['kl'], record['kl_error'], 4)}"
     if math.isfinite(record["score"]):
-        figures = (
-            f"score {measured(record['score'], record['score_error'], 3)} ({record['prompts']} prompts), {kl}"
-        )
+        score = with_error(record["score"], record["score_error"], 3)
+        metrics = f"score {score} ({record['prompts']} prompts), {kl}"
     else:
-        figures = f"{kl} ({record['prompts']} prompts)"
+        metrics = f"{kl} ({record['prompts']} prompts)"
     cut_off = ""
     if record["truncated"] > MANY_TRUNCATED:
         cut_off = f"; {record['truncated']:.0%} of the responses were cut off at max_new_tokens"
-    return figures + cut_off
+    return metrics + cut_off
 
 
-def measured(value: float, error: float, digits: int) -> str:
-    """A figure with its standard error, where there is one (a single prompt has none)."""
+def with_error(value: float, error: float, digits: int) -> str:
+    """A metric with its standard error, where there is one (a single prompt has none)."""
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
 
@@ -222,9 +221,9 @@ def histograms(stats: SampleStats) -> dict[str, np.ndarray]:
 
 
 def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
-    """The figures that matter, for the progress bar."""
+    """The metrics that matter, for the progress bar."""
     score = {"score": f"{record['score']:.2f}"} if math.isfinite(record["score"]) else {}
-    figures = {
+    metrics = {
         **score,
         "loss": f"{record['loss']:.4f}",
         "kl": f"{record['kl']:.4f}",
@@ -233,10 +232,10 @@ def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
         "tok/s": f"{record['tokens'] / max(timing['seconds'], 1e-9):.0f}",
     }
     busy = timing["busy"]
-    figures["busy"] = "/".join(
+    metrics["busy"] = "/".join(
         f"{role[0].upper()}{busy[role]:.0%}" for role in ("sampler", "teacher", "learner") if role in busy
     )
-    return figures
+    return metrics
 
 
 def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[str, Any]:
@@ -301,19 +300,19 @@ def pieces(
 
 
 def _by_set(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
-    """The first and last figures of each held-out set, and which of them is the run's own; empty with one."""
+    """The first and last metrics of each held-out set, and which of them is the run's own; empty with one."""
     if "sets" not in last:
         return {}
     found = {}
-    for name, figures in last["sets"].items():
+    for name, own in last["sets"].items():
         begin = first.get("sets", {}).get(name, {})
         found[name] = {
             f"{key}_{when}": _plain(values.get(source))
             for key in ("score", "kl")
             for when, values, source in (
                 ("first", begin, key),
-                ("last", figures, key),
-                ("last_error", figures, f"{key}_error"),
+                ("last", own, key),
+                ("last_error", own, f"{key}_error"),
             )
         }
     return {"set": last["set"], "sets": found}

@@ -49,7 +49,7 @@ class PromptStream:
         self.notices: list[str] = list(getattr(task, "notices", ()))
         self.frame, self.seed, self.samples_per_prompt = frame, seed, samples_per_prompt
         self.episodic = hasattr(task, "episode")  # prompts begin conversations with an environment
-        self.replayable = self.episodic or hasattr(task, "replay")  # contexts can change
+        self.reexecutable = self.episodic or hasattr(task, "replay")  # contexts can change
         self._teachers = {t.name: i for i, t in enumerate(teachers)}
         self._contexts = [t.context for t in teachers]
         self._frames = [(frames or {}).get(t.name) for t in teachers]
@@ -67,7 +67,7 @@ class PromptStream:
 
     def train_id(self, number: int) -> SampleId:
         """The `number`-th training sample of the run."""
-        group, replica = divmod(number, self.samples_per_prompt)
+        group, repeat = divmod(number, self.samples_per_prompt)
         epoch, position = divmod(group, len(self.kept["train"]))
         if epoch not in self._orders:
             rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
@@ -75,7 +75,7 @@ class PromptStream:
             self._orders = {
                 epoch: [i for i in rng.permutation(len(self.prompts["train"])).tolist() if i in used]
             }
-        return SampleId("train", epoch, self._orders[epoch][position], replica)
+        return SampleId("train", epoch, self._orders[epoch][position], repeat)
 
     def teacher(self, sample: SampleId) -> int:
         """Number of the teacher that judges a sample: the one that its prompt names, else the first."""
@@ -177,9 +177,9 @@ def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
     eval`.
     """
     return [
-        SampleId("eval", 0, prompt, replica)
+        SampleId("eval", 0, prompt, repeat)
         for prompt in stream.kept["eval"]
-        for replica in range(recipe.eval.samples)
+        for repeat in range(recipe.eval.samples)
     ]
 
 
@@ -211,15 +211,15 @@ class EvalVersions:
         return version in (0, self.steps) or (self.every > 0 and version % self.every == 0)
 
 
-def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: bool) -> ScheduleConfig:
+def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, reexecutable: bool) -> ScheduleConfig:
     """The recipe in the form that the schedule takes."""
-    replay = recipe.freshness.replay
-    wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or replay.labels == "current"
+    reexecute = recipe.freshness.reexecute
+    wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or reexecute.labels == "current"
     eval_versions = EvalVersions(recipe.learner.steps, recipe.eval.every)
     return ScheduleConfig(
         steps=recipe.learner.steps,
         batch=recipe.learner.batch_samples,
-        depth=recipe.schedule.depth,
+        max_lag=recipe.schedule.max_lag,
         lag=recipe.schedule.lag,
         inflight=recipe.schedule.inflight,
         replicas=replicas,
@@ -227,7 +227,9 @@ def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: 
         score_batch=tuple(t.batch_samples for t in recipe.teachers),
         exclusive=exclusive,
         eval_versions=eval_versions,
-        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable and wanted else 0,
-        replay_lag=replay.min_lag,
-        replay_ahead=replay.labels == "cached",
+        reexecutions=math.ceil(reexecute.share * recipe.learner.batch_samples)
+        if reexecutable and wanted
+        else 0,
+        reexecute_min_lag=reexecute.min_lag,
+        reexecute_ahead=reexecute.labels == "cached",
     )

@@ -20,7 +20,7 @@ from fopd_cli.tasks.swe import generated
 from fopd_cli.tasks.swe.agent import AgentEpisode, Scaffold, require
 from fopd_cli.tasks.swe.grading import harness, judge
 from fopd_cli.tasks.swe.instances import Instance, load_instances
-from fopd_cli.tasks.swe.places import ContainerPlace, LocalPlace, Place
+from fopd_cli.tasks.swe.workspaces import ContainerWorkspace, LocalWorkspace, Workspace
 
 
 class Swe:
@@ -115,23 +115,23 @@ class Swe:
             return harness(instance, response, name.partition("@")[0], split or "test")
         if not response.lstrip().startswith("diff "):
             return Grade(0.0, {"submitted": 0.0})
-        place = self.place(instance)
+        workspace = self.workspace(instance)
         try:
-            return judge(instance, place, response, self.options.test_wall_s)
+            return judge(instance, workspace, response, self.options.test_wall_s)
         finally:
-            place.close()
+            workspace.close()
 
     def episode(self, prompt: Prompt, now: int) -> AgentEpisode:
         instance: Instance = prompt.payload["instance"]
-        return AgentEpisode(self.scaffold, instance.problem, lambda: self.place(instance), self.limits)
+        return AgentEpisode(self.scaffold, instance.problem, lambda: self.workspace(instance), self.limits)
 
-    def place(self, instance: Instance) -> Place:
+    def workspace(self, instance: Instance) -> Workspace:
         """A fresh checkout."""
         if self.options.sandbox in ("docker", "podman"):
-            return ContainerPlace(instance, self.limits, self.options.sandbox)
+            return ContainerWorkspace(instance, self.limits, self.options.sandbox)
         if self._slots is None:  # one per process: tasks are built in several, and a semaphore cannot be sent
             self._slots = threading.Semaphore(max(4, os.cpu_count() or 1))
-        return LocalPlace(instance, self.limits, self._slots, self.options.sandbox == "bubblewrap")
+        return LocalWorkspace(instance, self.limits, self._slots, self.options.sandbox == "bubblewrap")
 
     def _prompt(self, index: int, instance: Instance) -> Prompt:
         messages = self.scaffold.messages(instance.problem)
