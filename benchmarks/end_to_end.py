@@ -29,7 +29,7 @@ from typing import Any
 from plain_loop import HELD_OUT
 
 ROOT = Path(__file__).resolve().parent.parent
-DEPTHS = (0, 1, 2, 4)
+MAX_LAGS = (0, 1, 2, 4)
 
 
 @dataclass
@@ -70,11 +70,11 @@ def of_a_loop(script: str, args: argparse.Namespace) -> Curve:
     return curve
 
 
-def of_fopd(depth: int, policy: str, engine: str, args: argparse.Namespace) -> Curve:
+def of_fopd(max_lag: int, policy: str, engine: str, args: argparse.Namespace) -> Curve:
     """The curve of `fopd run`, from what it leaves."""
     with tempfile.TemporaryDirectory() as folder:
         recipe, run = Path(folder) / "recipe.yaml", Path(folder) / "run"
-        recipe.write_text(json.dumps(fopd_recipe(depth, policy, engine, args)))
+        recipe.write_text(json.dumps(fopd_recipe(max_lag, policy, engine, args)))
         command = [sys.executable, "-m", "fopd_cli", "run", str(recipe), "--run-dir", str(run)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -94,7 +94,7 @@ def of_fopd(depth: int, policy: str, engine: str, args: argparse.Namespace) -> C
     return curve
 
 
-def fopd_recipe(depth: int, policy: str, engine: str, args: argparse.Namespace) -> dict[str, Any]:
+def fopd_recipe(max_lag: int, policy: str, engine: str, args: argparse.Namespace) -> dict[str, Any]:
     """Keys that all contenders share have the same values; the rest is fopd's default."""
     file, vllm = str(args.questions.resolve()), engine == "vllm"
     return {
@@ -120,7 +120,7 @@ def fopd_recipe(depth: int, policy: str, engine: str, args: argparse.Namespace) 
             "clip": 0.0,
         },
         "loss": {"kind": "reverse_kl", "support": "full", "average": "token"},
-        "schedule": {"depth": depth, "inflight": "keep" if vllm else "wait"},
+        "schedule": {"max_lag": max_lag, "inflight": "keep" if vllm else "wait"},
         "freshness": {"policy": policy},
         "eval": {"every": args.every, "training": False},
         "checkpoint": {"every": 0},
@@ -146,10 +146,10 @@ def contenders(args: argparse.Namespace) -> dict[str, Any]:
         "TRL DistillationTrainer": lambda: of_a_loop("trl_loop.py", args),
     }
     for engine in ("transformers", "vllm"):
-        for depth in DEPTHS:
-            for policy in ("fopd", "async") if depth else ("sync",):
-                name = f"fopd, depth {depth}, {policy}, {engine}"
-                found[name] = lambda d=depth, p=policy, e=engine: of_fopd(d, p, e, args)
+        for max_lag in MAX_LAGS:
+            for policy in ("fopd", "async") if max_lag else ("sync",):
+                name = f"fopd, max_lag {max_lag}, {policy}, {engine}"
+                found[name] = lambda m=max_lag, p=policy, e=engine: of_fopd(m, p, e, args)
     chosen = {
         name: run for name, run in found.items() if not args.only or any(word in name for word in args.only)
     }

@@ -102,9 +102,9 @@ class CostModel:
             case m.TrainCommand():
                 assert isinstance(answer, m.Trained)
                 return self.costs.train * self._control * answer.report.tokens
-            case m.ReplayCommand():
+            case m.ReexecuteCommand():
                 return self.costs.sample
-            case m.MeasureCommand() | m.SaveCommand() | m.GradeCommand() | m.TurnCommand():
+            case m.EvaluateCommand() | m.SaveCommand() | m.GradeCommand() | m.TurnCommand():
                 return 0.0
             case m.GenerateCommand() | m.AbortCommand() | m.CancelCommand():
                 raise AssertionError(f"{command} has no answer of its own")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does asynchrony pay? The same run at depth 0 and depth 2, with a teacher made slow by a configured delay.
+"""Does asynchrony pay? The same run at max_lag 0 and 2, with a teacher made slow by a configured delay.
 
     python benchmarks/overlap.py [--steps 30] [--delay-ms 4] [--repeats 3]
 
@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def seconds(depth: int, steps: int, delay_ms: float, folder: Path) -> float:
+def seconds(max_lag: int, steps: int, delay_ms: float, folder: Path) -> float:
     """Wall seconds of steps 2 .. `steps`, as the run itself records them."""
     run = folder / "run"
     settings = [
-        f"schedule.depth={depth}",
+        f"schedule.max_lag={max_lag}",
         f"learner.steps={steps}",
         f"teacher.delay_ms={delay_ms}",
         "checkpoint.every=0",
@@ -57,13 +57,13 @@ def main() -> None:
     ratios = []
     for _ in range(args.repeats):
         found = {}
-        for depth in (0, 2):
+        for max_lag in (0, 2):
             with tempfile.TemporaryDirectory() as folder:
-                found[depth] = seconds(depth, args.steps, args.delay_ms, Path(folder))
+                found[max_lag] = seconds(max_lag, args.steps, args.delay_ms, Path(folder))
         ratios.append(found[0] / found[2])
-        print(f"depth 0: {found[0]:.2f} s   depth 2: {found[2]:.2f} s   ratio {ratios[-1]:.2f}", flush=True)
+        print(f"max_lag 0: {found[0]:.2f} s   2: {found[2]:.2f} s   ratio {ratios[-1]:.2f}", flush=True)
     print(
-        f"median ratio of {len(ratios)}: {statistics.median(ratios):.2f} (depth 0 / depth 2; above 1: "
+        f"median ratio of {len(ratios)}: {statistics.median(ratios):.2f} (max_lag 0 / max_lag 2; above 1: "
         "asynchrony pays)"
     )
 

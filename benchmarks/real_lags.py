@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SYNC = ("schedule.depth=0", "freshness.policy=sync")
+SYNC = ("schedule.max_lag=0", "freshness.policy=sync")
 CELLS: dict[str, tuple[str, ...]] = {
     "lag 0": SYNC,
-    "up to 2, fopd": ("schedule.depth=2", "freshness.policy=fopd"),
-    "up to 4, fopd": ("schedule.depth=4", "freshness.policy=fopd"),
+    "up to 2, fopd": ("schedule.max_lag=2", "freshness.policy=fopd"),
+    "up to 4, fopd": ("schedule.max_lag=4", "freshness.policy=fopd"),
     "exactly 2, fopd": ("schedule.lag=2", "freshness.policy=fopd"),
     "exactly 2, async": ("schedule.lag=2", "freshness.policy=async"),
     "exactly 4, fopd": ("schedule.lag=4", "freshness.policy=fopd"),
     "exactly 4, async": ("schedule.lag=4", "freshness.policy=async"),
-    "up to 4, fopd, wait": ("schedule.depth=4", "freshness.policy=fopd", "schedule.inflight=wait"),
+    "up to 4, fopd, wait": ("schedule.max_lag=4", "freshness.policy=fopd", "schedule.inflight=wait"),
     "lag 0, fp32": (*SYNC, "learner.dtype=fp32", "sampler.dtype=fp32"),
     "exactly 4, async, fp32": (
         "schedule.lag=4",

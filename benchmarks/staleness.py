@@ -46,7 +46,7 @@ LOSSES = {
 }
 RAW = "freshness.weights=raw"
 PUBLISHED = ["freshness.drift=sampled", "freshness.anchor=1", "freshness.refresh.every_at_least=100", RAW]
-CURRENT, ALL = ["freshness.replay.labels=current"], "freshness.replay.share=1"
+CURRENT, ALL = ["freshness.reexecute.labels=current"], "freshness.reexecute.share=1"
 PAPER = {
     name: [f"freshness.policy={name}", *PUBLISHED, *labels]
     for names, labels in (
@@ -96,7 +96,7 @@ class Cell:
     def overrides(self) -> list[str]:
         lag = (
             [
-                "schedule.depth=8",
+                "schedule.max_lag=8",
                 "schedule.inflight=keep",
                 "sampler.concurrency=96",
                 "freshness.max_drift=null",
@@ -210,15 +210,15 @@ def sweep(seed: int) -> Iterator[Cell]:
             yield Cell("short", "pg_cached", policy, "8", seed, extra)
 
 
-def replays(seed: int) -> Iterator[Cell]:
-    """Supervision drift: how much of a batch to replay, what replayed samples teach, and what D_sup may cost
+def reexecution(seed: int) -> Iterator[Cell]:
+    """Supervision drift: how much of a batch to reexecute, what such samples teach, and what D_sup may cost
     them.
     """
     for loss in ("reverse_kl", "forward_kl"):
         for policy in ("async", DEFAULT):
             for extra in (CURRENT, (*CURRENT, ALL)):
                 yield Cell("middle", loss, policy, "8", seed, tuple(extra))
-        for others in ((), (ALL,), (ALL, "freshness.beta=10"), ("freshness.replay.share=0",)):
+        for others in ((), (ALL,), (ALL, "freshness.beta=10"), ("freshness.reexecute.share=0",)):
             yield Cell("middle", loss, DEFAULT, "8", seed, others)
 
 
@@ -267,7 +267,7 @@ STUDIES = {
         losses,
         sweep,
         mixed,
-        replays,
+        reexecution,
         coverage,
         sgd,
         weights,

@@ -118,7 +118,7 @@ def main() -> None:
 
 def per_sample(terms: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     """Means over each sample's tokens: (N,) -> (BATCH,)."""
-    return drift.per_sample(terms, batch.sampled, batch.sampled, batch.sample, len(batch.lag))[0]
+    return drift.per_sample(terms, batch.by_student, batch.by_student, batch.sample, len(batch.lag))[0]
 
 
 def sample(sampler: TransformersSampler, tokenizer: Any, rng: random.Random) -> list[Rollout]:

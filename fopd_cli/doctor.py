@@ -513,7 +513,15 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
     response = max(recipe.sampler.max_new_tokens, recipe.eval.max_new_tokens or 0)
     asked, told = (context_tokens(recipe, stream, judged=judged) - response for judged in (False, True))
     known = placing.models(recipe, asked, told)
-    size = min(filter(None, map(devices.memory, range(devices.count()))), default=None)
+    sizes = [devices.memory(device) for device in range(devices.count())]
+    if None in sizes:
+        yield Finding(
+            "note",
+            "the memory of the CUDA devices is not known, so nothing is checked to fit, and placement.mode "
+            "auto does not choose colocate",
+            "pip install nvidia-ml-py, and see whether nvidia-smi shows the devices",
+        )
+    size = min(filter(None, sizes), default=None)
     found = memory.workers(recipe, plan, known, size or 80 * 10**9)
     if size is not None:
         for demand in memory.demands(plan, found):
@@ -577,7 +585,7 @@ def sanity(inputs: Inputs) -> Finding | None:
     )
     heads = [hf.load_head(path, "student.model", dtype)]
     learner = FsdpLearner(hf.load_model(path, "student.model", dtype), heads, config, cpu, 0, 1)
-    stats = learner.measure([Sample(r, t, lag=0) for r, t in zip(rollouts, targets, strict=True)])
+    stats = learner.evaluate([Sample(r, t, lag=0) for r, t in zip(rollouts, targets, strict=True)])
     loss, drift = float(np.abs(stats.kl).max()), float(np.abs(stats.drift_roll).max())
     limit = SANITY_LIMIT_NATS[dtype]
     if loss < limit and drift < limit:

@@ -37,7 +37,7 @@ from fopd_cli.runtime.build import (
 from fopd_cli.runtime.memory.weights import Layout, WeightChannel
 from fopd_cli.runtime.placement import Plan, cuda_devices
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
-from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, context_tokens
+from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, check_followed, context_tokens
 from fopd_cli.samples import TargetSpec
 from fopd_cli.tasks import load_task
 
@@ -93,7 +93,7 @@ class Inputs:
             dtype = resolve_dtype(section.dtype, bool(ranks[0].devices))
             specs.append(
                 TargetSpec(
-                    kind, width, dtype, self.stream.replayable and self.recipe.freshness.replay.share > 0
+                    kind, width, dtype, self.stream.reexecutable and self.recipe.freshness.reexecute.share > 0
                 )
             )
         return tuple(specs)
@@ -192,13 +192,14 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
             "task.chat_template_kwargs: all prompts are plain text, so no chat template is rendered; "
             "leave it out"
         )
-    if frames and stream.replayable:
+    if frames and stream.reexecutable:
         raise UserError(
             "teacher.template: what stands between turns is in the student's frame, so a teacher with its "
             "own can judge tasks of one turn only; set teacher.template: student"
         )
     found = {t.section.name: (t.key, t.config) for t in teachers}
     stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, found, _served(recipe)))
+    check_followed(recipe, stream)
     layout = hf.weight_layout(config, sampler_dtype(recipe, plan))
     return Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
 

@@ -23,9 +23,10 @@ from fopd_cli.runtime.crew import cores
 from fopd_cli.runtime.crew.processes import Processes
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_synced
 from fopd_cli.runtime.journal.journal import Journal
+from fopd_cli.runtime.journal.live import view
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.saving import Saver
-from fopd_cli.runtime.journal.sinks import Changes, Resume, Telemetry
+from fopd_cli.runtime.journal.sinks import Changes, Progress, Resume, Telemetry
 from fopd_cli.runtime.journal.trackers import Subject, open_trackers
 from fopd_cli.runtime.placement import to_plain
 from fopd_cli.runtime.placing import placed
@@ -33,24 +34,24 @@ from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
 
 
-def run(recipe: Recipe, path: Path) -> dict[str, Any]:
-    """Check, then train; returns the summary."""
+def run(recipe: Recipe, path: Path, live: bool = False) -> dict[str, Any]:
+    """Check, then train; returns the summary. `live`: with a view of it in the terminal."""
     recipe = with_engines(recipe)
     inputs = check(recipe, path)
     run_dir = RunDir.create(path, recipe)
     say(f"recipe: {run_dir.recipe}")
     say(before_a_run(inputs))
-    return _Run(inputs, run_dir).train()
+    return _Run(inputs, run_dir, live).train()
 
 
-def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
+def resume(path: Path, step: int | None, overrides: list[str], live: bool = False) -> dict[str, Any]:
     """Continue from a checkpoint, the newest sound one unless `step` names another; `overrides` apply from
     then on.
 
     With `step`, later changes of the recipe are undone, like everything else that came later. A resume that
     is refused leaves everything unchanged.
     """
-    return _resuming(RunDir.open(path), step, overrides).train()
+    return _resuming(RunDir.open(path), step, overrides, live).train()
 
 
 def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def fork_name(path: Path, step: int | None) -> Path:
     return path.resolve().with_name(f"{path.resolve().name}-fork-{at}")
 
 
-def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
+def _resuming(run_dir: RunDir, step: int | None, overrides: list[str], live: bool = False) -> _Run:
     """A run that is checked and restored, with nothing written yet."""
     path = run_dir.path
     run_dir.lock()
@@ -98,7 +99,7 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
     for at, changed in run_dir.changed():
         if at == step:  # made when it resumed from this very checkpoint
             in_force.update({key: values[1] for key, values in changed.items()})
-    run = _Run(check(recipe, path), run_dir)
+    run = _Run(check(recipe, path), run_dir, live)
     say(f"resuming {path} from step {step}")
     if undone:
         say(f"the recipe goes back to what it was at step {step}: {', '.join(undone)}")
@@ -159,16 +160,17 @@ def say(line: str) -> None:
 class _Run:
     """A conductor, its processes, and everything around them."""
 
-    def __init__(self, inputs: Inputs, run_dir: RunDir) -> None:
+    def __init__(self, inputs: Inputs, run_dir: RunDir, live: bool) -> None:
         self.recipe, self.run_dir = inputs.recipe, run_dir
         self.state = State(inputs)
         self.setup = inputs.setup(self.state.buffer.arena.memory, run_dir.path)
-        self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks)
+        display = view if live else Progress
+        self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks, display=display)
         self.signals = Signals(self.journal.say)
         dtype = sampler_dtype(inputs.recipe, inputs.plan)
         self.saver = Saver(self.state, run_dir, self.journal, self.setup.channel, dtype)
-        replayable, say = inputs.stream.replayable, self.journal.say
-        crew = Processes(inputs.plan, self.setup, run_dir.logs, replayable, self.signals, say)
+        reexecutable, say = inputs.stream.reexecutable, self.journal.say
+        crew = Processes(inputs.plan, self.setup, run_dir.logs, reexecutable, self.signals, say)
         self.conductor = Conductor(self.state, crew, self.journal, self.saver, self.signals)
 
     def train(self) -> dict[str, Any]:

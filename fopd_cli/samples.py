@@ -46,6 +46,7 @@ class Prompt:
     teacher: str | None = None  # name of the teacher that judges it; None: the first
     tools: list[dict[str, Any]] = field(default_factory=list)  # for the chat template, in JSON schema
     place: str | None = None  # the row of the user's file that it comes from, for errors
+    held_out: str | None = None  # name of the held-out set that it belongs to; None: there is only one
 
     @property
     def where(self) -> str:
@@ -55,18 +56,18 @@ class Prompt:
 
 @dataclass(frozen=True, order=True)
 class SampleId:
-    """What identifies a sample: `replica` counts the samples of a prompt in an epoch, `attempt` its
+    """What identifies a sample: `repeat` counts the samples of a prompt in an epoch, `attempt` its
     regenerations.
     """
 
     split: Literal["train", "eval"]
     epoch: int
     prompt: int
-    replica: int
+    repeat: int
     attempt: int = 0
 
     def __str__(self) -> str:
-        return f"{self.split}/e{self.epoch}/p{self.prompt}/s{self.replica}/a{self.attempt}"
+        return f"{self.split}/e{self.epoch}/p{self.prompt}/s{self.repeat}/a{self.attempt}"
 
     def seed(self, run_seed: int) -> int:
         """63-bit seed of this sample's random numbers; depends only on the run's seed and the id."""
@@ -98,7 +99,7 @@ class Request:
 @dataclass(frozen=True)
 class Context:
     """What a teacher reads to judge a rollout. It differs from what the student saw if the teacher is told
-    more (`teacher.context`), or if the environment would answer differently by now (a replay).
+    more (`teacher.context`), or if the environment would answer differently by now (`freshness.reexecute`).
     """
 
     token_ids: np.ndarray  # int32 (m,)
@@ -174,12 +175,12 @@ class TargetSpec:
     kind: TargetKind
     width: int  # hidden size, k, or 1
     dtype: torch.dtype  # of hidden states; log-probs are float32, ids int32
-    replayed: bool = False  # contexts may be replayed, which adds `drift` and `aligned`
+    reexecuted: bool = False  # calls may be executed again, which adds `drift` and `aligned`
 
     def fields(self, positions: int) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, dtype, shape) of each array, in memory order."""
         found: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-        if self.replayed:
+        if self.reexecuted:
             found.append(("drift", torch.float32, (positions,)))
             found.append(("aligned", torch.int32, (positions,)))
         if self.kind == "hidden":
@@ -200,9 +201,9 @@ class TeacherTargets:
 
     `hidden` (n, teacher width): post-norm hidden states; the learner holds the teacher's head and recomputes
     exact logits. `logprobs` (n,): log p(y) of the sampled tokens. `topk_logprobs`, `topk_ids` (n, k): the
-    likeliest tokens. After a replay `drift` (n,) is KL(p(.|now) || p(.|labelled)) in nats, and `aligned` (n,)
-    0 where the current context has no such position; the labels themselves are still those of the first
-    context, or of the current one (`freshness.replay.labels`). `teacher` is that teacher's number.
+    likeliest tokens. After a re-execution `drift` (n,) is KL(p(.|now) || p(.|labelled)) in nats, and
+    `aligned` (n,) 0 where the current context has no such position; the labels are still those of the first
+    context, or of the current one (`freshness.reexecute.labels`). `teacher` is that teacher's number.
     """
 
     kind: TargetKind
@@ -249,6 +250,8 @@ class SampleStats:
     coverage_sup: np.ndarray  # float64 in [0, 1]
     freshness: np.ndarray  # float64, f_i
     weight: np.ndarray  # float64, the policy's weight before normalisation
+    # object: `kl` of each loss-bearing token, float32 (length,), of measured samples; None of trained ones
+    token_kl: np.ndarray
 
 
 @dataclass

@@ -27,7 +27,7 @@ from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import cuda_devices, place
 from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens
 from fopd_cli.samples import Rollout, Sample, SampleId
-from fopd_cli.tasks.replay import cached
+from fopd_cli.tasks.replay import judged_context
 
 GROUP_BYTES = 1 << 30  # of teacher targets at a time
 WAIT_S = 3600.0
@@ -121,7 +121,7 @@ def judging_main(
                     engine.score([s.rollout for s in part], [s.targets for s in part])
                     mailbox.beat()
         with _Turn(spec, learner):
-            stats = learner.measure(samples)
+            stats = learner.evaluate(samples)
         for measured in zip(stats.keys.tolist(), stats.kl.tolist(), stats.length.tolist(), strict=True):
             mailbox.send(Measured(*measured))
     while not isinstance(mailbox.receive(block=True), m.StopCommand):
@@ -178,5 +178,5 @@ def _rollout(row: dict[str, Any], stream: PromptStream) -> tuple[Rollout, int]:
         finish=row["finish"],
         turns=[(start, stop) for start, stop in row["turns"]],
     )
-    rollout.context = None if told is None else cached(rollout, told)
+    rollout.context = None if told is None else judged_context(rollout, told)
     return rollout, stream.teacher(sample)

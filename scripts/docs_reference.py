@@ -5,8 +5,7 @@ A hook of mkdocs (see mkdocs.yml). Nothing that it writes is committed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby
+from collections.abc import Iterable, Iterator
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
@@ -15,6 +14,9 @@ from typer.cli import get_docs_for_click
 
 from fopd_cli import cli
 from fopd_cli.recipe import explain
+from fopd_cli.recipe.renames import RENAMED, new_name
+
+Key = tuple[str, str, str, str]  # the key, its type, its default, its meaning
 
 KEYS_INTRO = """\
 # Recipe keys
@@ -32,11 +34,17 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def keys_page() -> str:
-    """A table for each section of the schema."""
+    """A table for each section of the schema. A section's own keys may stand before and after those of a
+    section within it.
+    """
+    sections: dict[str, list[Key]] = {}
+    for found in explain():
+        sections.setdefault(_section(found[0]), []).append(found)
     lines = [KEYS_INTRO]
-    for section, keys in groupby(explain(), key=lambda found: _section(found[0])):
-        lines += [f"## {section}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
-        lines += [*_rows(keys), ""]
+    for section, keys in sections.items():
+        lines += [f"## {section}", ""]
+        lines += [f"Its old name, `{old}`, is read for one more version.\n" for old in _old_names(section)]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|", *_rows(keys), ""]
     return "\n".join(lines)
 
 
@@ -51,8 +59,13 @@ def _section(key: str) -> str:
     return key.rpartition(".")[0] or "Top level"
 
 
-def _rows(keys: Iterator[tuple[str, str, str, str]]) -> Iterator[str]:
+def _old_names(key: str) -> list[str]:
+    return [old for old in RENAMED if new_name(old) == key]
+
+
+def _rows(keys: Iterable[Key]) -> Iterator[str]:
     for key, kind, default, meaning in keys:
+        meaning += "".join(f" Its old name, {old}, is read for one more version." for old in _old_names(key))
         alternatives = " or ".join(f"`{one}`" for one in kind.split(" | "))
         yield f"| `{key.rpartition('.')[2]}` | {alternatives} | `{default}` | {_escaped(meaning)} |"
 

@@ -399,7 +399,7 @@ def _run_of(mode: str, device: str, out: Path) -> Iterator[str]:
     real = ROOT / "recipes" / "real-pair" / "student"
     name = "real-cpu" if device == "cuda" and real.exists() else "quickstart"
     folder = out / f"{mode}-{time.time_ns()}"
-    keys = [f"placement.mode={mode if device == 'cuda' else 'cpu'}", "schedule.depth=1"]
+    keys = [f"placement.mode={mode if device == 'cuda' else 'cpu'}", "schedule.max_lag=1"]
     if device == "cpu":
         keys += [
             "learner.steps=2",

@@ -70,7 +70,7 @@ def small_recipe(pair: Path, **changes: Any) -> dict[str, Any]:
         "task": {"name": "arithmetic", "horizon": 2, "eval_prompts": 8},
         "sampler": {"max_new_tokens": 10, "concurrency": 8},
         "learner": {"steps": 4, "batch_samples": 8, "lr": 1e-3, "warmup_steps": 0},
-        "schedule": {"depth": 0},
+        "schedule": {"max_lag": 0},
         # An untrained student at such a rate drifts by more than the default allows: what asks for a depth is
         # to get it.
         "freshness": {"max_drift": None},

@@ -47,7 +47,7 @@ def config(**changes: Any) -> LearnerConfig:
 def changed(cfg: LearnerConfig, **changes: Any) -> LearnerConfig:
     """With other values of fields, or of keys of the learner's and the freshness's sections."""
     if "labels" in changes:
-        changes["replay"] = cfg.freshness.replay.model_copy(update={"labels": changes.pop("labels")})
+        changes["reexecute"] = cfg.freshness.reexecute.model_copy(update={"labels": changes.pop("labels")})
     learner = {k: v for k, v in changes.items() if k in Learner.model_fields}
     freshness = {
         k: v

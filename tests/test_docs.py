@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import typer
 
 from fopd_cli import cli
-from fopd_cli.recipe import explain
+from fopd_cli.engines.registry import ENGINES
+from fopd_cli.recipe import Teacher, explain
+from fopd_cli.recipe.renames import RENAMED
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,9 +32,25 @@ def reference() -> ModuleType:
 
 def test_the_reference_has_every_key_with_its_default(reference: ModuleType) -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| `(.*)` \| .+ \|$", reference.keys_page(), re.M)
-    assert [(key, default) for key, _, default in rows] == [
+    assert sorted((key, default) for key, _, default in rows) == sorted(
         (key.rpartition(".")[2], default) for key, _, default, _ in explain()
-    ]
+    )
+
+
+def test_the_reference_has_each_section_once(reference: ModuleType) -> None:
+    sections = re.findall(r"^## (.*)$", reference.keys_page(), re.M)
+    assert len(set(sections)) == len(sections) > 20
+    own = reference.keys_page().partition("## teacher\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", own, re.M) == [k for k in Teacher.model_fields if k not in ENGINES]
+
+
+def test_the_reference_says_what_a_key_was_called_before(reference: ModuleType) -> None:
+    page = html.unescape(reference.keys_page())
+    assert re.search(
+        r"^\| `max_lag` .* Its old name, schedule.depth, is read for one more version", page, re.M
+    )
+    assert "## freshness.reexecute\n\nIts old name, `freshness.replay`, is read for one more version" in page
+    assert page.count("Its old name, ") == len(RENAMED)
 
 
 def test_the_reference_has_every_command(reference: ModuleType) -> None:

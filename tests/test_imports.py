@@ -115,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.text.templates",
         "errors",
         "freshness.policies",
+        "names",
         "recipe",
         "runtime.crew.messages",  # the messages alone, which are plain data
         "samples",
@@ -157,6 +158,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.journal": {
         "collapse",
         "engines.models.hf",
+        "engines.text.pieces",
         "errors",
         "paths",
         "recipe",
@@ -195,7 +197,19 @@ ALLOWED: dict[str, set[str]] = {
     "teacher_kl": {"doctor", "inputs", "errors", "recipe", "runtime", "samples", "tasks.replay"},
     "evaluation": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks", "teacher_kl"},
     "chat": {"inputs", "engines", "errors", "recipe", "runtime.build", "samples"},
-    "report": {"__init__", "errors", "paths", "recipe.changes", "runtime.journal.trace"},
+    "report": {"__init__", "errors", "paths", "recipe.changes", "recipe.renames", "runtime.journal.trace"},
+    "suite": {
+        "chat",  # whether a run's prompts go through the template
+        "engines.models.hf",
+        "engines.registry",
+        "errors",
+        "export",
+        "paths",
+        "recipe",
+        "runtime.build",
+        "runtime.journal.rundir",
+        "runtime.placement",
+    },
     "card": {"__init__", "paths", "report.reading"},
     "new": {
         "doctor",
@@ -255,6 +269,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.devices",
         "runtime.journal.rundir",
         "runtime.placing",
+        "suite",
     },
     "__main__": {"cli"},
 }
@@ -328,7 +343,7 @@ def test_a_command_that_computes_nothing_needs_no_torch(command: str) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_nobody_outside_engines_asks_which_engine_it_is(path: Path) -> None:
     """What there is to know of an engine stands in its record; a comparison is a new engine's trap."""
-    if within(dotted(path), "engines"):
+    if within(dotted(path), "engines") or dotted(path) == "suite":  # the harness's backends have such names
         return
     for node in ast.walk(ast.parse(path.read_text())):
         names = isinstance(node, ast.Constant) and node.value in ENGINES

@@ -73,8 +73,8 @@ class Learner(Protocol):
     def train(self, step: int, samples: Sequence[Sample]) -> StepReport:
         """One optimizer step on the whole batch (every rank is given all of it and takes its share)."""
 
-    def measure(self, samples: Sequence[Sample]) -> SampleStats:
-        """The same figures without learning."""
+    def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
+        """The same metrics without learning."""
 
     def publish(self, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full weights, one by one, in the dtypes named if these are narrower; every rank must exhaust the

@@ -18,17 +18,17 @@ class Policy:
     anchor: bool = False
     refresh: Literal["never", "fixed", "adaptive"] = "never"
     trust: bool = False  # the token's trust region (`trust.py`)
-    depth: bool = False  # how far sampling runs ahead follows the drift (`depth.py`)
+    ahead: bool = False  # how far sampling runs ahead follows the drift (`ahead.py`)
 
 
 POLICIES: dict[str, Policy] = {
-    "sync": Policy(weights="one"),  # and depth 0, which the recipe checks
+    "sync": Policy(weights="one"),  # and max_lag 0, which the recipe checks
     "async": Policy(weights="one"),
     "fixed_refresh": Policy(weights="one", refresh="fixed"),
     "lag_weight": Policy(weights="lag"),
     "reweight": Policy(weights="freshness"),
     "reweight+anchor": Policy(weights="freshness", anchor=True),
-    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive", depth=True),
+    "fopd": Policy(weights="freshness", anchor=True, refresh="adaptive", ahead=True),
     # Ours, not the paper's.
     "trust": Policy(weights="one", trust=True),
 }

@@ -1,7 +1,7 @@
 """D_sup, the drift of supervision by a frozen teacher whose context changes.
 
 Where contexts may change, a teacher records two things beside its targets: which positions still have a
-context, and after a replay how far today's labels are from the cached ones.
+context, and after a re-execution how far today's labels are from the cached ones.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def policy_gradient(
     student: Tensor,
     teacher: Tensor,
     behaviour: Tensor,
-    advantage: Advantage,
+    kind: Advantage,
     importance: bool,
     max_ratio: float | None = None,
     trust: float | None = None,
@@ -93,9 +93,9 @@ def policy_gradient(
     is meaningful: the value is not a divergence.
     """
     now = student.detach()
-    signal = advantage_of(advantage, now, teacher, behaviour)
+    advantage = advantage_of(kind, now, teacher, behaviour)
     if trust is not None:
-        signal = torch.where(spent(signal, now - behaviour, trust), 0.0, signal)
+        advantage = torch.where(spent(advantage, now - behaviour, trust), 0.0, advantage)
     if importance:
-        signal = signal * ratio(now, behaviour, max_ratio)
-    return -signal * student
+        advantage = advantage * ratio(now, behaviour, max_ratio)
+    return -advantage * student

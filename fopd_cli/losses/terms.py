@@ -171,8 +171,8 @@ def _limited(spec: LossSpec, importance: bool, student: Tensor, teacher: Tensor,
     if importance and spec.max_ratio is not None:
         limited = ratio(student, behaviour, None) > spec.max_ratio
     if spec.trust is not None:
-        signal = advantage_of(spec.advantage, student, teacher, behaviour)
-        limited = limited | spent(signal, student - behaviour, spec.trust)
+        advantage = advantage_of(spec.advantage, student, teacher, behaviour)
+        limited = limited | spent(advantage, student - behaviour, spec.trust)
     return limited.to(behaviour.dtype)
 
 

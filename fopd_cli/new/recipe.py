@@ -60,7 +60,7 @@ def text(folder: Path, student: Model, teacher: Model, data: Data, devices: int)
     steps = min(MOST_STEPS, max(FEWEST_STEPS, math.ceil(EPOCHS * (data.rows - held) / batch)))
     every = steps // min(EVALUATIONS, steps // WARM_UP)
     rate = next(rate for size, rate in RATES if student.parameters <= size)
-    depth = 2 if devices < 2 else 4
+    max_lag = 2 if devices < 2 else 4
     assumed = [
         *data.notes,
         f"{held} of {data.rows} questions are held out",
@@ -100,10 +100,7 @@ def text(folder: Path, student: Model, teacher: Model, data: Data, devices: int)
         *([f"  warmup_steps: {steps // 10}"] if steps < 10 * WARM_UP else []),
         *([] if student.packs else ["  packing: false  # this architecture needs a row for each sample"]),
         *(["  activation_checkpointing: true"] if devices and student.parameters > 1e9 else []),
-        (
-            f"schedule: {{depth: {depth}}}  # largest lag in optimizer steps; 0: sampling and learning take "
-            "turns"
-        ),
+        (f"schedule: {{max_lag: {max_lag}}}  # in optimizer steps; 0: sampling and learning take turns"),
         f"eval: {{every: {every}}}",
         f"checkpoint: {{every: {every}}}",
     ]

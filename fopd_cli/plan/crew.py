@@ -201,12 +201,11 @@ class Shared(Virtual):
             case m.ScoreCommand(rollouts):
                 share = self._share(engine, [len(r.judged.token_ids) for r in rollouts])
                 samples = math.ceil(len(rollouts) * self.many / self._ranks(engine))
-                return self._call(self.prices.scoring[engine.index], share), self.delays[
-                    engine.index
-                ] * samples
+                work = self._call(self.prices.scoring[engine.index], share)
+                return work, self.delays[engine.index] * samples
             case m.TrainCommand(_, rollouts):
                 return self._call(self.prices.training, self._of(engine, rollouts)) + self.prices.publish, 0.0
-            case m.MeasureCommand(rollouts):
+            case m.EvaluateCommand(rollouts):
                 return self._call(self.prices.measuring, self._of(engine, rollouts)), 0.0
             case m.GradeCommand(items):
                 return self.prices.grade * len(items) * self.many, 0.0

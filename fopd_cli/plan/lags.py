@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from fopd_cli.recipe import Recipe
-from fopd_cli.recipe.schema import Schedule
 
-# Of the schedule section: how many steps sampling may run ahead, by its newer or its older name.
-LAG_KEY = next(key for key in ("max_lag", "depth") if key in Schedule.model_fields)
+LAG_KEY = "max_lag"  # of the schedule section: how many steps sampling may run ahead
 
 
 def with_lag(recipe: Recipe, steps: int) -> Recipe:

@@ -39,8 +39,8 @@ def of_stream(stream: PromptStream) -> Prompts:
 
 def of_recipe(recipe: Recipe) -> Prompts:
     """Raises `UserError` for data or a tokenizer that cannot be read."""
-    sources = (getattr(recipe.task, key, None) for key in ("train", "eval"))
-    elsewhere = any(isinstance(s, str) and s.startswith(HUB) for s in sources)
+    # Sources may be texts, or mappings of names to such.
+    elsewhere = any(HUB in str(getattr(recipe.task, key, None)) for key in ("train", "eval"))
     if isinstance(recipe.task, PluginTask) or elsewhere or not paths.is_dir(recipe.student.model):
         held_out = getattr(recipe.task, "eval_prompts", None) or HELD_OUT
         return Prompts(log_normal(*GUESS, "a guess: the data was not read"), held_out, assumed=True)

@@ -10,7 +10,7 @@ from fopd_cli.recipe.schema import Recipe
 
 Flat = dict[str, Any]
 # A run's identity. With other values, the weights and samples of a checkpoint would mean something else.
-IDENTITY = ("student.", "task.", "seed", "sampler.samples_per_prompt")
+IDENTITY = ("student.", "task.", "seed", "sampler.samples_per_prompt", "eval.follow")
 # A teacher's identity and inputs, which may not change between two starts; its engine and devices may.
 OF_TEACHERS = ("name", "model", "k", "dtype", "context")
 # The keys that decide what a teacher hands over for each token.
@@ -66,7 +66,7 @@ def invalidated(old: Recipe, new: Recipe) -> list[str]:
     before, after = _making(old), _making(new)
     keys = [key for key in before if before[key] != after[key]]
     if "schedule.lag" not in keys and new.max_lag < old.max_lag:
-        keys.append("schedule.depth")  # some samples may be older than it allows; a larger depth suits all
+        keys.append("schedule.max_lag")  # some samples may be older than it allows; a larger one suits all
     return keys
 
 
@@ -81,7 +81,7 @@ def _making(recipe: Recipe) -> Flat:
         "loss.student_k": recipe.loss.student_k,
         "freshness.drift": recipe.drift,
         "freshness.drift_k": recipe.freshness.drift_k if recipe.drift == "topk" else None,
-        "freshness.replay.share": recipe.freshness.replay.share > 0,
+        "freshness.reexecute.share": recipe.freshness.reexecute.share > 0,
         "schedule.lag": recipe.schedule.lag,
     }
 

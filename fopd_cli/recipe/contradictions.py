@@ -23,12 +23,12 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     if policy.weights != "one" and fresh.xi >= largest:
         yield (
             f"freshness.xi: {fresh.xi} gates out every sample of full lag, because f <= 1/(lag + 1) = "
-            f"{largest:.4g} at lag {max_lag}; choose xi under {largest:.4g} or lower schedule.depth"
+            f"{largest:.4g} at lag {max_lag}; choose xi under {largest:.4g} or lower schedule.max_lag"
         )
     if fresh.policy == "sync" and max_lag > 0:
         yield (
-            f"freshness.policy: sync means schedule.depth 0, but the lag may be {max_lag} here; set "
-            "schedule.depth: 0"
+            f"freshness.policy: sync means schedule.max_lag 0, but the lag may be {max_lag} here; set "
+            "schedule.max_lag: 0"
         )
     yield from _of_teachers(recipe)
     yield from _of_evaluations(recipe)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from fopd_cli import paths
 from fopd_cli.engines.registry import ENGINES
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import renames
 from fopd_cli.recipe.explain import fields_of, sections_of
 from fopd_cli.recipe.meant import meant, near_value
 from fopd_cli.recipe.plain import NotPlain, NotYaml, parse, shown, shown_key
@@ -41,8 +42,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(fields_of(Recipe))}")
+    for old in renames.rename(raw, str(path)):
+        renames.note_once(str(path), old)
     for override in overrides:
-        _set(raw, override)
+        _set_renamed(raw, override, overrides)
     _resolve_paths(raw, path.resolve().parent)
     try:
         return Recipe.model_validate(raw)
@@ -52,6 +55,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def recorded_recipe(dumped: dict[str, Any], where: Path) -> Recipe:
     """The recipe in a checkpoint, which is complete and resolved."""
+    renames.rename(dumped, str(where))
     try:
         return Recipe.model_validate(dumped)
     except ValidationError as error:
@@ -63,6 +67,14 @@ def recorded_recipe(dumped: dict[str, Any], where: Path) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, defaults filled in."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _set_renamed(raw: dict[str, Any], override: str, others: Sequence[str]) -> None:
+    """`_set`, for keys by their present or their old name; whole sections, as in schedule={depth: 2}, too."""
+    now, found = renames.rename_override(override, others)
+    _set(raw, now)
+    for old in [*found, *renames.rename(raw, f"--set {shown(override)}")]:
+        renames.note(f"--set {shown(override)}", old)
 
 
 def _set(raw: dict[str, Any], override: str) -> None:
@@ -115,6 +127,9 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
             if isinstance(values, dict) and values.get("engine") not in REMOTE:
                 for key in keys:
                     values.update(_resolved(values, key, folder))
+                    if isinstance(named := values.get(key), dict):  # held-out sets by name
+                        for name in list(named):
+                            named.update(_resolved(named, name, folder))
     task = raw.get("task")
     if isinstance(task, dict) and ":" in str(task.get("name")):
         _resolve_plugin(task, folder)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from fopd_cli.recipe.explain import explain
+from fopd_cli.recipe.renames import RENAMED, new_name
 
 SHORT_WORD = 3  # letters: shorter ones, like "of", say nothing
 
@@ -27,6 +28,7 @@ def meant(unknown: str, section: Sequence[str]) -> str | None:
     if by_meaning := _with_words(words, here):
         return by_meaning
     elsewhere = [key for key in keys if _last(key) == unknown]
+    elsewhere += [new_name(old) for old in RENAMED if _last(old) == unknown]
     elsewhere += [key for key in keys if difflib.SequenceMatcher(None, _last(key), unknown).ratio() > 0.85]
     return elsewhere[0] if elsewhere else _with_words(words, keys)
 

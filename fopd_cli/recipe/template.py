@@ -11,7 +11,7 @@ task:
   question: messages                    # the column: a text, or a list of chat messages
 sampler: {max_new_tokens: 512}          # responses are cut off there
 learner: {steps: 400, batch_samples: 64, lr: 1.0e-6}
-schedule: {depth: 4}                    # largest lag in optimizer steps; 0: sampling and learning take turns
+schedule: {max_lag: 4}                  # largest lag in optimizer steps; 0: sampling and learning take turns
 eval: {every: 50}                       # optimizer steps between evaluations
 checkpoint: {every: 100}
 # placement: {mode: partition, sampler: 4, teacher: 2, learner: 2}   # devices; default: by their number

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import yaml
 
 from fopd_cli import paths
 from fopd_cli.errors import UserError
+from fopd_cli.recipe.renames import rename
 
 Record = dict[str, Any]
 State = Literal["running", "finished", "stopped"]
@@ -67,12 +69,27 @@ class Run:
             ]
         )
 
+    @property
+    def sets(self) -> list[str]:
+        """Names of the held-out sets; empty if there is only one."""
+        return list(self.evaluations[-1].get("sets", {})) if self.evaluations else []
+
+    def of_set(self, name: str) -> Run:
+        """The run with the evaluations of one held-out set, which need not be there."""
+        found = [{**e, **e["sets"][name]} for e in self.evaluations if name in e.get("sets", {})]
+        return replace(self, evaluations=found)
+
     def last(self, key: str) -> tuple[float | None, float | None]:
         """The newest evaluation's figure and its standard error; None if there is none."""
         for record in reversed(self.evaluations):
             if record.get(key) is not None:
                 return float(record[key]), record.get(f"{key}_error")
         return None, None
+
+
+def sets_of(runs: Iterable[Run]) -> list[str]:
+    """Names of the held-out sets of any of the runs, in their order."""
+    return list(dict.fromkeys(name for run in runs for name in run.sets))
 
 
 def is_run(path: Path) -> bool:
@@ -87,7 +104,9 @@ def read(path: Path) -> Run:
         recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path / 'recipe.yaml'}: cannot be read: {error}") from None
-    run = Run(path, recipe if isinstance(recipe, dict) else {}, pid=holder(path / "run.lock"))
+    recipe = recipe if isinstance(recipe, dict) else {}
+    rename(recipe, str(path / "recipe.yaml"))  # an older run's
+    run = Run(path, recipe, pid=holder(path / "run.lock"))
     kinds = {"step": run.steps, "eval": run.evaluations, "refresh": run.refreshes}
     for record in jsonl(path / "metrics.jsonl"):
         kinds.get(str(record.get("kind")), []).append(record)

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from fopd_cli.errors import UserError
-from fopd_cli.runtime.crew.messages import Slot
+from fopd_cli.runtime.crew.messages import Region
 from fopd_cli.runtime.journal.checkpoint import load_buffer, save_buffer
-from fopd_cli.runtime.memory.arena import Arena
+from fopd_cli.runtime.memory.arena import Arena, targets_at
 from fopd_cli.samples import Context, Rollout, TargetSpec
-from fopd_cli.tasks.replay import cached
+from fopd_cli.tasks.replay import judged_context
+
+LIKELIEST = 3  # of the teacher's tokens, for people
 
 
 @dataclass
@@ -29,21 +31,22 @@ class Entry:
 
     rollout: Rollout
     teacher: int
-    slot: Slot | None = None  # where its targets are, once there is room for them
+    region: Region | None = None  # where its targets are, once there is room for them
     scoring: bool = False  # a teacher has been asked and has not answered
     grade: float | None = None  # None: not graded yet; nan: cannot be graded
-    metrics: dict[str, float] = field(default_factory=dict)  # the grader's further figures
-    context: Context | None = None  # as a replay found it, if it has changed since the sample was judged
+    metrics: dict[str, float] = field(default_factory=dict)  # the grader's further metrics
+    likeliest: tuple[np.ndarray, np.ndarray] | None = None  # see `Buffer.note_likeliest`
+    context: Context | None = None  # today's, if it has changed since the sample was judged
 
     @property
     def key(self) -> int:
         return self.rollout.key
 
     @property
-    def targets(self) -> Slot:
+    def targets(self) -> Region:
         """Where its targets are; room must have been reserved."""
-        assert self.slot is not None
-        return self.slot
+        assert self.region is not None
+        return self.region
 
     @property
     def score(self) -> float:
@@ -57,7 +60,7 @@ class Entry:
         """
         context = self.context
         if context is None and told is not None:
-            context = cached(self.rollout, told)
+            context = judged_context(self.rollout, told)
         return self.rollout if context is None else replace(self.rollout, context=context)
 
 
@@ -79,6 +82,17 @@ class Buffer:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def note_likeliest(self, key: int) -> None:
+        """Keep the teacher's likeliest tokens at each position of the response beyond the life of its
+        targets: ids and probabilities `(n, LIKELIEST)`. Nothing if it named none (hidden states, one
+        log-prob).
+        """
+        entry, slot = self[key], self[key].targets
+        targets = targets_at(self.arena.memory, slot.offset, self.specs[slot.teacher], slot.positions)
+        if targets.topk_logprobs is not None and targets.topk_ids is not None:
+            found, at = targets.topk_logprobs.topk(min(LIKELIEST, targets.topk_logprobs.shape[1]))
+            entry.likeliest = targets.topk_ids.gather(-1, at).numpy(), found.exp().numpy()
+
     def add(self, rollout: Rollout, teacher: int) -> Entry:
         """A sampler has finished this rollout."""
         entry = self.entries[rollout.key] = Entry(rollout, teacher)
@@ -99,19 +113,19 @@ class Buffer:
         positions = entry.rollout.response_length
         offset = self.arena.allocate(self.specs[entry.teacher].nbytes(positions))
         if offset is not None:
-            entry.slot = Slot(offset, positions, entry.teacher)
+            entry.region = Region(offset, positions, entry.teacher)
         return offset is not None
 
     def release(self, key: int) -> None:
         """Free the room of its targets. If scored again, it is judged on its first context, as at first."""
         entry = self.entries[key]
         self.arena.free(entry.targets.offset)
-        entry.slot = entry.context = None
+        entry.region = entry.context = None
 
     def forget(self, key: int) -> None:
         """Remove a sample, whatever its outcome."""
         if key in self.entries:
-            if self.entries[key].slot is not None:
+            if self.entries[key].region is not None:
                 self.release(key)
             del self.entries[key]
 
@@ -143,8 +157,8 @@ class Buffer:
                 raise UserError("teacher.buffer_gb: too small for the buffer in the checkpoint; raise it")
             self._memory(self.entries[key].targets)[:] = raw
 
-    def _memory(self, slot: Slot) -> np.ndarray:
-        """The targets in this slot, as a uint8 view."""
-        nbytes = self.specs[slot.teacher].nbytes(slot.positions)
-        memory: torch.Tensor = self.arena.memory[slot.offset : slot.offset + nbytes]
+    def _memory(self, region: Region) -> np.ndarray:
+        """The targets in this region, as a uint8 view."""
+        nbytes = self.specs[region.teacher].nbytes(region.positions)
+        memory: torch.Tensor = self.arena.memory[region.offset : region.offset + nbytes]
         return memory.numpy()

@@ -78,7 +78,7 @@ def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
     backend = "cpu:gloo,cuda:nccl" if spec.devices else "gloo"
     dist.init_process_group(
         backend,
-        init_method=f"file://{setup.rendezvous}-{spec.role}-{spec.index}-{spec.life}",
+        init_method=f"file://{setup.rendezvous}-{spec.role}-{spec.index}-{spec.restarts}",
         rank=spec.rank,
         world_size=spec.world,
     )

@@ -27,8 +27,17 @@ from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.saving import Saving
 from fopd_cli.runtime.scheduling.conversations import Conversations
 from fopd_cli.runtime.scheduling.params import sampling_params
-from fopd_cli.runtime.scheduling.replays import Replays
-from fopd_cli.runtime.scheduling.tickets import Action, Generate, Lease, Load, Measure, Replay, Score, Train
+from fopd_cli.runtime.scheduling.reexecutions import Reexecutions
+from fopd_cli.runtime.scheduling.tickets import (
+    Action,
+    Evaluate,
+    Generate,
+    Lease,
+    Load,
+    Reexecute,
+    Score,
+    Train,
+)
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
 from fopd_cli.samples import Prompt, Request, Rollout, SampleId, SampleStats, StepReport
@@ -41,7 +50,7 @@ class Conductor:
         self.state, self.crew, self.journal, self.saver, self.signals = state, crew, journal, saver, signals
         self.inputs, self.schedule, self.buffer = state.inputs, state.schedule, state.buffer
         self.recipe, self.stream = state.inputs.recipe, state.inputs.stream
-        self.replays = Replays()
+        self.reexecutions = Reexecutions()
         self.conversations = self._conversations() if self.stream.episodic else None
         self._params = {
             "train": sampling_params(self.recipe, evaluation=False),
@@ -101,12 +110,14 @@ class Conductor:
         self._come_to_rest()
         self.saver.save(True, self._save_learner)
         self.crew.end_programs()
-        done, go_on = f"{self.schedule.step} of {self.recipe.learner.steps}", self.saver.how_to_go_on
+        how = self.saver.how_to_continue
         if self._fatal is None:
-            raise Interrupted(f"stopped after {done} steps; go on with: {go_on}")
+            raise Interrupted(
+                f"stopped after step {self.schedule.step} of {self.recipe.learner.steps}; {how}"
+            )
         if self._fatal.mistake:
-            raise UserError(f"{self._fatal.reason}; mend that, then: {go_on}")
-        raise WorkerError(f"{self._fatal.reason}; go on with: {go_on}")
+            raise UserError(f"{self._fatal.reason}; fix this, then {how}")
+        raise WorkerError(f"{self._fatal.reason}; {how}")
 
     def _save_learner(self, folder: Path) -> dict[str, Any]:
         """The learner's part of a checkpoint, written while the learner is idle. Raises OSError."""
@@ -132,15 +143,15 @@ class Conductor:
                 self.crew.send(engines.sampler(replica), m.LoadCommand(version))
             case Score(teacher, keys, again):
                 self._score(teacher, [self.buffer[key] for key in keys], again)
-            case Replay(keys, now):
-                self.replays.begin(keys, holding=not self.schedule.learner_busy)
+            case Reexecute(keys, now):
+                self.reexecutions.begin(keys, holding=not self.schedule.learner_busy)
                 for key in keys:
-                    self.crew.send(engines.ENVIRONMENT, self._replay(key, now))
+                    self.crew.send(engines.ENVIRONMENT, self._reexecute(key, now))
             case Train(step, keys):
                 self.journal.step_begins()
                 self.crew.send(engines.LEARNER, m.TrainCommand(step, *self._batch(keys)))
-            case Measure(_, keys):
-                self.crew.send(engines.LEARNER, m.MeasureCommand(*self._batch(keys)))
+            case Evaluate(_, keys):
+                self.crew.send(engines.LEARNER, m.EvaluateCommand(*self._batch(keys)))
             case Lease(sleeper, waker):
                 self.crew.lease(sleeper, waker)
             case _:
@@ -164,13 +175,13 @@ class Conductor:
         command = m.ScoreCommand(rollouts, [entry.targets for entry in entries], again)
         self.crew.send(engines.teacher(teacher), command)
 
-    def _replay(self, key: int, now: int) -> m.ReplayCommand:
+    def _reexecute(self, key: int, now: int) -> m.ReexecuteCommand:
         entry, told = self.buffer[key], self.stream.told(self._sample(key))
         template = self.recipe.teachers[entry.teacher].context
-        return m.ReplayCommand(entry.rollout, self._prompt(key), told, template, now)
+        return m.ReexecuteCommand(entry.rollout, self._prompt(key), told, template, now)
 
-    def _batch(self, keys: Iterable[int]) -> tuple[list[Rollout], list[m.Slot], list[int]]:
-        """Rollouts, the slots of their targets, and their lags."""
+    def _batch(self, keys: Iterable[int]) -> tuple[list[Rollout], list[m.Region], list[int]]:
+        """Rollouts, the regions of their targets, and their lags."""
         entries = [self.buffer[key] for key in keys]
         lags = [self.schedule.step - self.schedule.tickets[entry.key].version for entry in entries]
         return [entry.rollout for entry in entries], [entry.targets for entry in entries], lags
@@ -187,7 +198,7 @@ class Conductor:
         match event:
             case m.Worked(worker, span):
                 self.journal.worked(worker, span)
-            case m.Observed() | m.Replayed() | m.Graded() if self.signals.received:
+            case m.Observed() | m.Reexecuted() | m.Graded() if self.signals.received:
                 pass  # the programs behind it may have got the same signal; it is done again
             case m.Sampled(rollouts):
                 self._on_sampled(engine.index, rollouts)
@@ -201,12 +212,12 @@ class Conductor:
                 self._on_graded(grades)
             case m.Scored(keys):
                 self._on_scored(engine.index, keys)
-            case m.Replayed():
-                self._on_replayed(event)
+            case m.Reexecuted():
+                self._on_reexecuted(event)
             case m.Trained(report):
                 self._on_trained(report)
-            case m.Measured(stats):
-                self._on_measured(stats)
+            case m.Evaluated(stats):
+                self._on_evaluated(stats)
             case m.Saved():
                 self._saved = event
             case m.Leased(role):
@@ -257,7 +268,7 @@ class Conductor:
                 self.schedule.on_graded(key)
 
     def _on_scored(self, teacher: int, keys: list[int]) -> None:
-        """Targets are complete; unblocks the learner, or a replay. Samples dropped meanwhile are
+        """Targets are complete; unblocks the learner, or a re-execution. Samples dropped meanwhile are
         forgotten.
         """
         for key in keys:
@@ -265,24 +276,27 @@ class Conductor:
         for key in self.schedule.on_scored(teacher, keys):
             self._forget(key)
 
-    def _on_replayed(self, event: m.Replayed) -> None:
-        """A context was replayed; the teacher is asked again if it has changed."""
+    def _on_reexecuted(self, event: m.Reexecuted) -> None:
+        """A sample's calls were executed again; the teacher is asked again if it has changed."""
         if event.key in self.buffer:
             changed = event.context is not None
             self.buffer[event.key].context = event.context
-            self.replays.end(event.key, changed, event.span.end - event.span.start)
-            self.schedule.on_replayed(event.key, changed)
+            self.reexecutions.end(event.key, changed, event.span.end - event.span.start)
+            self.schedule.on_reexecuted(event.key, changed)
 
-    def _on_measured(self, stats: SampleStats) -> None:
-        """Held-out samples are measured; with the last of them the learner may train again."""
+    def _on_evaluated(self, stats: SampleStats) -> None:
+        """Held-out samples are evaluated; with the last of them the learner may train again."""
         version, keys = self.schedule.step, stats.keys.tolist()
-        self.journal.measured(stats, [(self._sample(key), self.buffer[key]) for key in keys])
+        for key in keys:
+            self.buffer.note_likeliest(key)
+        rows = [(self._sample(key), self.buffer[key], self._prompt(key).held_out) for key in keys]
+        self.journal.evaluated_samples(stats, rows)
         for key in keys:
             self._forget(key)
-        if self.schedule.on_measured(version, keys):
+        if self.schedule.on_evaluated(version, keys):
             self.journal.evaluated(version)
             self.stopped_early = self.saver.keep_best(version)
-        self.replays.hold()
+        self.reexecutions.hold()
 
     def _on_trained(self, report: StepReport) -> None:
         """An optimizer step and its publication are done; unblocks samplers, which load the new version.
@@ -294,7 +308,9 @@ class Conductor:
         outcomes = {k: records.outcome(w) for k, w in zip(keys, report.stats.weight, strict=True)}
         ahead, self.schedule.ahead = self.schedule.ahead, self.state.control.learned(report)
         self.schedule.on_trained(report.step, outcomes)
-        self.journal.trained(report, batch, {"ahead": ahead, **self._figures(), **self.replays.cost()})
+        self.journal.trained(
+            report, batch, {"ahead": ahead, **self._clock_metrics(), **self.reexecutions.cost()}
+        )
         for key in keys:
             self._forget(key)
         step = self.schedule.step
@@ -302,10 +318,10 @@ class Conductor:
             self._refresh(step, reason)
         if self.saver.due(step):
             self.saver.save(False, self._save_learner)
-        self.replays.hold()
+        self.reexecutions.hold()
 
-    def _figures(self) -> dict[str, Any]:
-        """Figures from right after a step; they depend on the clock."""
+    def _clock_metrics(self) -> dict[str, Any]:
+        """Metrics from right after a step; they depend on the clock."""
         return {
             "buffer_samples": len(self.buffer) - self.recipe.learner.batch_samples,
             "buffer_bytes": self.buffer.arena.used_bytes,
@@ -379,4 +395,4 @@ class Conductor:
     def _forget(self, key: int) -> None:
         """Forget a sample, whatever its outcome."""
         self.buffer.forget(key)
-        self.replays.forget(key)
+        self.reexecutions.forget(key)

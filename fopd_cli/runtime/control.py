@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fopd_cli.freshness.depth import Depth
+from fopd_cli.freshness.ahead import Ahead
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.freshness.refresh import Refresh
 from fopd_cli.recipe import Recipe
@@ -19,7 +19,7 @@ class Control:
 
     def __init__(self, recipe: Recipe) -> None:
         self._steps = recipe.learner.steps
-        self._depth = Depth(recipe.max_lag, recipe.max_drift)
+        self._ahead = Ahead(recipe.max_lag, recipe.max_drift)
         r = recipe.freshness.refresh
         mode = POLICIES[recipe.freshness.policy].refresh
         self._refresh = Refresh(mode, r.mean, r.coverage_roll, r.coverage_sup, r.every_at_least, r.every)
@@ -27,11 +27,11 @@ class Control:
     @property
     def ahead(self) -> int:
         """Optimizer steps that sampling may run ahead."""
-        return self._depth.now
+        return self._ahead.now
 
     def learned(self, report: StepReport) -> int:
         """After an optimizer step: how far sampling may run ahead from now on."""
-        return self._depth.update(report.stats.lag, report.drift_above_floor)
+        return self._ahead.update(report.stats.lag, report.drift_above_floor)
 
     def stale(self, step: int, stats: SampleStats) -> str | None:
         """Why the buffer must be dropped after `step` optimizer steps, given the `stats` of the last batch;
@@ -48,9 +48,9 @@ class Control:
     def state_dict(self) -> dict[str, Any]:
         return {
             "refresh_last": self._refresh.last,
-            "depth": {"now": self._depth.now, "waited": self._depth.waited},
+            "depth": {"now": self._ahead.now, "waited": self._ahead.waited},  # as older checkpoints have it
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._refresh.last = state["refresh_last"]
-        self._depth.resume(**state["depth"])
+        self._ahead.resume(**state["depth"])

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
+from collections.abc import Callable
 from itertools import combinations
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from fopd_cli.errors import UserError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 UUIDS = ("GPU-", "MIG-")
+T = TypeVar("T")
 
 
 def listed() -> tuple[str, ...] | None:
@@ -76,34 +77,35 @@ def entry(device: int) -> str:
 
 
 def memory(device: int) -> int | None:
-    """Total bytes of a visible device, from nvidia-smi so that this process gets no CUDA context; None if it
-    does not say.
+    """Total bytes of a visible device, or of a MIG instance; None if they are not known."""
+    return _asked(device, lambda nvml, handle: int(nvml.nvmlDeviceGetMemoryInfo(handle).total))
+
+
+def _asked(device: int, question: Callable[[Any, Any], T]) -> T | None:
+    """NVML's answer about a visible device; this process gets no CUDA context. None if nvidia-ml-py is not
+    installed, or does not know the device. `question` gets the library and the device's handle.
     """
-    name = entry(device)
-    if name.startswith("MIG-"):
-        return _instance_memory(name)
-    for line in _nvidia_smi("--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"):
-        index, uuid, megabytes = (part.strip() for part in [*line.split(","), "", ""][:3])
-        if (index == name or (name in uuid and uuid.startswith(name))) and megabytes.isdigit():
-            return int(megabytes) << 20
-    return None
-
-
-def _instance_memory(name: str) -> int | None:
-    """Total bytes of a MIG instance by its UUID, from its profile, as in `MIG 3g.40gb`."""
-    for line in _nvidia_smi("-L"):
-        profile = re.search(r"MIG \S*?(\d+)gb", line)
-        if profile and f"(UUID: {name}" in line:
-            return int(profile[1]) << 30
-    return None
-
-
-def _nvidia_smi(*arguments: str) -> list[str]:
-    """Its output lines; none if it is missing or fails."""
-    if (program := shutil.which("nvidia-smi")) is None:
-        return []
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return done.stdout.splitlines()
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+    except ImportError:
+        return None
+    except nvml.NVMLError:  # there is no driver
+        return None
+    try:
+        return question(nvml, _handle(nvml, entry(device)))
+    except (nvml.NVMLError, StopIteration):
+        return None
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _handle(nvml: Any, name: str) -> Any:
+    """NVML's handle of an entry. Raises `NVMLError` or `StopIteration` if there is no such device."""
+    if name.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    if name.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    devices = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+    return next(d for d in devices if nvml.nvmlDeviceGetUUID(d).startswith(name))  # it may be abbreviated

@@ -244,8 +244,8 @@ def _replicas(devices: list[int], engine: Sampler | Teacher, role: str) -> list[
 
 def _plan(recipe: Recipe, mode: Mode, groups: _Groups, cores: int) -> Plan:
     threads = recipe.placement.threads
-    # Roles that take turns, as at depth 0, may each use all cores. Side by side they divide them: by need on
-    # a CPU, in fixed shares where two runs must agree to the bit (another number of threads adds up in
+    # Roles that take turns, as at max_lag 0, may each use all cores. Side by side they divide them: by need
+    # on a CPU, in fixed shares where two runs must agree to the bit (another number of threads adds up in
     # another order).
     turns = mode == "timeslice" or (mode == "cpu" and recipe.max_lag == 0)
     by_need = mode == "cpu" and recipe.schedule.lag is None and not turns

@@ -47,8 +47,8 @@ class Signals:
             return
         self._last = now
         if last is not None:
-            raise Interrupted("stopped at once; the last checkpoint stands")
+            raise Interrupted("stopped immediately; the last checkpoint is intact")
         with contextlib.suppress(RuntimeError):  # it came in the middle of another line
             self._say(
-                "stopping: the running optimizer step is finished and a checkpoint written (again: stop now)"
+                "stopping: finishing this optimizer step and writing a checkpoint (a second signal stops now)"
             )

@@ -21,7 +21,7 @@ class State:
         self.buffer = Buffer(inputs.target_specs, arena_bytes(recipe, inputs.target_specs))
         self.control = Control(recipe)
         self.schedule = Schedule(
-            schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.replayable),
+            schedule_config(recipe, len(plan.samplers), plan.exclusive, stream.reexecutable),
             stream.train_id,
             evaluation_ids(recipe, stream),
             self.buffer.reserve,

@@ -22,7 +22,7 @@ class Task(Protocol):
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
         """All prompts of a split, in a fixed order; `Prompt.index` is the position. The two splits are
-        disjoint.
+        disjoint. Held-out prompts may name the set that they belong to (`Prompt.held_out`), all or none.
         """
         ...
 
@@ -35,10 +35,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Grade:
-    """A score in [0, 1], and further figures, of which evaluations report the mean (a nan is left out)."""
+    """A score in [0, 1], and further metrics, of which evaluations report the mean (a nan is left out)."""
 
     score: float
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def realigned(rollout: Rollout, prompt_ids: np.ndarray, observations: Sequence[n
     return Context(np.concatenate(pieces).astype(np.int32), positions)
 
 
-def cached(rollout: Rollout, told: np.ndarray | None) -> Context:
+def judged_context(rollout: Rollout, told: np.ndarray | None) -> Context:
     """The context on which it was first judged; `told` is the prompt as the teacher saw it, if that differs
     from the student's.
     """

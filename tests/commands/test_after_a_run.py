@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser_kit
 import hub_kit
 import pytest
 import torch
@@ -23,8 +22,6 @@ from fopd_cli.export import student_of
 from fopd_cli.recipe import load_recipe
 from fopd_cli.report.reading import read
 from fopd_cli.runtime.journal.rundir import RunDir
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +60,7 @@ def test_a_table_of_the_runs_that_are_here(here: Fopd, tmp_path: Path) -> None:
 def test_trackers_have_the_curves_and_one_that_fails_stops_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow, in a directory, has all of it; nobody is logged in at wandb. TensorBoard was not asked for."""
+    """MLflow, in a directory, has all of it; nobody is logged in to wandb. TensorBoard was not asked for."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = pytest.importorskip("mlflow").MlflowClient((folder / "mlruns").as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name("fopd").experiment_id])
@@ -102,7 +99,7 @@ def test_a_fork_is_the_run_up_to_a_step_and_its_own_from_there(here: Fopd) -> No
     assert json.loads((fork / "forked-from.json").read_text()) == {"run": str(first.resolve()), "step": 2}
     assert "same in every key" in here("diff", "first", "first-fork-2").out
     assert (
-        "exists and is not empty; go on with it (fopd resume"
+        "exists and is not empty; continue it (fopd resume"
         in here("fork", "first", "--step", "2", code=2).err
     )
 
@@ -189,29 +186,11 @@ def test_weights_are_exported_in_the_dtype_that_is_asked_for(here: Fopd, tmp_pat
 
 
 @SLOW
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
+@browser_kit.needed
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_draws_all_curves_and_complains_of_nothing(here: Fopd, tmp_path: Path, dark: bool) -> None:
     here("report", "first", "first", "-o", tmp_path / "page.html")
-    command = [
-        str(CHROMIUM),
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--v=0",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=5000",
-        "--window-size=500,900",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--dump-dom",
-        f"file://{tmp_path / 'page.html'}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    drawn = re.search(r'data-drawn="(\d+)"', done.stdout)
-    assert drawn is not None
-    assert int(drawn[1]) == done.stdout.count('class="uplot') >= 12
+    assert browser_kit.drawn(tmp_path / "page.html", tmp_path, dark) >= 12
     assert len(read(here.folder / "first").steps) == 4
 
 
@@ -221,7 +200,7 @@ def test_an_export_has_a_card_and_goes_to_the_hub(here: Fopd, tmp_path: Path) ->
     here.environment |= {"HF_HOME": offline["HF_HOME"]}
     assert "--license: a model" in here("export", "first", out, "--push", "me/small", code=2).err
     arguments = ("export", "first", out, "--push", "me/small", "--license", "apache-2.0", "--private")
-    assert "nobody is logged in" in here(*arguments, code=2).err
+    assert "not logged in to the hub" in here(*arguments, code=2).err
     here.environment |= {"HF_TOKEN": "hf_wrong"}
     assert "HF_HUB_OFFLINE is set" in here(*arguments, code=2).err
     assert not out.exists()

@@ -156,7 +156,7 @@ def test_doctor_says_that_the_teacher_is_the_student(fopd: Fopd, pair: Path) -> 
 
 def test_explain_lists_every_key(fopd: Fopd) -> None:
     out = fopd("recipe", "--explain").out
-    for key in ("freshness.xi", "schedule.depth", "placement.threads.sampler", "task[math].question"):
+    for key in ("freshness.xi", "schedule.max_lag", "placement.threads.sampler", "task[math].question"):
         assert key in out
 
 

@@ -130,7 +130,7 @@ def test_a_time_sliced_run_on_one_gpu(fopd: Fopd, compute: str) -> None:
         task={"horizon": 3, "eval_prompts": 64},
         sampler={"engine": "transformers", "max_new_tokens": 32, "concurrency": 64, "dtype": compute},
         learner={"steps": 40, "batch_samples": 64, "lr": 2e-3, "dtype": compute},
-        schedule={"depth": 1},
+        schedule={"max_lag": 1},
         placement={"mode": "timeslice"},
         checkpoint={"every": 20},
     )
@@ -153,7 +153,7 @@ def test_a_time_sliced_run_on_one_gpu_with_vllm(fopd: Fopd) -> None:
         task={"horizon": 3, "eval_prompts": 64},
         sampler={"max_new_tokens": 32, "concurrency": 64, **vllm},
         learner={"steps": 40, "batch_samples": 64, "lr": 2e-3},
-        schedule={"depth": 1},
+        schedule={"max_lag": 1},
         placement={"mode": "timeslice"},
     )
     recipe["teacher"] |= vllm

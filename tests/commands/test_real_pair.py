@@ -141,7 +141,7 @@ def test_every_engine_and_dtype_runs_it(
         sampler={"engine": engine, "dtype": dtype},
         teacher={"dtype": dtype},
         learner={"dtype": dtype, "steps": 3},
-        schedule={"depth": depth},
+        schedule={"max_lag": depth},
         freshness={"policy": "fopd" if depth else "sync"},
         task={"eval_prompts": 4},
     )

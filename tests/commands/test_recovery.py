@@ -37,7 +37,7 @@ def slow(pair: Path, depth: int, steps: int = 12, **changes: Any) -> dict[str, A
     """Long enough to be interrupted in the middle: a slow teacher, a checkpoint every other step."""
     changes.setdefault("learner", {"steps": steps})
     return small_recipe(
-        pair, schedule={"depth": depth}, teacher={"delay_ms": 10, "batch_samples": 4}, **changes
+        pair, schedule={"max_lag": depth}, teacher={"delay_ms": 10, "batch_samples": 4}, **changes
     )
 
 
@@ -67,7 +67,7 @@ def same_run(run: Path, whole: Path) -> None:
 
 
 EXACT: dict[str, dict[str, Any]] = {
-    "depth 0": {"schedule": {"depth": 0}},
+    "max_lag 0": {"schedule": {"max_lag": 0}},
     # Groups of 3 in windows of 8: some are half done at any moment. Checkpoints fall between evaluations and
     # refreshes.
     "lag 2": {
@@ -83,7 +83,7 @@ EXACT: dict[str, dict[str, Any]] = {
 def test_killed_and_resumed_is_bitwise_uninterrupted(fopd: Fopd, pair: Path, mode: str) -> None:
     """Killed twice at random moments, and stopped once by Ctrl-C."""
     recipe = {**slow(pair, 0), **{k: {**slow(pair, 0).get(k, {}), **v} for k, v in EXACT[mode].items()}}
-    if mode != "depth 0":
+    if mode != "max_lag 0":
         recipe["schedule"] = EXACT[mode]["schedule"]
     whole = fopd.run(recipe, "whole")
     rng, before = random.Random(11), shared_memory_left()
@@ -254,8 +254,8 @@ def test_the_last_one_lost_ends_the_run_with_a_checkpoint(fopd: Fopd, pair: Path
 
 @SLOW
 def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -> None:
-    """Depth 0: sampler, teacher and grader killed or stopped in the middle; the metrics are those of a quiet
-    run.
+    """max_lag 0: sampler, teacher and grader killed or stopped in the middle; the metrics are those of a
+    quiet run.
     """
     quiet = fopd.run(slow(pair, 0), "quiet")
     process, run = start(fopd, slow(pair, 0, runtime={"timeout_s": 8.0}))
@@ -266,7 +266,7 @@ def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -
     assert process.returncode == 0, err
     assert summary(run)["restarts"] == 3
     for name in ("sampler-0", "grader-0", "teacher-0"):
-        assert any(name in line and "starting it again (1 of 2)" in line for line in err.splitlines()), name
+        assert any(name in line and "restarting it (1 of 2)" in line for line in err.splitlines()), name
     assert "teacher-0" in next(line for line in err.splitlines() if "has not moved" in line)
     assert metrics(run) == metrics(quiet)
     assert check_accounts(run) == check_accounts(quiet)
@@ -281,7 +281,7 @@ def test_other_replicas_take_over(fopd: Fopd, pair: Path) -> None:
     worker(run, "sampler-1", process.pid).kill()
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
-    assert "stays away" in err
+    assert "not restarting it" in err
     prompts = check_accounts(run)
     assert prompts["trained"] + prompts["gated"] == 24 * 8
     assert prompts["in_flight"] == 0

@@ -4,6 +4,8 @@ its key.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,24 @@ def contents(run: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run)): p.read_bytes() for p in files}
 
 
+def written_by_an_older_version(run: Path, step: int) -> None:
+    """Give the keys of a run's recipe, and of the one in its checkpoint, the names that they used to have."""
+    at = run / "checkpoints" / f"step-{step:06d}"
+    recipe, state = (
+        yaml.safe_load((run / "recipe.yaml").read_text()),
+        json.loads((at / "state.json").read_text()),
+    )
+    for dumped in (recipe, state["recipe"]):
+        dumped["schedule"]["depth"] = dumped["schedule"].pop("max_lag")
+        dumped["freshness"]["replay"] = dumped["freshness"].pop("reexecute")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (at / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((at / "MANIFEST.json").read_text())
+    text = (at / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    (at / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
 def resolved(run: Path, key: str) -> Any:
     value: Any = yaml.safe_load((run / "recipe.yaml").read_text())
     for part in key.split("."):
@@ -35,7 +55,7 @@ def rates(run: Path) -> dict[int, float]:
 
 
 def test_what_a_resume_sets_stands_from_then_on(fopd: Fopd, pair: Path) -> None:
-    """The next plain resume uses it, and the history says since when."""
+    """The next plain resume uses it, and the history says since when; also after keys were renamed."""
     run = fopd.run(small_recipe(pair))
     assert not (run / "recipe-history.jsonl").exists()
     fopd("resume", run, "--set", "learner.steps=6", "--set", "learner.lr=5e-6")
@@ -48,8 +68,14 @@ def test_what_a_resume_sets_stands_from_then_on(fopd: Fopd, pair: Path) -> None:
     fopd("resume", run)
     assert summary(run)["steps"] == 6
     assert contents(run)["recipe.yaml"] == before["recipe.yaml"]
-    fopd("resume", run, "--set", "learner.steps=7")
+    written_by_an_older_version(run, 6)
+    fopd("diff", run, run)
+    err = fopd("resume", run, "--set", "learner.steps=7").err
+    assert err.count("schedule.depth is now called schedule.max_lag") == 1
+    assert "freshness.replay is now called freshness.reexecute" in err
+    assert "schedule.max_lag: samples in flight" not in err
     assert rates(run)[7] == 5e-6
+    assert (resolved(run, "schedule.max_lag"), resolved(run, "freshness.reexecute.share")) == (0, 0.125)
     assert [r["step"] for r in lines(run / "recipe-history.jsonl")] == [4, 6]
     check_accounts(run)
 
@@ -119,8 +145,8 @@ def test_a_resume_that_is_refused_writes_nothing(fopd: Fopd, pair: Path) -> None
         ("sampler.temperature=0.8", "sampler.temperature: samples in flight were made with another value"),
         ("learner.batch_samples=4", "learner.batch_samples"),
         ("learner.batch_samples=16", "learner.batch_samples"),
-        ("schedule.depth=0", "schedule.depth"),
-        ("schedule.depth=5", ""),
+        ("schedule.max_lag=0", "schedule.max_lag"),
+        ("schedule.max_lag=5", ""),
         ("schedule.lag=1", "schedule.lag"),
         ("freshness.drift=topk", "freshness.drift"),
     ],
@@ -130,7 +156,7 @@ def test_settings_on_which_samples_in_flight_depend(
 ) -> None:
     """They are sampled again; none is lost, none is older than it may be."""
     recipe = small_recipe(
-        pair, schedule={"depth": 3}, learner={"steps": 8}, checkpoint={"every": 4, "keep": 9}
+        pair, schedule={"max_lag": 3}, learner={"steps": 8}, checkpoint={"every": 4, "keep": 9}
     )
     run = fopd.run(recipe)
     shutil.copytree(run, fopd.folder / "again")
@@ -167,10 +193,10 @@ def recipe(tmp_path: Path, *overrides: str) -> Recipe:
         ("freshness.policy=async", False, False),
         ("eval.samples=2", False, False),
         ("placement.learner=2", False, False),
-        ("schedule.depth=1", False, False),
+        ("schedule.max_lag=1", False, False),
         ("sampler.top_p=0.9", False, True),
         ("sampler.max_new_tokens=9", False, True),
-        ("freshness.replay.share=0", False, True),
+        ("freshness.reexecute.share=0", False, True),
         ("student.lora.rank=4", True, False),
         ("task.seed=1", True, False),
         ("teacher.dtype=bf16", True, False),

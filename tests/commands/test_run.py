@@ -21,7 +21,9 @@ def test_two_synchronous_runs_are_bitwise_the_same(fopd: Fopd, pair: Path) -> No
 
 
 def test_an_asynchronous_run_and_all_that_it_leaves(fopd: Fopd, pair: Path) -> None:
-    run = fopd.run(small_recipe(pair, schedule={"depth": 2}, learner={"steps": 8}, teacher={"delay_ms": 10}))
+    run = fopd.run(
+        small_recipe(pair, schedule={"max_lag": 2}, learner={"steps": 8}, teacher={"delay_ms": 10})
+    )
     prompts = check_accounts(run)
     assert prompts["drawn"] == 64
     assert prompts["in_flight"] == 0
@@ -50,7 +52,7 @@ def test_an_asynchronous_run_and_all_that_it_leaves(fopd: Fopd, pair: Path) -> N
 
 
 def test_sampling_runs_less_far_ahead_while_the_student_moves(fopd: Fopd, pair: Path) -> None:
-    recipe = small_recipe(pair, schedule={"depth": 3}, learner={"steps": 8}, freshness={"max_drift": 1e-9})
+    recipe = small_recipe(pair, schedule={"max_lag": 3}, learner={"steps": 8}, freshness={"max_drift": 1e-9})
     steps = [r for r in lines(fopd.run(recipe) / "metrics.jsonl") if r["kind"] == "step"]
     assert {r["timing"]["ahead"] for r in steps} == {0, 1}
     assert max(r["lag_max"] for r in steps) == 1
@@ -73,12 +75,14 @@ def overlap(some: list[tuple[float, float]], others: list[tuple[float, float]]) 
 
 
 def test_with_depth_the_teacher_and_the_learner_work_at_the_same_time(fopd: Fopd, pair: Path) -> None:
-    """A slow teacher: at depth 0 nobody works beside the learner, at depth 2 the teacher does, and the
+    """A slow teacher: at max_lag 0 nobody works beside the learner, at max_lag 2 the teacher does, and the
     sampler.
     """
     found = {}
     for depth in (0, 2):
-        recipe = small_recipe(pair, schedule={"depth": depth}, learner={"steps": 8}, teacher={"delay_ms": 20})
+        recipe = small_recipe(
+            pair, schedule={"max_lag": depth}, learner={"steps": 8}, teacher={"delay_ms": 20}
+        )
         found[depth] = spans(fopd.run(recipe, f"depth{depth}"))
     # Spans carry the clock of their worker; 1 ms forgives its rounding.
     assert overlap(found[0]["train"], found[0]["score"]) < 1e3
@@ -97,7 +101,7 @@ def test_fixed_lag(fopd: Fopd, pair: Path) -> None:
 def test_updates_in_flight_give_rollouts_of_several_versions(fopd: Fopd, pair: Path, inflight: str) -> None:
     recipe = small_recipe(
         pair,
-        schedule={"depth": 3, "inflight": inflight},
+        schedule={"max_lag": 3, "inflight": inflight},
         sampler={"max_new_tokens": 200, "concurrency": 4},
         learner={"steps": 8, "batch_samples": 4},
     )
@@ -110,7 +114,7 @@ def test_updates_in_flight_give_rollouts_of_several_versions(fopd: Fopd, pair: P
 
 
 def test_several_replicas_and_ranks(fopd: Fopd, pair: Path) -> None:
-    recipe = small_recipe(pair, placement={"sampler": 2, "teacher": 2, "learner": 2}, schedule={"depth": 1})
+    recipe = small_recipe(pair, placement={"sampler": 2, "teacher": 2, "learner": 2}, schedule={"max_lag": 1})
     run = fopd.run(recipe)
     check_accounts(run)
     alone = fopd.run(small_recipe(pair), "alone")
@@ -120,7 +124,7 @@ def test_several_replicas_and_ranks(fopd: Fopd, pair: Path) -> None:
 
 
 def test_time_slicing_takes_turns(fopd: Fopd, pair: Path) -> None:
-    run = fopd.run(small_recipe(pair, placement={"mode": "timeslice"}, schedule={"depth": 1}))
+    run = fopd.run(small_recipe(pair, placement={"mode": "timeslice"}, schedule={"max_lag": 1}))
     found = spans(run)
     for a, b in (("train", "score"), ("train", "generate"), ("score", "generate")):
         assert overlap(found[a], found[b]) < 1e3
@@ -144,7 +148,7 @@ def test_policies(fopd: Fopd, pair: Path, policy: str) -> None:
     fresh = {"policy": policy, "xi": 0.01, **POLICIES[policy]}
     loss = {"support": "sampled"} if policy == "trust" else {}
     run = fopd.run(
-        small_recipe(pair, schedule={"depth": 2}, freshness=fresh, loss=loss, learner={"steps": 7})
+        small_recipe(pair, schedule={"max_lag": 2}, freshness=fresh, loss=loss, learner={"steps": 7})
     )
     prompts = check_accounts(run)
     refreshes = [r["step"] for r in metrics(run) if r["kind"] == "refresh"]
@@ -174,7 +178,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "name", [pytest.param(n, marks=() if n in ("topk", "cached") else SLOW) for n in LOSSES]
 )
 def test_losses(fopd: Fopd, pair: Path, name: str) -> None:
-    run = fopd.run(small_recipe(pair, loss=LOSSES[name], schedule={"depth": 1}, learner={"steps": 6}))
+    run = fopd.run(small_recipe(pair, loss=LOSSES[name], schedule={"max_lag": 1}, learner={"steps": 6}))
     check_accounts(run)
     s = summary(run)
     assert np.isfinite([s["kl_first"], s["kl_last"]]).all()
@@ -196,7 +200,7 @@ def test_a_llama_pair_on_questions_from_a_file(
         task={"name": "math", "train": "q.jsonl", "eval": "q.jsonl", "eval_prompts": 8},
         sampler={"max_new_tokens": 16, "concurrency": 8, "dtype": dtype},
         learner={"steps": 12, "batch_samples": 8, "lr": 2e-3, "warmup_steps": 0, "dtype": dtype},
-        schedule={"depth": 1},
+        schedule={"max_lag": 1},
     )
     recipe["teacher"]["dtype"] = dtype
     del recipe["task"]["horizon"]
@@ -231,7 +235,7 @@ def test_several_teachers_judge_what_is_theirs(fopd: Fopd, pair: Path, tmp_path:
         pair,
         task=None,
         learner={"steps": 2, "lr": 1e-9},
-        schedule={"depth": 1},
+        schedule={"max_lag": 1},
         placement={"teacher": 2 if kind == "topk" else 1},
     )
     recipe["task"] = {

@@ -191,7 +191,7 @@ def test_two_signals_a_moment_apart_stop_at_once(fopd: Fopd, pair: Path) -> None
     time.sleep(1.0)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGTERM)
-    assert "stopped at once" in end(process, family)
+    assert "stopped immediately" in end(process, family)
 
 
 @SLOW
@@ -203,7 +203,7 @@ def test_tools_that_are_killed_with_it_leave_no_trace(fopd: Fopd) -> None:
         "task": {"name": "tool", "digits": 2, "terms": 3, "train_prompts": 100, "eval_prompts": 4},
         "sampler": {"max_new_tokens": 100, "concurrency": 8},
         "learner": {"steps": 4, "batch_samples": 8, "lr": 1e-3},
-        "schedule": {"depth": 0},
+        "schedule": {"max_lag": 0},
         "checkpoint": {"every": 1},
     }
     whole = fopd.run(content, "whole")

@@ -57,7 +57,7 @@ def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
         sampler={"engine": "vllm", "max_new_tokens": 48, "concurrency": 64},
         teacher={"engine": "vllm", "batch_samples": 16},
         learner={"steps": 120, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
-        schedule={"depth": 2, "inflight": "keep"},
+        schedule={"max_lag": 2, "inflight": "keep"},
         freshness={"xi": 0.02},
         checkpoint={"every": 100},
     )
@@ -81,7 +81,7 @@ def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
 @SLOW
 def test_adapters_alone_are_published(fopd: Fopd, pair: Path) -> None:
     """A LoRA student: vLLM keeps the base that it has, and every step sends it A and B."""
-    recipe = vllm_recipe(pair, learner={"steps": 8, "lr": 1e-2}, schedule={"depth": 1})
+    recipe = vllm_recipe(pair, learner={"steps": 8, "lr": 1e-2}, schedule={"max_lag": 1})
     recipe["student"]["lora"] = {"rank": 4, "alpha": 8, "publish": "adapter"}
     run = fopd.run(recipe)
     check_accounts(run)
@@ -104,7 +104,7 @@ def test_time_slicing(fopd: Fopd, pair: Path, inflight: str) -> None:
         teacher={"engine": "vllm", "k": 8},
         placement={"mode": "timeslice"},
         learner={"steps": 8},
-        schedule={"depth": 1, "inflight": inflight},
+        schedule={"max_lag": 1, "inflight": inflight},
     )
     run = fopd.run(recipe)
     check_accounts(run)
@@ -118,7 +118,7 @@ def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fo
         pair,
         teacher={"engine": "vllm", "k": 8, "batch_samples": 4, "delay_ms": 10},
         learner={"steps": 400},
-        schedule={"depth": 2},
+        schedule={"max_lag": 2},
     )
     run = fopd.folder / "run"
     process = fopd.start("run", fopd.recipe(recipe), "--run-dir", run)
@@ -132,7 +132,7 @@ def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fo
     process.kill()
     _, err = process.communicate()
     wait_for(lambda: gone(family), "everything to die with the conductor", 5.0)
-    assert err.count("starting it again (1 of 2)") == 2
+    assert err.count("restarting it (1 of 2)") == 2
     fopd("resume", run, "--set", f"learner.steps={steps_done(run) + 2}")
     check_accounts(run)
 
@@ -146,7 +146,7 @@ def test_sigterm_to_all_processes_ends_with_a_checkpoint(fopd: Fopd, pair: Path)
         pair,
         teacher={"engine": "vllm", "k": 8},
         learner={"steps": 400},
-        schedule={"depth": 2},
+        schedule={"max_lag": 2},
         checkpoint={"every": 0},
     )
     run = fopd.folder / "run"
@@ -318,7 +318,7 @@ def test_episodes_on_vllm(fopd: Fopd) -> None:
     """Turns go back into the continuous batch, new weights arrive in the middle of episodes."""
     recipe = tool_recipe(
         sampler={"engine": "vllm", "max_new_tokens": 120, "concurrency": 16},
-        schedule={"depth": 2},
+        schedule={"max_lag": 2},
         learner={"steps": 5, "batch_samples": 8, "lr": 1e-3, "warmup_steps": 0},
     )
     run = fopd.run(recipe)

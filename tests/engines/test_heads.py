@@ -127,7 +127,7 @@ def test_the_learners_step_is_plain_pytorch(pairs: dict[str, Path], student: str
             found[name], expected[name], rtol=1e-3, atol=1e-5 * scale + 1e-7, err_msg=name
         )
     fresh = kit.make_samples(folder, count=4, width=64, drifted=False)
-    assert np.abs(kit.make_learner(folder, cfg).measure(fresh).drift_roll).max() < 1e-7
+    assert np.abs(kit.make_learner(folder, cfg).evaluate(fresh).drift_roll).max() < 1e-7
     assert dict(learner.publish()).keys() >= ({"lm_head.bias"} if student == "phi" else set())
 
 

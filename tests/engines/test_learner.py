@@ -277,8 +277,8 @@ def test_when_everything_is_gated_nothing_is_updated(pair: Path, samples: list[S
 
 
 def test_a_cached_label_stands_where_the_current_context_is_gone(pair: Path, samples: list[Sample]) -> None:
-    """As if replays had found the second half of each sample no more: cached labels still teach it, current
-    ones cannot.
+    """As if the second half of each sample were no longer found: cached labels still teach it, current ones
+    cannot.
     """
     halves = []
     for s in samples:
@@ -322,7 +322,7 @@ def test_student_as_its_own_teacher_has_no_loss(pair: Path) -> None:
 def test_measuring_learns_nothing_and_sees_the_same(pair: Path, samples: list[Sample]) -> None:
     learner = kit.make_learner(pair, kit.config())
     before = {n: t.clone() for n, t in learner.publish()}
-    stats = learner.measure(samples)
+    stats = learner.evaluate(samples)
     assert all(torch.equal(before[n], t) for n, t in learner.publish())
     report = learner.train(0, samples)
     np.testing.assert_allclose(stats.kl, report.stats.kl, rtol=1e-5)
@@ -430,8 +430,23 @@ def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> No
         kit.make_learner(pair, kit.config()).train(3, samples)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_kl_of_every_token_that_the_student_sampled(pair: Path, samples: list[Sample], packing: bool) -> None:
+    """In the order of the samples, whatever micro-batches they were measured in; a step keeps none."""
+    learner = kit.make_learner(pair, kit.config(packing=packing))
+    some = [replace(s, rollout=replace(s.rollout, loss_mask=s.rollout.loss_mask.copy())) for s in samples]
+    some[1].rollout.loss_mask[1:-1:2] = False  # as where a tool wrote
+    stats = learner.evaluate(some)
+    assert [len(kls) for kls in stats.token_kl] == [int(s.rollout.loss_mask.sum()) for s in some]
+    assert [float(kls.mean()) for kls in stats.token_kl] == pytest.approx(stats.kl.tolist(), rel=1e-5)
+    alone = [learner.evaluate([s]).token_kl[0] for s in some]
+    for together, one in zip(stats.token_kl, alone, strict=True):
+        assert together == pytest.approx(one, rel=1e-3, abs=1e-6)
+    assert list(learner.train(0, samples).stats.token_kl) == [None] * len(samples)
+
+
 def test_kl_by_quarter_of_the_response(pair: Path, samples: list[Sample]) -> None:
-    stats = kit.make_learner(pair, kit.config()).measure(samples)
+    stats = kit.make_learner(pair, kit.config()).evaluate(samples)
     lengths = [s.rollout.response_length for s in samples]
     assert stats.kl_quartiles.shape == (len(samples), 4)
     whole = [i for i, n in enumerate(lengths) if n % 4 == 0]
@@ -444,7 +459,7 @@ def test_kl_by_quarter_of_the_response(pair: Path, samples: list[Sample]) -> Non
     targets = replace(samples[0].targets, hidden=samples[0].targets.hidden[:1])
     (quarters,) = (
         kit.make_learner(pair, kit.config())
-        .measure([replace(samples[0], rollout=one, targets=targets)])
+        .evaluate([replace(samples[0], rollout=one, targets=targets)])
         .kl_quartiles
     )
     assert np.isfinite(quarters).tolist() == [True, False, False, False]
@@ -467,7 +482,7 @@ def _measure(rank: int, world: int, pair: Path, samples: list[Sample]) -> np.nda
     heads = [hf.load_head(str(pair / name), "m", torch.float32) for name in ("teacher", "student")]
     model = hf.load_model(str(pair / "student"), "m", torch.float32)
     learner = FsdpLearner(model, heads, kit.config(), kit.CPU, rank, world)
-    measured = learner.measure(samples).kl
+    measured = learner.evaluate(samples).kl
     np.testing.assert_allclose(learner.train(0, samples).stats.kl, measured, rtol=1e-4, atol=1e-7)
     return measured
 
@@ -477,7 +492,7 @@ def test_each_sample_is_measured_against_its_own_teacher(
     pair: Path, samples: list[Sample], tmp_path: Path, world: int
 ) -> None:
     mixed = two_teachers(pair, samples)
-    alone = kit.make_learner(pair, kit.config()).measure(samples).kl
+    alone = kit.make_learner(pair, kit.config()).evaluate(samples).kl
     found = kit.on_ranks(world, tmp_path, _measure, pair, mixed)
     np.testing.assert_allclose(found[::2], alone[::2], rtol=1e-4)
     assert (np.abs(found[1::2]) < 1e-6).all()

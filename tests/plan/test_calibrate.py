@@ -119,7 +119,7 @@ def test_no_cost_is_negative() -> None:
 
 def test_what_ran_beside_is_taken_out() -> None:
     """Two of three seconds alone, one beside another on two cores that are divided by need."""
-    contention = Contention(places(placed("schedule.depth=2")), 2, spread=1.0)
+    contention = Contention(places(placed("schedule.max_lag=2")), 2, spread=1.0)
     spans = [
         span(LEARNER, "train", 0.0, 3.0, tokens=1),
         span(sampler(0), "generate", 2.0, 4.0),

@@ -151,7 +151,7 @@ def test_no_split_that_fits_is_better_by_formula_than_those_that_were_simulated(
 
 
 def test_without_lag_a_plan_says_what_a_lag_would_bring() -> None:
-    recipe = load_recipe(QWEN, ["schedule.depth=0"])
+    recipe = load_recipe(QWEN, ["schedule.max_lag=0"])
     as_is = forecast(recipe, on(recipe, 8))
     found = best(as_is)
     assert found.forecast.recipe.max_lag > 0

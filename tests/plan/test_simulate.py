@@ -45,7 +45,7 @@ def costs(sample: float, judge: float, learn: float, **other: Any) -> Costs:
 def outcome(
     tiny: Models, lag: int, found: Costs, *settings: str, lengths: Lengths = EVEN, devices: int = 3
 ) -> Outcome:
-    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [*SMALL, f"schedule.depth={lag}", *settings])
+    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", [*SMALL, f"schedule.max_lag={lag}", *settings])
     return simulate(recipe, place(recipe, devices), tiny, found, lengths, SHORT, cores=4)
 
 
@@ -142,7 +142,7 @@ def test_roles_on_one_device_take_as_long_as_all_together(tiny: Models, lag: int
 @pytest.mark.parametrize("measured", [1, 8])
 def test_in_turns_a_round_of_steps_is_sampled_at_once(tiny: Models, measured: int) -> None:
     """With places for three batches and a lag of 2; whole rounds are timed, however few are asked for."""
-    settings = [*SMALL, "schedule.depth=2", f"sampler.concurrency={3 * BATCH}", "placement.mode=timeslice"]
+    settings = [*SMALL, "schedule.max_lag=2", f"sampler.concurrency={3 * BATCH}", "placement.mode=timeslice"]
     recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", settings)
     found = simulate(
         recipe, place(recipe, 1), tiny, costs(9.0, 1.0, 2.0), EVEN, SHORT, cores=4, measured=measured

@@ -21,7 +21,7 @@ from fopd_cli.recipe import load_recipe
         ("learner.gradient_norm=1", "'clip'"),
         ("learner.temperature=0.7", "'sampler.temperature'"),
         ("sampler.max_tokens=7", "'max_new_tokens'"),
-        ("sampler.depth=2", "'schedule.depth'"),
+        ("sampler.depth=2", "'schedule.max_lag'"),
         ("max_new_tokens=7", "'sampler.max_new_tokens'"),
         ("learnr.steps=7", "'learner'"),
         ("freshness.policy=fopdd", "'fopd'"),

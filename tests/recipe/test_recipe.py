@@ -35,7 +35,7 @@ def recipe(tmp_path: Path) -> Path:
         ("tutor.model=x", "tutor: unknown key"),
         ("learner.lr=fast", "learner.lr: .* it is 'fast'"),
         ("learner.steps=0", "learner.steps: .* greater than 0"),
-        ("schedule.depth=-1", "schedule.depth"),
+        ("schedule.max_lag=-1", "schedule.max_lag"),
         ("freshness.policy=f-opd", "freshness.policy: .*'fopd'"),
         ("loss.kind=kl", "loss.kind"),
         ("student.model=null", "student.model: .* valid string"),
@@ -87,11 +87,11 @@ def test_anchor_and_drift_follow_the_loss(
     ("overrides", "message"),
     [
         (
-            ["schedule.depth=4", "freshness.xi=0.2"],
+            ["schedule.max_lag=4", "freshness.xi=0.2"],
             r"freshness.xi: .* 1/\(lag \+ 1\) = 0.2 at lag 4; choose xi under 0.2",
         ),
-        (["schedule.lag=9", "freshness.xi=0.1", "schedule.depth=0"], "at lag 9"),
-        (["freshness.policy=sync", "schedule.depth=2"], "set schedule.depth: 0"),
+        (["schedule.lag=9", "freshness.xi=0.1", "schedule.max_lag=0"], "at lag 9"),
+        (["freshness.policy=sync", "schedule.max_lag=2"], "set schedule.max_lag: 0"),
         (["loss.support=topk", "loss.tail=false"], "set loss.tail: true"),
         (["loss.support=sampled", "loss.kind=forward_kl"], "set loss.kind: reverse_kl"),
         (["loss.support=full", "teacher.targets=topk"], "set teacher.targets: hidden"),
@@ -137,7 +137,7 @@ def test_contradictions(recipe: Path, overrides: list[str], message: str) -> Non
 
 
 def test_a_threshold_that_does_not_weigh_is_no_contradiction(recipe: Path) -> None:
-    load_recipe(recipe, ["freshness.policy=async", "schedule.depth=9", "freshness.xi=0.5"])
+    load_recipe(recipe, ["freshness.policy=async", "schedule.max_lag=9", "freshness.xi=0.5"])
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_a_run_that_only_gets_worse_ends_early_with_its_best_student(fopd: Fopd,
         pair,
         learner={"steps": 20, "lr": 0.5, "clip": 0},
         eval={"every": 1, "keep_best": "kl", "patience": 2},
-        schedule={"depth": 1},
+        schedule={"max_lag": 1},
     )
     run = fopd.run(recipe)
     kls = {r["step"]: r["kl"] for r in metrics(run) if r["kind"] == "eval"}

@@ -32,7 +32,7 @@ def test_room_is_for_all_of_a_group_or_for_none() -> None:
         buffer.add(rollout(key), teacher=key % 2)
     assert buffer.reserve((0, 1))
     assert not buffer.reserve((2, 3))
-    assert buffer[2].slot is None
+    assert buffer[2].region is None
     assert buffer.arena.used_bytes == 2 * 64
     buffer.forget(0)
     buffer.forget(0)  # whoever hears of it second
@@ -72,7 +72,7 @@ def test_a_checkpoint_brings_samples_back_with_their_targets_and_grades(tmp_path
     assert torch.equal(found.hidden, written.hidden)
     assert again[1].score == 0.25
     assert math.isnan(again[2].score)
-    assert again[2].slot is None
+    assert again[2].region is None
     assert [e.key for e in again.ungraded()] == []
     with pytest.raises(UserError, match=r"teacher\.buffer_gb"):
         Buffer(SPECS, 0).load(tmp_path / "b", state, {1: 1, 2: 1})

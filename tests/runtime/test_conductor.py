@@ -113,7 +113,7 @@ def check_buffer(state: State) -> None:
     entries = state.buffer.entries
     assert entries.keys() <= state.schedule.tickets.keys()
     sizes = [
-        state.buffer.specs[e.teacher].nbytes(e.rollout.response_length) for e in entries.values() if e.slot
+        state.buffer.specs[e.teacher].nbytes(e.rollout.response_length) for e in entries.values() if e.region
     ]
     assert state.buffer.arena.used_bytes == sum(map(aligned, sizes))
 
@@ -123,7 +123,7 @@ def ahead() -> Inputs:
     return inputs(
         QUICKSTART,
         "task.eval_prompts=8",
-        "schedule.depth=3",
+        "schedule.max_lag=3",
         "freshness.max_drift=null",
         "placement.sampler=2",
     )
@@ -139,7 +139,7 @@ def test_a_refresh_lets_go_of_all_that_is_not_trained_on() -> None:
     found = inputs(
         QUICKSTART,
         "task.eval_prompts=8",
-        "schedule.depth=3",
+        "schedule.max_lag=3",
         "freshness.policy=fixed_refresh",
         "freshness.refresh.every=5",
     )
@@ -153,7 +153,7 @@ def test_episodes_whose_sampler_or_environment_is_lost_are_held_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    found = inputs(ROOT / "benchmarks" / "recipes" / "middle.yaml", "schedule.depth=2")
+    found = inputs(ROOT / "benchmarks" / "recipes" / "middle.yaml", "schedule.max_lag=2")
     conducted(found, 0)
     conducted(found, 0, losses=0.2)
 

@@ -1,16 +1,19 @@
 """Devices as they were handed to this command: entries of `CUDA_VISIBLE_DEVICES`, never ordinals over it.
 
-No GPU is needed: how many CUDA finds is pretended; the list, the placement, the environments and the workers
-are real.
+No GPU is needed: how many CUDA finds, and what NVML says of them, is pretended; the list, the placement, the
+environments and the workers are real.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 import yaml
@@ -18,8 +21,9 @@ from conftest import ROOT, TINY, small_recipe
 
 from fopd_cli import doctor, evaluation
 from fopd_cli.errors import UserError
+from fopd_cli.inputs import load_inputs
 from fopd_cli.recipe import Recipe, load_recipe
-from fopd_cli.runtime import devices
+from fopd_cli.runtime import devices, placing
 from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, WorkerSpec, environment
 from fopd_cli.runtime.placement import cuda_devices, place
 
@@ -91,8 +95,8 @@ def test_a_worker_sees_its_own_device_and_so_does_one_that_is_started_again(box:
     box("7,5,3", 3)
     with Fleet(tmp_path, 60, 60) as fleet:
         spec = WorkerSpec("sampler", 1, 2, (1, 2), 1)
-        for life in (spec, replace(spec, life=1)):
-            fleet.start(life, tell)
+        for start in (spec, replace(spec, restarts=1)):
+            fleet.start(start, tell)
             ((_, said),) = fleet.receive(timeout=60)
             assert said == "5,3"
             fleet.remove(spec.name)
@@ -152,27 +156,65 @@ def test_a_job_of_fopd_eval_has_the_devices_that_its_replica_is_split_over(box: 
     assert evaluation._job_devices(split, "all") == [()]
 
 
-SMI = """#!/bin/sh
-case "$*" in
-  *query-gpu*) echo '0, GPU-aaaa-1, 81559'; echo '5, GPU-bbbb-2, 40960'; echo '6, GPU-cccc-3, [N/A]';;
-  *) echo 'GPU 0: NVIDIA H100 (UUID: GPU-aaaa-1)'; echo '  MIG 3g.40gb     Device  0: (UUID: MIG-dddd)';;
-esac
-"""
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers of a driver with three devices, one of them split by MIG, where no driver can be."""
+    devices = ["GPU-aaaa-1", "GPU-bbbb-2", "GPU-cccc-3"]
+    sizes = {"GPU-aaaa-1": 81559 << 20, "GPU-bbbb-2": 40960 << 20, "MIG-dddd": 39 << 30}
+
+    def of_index(index: int) -> str:
+        if index >= len(devices):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+        return devices[index]
+
+    def of_uuid(uuid: str) -> str:
+        if uuid not in sizes:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return uuid
+
+    def memory(handle: str) -> SimpleNamespace:
+        if handle not in sizes:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return SimpleNamespace(total=sizes[handle])
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(devices))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", of_index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", of_uuid)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
 
 
-def test_a_devices_memory_is_that_of_its_entry(
-    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("nvml")
+@pytest.mark.parametrize(
+    ("value", "sizes"),
+    [
+        ("1,0,2,7", [40960 << 20, 81559 << 20, None, None]),
+        ("GPU-bbbb,GPU-aaaa-1,GPU-cccc,GPU-eeee", [40960 << 20, 81559 << 20, None, None]),
+        ("MIG-dddd,MIG-eeee", [39 << 30, None]),
+    ],
+)
+def test_a_devices_memory_is_that_of_its_entry(box: Box, value: str, sizes: list[int | None]) -> None:
+    box(value, len(sizes))
+    assert [devices.memory(d) for d in range(len(sizes))] == sizes
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_where_no_memory_is_known_doctor_says_what_follows(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(SMI)
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    box("5,0,6", 3)
-    assert [devices.memory(d) for d in range(3)] == [40960 << 20, 81559 << 20, None]
-    box("GPU-bbbb,GPU-aaaa", 2)
-    assert [devices.memory(d) for d in range(2)] == [40960 << 20, 81559 << 20]
-    box("MIG-dddd,MIG-eeee", 1)
-    assert [devices.memory(d) for d in range(2)] == [40 << 30, None]
+    box("GPU-ffff", 1)  # installed, but without a driver or without this device
+    if not installed:
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert devices.memory(0) is None
+    recipe = eval_recipe(tmp_path)
+    assert placing.fit(recipe, 1) is None
+    plan = placing.placed(recipe)
+    assert plan.mode == "timeslice"
+    (note,) = [f for f in doctor._memory(load_inputs(recipe, plan)) if f.level == "note"]
+    assert "auto does not choose colocate" in str(note)
+    assert "pip install nvidia-ml-py" in note.cure
 
 
 def test_devices_that_cuda_does_not_find_are_named(box: Box) -> None:

@@ -51,7 +51,7 @@ def test_turns_and_observations_become_one_rollout(tmp_path: Path) -> None:
     episodes.start(first, replica=0)
     one = episodes.on_turn(turn(first, [10, 11], 4, k=2))
     assert one is not None
-    assert episodes.on_observed(7, one.life, np.array([20, 21, 22], np.int32), [{"tool": "python"}]) is one
+    assert episodes.on_observed(7, one.number, np.array([20, 21, 22], np.int32), [{"tool": "python"}]) is one
     second = episodes.next_turn(one)
     assert second is not None
     assert second.token_ids.tolist() == [1, 2, 3, 10, 11, 20, 21, 22]
@@ -81,7 +81,7 @@ def test_the_budget_is_for_the_whole_episode() -> None:
     episodes.start(first, 0)
     one = episodes.on_turn(turn(first, [5, 6, 7], 0))
     assert one is not None
-    episodes.on_observed(0, one.life, np.array([9, 9, 9], np.int32), [])
+    episodes.on_observed(0, one.number, np.array([9, 9, 9], np.int32), [])
     assert episodes.next_turn(one) is None
     rollout = episodes.finish(one)
     assert rollout.token_ids.tolist() == [1, 5, 6, 7]  # an observation that nobody answers is no part of it
@@ -97,7 +97,7 @@ def test_answers_to_episodes_that_were_given_up_are_ignored() -> None:
     assert episodes.drop([3, 4]) == [3]
     assert episodes.on_turn(turn(first, [5], 0)) is None
     episodes.start(first, 1)  # the same sample once more
-    assert episodes.on_observed(3, old.life, np.array([9], np.int32), []) is None
+    assert episodes.on_observed(3, old.number, np.array([9], np.int32), []) is None
 
 
 # A template in the style of Qwen3: it shows what an assistant thought only in its last turn.
@@ -123,7 +123,7 @@ def test_token_in_token_out_with_a_template_that_forgets(pair: Path) -> None:
     episodes.start(first, 0)
     one = episodes.on_turn(turn(first, thought, 0))
     assert one is not None
-    episodes.on_observed(0, one.life, seen, [])
+    episodes.on_observed(0, one.number, seen, [])
     following = episodes.next_turn(one)
     assert following is not None
     assert "<think>hm</think>" in tokenizer.decode(following.token_ids)
@@ -279,7 +279,7 @@ def test_asynchronous_episodes_and_a_lost_environment(fopd: Fopd) -> None:
     told to abort them: nothing of that may get into the episodes' second try.
     """
     recipe = tool_recipe(
-        schedule={"depth": 2},
+        schedule={"max_lag": 2},
         sampler={"concurrency": 32},
         learner={"steps": 12, "batch_samples": 16, "lr": 1e-3, "warmup_steps": 0},
         teacher={"delay_ms": 20},
@@ -301,7 +301,7 @@ def test_asynchronous_episodes_and_a_lost_environment(fopd: Fopd) -> None:
     _, err = process.communicate(timeout=120)
     assert process.returncode == 3, err
     assert "environment-0" in err
-    assert "starting it again (3 of 3)" in err
+    assert "restarting it (3 of 3)" in err
     assert "there is no other environment" in err
     fopd("resume", run)
     prompts = check_accounts(run)
@@ -318,7 +318,7 @@ def test_a_student_learns_to_use_the_tool(fopd: Fopd) -> None:
         sampler={"max_new_tokens": 160, "concurrency": 64},
         learner={"steps": 45, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
         teacher={"batch_samples": 16},
-        schedule={"depth": 2},
+        schedule={"max_lag": 2},
         freshness={"xi": 0.02},
         checkpoint={"every": 40},
     )

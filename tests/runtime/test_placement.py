@@ -62,12 +62,17 @@ def test_on_a_cpu_cores_go_by_turns_by_need_or_in_shares(tmp_path: Path) -> None
         assert devices(plan) == [[], [], []]
         return [w.threads for w in (plan.samplers[0], *plan.teachers[0], *plan.learners)]
 
-    assert threads("schedule.depth=0") == [8, 8, 4, 4]
-    assert threads("schedule.depth=2") == [None, None, None, None]
-    assert threads("schedule.depth=2", threads={"sampler": 3}) == [3, None, None, None]
+    assert threads("schedule.max_lag=0") == [8, 8, 4, 4]
+    assert threads("schedule.max_lag=2") == [None, None, None, None]
+    assert threads("schedule.max_lag=2", threads={"sampler": 3}) == [3, None, None, None]
     assert threads("schedule.lag=2") == [2, 2, 2, 2]  # two runs must agree to the bit
     vllm = ("sampler.engine=vllm", "sampler.vllm.tensor_parallel=2")
-    assert threads("schedule.depth=2", *vllm) == [1, None, None, None]  # its ranks are processes of their own
+    assert threads("schedule.max_lag=2", *vllm) == [
+        1,
+        None,
+        None,
+        None,
+    ]  # its ranks are processes of their own
 
 
 def test_a_replica_may_span_devices(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_start_that_came_to_nothing_does_not_block_the_next(tmp_path: Path, re
         ),
         (
             "checkpoints/step-000002/MANIFEST.json",
-            r"go on with it \(fopd resume .*run\) or give another --run-dir",
+            r"continue it \(fopd resume .*run\) or give another --run-dir",
         ),
         ("precious", "exists and is not empty; .*give another --run-dir"),
     ],

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from fopd_cli.runtime.memory.sizes import SMALLEST_BATCHES
 from fopd_cli.runtime.scheduling.schedule import Schedule
 from fopd_cli.runtime.scheduling.tickets import (
+    Evaluate,
     Generate,
     Lease,
     Load,
-    Measure,
-    Replay,
+    Reexecute,
     ScheduleConfig,
     Score,
     State,
@@ -33,7 +33,7 @@ def config(**changes: Any) -> ScheduleConfig:
     values: dict[str, Any] = {
         "steps": 6,
         "batch": 4,
-        "depth": 2,
+        "max_lag": 2,
         "lag": None,
         "inflight": "wait",
         "replicas": 1,
@@ -69,7 +69,7 @@ class Simulator:
             "score": (0.1, 1.0),
             "train": (0.5, 2.0),
             "load": (0.0, 0.3),
-            "replay": (0.0, 2.0),
+            "reexecute": (0.0, 2.0),
             "fault": (0.0, 30.0),
             "restart": (0.1, 4.0),
             **(durations or {}),
@@ -92,12 +92,12 @@ class Simulator:
         ] = {}  # the group of each sample's last sampling, and of its scoring
         self.scored_with: dict[int, list[str]] = {}
         self.consumed: dict[int, list[Any]] = {}  # what each step took: sample, version, both groups
-        self.replayed: list[str] = []
-        self.replays: Counter[int] = Counter()  # in the world of a step
-        self.ahead = 0  # replays while a step was under way
+        self.reexecuted: list[str] = []
+        self.reexecutions: Counter[int] = Counter()  # as of a step
+        self.ahead = 0  # re-executions while a step was under way
         self.lags: list[int] = []
         self.steps: list[tuple[float, tuple[str, ...]]] = []
-        self.measured: Counter[int] = Counter()
+        self.evaluated: Counter[int] = Counter()
         self.trained: list[str] = []
         self.refresh_every = refresh_every
         self.scoring: list[dict[int, tuple[int, ...]]] = [{} for _ in cfg.score_batch]
@@ -184,20 +184,20 @@ class Simulator:
                 assert version <= s.step
                 assert version >= s.step - 1, "its slot may be overwritten"
                 self.from_engine("sampler", replica, "load", lambda: s.on_loaded(replica, version))
-            case Replay(keys, now):
+            case Reexecute(keys, now):
                 for key in keys:
-                    assert now - s.tickets[key].version >= s.config.replay_lag
-                    if s.config.replay_ahead:
+                    assert now - s.tickets[key].version >= s.config.reexecute_min_lag
+                    if s.config.reexecute_ahead:
                         training = any(t.state is State.TRAINING for t in s.tickets.values())
                         assert now == s.step - 1 + training
                         self.ahead += training
                     else:
                         assert now == s.step
                         assert not s.learner_busy
-                    self.replays[now] += 1
+                    self.reexecutions[now] += 1
                     changed = key % 3 == 0
                     self.from_engine(
-                        "environment", 0, "replay", lambda k=key, c=changed: self.looked_at(k, c)
+                        "environment", 0, "reexecute", lambda k=key, c=changed: self.looked_at(k, c)
                     )
             case Score(teacher, keys, again):
                 assert {s.tickets[k].teacher for k in keys} == {teacher}
@@ -210,12 +210,12 @@ class Simulator:
                 assert all(r.loading is None or r.loading >= step for r in s.replicas)
                 self.lags += [step - s.tickets[k].version for k in keys]
                 self.trained += [str(s.tickets[k].sample) for k in keys]
-                assert not any(s.tickets[k].state in (State.REPLAYING, State.REPLAYED) for k in keys)
+                assert not any(s.tickets[k].state in (State.REEXECUTING, State.REEXECUTED) for k in keys)
                 self.consumed[step] = [self.account(k) for k in keys]
                 self.steps.append((self.clock, tuple(str(s.tickets[k].sample) for k in keys)))
                 self.after("train", lambda: self.finish_step(step, keys))
-            case Measure(version, keys):
-                self.measured[version] += len(keys)
+            case Evaluate(version, keys):
+                self.evaluated[version] += len(keys)
                 self.after("train", lambda: self.finish_measure(version, keys))
             case Lease(_, waker):
                 s.on_leased(waker)
@@ -226,7 +226,7 @@ class Simulator:
         return (
             str(ticket.sample),
             ticket.version,
-            ticket.replayed,
+            ticket.reexecuted,
             self.sampled_with[key],
             self.scored_with[key],
         )
@@ -236,8 +236,8 @@ class Simulator:
 
     def looked_at(self, key: int, changed: bool) -> None:
         if key in self.schedule.tickets:
-            self.replayed.append(str(self.schedule.tickets[key].sample))
-        self.schedule.on_replayed(key, changed)
+            self.reexecuted.append(str(self.schedule.tickets[key].sample))
+        self.schedule.on_reexecuted(key, changed)
 
     def scored(self, teacher: int, call: int) -> None:
         self.held -= len(self.schedule.on_scored(teacher, self.scoring[teacher].pop(call)))
@@ -248,19 +248,19 @@ class Simulator:
 
     def finish_measure(self, version: int, keys: tuple[int, ...]) -> None:
         self.held -= len(keys)
-        self.schedule.on_measured(version, keys)
+        self.schedule.on_evaluated(version, keys)
 
     def finish_step(self, step: int, keys: tuple[int, ...]) -> None:
         self.held -= len(keys)
         if self.less_ahead:
-            self.schedule.ahead = self.rng.randint(0, self.schedule.config.depth)
+            self.schedule.ahead = self.rng.randint(0, self.schedule.config.max_lag)
         self.schedule.on_trained(step, dict.fromkeys(keys, "trained"))
         if (
             self.refresh_every
             and (step + 1) % self.refresh_every == 0
             and step + 1 < self.schedule.config.steps
         ):
-            held = (State.SCORED, State.REPLAYING, State.REPLAYED)
+            held = (State.SCORED, State.REEXECUTING, State.REEXECUTED)
             scored = sum(t.state in held for t in self.schedule.tickets.values())
             self.held -= scored
             self.schedule.refresh()
@@ -272,7 +272,7 @@ def accounts(s: Schedule) -> None:
 
 
 @example(  # the first held-out sample came in last, into an arena full of later ones
-    depth=0,
+    max_lag=0,
     batch=1,
     replicas=1,
     concurrency=5,
@@ -284,14 +284,14 @@ def accounts(s: Schedule) -> None:
     arena=True,
     faults=0,
     teachers=1,
-    replays=0,
+    reexecutions=0,
     ahead=False,
     less=False,
     seed=0,
 )
 @settings(max_examples=150, deadline=None)
 @given(
-    depth=st.integers(0, 5),
+    max_lag=st.integers(0, 5),
     batch=st.integers(1, 6),
     replicas=st.integers(1, 3),
     concurrency=st.integers(1, 9),
@@ -303,13 +303,13 @@ def accounts(s: Schedule) -> None:
     arena=st.booleans(),
     faults=st.integers(0, 4),
     teachers=st.integers(1, 2),
-    replays=st.integers(0, 3),
+    reexecutions=st.integers(0, 3),
     ahead=st.booleans(),
     less=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_lag_is_bounded_and_accounts_are_exact(
-    depth: int,
+    max_lag: int,
     batch: int,
     replicas: int,
     concurrency: int,
@@ -321,16 +321,16 @@ def test_lag_is_bounded_and_accounts_are_exact(
     arena: bool,
     faults: int,
     teachers: int,
-    replays: int,
+    reexecutions: int,
     ahead: bool,
     less: bool,
     seed: int,
 ) -> None:
-    """Whatever the durations, whoever dies, however far ahead: it ends, no sample is older than the depth,
+    """Whatever the durations, whoever dies, however far ahead: it ends, no sample is older than max_lag,
     none is trained twice or lost.
     """
     cfg = config(
-        depth=depth,
+        max_lag=max_lag,
         batch=batch,
         replicas=replicas,
         concurrency=concurrency,
@@ -338,8 +338,8 @@ def test_lag_is_bounded_and_accounts_are_exact(
         inflight=inflight,
         exclusive=exclusive,
         eval_versions=frozenset({0, 3, 6}),
-        replays=replays,
-        replay_ahead=ahead,
+        reexecutions=reexecutions,
+        reexecute_ahead=ahead,
     )
     sim = Simulator(
         cfg,
@@ -350,19 +350,19 @@ def test_lag_is_bounded_and_accounts_are_exact(
         faults=faults,
         less_ahead=less,
     ).run()
-    assert max(sim.lags) <= depth
+    assert max(sim.lags) <= max_lag
     assert len(sim.trained) == len(set(sim.trained)) == 6 * batch
     accounts(sim.schedule)
     assert sim.schedule.in_flight == 0
     assert sim.held == 0
-    assert faults or sim.evictions or not sim.replays or max(sim.replays.values()) <= replays
+    assert faults or sim.evictions or not sim.reexecutions or max(sim.reexecutions.values()) <= reexecutions
     if evals:
-        assert sim.measured == {0: evals, 3: evals, 6: evals}
+        assert sim.evaluated == {0: evals, 3: evals, 6: evals}
 
 
 def test_less_ahead_admits_less() -> None:
-    """One batch at a time, all of it fresh, although the depth would allow two more."""
-    s = Schedule(config(depth=2, batch=4, concurrency=100), stream, [])
+    """One batch at a time, all of it fresh, although max_lag would allow two more."""
+    s = Schedule(config(max_lag=2, batch=4, concurrency=100), stream, [])
     s.ahead = 0
     s.on_learner_ready()
     assert s.actions() == [Load(0, 0)]
@@ -384,7 +384,7 @@ def test_less_ahead_admits_less() -> None:
     evals=0,
     arena=False,
     faults=2,
-    replays=0,
+    reexecutions=0,
     ahead=False,
     seed=183,
 )
@@ -399,7 +399,7 @@ def test_less_ahead_admits_less() -> None:
     evals=4,
     arena=True,
     faults=0,
-    replays=0,
+    reexecutions=0,
     ahead=False,
     seed=0,
 )
@@ -414,7 +414,7 @@ def test_less_ahead_admits_less() -> None:
     evals=st.integers(0, 7),
     arena=st.booleans(),
     faults=st.integers(0, 3),
-    replays=st.integers(0, 3),
+    reexecutions=st.integers(0, 3),
     ahead=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -429,7 +429,7 @@ def test_fixed_lag_is_exact_and_ends(
     evals: int,
     arena: bool,
     faults: int,
-    replays: int,
+    reexecutions: int,
     ahead: bool,
     seed: int,
 ) -> None:
@@ -443,8 +443,8 @@ def test_fixed_lag_is_exact_and_ends(
         steps=9,
         exclusive=exclusive,
         eval_versions=frozenset({0, 2, 4, 9}),
-        replays=replays,
-        replay_ahead=ahead,
+        reexecutions=reexecutions,
+        reexecute_ahead=ahead,
     )
     room = SMALLEST_BATCHES * batch if arena else None
     sim = Simulator(cfg, seed, evals=evals, arena=room, faults=faults).run()
@@ -453,12 +453,12 @@ def test_fixed_lag_is_exact_and_ends(
     assert sim.held == 0
     accounts(sim.schedule)
     if evals:
-        assert sim.measured == dict.fromkeys((0, 2, 4, 9), evals)
+        assert sim.evaluated == dict.fromkeys((0, 2, 4, 9), evals)
     # The first samples of every window whose world has moved on since; a loss may make it look twice.
     windows = range(1 + ahead, 9) if lag > ahead else ()
-    wanted = {str(stream(t * batch + i)) for t in windows for i in range(min(replays, batch))}
-    assert set(sim.replayed) == wanted
-    assert len(sim.replayed) == len(wanted) or faults or sim.evictions
+    wanted = {str(stream(t * batch + i)) for t in windows for i in range(min(reexecutions, batch))}
+    assert set(sim.reexecuted) == wanted
+    assert len(sim.reexecuted) == len(wanted) or faults or sim.evictions
 
 
 class Killed(Exception):
@@ -528,7 +528,7 @@ class KilledSimulator(Simulator):
     evals=st.integers(0, 7),
     arena=st.booleans(),
     refresh=st.sampled_from([0, 3]),
-    replays=st.integers(0, 2),
+    reexecutions=st.integers(0, 2),
     ahead=st.booleans(),
     die_at=st.integers(1, 120),
     faults=st.sampled_from([0, 0, 2]),
@@ -545,17 +545,17 @@ def test_killed_at_any_moment_it_computes_the_same(
     evals: int,
     arena: bool,
     refresh: int,
-    replays: int,
+    reexecutions: int,
     ahead: bool,
     die_at: int,
     faults: int,
     seed: int,
 ) -> None:
-    """Depth 0 or a fixed lag: every step takes the same samples, of the same versions, sampled and scored
+    """max_lag 0 or a fixed lag: every step takes the same samples, of the same versions, sampled and scored
     beside the same others.
     """
     cfg = config(
-        depth=0,
+        max_lag=0,
         lag=lag,
         batch=batch,
         replicas=replicas,
@@ -564,8 +564,8 @@ def test_killed_at_any_moment_it_computes_the_same(
         steps=8,
         exclusive=exclusive,
         eval_versions=frozenset({0, 3, 8}),
-        replays=replays,
-        replay_ahead=ahead,
+        reexecutions=reexecutions,
+        reexecute_ahead=ahead,
     )
     options: dict[str, Any] = {"evals": evals, "arena": SMALLEST_BATCHES * batch if arena else None}
     whole = Simulator(cfg, seed, refresh_every=refresh, **options).run()
@@ -578,32 +578,38 @@ def test_killed_at_any_moment_it_computes_the_same(
 
 
 @pytest.mark.parametrize("lag", [None, 4])
-def test_replays_ahead_do_not_hold_the_learner(lag: int | None) -> None:
-    """A learner that is the slowest: its next batch is replayed while it works."""
+def test_reexecutions_ahead_do_not_hold_the_learner(lag: int | None) -> None:
+    """A learner that is the slowest: its next batch is reexecuted while it works."""
     times = {
         "sample": (0.1, 0.5),
         "score": (0.1, 0.1),
         "train": (4.0, 4.0),
         "load": (0.0, 0.0),
-        "replay": (1.0, 2.0),
+        "reexecute": (1.0, 2.0),
     }
-    base: dict[str, Any] = {"depth": 4, "lag": lag, "steps": 12, "score_batch": (4,)}
+    base: dict[str, Any] = {"max_lag": 4, "lag": lag, "steps": 12, "score_batch": (4,)}
     without = Simulator(config(**base), durations=times).run()
     before, ahead = (
-        Simulator(config(**base, replays=2, replay_ahead=flag), durations=times).run()
+        Simulator(config(**base, reexecutions=2, reexecute_ahead=flag), durations=times).run()
         for flag in (False, True)
     )
     assert before.clock > without.clock + 10
     assert ahead.clock < without.clock + 2
     assert ahead.ahead >= 16
-    assert len(set(before.replayed)) >= len(set(ahead.replayed)) >= 16
+    assert len(set(before.reexecuted)) >= len(set(ahead.reexecuted)) >= 16
 
 
 @settings(max_examples=30, deadline=None)
 @given(lag=st.sampled_from([None, 0, 2]), seed=st.integers(0, 10**6))
 def test_deterministic_modes_form_the_same_batches_whatever_the_durations(lag: int | None, seed: int) -> None:
     cfg = config(
-        depth=0, lag=lag, concurrency=3, score_batch=(3,), batch=5, replays=2, replay_ahead=seed % 2 == 0
+        max_lag=0,
+        lag=lag,
+        concurrency=3,
+        score_batch=(3,),
+        batch=5,
+        reexecutions=2,
+        reexecute_ahead=seed % 2 == 0,
     )
     steps = [b for _, b in Simulator(cfg, seed).run().steps]
     assert steps == [b for _, b in Simulator(cfg, seed + 1).run().steps]
@@ -613,10 +619,10 @@ def test_deterministic_modes_form_the_same_batches_whatever_the_durations(lag: i
 
 
 def test_deterministic_teacher_groups() -> None:
-    """At depth 0 the teacher's groups too are the same, whatever the order of arrival."""
+    """At max_lag 0 the teacher's groups too are the same, whatever the order of arrival."""
     groups = []
     for seed in range(4):
-        sim = Simulator(config(depth=0, concurrency=3, score_batch=(4,), batch=10, steps=2), seed)
+        sim = Simulator(config(max_lag=0, concurrency=3, score_batch=(4,), batch=10, steps=2), seed)
         seen: list[tuple[int, ...]] = []
         start = sim.start
         sim.start = lambda a, start=start, seen=seen: (
@@ -628,9 +634,11 @@ def test_deterministic_teacher_groups() -> None:
     assert all(g == groups[0] for g in groups)
 
 
-def test_depth_overlaps_and_depth_zero_does_not() -> None:
+def test_a_lag_overlaps_and_max_lag_zero_does_not() -> None:
     times = {"sample": (1.0, 1.0), "score": (2.0, 2.0), "train": (2.0, 2.0), "load": (0.0, 0.0)}
-    runs = {d: Simulator(config(depth=d, steps=10, score_batch=(4,)), durations=times).run() for d in (0, 2)}
+    runs = {
+        d: Simulator(config(max_lag=d, steps=10, score_batch=(4,)), durations=times).run() for d in (0, 2)
+    }
 
     def overlap(sim: Simulator) -> float:
         return sum(
@@ -645,7 +653,7 @@ def test_depth_overlaps_and_depth_zero_does_not() -> None:
 
 
 def test_a_straggler_is_overtaken_only_until_its_deadline() -> None:
-    cfg = config(depth=2, batch=2, steps=8, concurrency=20)
+    cfg = config(max_lag=2, batch=2, steps=8, concurrency=20)
     s = Simulator(cfg, 1, durations={"sample": (0.1, 0.1)})
     straggler: list[int] = []
     original = s.after
@@ -667,37 +675,37 @@ def test_a_straggler_is_overtaken_only_until_its_deadline() -> None:
 
 
 def test_nothing_new_is_admitted_past_the_bound() -> None:
-    s = Schedule(config(depth=2, batch=4, concurrency=100), stream, [])
+    s = Schedule(config(max_lag=2, batch=4, concurrency=100), stream, [])
     s.on_learner_ready()
     assert s.actions() == [Load(0, 0)]
     s.on_loaded(0, 0)
     (generate,) = s.actions()
     assert isinstance(generate, Generate)
-    assert len(generate.keys) == 12  # (depth + 0 + 1) batches
+    assert len(generate.keys) == 12  # (max_lag + 0 + 1) batches
     assert s.actions() == []
 
 
 def test_admission_after_a_restart_counts_what_was_consumed() -> None:
     """A known trap: after recovery the capacity must not inflate."""
-    first = Simulator(config(depth=1, steps=4), 3).run().schedule
+    first = Simulator(config(max_lag=1, steps=4), 3).run().schedule
     state = first.state_dict()
-    again = Schedule(config(depth=1, steps=10, concurrency=100), stream, [])
+    again = Schedule(config(max_lag=1, steps=10, concurrency=100), stream, [])
     again.load_state_dict(state)
     again.on_learner_ready()
     again.actions()
     again.on_loaded(0, 4)
-    assert len(again.actions()[0].keys) == 8  # (depth + 1) batches, not (depth + version + 1)
+    assert len(again.actions()[0].keys) == 8  # (max_lag + 1) batches, not (max_lag + version + 1)
 
 
 def test_a_restart_plans_what_was_in_flight_again_without_drawing_it_twice() -> None:
-    s = Schedule(config(depth=2, batch=2), stream, [])
+    s = Schedule(config(max_lag=2, batch=2), stream, [])
     s.on_learner_ready()
     s.actions()
     s.on_loaded(0, 0)
     keys = s.actions()[0].keys
     s.on_sampled(0, keys[0], 0)
     s.on_graded(keys[0])
-    again = Schedule(config(depth=2, batch=2), stream, [])
+    again = Schedule(config(max_lag=2, batch=2), stream, [])
     again.load_state_dict(s.state_dict())
     assert again.counts["drawn"] == len(keys) == again.in_flight
     again.on_learner_ready()
@@ -708,9 +716,9 @@ def test_a_restart_plans_what_was_in_flight_again_without_drawing_it_twice() -> 
     assert again.counts["drawn"] == len(keys)
 
 
-def test_a_restart_does_replays_that_ran_ahead_anew() -> None:
+def test_a_restart_repeats_reexecutions_that_ran_ahead() -> None:
     """Whatever became of them: their labels stand, nothing is scored for the first time again."""
-    cfg = config(depth=2, batch=2, steps=9, replays=2, replay_ahead=True, score_batch=(6,))
+    cfg = config(max_lag=2, batch=2, steps=9, reexecutions=2, reexecute_ahead=True, score_batch=(6,))
     s = Schedule(cfg, stream, [])
     s.on_learner_ready()
     s.actions()
@@ -725,10 +733,10 @@ def test_a_restart_does_replays_that_ran_ahead_anew() -> None:
     s.on_trained(0, dict.fromkeys(train.keys, "trained"))
     train, load = s.actions()
     assert (type(train), load) == (Train, Load(0, 1))
-    found = [a for a in s.actions() if isinstance(a, Replay)]
+    found = [a for a in s.actions() if isinstance(a, Reexecute)]
     assert [a.now for a in found] == [1]
     first, second = found[0].keys
-    s.on_replayed(first, True)
+    s.on_reexecuted(first, True)
     again = next(a for a in s.actions() if isinstance(a, Score))
     assert again.again
     assert again.keys == (first,)
@@ -737,11 +745,11 @@ def test_a_restart_does_replays_that_ran_ahead_anew() -> None:
     resumed.load_state_dict(s.state_dict())
     assert [resumed.tickets[k].state for k in (first, second)] == [State.SCORED] * 2
     resumed.on_learner_ready()
-    assert next(a for a in resumed.actions() if isinstance(a, Replay)) == Replay((first, second), 1)
+    assert next(a for a in resumed.actions() if isinstance(a, Reexecute)) == Reexecute((first, second), 1)
 
 
 def test_refresh_draws_the_same_prompts_again() -> None:
-    s = Schedule(config(depth=2, batch=2), stream, [])
+    s = Schedule(config(max_lag=2, batch=2), stream, [])
     s.on_learner_ready()
     s.actions()
     s.on_loaded(0, 0)
@@ -755,7 +763,7 @@ def test_refresh_draws_the_same_prompts_again() -> None:
 
 
 def test_a_sample_older_than_the_bound_raises() -> None:
-    s = Schedule(config(depth=0, batch=1), stream, [])
+    s = Schedule(config(max_lag=0, batch=1), stream, [])
     s.on_learner_ready()
     s.actions()
     s.on_loaded(0, 0)
@@ -769,6 +777,6 @@ def test_a_sample_older_than_the_bound_raises() -> None:
 
 
 def test_a_full_arena_takes_back_what_is_less_urgent() -> None:
-    sim = Simulator(config(depth=4, batch=4, steps=12, score_batch=(3,), concurrency=40), 5, arena=8).run()
+    sim = Simulator(config(max_lag=4, batch=4, steps=12, score_batch=(3,), concurrency=40), 5, arena=8).run()
     assert sim.evictions > 0
     assert sim.schedule.counts["trained"] == 48

@@ -109,7 +109,7 @@ def test_wandb_offline_and_without_a_login(tmp_path: Path, monkeypatch: pytest.M
     (tracker,) = open_trackers(["wandb"], Subject(tmp_path, CONFIG), said.append)
     tracker.close()
     assert said == [
-        "track: wandb is dropped: nobody is logged in; wandb login, or WANDB_MODE=offline; "
+        "track: wandb is dropped: not logged in to wandb; run wandb login, or set WANDB_MODE=offline; "
         "the run goes on, metrics.jsonl has everything"
     ]
 

@@ -66,7 +66,9 @@ def test_a_grader_that_raises_ends_the_run_with_a_checkpoint_and_its_line(fopd: 
         "task.name: raises_in_grade:Mine: grade() raised AttributeError: 'Mine' object has no attribute "
         "'nothing'"
     ) in said
-    assert f"({fopd.folder / 'raises_in_grade.py'}, line 14); mend that, then: fopd resume" in said
+    assert (
+        f"({fopd.folder / 'raises_in_grade.py'}, line 14); fix this, then continue with: fopd resume" in said
+    )
     assert "Traceback" in (fopd.folder / "run" / "logs" / "grader-0.log").read_text()
     put(fopd.folder, "raises_in_grade", GOOD.format(grade="return 1.0"))
     fopd("resume", fopd.folder / "run")

@@ -73,10 +73,10 @@ def test_a_scripted_agent_resolves_all_and_one_that_does_nothing_none() -> None:
         assert answer is not None
         assert answer.startswith("diff --git")
         grade = task.grade(prompt, answer)
-        assert (grade.score, grade.figures["regression"]) == (1.0, 0.0)
+        assert (grade.score, grade.metrics["regression"]) == (1.0, 0.0)
         idle = play(task, prompt, [sh("true"), sh(generated.SUBMIT)])[-1].answer
         assert idle == ""
-        assert task.grade(prompt, idle).figures == {"submitted": 0.0}
+        assert task.grade(prompt, idle).metrics == {"submitted": 0.0}
         assert task.grade(prompt, idle).score == 0.0
     assert left_behind() == before
 
@@ -102,7 +102,7 @@ def test_what_a_patch_is_judged_by() -> None:
         answer = play(task, prompt, [*map(sh, commands), sh(generated.SUBMIT)])[-1].answer
         assert answer is not None
         grade = task.grade(prompt, answer)
-        return {"score": grade.score, **grade.figures}
+        return {"score": grade.score, **grade.metrics}
 
     right = {"score": 1.0, "submitted": 1.0, "applied": 1.0, "regression": 0.0}
     assert graded(fix) == right
@@ -123,10 +123,10 @@ def test_what_a_patch_is_judged_by() -> None:
     )
     assert graded(f"printf '%s\\n' \"{prints}\" >> {module}")["score"] == 0.0, "what is printed is no report"
     assert (
-        task.grade(prompt, "diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n").figures["applied"]
+        task.grade(prompt, "diff --git a/x b/x\n--- a/x\n+++ b/x\n@@ -1 +1 @@\n-a\n+b\n").metrics["applied"]
         == 0.0
     )
-    assert task.grade(prompt, "I am done.").figures == {"submitted": 0.0}
+    assert task.grade(prompt, "I am done.").metrics == {"submitted": 0.0}
 
 
 def test_the_agents_own_rules_hold() -> None:
@@ -276,7 +276,7 @@ def test_instances_in_the_columns_of_swe_bench(tmp_path: Path) -> None:
     assert answer is not None
     assert task.grade(prompt, answer).score == 1.0
     worse = answer.replace("2 * x", "4")
-    assert task.grade(prompt, worse).figures["regression"] == 1.0
+    assert task.grade(prompt, worse).metrics["regression"] == 1.0
     assert (
         official_image("django__django-1")
         == "docker.io/swebench/sweb.eval.x86_64.django_1776_django-1:latest"
@@ -294,7 +294,7 @@ def test_a_users_mistakes() -> None:
     made = tiny(sandbox="docker")
     contained = replace(made.instances("eval")[0], image=official_image("a__b-1"))
     with pytest.raises(UserError, match=r"task.sandbox: docker is not installed|cannot start"):
-        made.place(contained)
+        made.workspace(contained)
     script = (
         "import sys; sys.modules['minisweagent'] = None\nfrom fopd_cli.tasks import "
         "load_task\nload_task('swe', {})"

@@ -250,12 +250,12 @@ class FsdpLearner:
         # some work, but keep 4 bytes per parameter, unsharded, on every rank until then.
         batches = self._prefetched(samples, micro)
         for indices, batch in zip(micro, batches, strict=True):
-            figures, objective_value, anchor_value = self._forward(samples, indices, batch)
+            metrics, objective_value, anchor_value = self._forward(samples, indices, batch)
             objective_value.backward()
-            batches.ahead()  # before the first figure is read, which waits for the device
+            batches.ahead()  # before the first metric is read, which waits for the device
             loss, anchor = loss + objective_value.item() / self.world, anchor + anchor_value.item()
             if indices:
-                stats.append((indices, _stats(samples, indices, figures)))
+                stats.append((indices, _stats(samples, indices, metrics)))
         merged = self._gather(stats, len(samples))
         loss, anchor = self._sum(loss), self._sum(anchor)
         mean_weight = float(merged.weight.mean())
@@ -316,14 +316,14 @@ class FsdpLearner:
                 state[name] = state[name].to(dtype)
 
     @torch.no_grad()
-    def measure(self, samples: Sequence[Sample]) -> SampleStats:
+    def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
         parts, micro = [], self._batches(samples)
         batches = self._prefetched(samples, micro)
         for indices, batch in zip(micro, batches, strict=True):
-            figures, _, _ = self._forward(samples, indices, batch)
+            metrics, _, _ = self._forward(samples, indices, batch)
             batches.ahead()
             if indices:
-                parts.append((indices, _stats(samples, indices, figures)))
+                parts.append((indices, _stats(samples, indices, metrics, batch)))
         return self._gather(parts, len(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
@@ -357,20 +357,20 @@ class FsdpLearner:
     def _forward(
         self, samples: Sequence[Sample], indices: list[int], batch: MicroBatch
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One micro-batch: its samples' figures, its share of the objective, its share of the anchor term;
+        """One micro-batch: its samples' metrics, its share of the objective, its share of the anchor term;
         all of them still being computed. A placeholder's weight is zero.
         """
         config, n = self.config, len(batch.lag)
         sample, lag, lengths = batch.sample, batch.lag, batch.lengths
         # A cached label is for the context that the student read, whether or not that still exists.
-        still_there = batch.sampled & batch.current
-        mask = batch.sampled if config.freshness.replay.labels == "cached" else still_there
+        still_there = batch.by_student & batch.current
+        mask = batch.by_student if config.freshness.reexecute.labels == "cached" else still_there
         aligned = torch.isfinite(batch.at.behaviour)
         _, coverage = drift.per_sample(
-            torch.zeros_like(batch.at.behaviour), aligned, batch.sampled, sample, n
+            torch.zeros_like(batch.at.behaviour), aligned, batch.by_student, sample, n
         )
         # The teacher is frozen: if the context did not change, D_sup is exactly 0 and every position aligned.
-        drift_sup, coverage_sup = drift.per_sample(batch.drift_sup, still_there, batch.sampled, sample, n)
+        drift_sup, coverage_sup = drift.per_sample(batch.drift_sup, still_there, batch.by_student, sample, n)
 
         def freshness(of: Tensor, drift_roll: Tensor) -> Tensor:
             above = self.floor.subtract(drift_roll)
@@ -414,7 +414,7 @@ class FsdpLearner:
         def mean(term: Tensor) -> Tensor:
             return drift.per_sample(term, mask, mask, sample, n)[0]
 
-        figures = {
+        metrics = {
             "lag": lag,
             "length": lengths,
             "loss": loss,
@@ -422,6 +422,7 @@ class FsdpLearner:
             "forward_kl": mean(terms.forward_kl),
             "entropy": mean(terms.entropy),
             "kl_quartiles": _quartiles(terms.kl, batch, mask),
+            "token_kl": terms.kl,
             "student_mass": mean(terms.student_mass),
             "teacher_mass": mean(terms.teacher_mass),
             "clamped": mean(terms.clamped),
@@ -432,7 +433,7 @@ class FsdpLearner:
             "freshness": f,
             "weight": w,
         }
-        return figures, value, anchor
+        return metrics, value, anchor
 
     # ---- ranks ---------------------------------------------------------------------------------------------
 
@@ -444,7 +445,7 @@ class FsdpLearner:
         return float(tensor)
 
     def _gather(self, parts: list[tuple[list[int], SampleStats]], count: int) -> SampleStats:
-        """Figures of the whole batch, in batch order, on every rank."""
+        """Metrics of the whole batch, in batch order, on every rank."""
         everyone: list[Any] = [parts]
         if self.world > 1:
             everyone = [None] * self.world
@@ -544,12 +545,29 @@ class FsdpLearner:
         self.teacher_heads = [head.to(self.device) for head in self._heads_at_rest]
 
 
-def _stats(samples: Sequence[Sample], indices: list[int], figures: dict[str, Tensor]) -> SampleStats:
-    """What `_forward` returned for these samples; waits for it."""
-    found = {name: _numpy(value) for name, value in figures.items()}
+def _by_sample(term: Tensor, batch: MicroBatch, count: int) -> np.ndarray:
+    """object `(count,)`: the term at each sample's loss-bearing positions, in their order."""
+    values, sample = term.detach().float().cpu().numpy(), batch.sample.cpu().numpy()
+    by_student = batch.by_student.cpu().numpy()  # a sample without any has one of weight 0
+    found = np.empty(count, dtype=object)
+    for i in range(count):
+        found[i] = values[(sample == i) & by_student]
+    return found
+
+
+def _stats(
+    samples: Sequence[Sample], indices: list[int], metrics: dict[str, Tensor], batch: MicroBatch | None = None
+) -> SampleStats:
+    """What `_forward` returned for these samples; waits for it. With their `batch`, also token by token."""
+    of_tokens = metrics.pop("token_kl")
+    found = {name: _numpy(value) for name, value in metrics.items()}
     for name in ("lag", "length"):
         found[name] = found[name].astype(np.int64)
-    return SampleStats(keys=np.array([samples[i].rollout.key for i in indices]), **found)
+    token_kl = np.full(len(indices), None, dtype=object)
+    if batch is not None:
+        token_kl = _by_sample(of_tokens, batch, len(indices))
+    keys = np.array([samples[i].rollout.key for i in indices])
+    return SampleStats(keys=keys, token_kl=token_kl, **found)
 
 
 def _quartiles(term: Tensor, batch: MicroBatch, mask: Tensor) -> Tensor:

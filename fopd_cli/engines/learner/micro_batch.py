@@ -34,7 +34,7 @@ class MicroBatch:
     index: Tensor  # int64 (N,): the place in `tokens` whose hidden state predicts the position
     at: Positions
     sample: Tensor  # int64 (N,)
-    sampled: Tensor  # bool (N,): by the student
+    by_student: Tensor  # bool (N,): the student sampled its token
     current: Tensor  # bool (N,): in the teacher's current context
     drift_sup: Tensor  # float32 (N,): KL of the teacher's label now against the first one
     quarter: Tensor  # int64 (N,): of the sample's loss-bearing positions, 0 to 3
@@ -81,7 +81,7 @@ class MicroBatch:
             index=array(index),
             at=Positions(**positions),
             sample=array(np.repeat(np.arange(len(samples)), counts)),
-            sampled=sampled,
+            by_student=sampled,
             current=torch.ones_like(sampled) if current is None else current,
             drift_sup=torch.zeros(len(sampled)) if drift_sup is None else drift_sup,
             quarter=array([4 * np.arange(n) // n for n in counts]),

@@ -42,14 +42,15 @@ def push(folder: Path, name: str, private: bool, leave_out: Sequence[str]) -> st
         )
         return str(address)
 
-    return _ask(upload, name)
+    return _ask(upload, name, f"; the export is complete in {folder}")
 
 
-def _ask(call: Callable[[], T], name: str) -> T:
+def _ask(call: Callable[[], T], name: str, done: str = "") -> T:
+    """`done` ends the error if the hub cannot be reached."""
     try:
         return call()
     except LocalTokenNotFoundError:
-        raise UserError(f"--push {name}: nobody is logged in; {LOG_IN}") from None
+        raise UserError(f"--push {name}: not logged in to the hub; {LOG_IN}") from None
     except OfflineModeIsEnabled:
         raise UserError(f"--push {name}: HF_HUB_OFFLINE is set; unset it to upload") from None
     except HfHubHTTPError as error:
@@ -60,6 +61,4 @@ def _ask(call: Callable[[], T], name: str) -> T:
     except HFValidationError as error:
         raise UserError(f"--push {name}: {error}") from None
     except (OSError, httpx.HTTPError) as error:
-        raise UserError(
-            f"--push {name}: the hub cannot be reached: {error}; the export stands in its folder"
-        ) from None
+        raise UserError(f"--push {name}: the hub cannot be reached: {error}{done}") from None

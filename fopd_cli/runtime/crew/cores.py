@@ -1,6 +1,6 @@
 """The machine's cores go to the workers that are computing right now.
 
-Roles that run side by side seldom compute at the same time: at depth 0 they take turns, and at any depth a
+Roles that run side by side seldom compute at the same time: at max_lag 0 they take turns, and at any lag a
 sampler waits for weights, a teacher for rollouts, a learner for a batch. With fixed shares, the cores of
 waiting workers would sit idle. So every worker says when it computes, and the cores are divided among those
 that do.

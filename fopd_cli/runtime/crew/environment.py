@@ -19,54 +19,54 @@ from fopd_cli.runtime.crew import messages as m
 from fopd_cli.samples import Prompt
 from fopd_cli.tasks.base import Episode, EpisodicTask, Observation
 from fopd_cli.tasks.privileged import told
-from fopd_cli.tasks.replay import cached, realigned, replay, same
+from fopd_cli.tasks.replay import judged_context, realigned, replay, same
 
-Answer = m.Observed | m.Replayed | m.Failed
+Answer = m.Observed | m.Reexecuted | m.Failed
 
 
 class Environments:
-    """Running episodes by `life`. `answer` is called with an `m.Observed` for every turn, unless the episode
-    was cancelled.
+    """Running episodes by their number. `answer` is called with an `m.Observed` for every turn, unless the
+    episode was cancelled.
     """
 
     def __init__(self, task: EpisodicTask, frame: Frame, answer: Callable[[Answer], None]) -> None:
         self.task, self.frame, self.answer = task, frame, answer
         self.tokenizer = frame.tokenizer
-        self._episodes: dict[int, tuple[int, Episode]] = {}  # life -> key, episode
+        self._episodes: dict[int, tuple[int, Episode]] = {}  # number -> key, episode
         self._turns: dict[int, asyncio.Task[None]] = {}
-        self._replays: set[asyncio.Task[None]] = set()
+        self._reexecutions: set[asyncio.Task[None]] = set()
 
     async def do(self, command: m.EnvironmentCommand) -> None:
         """Start the command; must be called from within the event loop."""
         match command:
             case m.TurnCommand():
                 self._turn(command)
-            case m.ReplayCommand():
-                replaying = asyncio.ensure_future(self._guarded(self._replay(command)))
-                self._replays.add(replaying)
-                replaying.add_done_callback(self._replays.discard)
+            case m.ReexecuteCommand():
+                running = asyncio.ensure_future(self._guarded(self._reexecute(command)))
+                self._reexecutions.add(running)
+                running.add_done_callback(self._reexecutions.discard)
             case m.CancelCommand(keys):
                 await self._cancel(keys)
             case _:
                 assert_never(command)
 
     def _turn(self, command: m.TurnCommand) -> None:
-        if command.life not in self._episodes:
-            self._episodes[command.life] = (command.key, self.task.episode(command.prompt, command.now))
-        self._turns[command.life] = asyncio.ensure_future(self._guarded(self._observe(command)))
+        if command.episode not in self._episodes:
+            self._episodes[command.episode] = (command.key, self.task.episode(command.prompt, command.now))
+        self._turns[command.episode] = asyncio.ensure_future(self._guarded(self._observe(command)))
 
     async def _cancel(self, keys: list[int]) -> None:
         """Give up these episodes."""
-        for life in [life for life, (key, _) in self._episodes.items() if key in keys]:
-            if (running := self._turns.pop(life, None)) is not None:
+        for number in [number for number, (key, _) in self._episodes.items() if key in keys]:
+            if (running := self._turns.pop(number, None)) is not None:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
-            await self._close(life)
+            await self._close(number)
 
     async def close(self) -> None:
-        for replaying in self._replays:
-            replaying.cancel()
-        await asyncio.gather(*self._replays, return_exceptions=True)
+        for running in self._reexecutions:
+            running.cancel()
+        await asyncio.gather(*self._reexecutions, return_exceptions=True)
         await self._cancel([key for key, _ in self._episodes.values()])
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
@@ -80,15 +80,15 @@ class Environments:
 
     async def _observe(self, command: m.TurnCommand) -> None:
         start = time.time()
-        seen: Observation = await self._episodes[command.life][1].observe(command.text)
+        seen: Observation = await self._episodes[command.episode][1].observe(command.text)
         ids = self._encoded(seen, command.prompt, command.ended)
         if ids is None:
-            await self._close(command.life)
-        self._turns.pop(command.life, None)
+            await self._close(command.episode)
+        self._turns.pop(command.episode, None)
         span = m.Span("tools", start, time.time(), {"calls": len(seen.calls)})
-        self.answer(m.Observed(command.key, command.life, ids, seen.calls, seen.answer, span))
+        self.answer(m.Observed(command.key, command.episode, ids, seen.calls, seen.answer, span))
 
-    async def _replay(self, command: m.ReplayCommand) -> None:
+    async def _reexecute(self, command: m.ReexecuteCommand) -> None:
         start, rollout = time.time(), command.rollout
         texts = [hf.decode_turn(self.tokenizer, rollout.response_ids[a:b]) for a, b in rollout.turns]
         found = await replay(self.task, command.prompt, texts, command.now)
@@ -100,9 +100,9 @@ class Environments:
         pairs = zip(found.observations, ends, strict=False)
         seen = [e for o, ended in pairs if (e := self._encoded(o, command.prompt, ended)) is not None]
         context = realigned(rollout, ids, seen)
-        unchanged = same(context, cached(rollout, command.told))
+        unchanged = same(context, judged_context(rollout, command.told))
         span = m.Span("replay", start, time.time(), {"turns": len(seen)})
-        self.answer(m.Replayed(rollout.key, None if unchanged else context, span))
+        self.answer(m.Reexecuted(rollout.key, None if unchanged else context, span))
 
     def _encoded(self, seen: Observation, prompt: Prompt, ended: int) -> np.ndarray | None:
         if seen.text is None:
@@ -110,8 +110,8 @@ class Environments:
         chat = prompt.messages is not None
         return encode_observation(self.tokenizer, seen.text, seen.role, chat, ended, self.frame.variables)
 
-    async def _close(self, life: int) -> None:
-        await self._episodes.pop(life)[1].close()
+    async def _close(self, number: int) -> None:
+        await self._episodes.pop(number)[1].close()
 
 
 class LocalEnvironments:
@@ -136,11 +136,11 @@ class LocalEnvironments:
     def send(self, command: m.EnvironmentCommand) -> None:
         asyncio.run_coroutine_threadsafe(self._environments.do(command), self._loop)
 
-    def receive(self, block: bool) -> list[m.Observed | m.Replayed]:
+    def receive(self, block: bool) -> list[m.Observed | m.Reexecuted]:
         """All answers so far; if there are none and `block`, waits for one. Raises `UserError` if a task
         failed.
         """
-        found: list[m.Observed | m.Replayed] = []
+        found: list[m.Observed | m.Reexecuted] = []
         while True:
             try:
                 answer = self.answers.get(block and not found)

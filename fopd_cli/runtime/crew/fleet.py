@@ -54,8 +54,9 @@ class WorkerSpec:
 
     `threads` is its fixed share of the cores; None: all of them, divided among the workers that compute at
     the same time. `index` is the teacher's number, where there are several; `label` then tells them apart.
-    `life` counts restarts. `share` is the fraction of each device that an engine with a fixed claim may take
-    (None: as its section says). `whole`: each rank holds the whole model, and none waits for another.
+    `restarts` counts those of its engine. `share` is the fraction of each device that an engine with a fixed
+    claim may take (None: as its section says). `whole`: each rank holds the whole model, and none waits for
+    another.
     """
 
     role: str
@@ -65,7 +66,7 @@ class WorkerSpec:
     threads: int | None
     index: int = 0
     label: str = ""
-    life: int = 0
+    restarts: int = 0
     share: float | None = None
     whole: bool = False
 

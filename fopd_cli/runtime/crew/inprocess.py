@@ -145,11 +145,11 @@ class LocalEngines:
                 return _answers(self.samplers[engine.index].do(command))
             case m.ScoreCommand():
                 return _answers(self.teachers[engine.index].do(command))
-            case m.TrainCommand() | m.MeasureCommand() | m.SaveCommand():
+            case m.TrainCommand() | m.EvaluateCommand() | m.SaveCommand():
                 return _answers(self.learner.do(command))
             case m.GradeCommand():
                 return _answers(self.grader.do(command))
-            case m.TurnCommand() | m.ReplayCommand():
+            case m.TurnCommand() | m.ReexecuteCommand():
                 self.environments.send(command)
                 return self.environments.receive(block=True)
             case m.CancelCommand():

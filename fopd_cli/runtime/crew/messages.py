@@ -33,7 +33,7 @@ class AbortCommand:
 
 
 @dataclass
-class Slot:
+class Region:
     """Where one sample's teacher targets are in the arena; `positions` is the response length, `teacher` the
     teacher that fills it.
     """
@@ -45,10 +45,10 @@ class Slot:
 
 @dataclass
 class ScoreCommand:
-    """`again`: the slots hold older labels of these rollouts, whose contexts have changed since."""
+    """`again`: the regions hold older labels of these rollouts, whose contexts have changed since."""
 
     rollouts: list[Rollout]
-    slots: list[Slot]
+    regions: list[Region]
     again: bool = False
 
 
@@ -59,10 +59,10 @@ class GradeCommand:
 
 @dataclass
 class TurnCommand:
-    """The environment must execute what the student wrote; `life` names the episode, see `episodes.py`."""
+    """The environment must execute what the student wrote. `episode` is a number, see `episodes.py`."""
 
     key: int
-    life: int
+    episode: int
     prompt: Prompt
     text: str
     now: int  # the student's version
@@ -77,7 +77,7 @@ class CancelCommand:
 
 
 @dataclass
-class ReplayCommand:
+class ReexecuteCommand:
     """Find out what the context of a stored episode would be now. `told` is the prompt as the teacher saw it,
     if that is not what the student saw.
     """
@@ -95,16 +95,16 @@ class TrainCommand:
 
     step: int
     rollouts: list[Rollout]
-    slots: list[Slot]
+    regions: list[Region]
     lags: list[int]
 
 
 @dataclass
-class MeasureCommand:
+class EvaluateCommand:
     """The same without a step."""
 
     rollouts: list[Rollout]
-    slots: list[Slot]
+    regions: list[Region]
     lags: list[int]
 
 
@@ -130,9 +130,9 @@ class StopCommand:
 
 SamplerCommand = GenerateCommand | LoadCommand | AbortCommand
 TeacherCommand = ScoreCommand
-LearnerCommand = TrainCommand | MeasureCommand | SaveCommand
+LearnerCommand = TrainCommand | EvaluateCommand | SaveCommand
 GraderCommand = GradeCommand
-EnvironmentCommand = TurnCommand | CancelCommand | ReplayCommand
+EnvironmentCommand = TurnCommand | CancelCommand | ReexecuteCommand
 RestCommand = SleepCommand | WakeCommand
 Command = SamplerCommand | TeacherCommand | LearnerCommand | GraderCommand | EnvironmentCommand
 
@@ -182,7 +182,7 @@ class Scored:
 
 @dataclass
 class Graded:
-    grades: list[tuple[int, float, dict[str, float]]]  # key, score, further figures
+    grades: list[tuple[int, float, dict[str, float]]]  # key, score, further metrics
     span: Span
 
 
@@ -191,7 +191,7 @@ class Observed:
     """The environment's answer to a turn, as tokens to append; None: the episode is over."""
 
     key: int
-    life: int
+    episode: int
     token_ids: np.ndarray | None
     calls: list[dict[str, Any]]
     answer: str | None
@@ -199,7 +199,7 @@ class Observed:
 
 
 @dataclass
-class Replayed:
+class Reexecuted:
     """The context of a stored episode as it is now; None: unchanged."""
 
     key: int
@@ -214,7 +214,7 @@ class Trained:
 
 
 @dataclass
-class Measured:
+class Evaluated:
     stats: SampleStats
     span: Span
 
@@ -254,7 +254,7 @@ class Lost:
     mistake: bool = False
 
 
-Answer = Sampled | Loaded | Scored | Graded | Observed | Replayed | Trained | Measured | Saved
+Answer = Sampled | Loaded | Scored | Graded | Observed | Reexecuted | Trained | Evaluated | Saved
 Message = Answer | Ready | Asleep | Awake | Failed | Lost
 
 # ---- crew -> conductor

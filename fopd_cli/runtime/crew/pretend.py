@@ -46,16 +46,16 @@ class Pretend:
                 return [m.Scored([rollout.key for rollout in rollouts], NOW)]
             case m.TrainCommand(step, rollouts, _, lags):
                 return [m.Trained(_report(step, rollouts, lags), [])]
-            case m.MeasureCommand(rollouts, _, lags):
-                return [m.Measured(_stats(rollouts, lags), NOW)]
+            case m.EvaluateCommand(rollouts, _, lags):
+                return [m.Evaluated(_stats(rollouts, lags), NOW)]
             case m.SaveCommand():
                 return [m.Saved({}, NOW)]
             case m.GradeCommand(items):
                 return [m.Graded([(key, 0.0, {}) for key, _, _ in items], NOW)]
-            case m.TurnCommand(key, life):
-                return [m.Observed(key, life, None, [], None, NOW)]
-            case m.ReplayCommand(rollout):
-                return [m.Replayed(rollout.key, None, NOW)]
+            case m.TurnCommand(key, episode):
+                return [m.Observed(key, episode, None, [], None, NOW)]
+            case m.ReexecuteCommand(rollout):
+                return [m.Reexecuted(rollout.key, None, NOW)]
             case m.AbortCommand() | m.CancelCommand():
                 return []
             case _:
@@ -95,6 +95,7 @@ def _stats(rollouts: Sequence[Rollout], lags: Sequence[int]) -> SampleStats:
         coverage_sup=ones,
         freshness=1 / (lag + 1),
         weight=ones,
+        token_kl=np.full(len(rollouts), None, dtype=object),
     )
 
 

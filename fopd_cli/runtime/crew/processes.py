@@ -46,13 +46,13 @@ class Processes:
         plan: Plan,
         setup: Setup,
         logs: Path,
-        replayable: bool,
+        reexecutable: bool,
         signals: Signals,
         say: Callable[[str], None],
     ) -> None:
         self.plan, self.setup, self._logs, self._signals = plan, setup, logs, signals
         self._say = say
-        self._engines = _engines(plan, replayable)
+        self._engines = _engines(plan, reexecutable)
         self._calls = {engine: Calls(len(ranks)) for engine, ranks in self._engines.items()}
         self._restarts = Restarts(plan, setup.recipe.runtime.restarts)
         self._running: dict[Engine, set[int]] = {e: set() for e in self._engines if e.role == "sampler"}
@@ -145,12 +145,14 @@ class Processes:
                 if (worker := self._worker(engine)) is not None:
                     worker.aborts += 1
                 self._tell_sampler(engine, command)
-            case m.ScoreCommand() | m.TrainCommand() | m.MeasureCommand() | m.SaveCommand():
+            case m.ScoreCommand() | m.TrainCommand() | m.EvaluateCommand() | m.SaveCommand():
                 self._calls[engine].asked()
                 self._tell(self._engines[engine], command)
             case m.GradeCommand() | m.TurnCommand():
                 self._tell(self._engines[engine], command)
-            case m.ReplayCommand() | m.CancelCommand():  # a replay may take its time; a cancel has no answer
+            case (
+                m.ReexecuteCommand() | m.CancelCommand()
+            ):  # a re-execution may take its time; a cancel has no answer
                 self._tell(self._engines[engine], command, answers=0)
             case _:
                 assert_never(command)
@@ -221,10 +223,10 @@ class Processes:
                 self._loading.discard(engine)
                 self._sampler_owes(engine)
                 yield engine, message
-            case m.Scored() | m.Trained() | m.Measured() | m.Saved():
+            case m.Scored() | m.Trained() | m.Evaluated() | m.Saved():
                 if (answer := self._calls[engine].answered(worker.spec.rank, message)) is not None:
                     yield engine, answer
-            case m.Graded() | m.Observed() | m.Replayed():
+            case m.Graded() | m.Observed() | m.Reexecuted():
                 yield engine, message
             case m.Ready():  # it was restarted
                 if self._restarts.ready(worker.spec) and worker.spec.role not in ALWAYS_AWAKE:
@@ -259,12 +261,12 @@ class Processes:
     def _start_again(self, engine: Engine, spec: WorkerSpec, reason: str) -> Iterator[tuple[Engine, m.Event]]:
         again, limit = self._restarts.again(spec), self._restarts.limit
         if not again:
-            self._say(f"{reason}; started again {limit} times (runtime.restarts), it stays away")
+            self._say(f"{reason}; not restarting it: it has used up its {limit} restarts (runtime.restarts)")
             fatal = self._restarts.nobody_left(spec.role)
             reason = f"{reason}; there is no other {spec.role}" if fatal else reason
             yield engine, m.EngineLost(reason, fatal=fatal)
             return
-        self._say(f"{reason}; starting it again ({self._restarts.count(spec)} of {limit})")
+        self._say(f"{reason}; restarting it ({self._restarts.count(spec)} of {limit})")
         yield engine, m.EngineLost(reason, restarted=True)
         if self._asleep(spec.role):
             self._lost_asleep += again
@@ -282,13 +284,13 @@ class Processes:
         return self.plan.exclusive and role not in (awake, *ALWAYS_AWAKE)
 
 
-def _engines(plan: Plan, replayable: bool) -> dict[Engine, tuple[WorkerSpec, ...]]:
+def _engines(plan: Plan, reexecutable: bool) -> dict[Engine, tuple[WorkerSpec, ...]]:
     """The ranks of every engine."""
     engines = {LEARNER: plan.learners}
     engines |= {Engine("teacher", i): ranks for i, ranks in enumerate(plan.teachers)}
     engines |= {Engine("sampler", s.rank): (s,) for s in plan.samplers}
     engines[GRADER] = (plan.grader,)
-    if replayable:
+    if reexecutable:
         engines[ENVIRONMENT] = (WorkerSpec("environment", 0, 1, (), 1),)
     return engines
 
@@ -302,7 +304,7 @@ def _spans(message: m.Message) -> list[m.Span]:
     match message:
         case m.Sampled() | m.Trained():
             return message.spans
-        case m.Loaded() | m.Scored() | m.Graded() | m.Observed() | m.Replayed() | m.Measured() | m.Saved():
+        case m.Loaded() | m.Scored() | m.Graded() | m.Observed() | m.Reexecuted() | m.Evaluated() | m.Saved():
             return [message.span]
         case m.Ready() | m.Asleep() | m.Awake() | m.Failed() | m.Lost():
             return []

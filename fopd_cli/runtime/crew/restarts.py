@@ -21,7 +21,7 @@ class Restarts:
 
     def __init__(self, plan: Plan, limit: int) -> None:
         self.plan, self.limit = plan, limit
-        self._lives: Counter[str] = Counter()  # by name of the engine's first rank
+        self._restarts: Counter[str] = Counter()  # by name of the engine's first rank
         self._missing: Counter[str] = Counter()  # its ranks that are not ready yet
         self._gone: set[str] = set()
 
@@ -31,16 +31,16 @@ class Restarts:
 
     def known(self, spec: WorkerSpec) -> bool:
         """Whether this loss was counted already, with another rank of the same engine."""
-        return spec.life < self._lives[self._name(spec)]
+        return spec.restarts < self._restarts[self._name(spec)]
 
     def again(self, spec: WorkerSpec) -> list[WorkerSpec]:
         """The processes to start instead; none if the engine has used up its restarts."""
         name = self._name(spec)
-        self._lives[name] += 1
-        if self._lives[name] > self.limit:
+        self._restarts[name] += 1
+        if self._restarts[name] > self.limit:
             self._gone.add(name)
             return []
-        ranks = [replace(s, life=self._lives[name]) for s in self.ranks(spec)]
+        ranks = [replace(s, restarts=self._restarts[name]) for s in self.ranks(spec)]
         self._missing[name] = len(ranks)
         return ranks
 
@@ -58,7 +58,7 @@ class Restarts:
 
     def count(self, spec: WorkerSpec) -> int:
         """How often its engine was lost."""
-        return self._lives[self._name(spec)]
+        return self._restarts[self._name(spec)]
 
     def _name(self, spec: WorkerSpec) -> str:
         return self.ranks(spec)[0].name

@@ -154,22 +154,22 @@ class Teaching:
         self.engine, self.setup = build_teacher(spec, setup, breathe), setup
         self._rank, self._world = spec.rank, spec.world
         self._delay_s = setup.recipe.teachers[spec.index].delay_ms / 1000
-        self._labels = setup.recipe.freshness.replay.labels
+        self._labels = setup.recipe.freshness.reexecute.labels
 
     def do(self, command: m.TeacherCommand | m.RestCommand) -> m.Message:
         match command:
-            case m.ScoreCommand(rollouts, slots, again):
-                return self._score(rollouts, slots, again)
+            case m.ScoreCommand(rollouts, regions, again):
+                return self._score(rollouts, regions, again)
             case m.SleepCommand() | m.WakeCommand():
                 return _rest(self.engine, command)
             case _:
                 assert_never(command)
 
-    def _score(self, rollouts: list[Rollout], slots: list[m.Slot], again: bool) -> m.Scored:
+    def _score(self, rollouts: list[Rollout], regions: list[m.Region], again: bool) -> m.Scored:
         start = time.time()
         lengths = [len(r.judged.token_ids) for r in rollouts]
         share = balanced_shares(lengths, self._world, power=1)[self._rank]
-        own, targets = [rollouts[i] for i in share], _targets(self.setup, [slots[i] for i in share])
+        own, targets = [rollouts[i] for i in share], _targets(self.setup, [regions[i] for i in share])
         score(self.engine, own, targets, self._labels if again else None)
         time.sleep(self._delay_s * len(targets))
         tokens = sum(len(r.judged.token_ids) for r in own)
@@ -188,8 +188,8 @@ def score(
     targets: Sequence[TeacherTargets],
     again: Labels | None = None,
 ) -> None:
-    """Fill the targets. `again`, after a replay: note how far the old labels are from what the teacher says
-    today, and keep the old ones (cached) or today's (current).
+    """Fill the targets. `again`, after a re-execution: note how far the old labels are from what the teacher
+    says today, and keep the old ones (cached) or today's (current).
     """
     if again is None:
         engine.score(rollouts, targets)
@@ -219,11 +219,11 @@ class Learning:
     def do(self, command: m.LearnerCommand | m.RestCommand) -> m.Message:
         start = time.time()
         match command:
-            case m.TrainCommand(step, rollouts, slots, lags):
-                return self._train(start, step, self._samples(rollouts, slots, lags))
-            case m.MeasureCommand(rollouts, slots, lags):
-                stats = self.engine.measure(self._samples(rollouts, slots, lags))
-                return m.Measured(stats, m.Span("measure", start, time.time()))
+            case m.TrainCommand(step, rollouts, regions, lags):
+                return self._train(start, step, self._samples(rollouts, regions, lags))
+            case m.EvaluateCommand(rollouts, regions, lags):
+                stats = self.engine.evaluate(self._samples(rollouts, regions, lags))
+                return m.Evaluated(stats, m.Span("measure", start, time.time()))
             case m.SaveCommand():
                 return self._save(start, command)
             case m.SleepCommand() | m.WakeCommand():
@@ -253,8 +253,8 @@ class Learning:
                 raise
         return m.Saved(extra, m.Span("save", start, time.time()), error)
 
-    def _samples(self, rollouts: list[Rollout], slots: list[m.Slot], lags: list[int]) -> list[Sample]:
-        targets = _targets(self.setup, slots)
+    def _samples(self, rollouts: list[Rollout], regions: list[m.Region], lags: list[int]) -> list[Sample]:
+        targets = _targets(self.setup, regions)
         return [Sample(r, t, lag) for r, t, lag in zip(rollouts, targets, lags, strict=True)]
 
 
@@ -295,9 +295,9 @@ def grader_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
 
 
 def graded(task: Any, prompt: Prompt, text: str) -> tuple[float, dict[str, float]]:
-    """(score, further figures) from a task's grader, which may return a `Grade` or a number."""
+    """(score, further metrics) from a task's grader, which may return a `Grade` or a number."""
     found = task.grade(prompt, text)
-    return (float(found.score), dict(found.figures)) if isinstance(found, Grade) else (float(found), {})
+    return (float(found.score), dict(found.metrics)) if isinstance(found, Grade) else (float(found), {})
 
 
 # ---- environment
@@ -327,8 +327,8 @@ async def _beat(mailbox: Mailbox) -> None:
         await asyncio.sleep(1)
 
 
-def _targets(setup: Setup, slots: Sequence[m.Slot]) -> list[TeacherTargets]:
+def _targets(setup: Setup, regions: Sequence[m.Region]) -> list[TeacherTargets]:
     return [
         targets_at(setup.arena, s.offset, setup.target_specs[s.teacher], s.positions, s.teacher)
-        for s in slots
+        for s in regions
     ]

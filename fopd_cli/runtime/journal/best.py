@@ -28,7 +28,7 @@ class Best:
         self.metric, self.patience, self.folder = metric, patience, folder
 
     def of(self, evaluations: Evaluations) -> int | None:
-        """The version whose figure is best, the earliest of equals; None while there is no figure."""
+        """The version whose metric is best, the earliest of equals; None while there is none."""
         better = -1 if self.metric == "score" else 1
         found = [
             (better * value, int(v))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fopd_cli.collapse import collapse
+from fopd_cli.engines.text.pieces import pieces as text_pieces
 from fopd_cli.runtime.journal.sinks import mean_and_error
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 QUANTILES = np.linspace(0, 1, 21)  # of response lengths: fopd plan draws from them
 MANY_TRUNCATED = 0.5  # share of responses
+MOST_PIECES = 512  # tokens of a response that are written one by one; each decodes all before it
 
 
 def outcome(weight: float) -> Literal["trained", "gated"]:
@@ -85,49 +89,72 @@ def evaluation(
     version: int,
     stats: list[SampleStats],
     samples: list[tuple[SampleId, float, Rollout]],
-    figures: list[dict[str, float]],
+    metrics: list[dict[str, float]],
+    sets: Sequence[str | None] = (),
+    follow: str | None = None,
 ) -> dict[str, Any]:
     """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over
     tokens.
 
     `samples` come in the order of `stats`. Without grades the score is nan, and KL is the only measure; its
-    error is over prompts, too.
+    error is over prompts, too. `sets` names the held-out set of each sample: with several the record is that
+    of `follow` (None: the set of the first prompt), and has all of them by name under "sets".
     """
+    every = {f.name: np.concatenate([getattr(s, f.name) for s in stats]) for f in fields(SampleStats)}
+    by_set: dict[str | None, list[int]] = defaultdict(list)
+    for i in sorted(range(len(samples)), key=lambda i: samples[i][0].prompt):
+        by_set[sets[i] if sets else None].append(i)
+    found = {}
+    for name, own in by_set.items():
+        own = sorted(own)
+        part = SampleStats(**{key: values[own] for key, values in every.items()})
+        found[name] = _evaluation(part, [samples[i] for i in own], [metrics[i] for i in own])
+    start = {"kind": "eval", "step": version}
+    if len(found) == 1:
+        return {**start, **next(iter(found.values()))}
+    own_set = next(iter(found)) if follow is None else follow
+    return {**start, "set": own_set, **found[own_set], "sets": found}
+
+
+def _evaluation(
+    stats: SampleStats, samples: list[tuple[SampleId, float, Rollout]], metrics: list[dict[str, float]]
+) -> dict[str, Any]:
+    """The metrics of one held-out set."""
     by_prompt: dict[int, list[float]] = defaultdict(list)
     kl_by_prompt: dict[int, list[float]] = defaultdict(list)
-    for (sample, grade, _), kl in zip(samples, np.concatenate([s.kl for s in stats]), strict=True):
+    for (sample, grade, _), kl in zip(samples, stats.kl, strict=True):
         by_prompt[sample.prompt].append(grade)
         kl_by_prompt[sample.prompt].append(float(kl))
     score, error = mean_and_error(by_prompt.values())
     rollouts = [r for _, _, r in samples]
-
-    def tokens_mean(name: str) -> float:
-        return _token_mean(
-            np.concatenate([getattr(s, name) for s in stats]), np.concatenate([s.length for s in stats])
-        )
-
     return {
-        "kind": "eval",
-        "step": version,
         "score": score,
         "score_error": error,
         "prompts": len(by_prompt),
-        **mean_figures(figures),
-        "kl": tokens_mean("kl"),
+        **mean_metrics(metrics),
+        "kl": _token_mean(stats.kl, stats.length),
         "kl_error": mean_and_error(kl_by_prompt.values())[1],
-        "forward_kl": tokens_mean("forward_kl"),
-        "entropy": tokens_mean("entropy"),
-        "kl_by_quartile": [_mean(column) for column in np.concatenate([s.kl_quartiles for s in stats]).T],
+        "forward_kl": _token_mean(stats.forward_kl, stats.length),
+        "entropy": _token_mean(stats.entropy, stats.length),
+        "kl_by_quartile": [_mean(column) for column in stats.kl_quartiles.T],
         "response_length": float(np.mean([r.response_length for r in rollouts])),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         **episodes(rollouts),
     }
 
 
-def mean_figures(figures: list[dict[str, float]]) -> dict[str, float]:
-    """Means of the graders' further figures, each over the samples that have it."""
-    names = sorted({name for found in figures for name in found})
-    return {name: _mean(np.array([found.get(name, np.nan) for found in figures])) for name in names}
+def evaluation_scalars(record: dict[str, Any]) -> dict[str, float]:
+    """For TensorBoard: eval/score, and eval/NAME/score of each held-out set if there are several."""
+    flat = {f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}
+    for name, own in record.get("sets", {}).items():
+        flat |= {f"eval/{name}/{k}": v for k, v in own.items() if isinstance(v, float)}
+    return flat
+
+
+def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Means of the graders' further metrics, each over the samples that have it."""
+    names = sorted({name for found in metrics for name in found})
+    return {name: _mean(np.array([found.get(name, np.nan) for found in metrics])) for name in names}
 
 
 def episodes(rollouts: list[Rollout]) -> dict[str, float]:
@@ -151,21 +178,30 @@ def tool_seconds(rollouts: list[Rollout]) -> dict[str, float]:
 
 def evaluation_line(record: dict[str, Any]) -> str:
     """For people; a score only where there is one."""
-    kl = f"KL to the teacher {measured(record['kl'], record['kl_error'], 4)}"
+    sets = record.get("sets")
+    said = (
+        _evaluation_line(record)
+        if sets is None
+        else "; ".join(f"{name}: {_evaluation_line(own)}" for name, own in sets.items())
+    )
+    return f"held-out at step {record['step']}: {said}"
+
+
+def _evaluation_line(record: dict[str, Any]) -> str:
+    kl = f"KL to the teacher {with_error(record['kl'], record['kl_error'], 4)}"
     if math.isfinite(record["score"]):
-        figures = (
-            f"score {measured(record['score'], record['score_error'], 3)} ({record['prompts']} prompts), {kl}"
-        )
+        score = with_error(record["score"], record["score_error"], 3)
+        metrics = f"score {score} ({record['prompts']} prompts), {kl}"
     else:
-        figures = f"{kl} ({record['prompts']} prompts)"
+        metrics = f"{kl} ({record['prompts']} prompts)"
     cut_off = ""
     if record["truncated"] > MANY_TRUNCATED:
         cut_off = f"; {record['truncated']:.0%} of the responses were cut off at max_new_tokens"
-    return f"held-out at step {record['step']}: {figures}{cut_off}"
+    return metrics + cut_off
 
 
-def measured(value: float, error: float, digits: int) -> str:
-    """A figure with its standard error, where there is one (a single prompt has none)."""
+def with_error(value: float, error: float, digits: int) -> str:
+    """A metric with its standard error, where there is one (a single prompt has none)."""
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
 
@@ -187,9 +223,9 @@ def histograms(stats: SampleStats) -> dict[str, np.ndarray]:
 
 
 def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
-    """The figures that matter, for the progress bar."""
+    """The metrics that matter, for the progress bar."""
     score = {"score": f"{record['score']:.2f}"} if math.isfinite(record["score"]) else {}
-    figures = {
+    metrics = {
         **score,
         "loss": f"{record['loss']:.4f}",
         "kl": f"{record['kl']:.4f}",
@@ -198,10 +234,10 @@ def bar(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, str]:
         "tok/s": f"{record['tokens'] / max(timing['seconds'], 1e-9):.0f}",
     }
     busy = timing["busy"]
-    figures["busy"] = "/".join(
+    metrics["busy"] = "/".join(
         f"{role[0].upper()}{busy[role]:.0%}" for role in ("sampler", "teacher", "learner") if role in busy
     )
-    return figures
+    return metrics
 
 
 def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[str, Any]:
@@ -221,6 +257,7 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "kl_first": _plain(first.get("kl")),
         "kl_last": _plain(last.get("kl")),
         "kl_last_error": _plain(last.get("kl_error")),
+        **_by_set(first, last),
         "max_lag": totals.max_lag,
         "mean_freshness": totals.freshness_sum / max(1, totals.samples),
         "wall_seconds": round(totals.wall_seconds, 3),
@@ -239,6 +276,48 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "busy": {role: round(share, 3) for role, share in sorted(busy.items())},
         "advice": advice(busy),
     }
+
+
+def pieces(
+    tokenizer: Any,
+    rollout: Rollout,
+    token_kl: np.ndarray,
+    likeliest: tuple[np.ndarray, np.ndarray] | None = None,
+) -> list[list[Any]]:
+    """[text, KL to the teacher in nats] of the response's first tokens; a tool's tokens have None. With the
+    teacher's `likeliest` ids and probabilities at each position, also [[token, probability], ...].
+    """
+    kls = np.full(rollout.response_length, np.nan)
+    kls[rollout.loss_mask] = token_kl
+    found: list[list[Any]] = []
+    for text, start, stop in text_pieces(tokenizer, rollout.response_ids[:MOST_PIECES]):
+        kl = float(kls[start:stop].sum())
+        piece: list[Any] = [text, float(f"{kl:.3g}") if math.isfinite(kl) else None]
+        if likeliest is not None and math.isfinite(kl):
+            ids, probabilities = (array[start].tolist() for array in likeliest)
+            named = [str(tokenizer.decode([i])) for i in ids]
+            piece.append([[n, round(p, 3)] for n, p in zip(named, probabilities, strict=True)])
+        found.append(piece)
+    return found
+
+
+def _by_set(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """The first and last metrics of each held-out set, and which of them is the run's own; empty with one."""
+    if "sets" not in last:
+        return {}
+    found = {}
+    for name, own in last["sets"].items():
+        begin = first.get("sets", {}).get(name, {})
+        found[name] = {
+            f"{key}_{when}": _plain(values.get(source))
+            for key in ("score", "kl")
+            for when, values, source in (
+                ("first", begin, key),
+                ("last", own, key),
+                ("last_error", own, f"{key}_error"),
+            )
+        }
+    return {"set": last["set"], "sets": found}
 
 
 def advice(busy: dict[str, float]) -> str | None:

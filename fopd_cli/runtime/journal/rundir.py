@@ -21,6 +21,7 @@ from typing import Any
 from fopd_cli import paths
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, dump_recipe, load_recipe
+from fopd_cli.recipe.renames import renamed
 from fopd_cli.runtime.journal.checkpoint import verify, write_synced
 from fopd_cli.runtime.journal.sinks import Changes, JsonLines, Resume
 
@@ -80,7 +81,7 @@ class RunDir:
         if not self.recipe.is_file():
             return ""
         if any(self.checkpoints.glob("step-*/MANIFEST.json")):
-            return f"go on with it (fopd resume {self.path}) or "
+            return f"continue it (fopd resume {self.path}) or "
         return "it is a run that ended before its first checkpoint: delete it, or "
 
     def fork(self, new: Path, step: int) -> RunDir:
@@ -132,7 +133,12 @@ class RunDir:
         for line in self.history.read_text(encoding="utf-8").splitlines() if self.history.exists() else ():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a crash
                 record = json.loads(line)
-                found.append((int(record["step"]), dict(record["changed"])))
+                found.append(
+                    (
+                        int(record["step"]),
+                        {renamed(key): values for key, values in dict(record["changed"]).items()},
+                    )
+                )
         return found
 
     def take_up(self, recipe: Recipe, resume: Resume, changes: Changes) -> None:

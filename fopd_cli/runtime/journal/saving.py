@@ -29,8 +29,8 @@ class Saving(Protocol):
     """What a conductor needs."""
 
     @property
-    def how_to_go_on(self) -> str:
-        """The command that resumes the run."""
+    def how_to_continue(self) -> str:
+        """What to do after the run has stopped, as the end of a sentence."""
         ...
 
     def begin(self) -> None:
@@ -55,7 +55,7 @@ class Saving(Protocol):
 class Unsaved:
     """For runs that are never resumed: a study's, a test's, a plan's."""
 
-    how_to_go_on = "nothing of it was kept"
+    how_to_continue = "start it again from the beginning (no checkpoints are written)"
 
     def begin(self) -> None: ...
 
@@ -116,8 +116,8 @@ class Saver:
         return folder / "learner", state["learner"]
 
     @property
-    def how_to_go_on(self) -> str:
-        return f"fopd resume {self.run_dir.path}"
+    def how_to_continue(self) -> str:
+        return f"continue with: fopd resume {self.run_dir.path}"
 
     def begin(self) -> None:
         """Prepare the checkpoints' folder."""
@@ -151,12 +151,14 @@ class Saver:
             self.store.discard(temporary)
             text = disk_error(error) or str(error)
             if final:
+                last = "the beginning" if self._last is None else f"step {self._last}"
                 raise UserError(
-                    f"checkpoints: cannot save step {step}: {text}; free some space, then: "
-                    f"{self.how_to_go_on} (goes on from "
-                    f"{self._last if self._last is not None else 'the start'})"
+                    f"checkpoints: cannot save step {step}: {text}; free some disk space, then "
+                    f"{self.how_to_continue} (from {last})"
                 ) from None
-            self.journal.warn(step, f"NO CHECKPOINT was written: {text}; training goes on, older ones stand")
+            self.journal.warn(
+                step, f"NO CHECKPOINT was written: {text}; training continues, older checkpoints are intact"
+            )
         self._rhythm.saved()
 
     def _write_state(self, folder: Path, learner: dict[str, Any]) -> None:

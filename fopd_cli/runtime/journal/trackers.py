@@ -60,7 +60,7 @@ class Wandb:
         import wandb
 
         if os.environ.get("WANDB_MODE", "online") == "online" and wandb.api.api_key is None:
-            raise RuntimeError("nobody is logged in; wandb login, or WANDB_MODE=offline")
+            raise RuntimeError("not logged in to wandb; run wandb login, or set WANDB_MODE=offline")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=subject.name,

@@ -1,13 +1,13 @@
-"""What a run's own figures show is going wrong, while there is still time to act. Each warning is given once.
+"""What a run's own metrics show is going wrong, while there is still time to act. Each warning is given once.
 
 clipping   a threshold that acts at every step guards against nothing: it sets the size of every step. Where
            the gradient shrinks as the student learns, AdamW's steps shrink with it; clipped to one norm, they
            do not, and a rate that was right at the start is too high later (docs/real-pair.md: this, not
            staleness, ruined a run)
 climbing   the KL to the teacher on the training samples is far above its lowest
-silence    what is left of the KL is at the beginning of answers. The teacher agrees with a student that only
-           repeats itself: after ten equal lines it expects the eleventh, and the mean over all tokens falls
-           (docs/real-pair.md)
+repetition most of the remaining KL is at the beginning of answers. The teacher agrees with a student that
+           only repeats itself: after ten equal lines it expects the eleventh, and the mean over all tokens
+           falls (docs/real-pair.md)
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ class Watch:
             return []
         mean = sum(self._kls) / WINDOW
         self._lowest = min(self._lowest, mean)
-        found = {"clipping": self._clipping(), "climbing": self._climbing(mean), "silence": self._silence()}
+        found = {
+            "clipping": self._clipping(),
+            "climbing": self._climbing(mean),
+            "repetition": self._repetition(),
+        }
         new = {name: text for name, text in found.items() if text and name not in self._said}
         self._said |= set(new)
         return list(new.values())
@@ -69,12 +73,12 @@ class Watch:
             "takes an earlier checkpoint"
         )
 
-    def _silence(self) -> str | None:
+    def _repetition(self) -> str | None:
         first, *_, last = np.mean(list(self._quarters), axis=0)
         if not first > max(UNEVEN * last, FAR):
             return None
         return (
-            f"what is left of the KL stands at the beginning of answers ({first:.2g} nats per token in their "
-            f"first quarter, {last:.2g} in their last): the teacher agrees with a student that repeats "
-            "itself; read what it says (samples.jsonl, or fopd report RUN)"
+            f"most of the remaining KL is at the beginning of answers ({first:.2g} nats per token in their "
+            f"first quarter, {last:.2g} in their last): the student may be repeating itself, which the "
+            "teacher comes to expect; read some answers (samples.jsonl, or fopd report RUN)"
         )

@@ -66,11 +66,11 @@ class Conversations:
     def _turn(self, episode: Running, turn: Rollout) -> m.TurnCommand:
         prompt, now = self._asked(turn.key)
         text = hf.decode_turn(self._tokenizer, turn.response_ids)
-        return m.TurnCommand(turn.key, episode.life, prompt, text, now, int(turn.response_ids[-1]))
+        return m.TurnCommand(turn.key, episode.number, prompt, text, now, int(turn.response_ids[-1]))
 
     def on_observed(self, seen: m.Observed) -> Finished:
         """The environment answered. Returns the episode if it is over."""
-        episode = self._episodes.on_observed(seen.key, seen.life, seen.token_ids, seen.calls, seen.answer)
+        episode = self._episodes.on_observed(seen.key, seen.episode, seen.token_ids, seen.calls, seen.answer)
         if episode is None:  # it was given up meanwhile
             return []
         finished = []

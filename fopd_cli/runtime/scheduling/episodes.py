@@ -23,11 +23,11 @@ from fopd_cli.samples import PER_TOKEN, Request, Rollout
 
 @dataclass
 class Running:
-    """One episode. `life` tells it from an earlier one of the same sample that was given up."""
+    """One episode. `number` tells it from an earlier one of the same sample that was given up."""
 
     first: Request
     replica: int
-    life: int
+    number: int
     turns: list[Rollout] = field(default_factory=list)
     observations: list[np.ndarray] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -44,12 +44,12 @@ class Episodes:
 
     def __init__(self) -> None:
         self.running: dict[int, Running] = {}
-        self._lives = 0
+        self._started = 0
 
     def start(self, request: Request, replica: int) -> None:
         """The sampler is given the first turn of an episode."""
-        self._lives += 1
-        self.running[request.key] = Running(request, replica, self._lives)
+        self._started += 1
+        self.running[request.key] = Running(request, replica, self._started)
 
     def on_turn(self, turn: Rollout) -> Running | None:
         """The sampler wrote a turn; None if the episode was given up meanwhile."""
@@ -61,7 +61,7 @@ class Episodes:
     def on_observed(
         self,
         key: int,
-        life: int,
+        number: int,
         token_ids: np.ndarray | None,
         calls: list[dict[str, Any]],
         answer: str | None = None,
@@ -70,7 +70,7 @@ class Episodes:
         meanwhile.
         """
         episode = self.running.get(key)
-        if episode is None or episode.life != life:
+        if episode is None or episode.number != number:
             return None
         episode.calls += calls
         episode.answer = answer

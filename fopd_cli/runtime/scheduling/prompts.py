@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import numpy as np
 from fopd_cli.engines.text.templates import Frame
 from fopd_cli.errors import UserError
 from fopd_cli.freshness.policies import POLICIES
+from fopd_cli.names import SET_NAME, SET_NAME_RULE
 from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.scheduling.tickets import ScheduleConfig
 from fopd_cli.samples import Prompt, SampleId
@@ -47,11 +49,12 @@ class PromptStream:
         self.notices: list[str] = list(getattr(task, "notices", ()))
         self.frame, self.seed, self.samples_per_prompt = frame, seed, samples_per_prompt
         self.episodic = hasattr(task, "episode")  # prompts begin conversations with an environment
-        self.replayable = self.episodic or hasattr(task, "replay")  # contexts can change
+        self.reexecutable = self.episodic or hasattr(task, "replay")  # contexts can change
         self._teachers = {t.name: i for i, t in enumerate(teachers)}
         self._contexts = [t.context for t in teachers]
         self._frames = [(frames or {}).get(t.name) for t in teachers]
         self._check_teachers()
+        self._check_sets()
         self._orders: dict[int, list[int]] = {}
         self._ids: dict[tuple[str, int], np.ndarray] = {}
         self._told: dict[tuple[str, int], np.ndarray] = {}
@@ -64,7 +67,7 @@ class PromptStream:
 
     def train_id(self, number: int) -> SampleId:
         """The `number`-th training sample of the run."""
-        group, replica = divmod(number, self.samples_per_prompt)
+        group, repeat = divmod(number, self.samples_per_prompt)
         epoch, position = divmod(group, len(self.kept["train"]))
         if epoch not in self._orders:
             rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
@@ -72,7 +75,7 @@ class PromptStream:
             self._orders = {
                 epoch: [i for i in rng.permutation(len(self.prompts["train"])).tolist() if i in used]
             }
-        return SampleId("train", epoch, self._orders[epoch][position], replica)
+        return SampleId("train", epoch, self._orders[epoch][position], repeat)
 
     def teacher(self, sample: SampleId) -> int:
         """Number of the teacher that judges a sample: the one that its prompt names, else the first."""
@@ -111,6 +114,26 @@ class PromptStream:
                         f"task: {p.place or f'{split} prompt {p.index}'} names the teacher {p.teacher!r}; "
                         f"there are {', '.join(self._teachers)}"
                     )
+
+    @property
+    def held_out(self) -> list[str]:
+        """Names of the held-out sets, in the order of their prompts; empty if there is only one."""
+        names = dict.fromkeys(p.held_out for p in self.prompts["eval"] if p.held_out is not None)
+        return list(names) if len(names) > 1 else []
+
+    def _check_sets(self) -> None:
+        prompts = self.prompts["eval"]
+        for p in prompts:
+            if p.held_out is not None and not SET_NAME.fullmatch(p.held_out):
+                raise UserError(
+                    f"task: {p.where}: {p.held_out!r} cannot name a held-out set; {SET_NAME_RULE}"
+                )
+        nameless = next((p for p in prompts if p.held_out is None), None)
+        if nameless is not None and self.held_out:
+            raise UserError(
+                f"task: {nameless.where} names no held-out set, and others do ({', '.join(self.held_out)}); "
+                "name it in all of them, or in none"
+            )
 
     def prompt(self, sample: SampleId) -> Prompt:
         return self.prompts[sample.split][sample.prompt]
@@ -154,10 +177,25 @@ def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
     eval`.
     """
     return [
-        SampleId("eval", 0, prompt, replica)
+        SampleId("eval", 0, prompt, repeat)
         for prompt in stream.kept["eval"]
-        for replica in range(recipe.eval.samples)
+        for repeat in range(recipe.eval.samples)
     ]
+
+
+def check_followed(recipe: Recipe, stream: PromptStream) -> None:
+    """Raises `UserError` unless eval.follow is one of the held-out sets."""
+    name, there = recipe.eval.follow, stream.held_out
+    if name is None or name in there:
+        return
+    if not there:
+        raise UserError(
+            f"eval.follow: {name!r}, but there is one held-out set only; leave it out, or name several in "
+            "task.eval"
+        )
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(there)}"
+    raise UserError(f"eval.follow: there is no held-out set {name!r}; {hint}")
 
 
 @dataclass(frozen=True)
@@ -173,15 +211,15 @@ class EvalVersions:
         return version in (0, self.steps) or (self.every > 0 and version % self.every == 0)
 
 
-def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: bool) -> ScheduleConfig:
+def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, reexecutable: bool) -> ScheduleConfig:
     """The recipe in the form that the schedule takes."""
-    replay = recipe.freshness.replay
-    wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or replay.labels == "current"
+    reexecute = recipe.freshness.reexecute
+    wanted = POLICIES[recipe.freshness.policy].weights == "freshness" or reexecute.labels == "current"
     eval_versions = EvalVersions(recipe.learner.steps, recipe.eval.every)
     return ScheduleConfig(
         steps=recipe.learner.steps,
         batch=recipe.learner.batch_samples,
-        depth=recipe.schedule.depth,
+        max_lag=recipe.schedule.max_lag,
         lag=recipe.schedule.lag,
         inflight=recipe.schedule.inflight,
         replicas=replicas,
@@ -189,7 +227,9 @@ def schedule_config(recipe: Recipe, replicas: int, exclusive: bool, replayable: 
         score_batch=tuple(t.batch_samples for t in recipe.teachers),
         exclusive=exclusive,
         eval_versions=eval_versions,
-        replays=math.ceil(replay.share * recipe.learner.batch_samples) if replayable and wanted else 0,
-        replay_lag=replay.min_lag,
-        replay_ahead=replay.labels == "cached",
+        reexecutions=math.ceil(reexecute.share * recipe.learner.batch_samples)
+        if reexecutable and wanted
+        else 0,
+        reexecute_min_lag=reexecute.min_lag,
+        reexecute_ahead=reexecute.labels == "cached",
     )

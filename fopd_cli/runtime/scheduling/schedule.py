@@ -3,7 +3,7 @@
 It knows no processes, no tensors and no clock. The conductor tells it what happened (`on_*`) and asks what to
 start (`actions`); tests do the same on a virtual clock.
 
-**Lag is bounded by admission.** Let B be the batch, D the depth, t the optimizer steps done, v the version
+**Lag is bounded by admission.** Let B be the batch, D max_lag, t the optimizer steps done, v the version
 that a sampler holds, n the samples admitted and not yet consumed. A sampler at v may be given another sample
 only while
 
@@ -21,13 +21,13 @@ finished sample is ever thrown away for its age, and a straggler can be overtake
 makes its deadline.
 
 **Less ahead.** `ahead` steps, at most D, is what (admission) uses in D's place; the conductor sets it by the
-measured drift (`freshness/depth.py`). Deadlines stay v + D: admitting less keeps the bound all the more.
+measured drift (`freshness/ahead.py`). Deadlines stay v + D: admitting less keeps the bound all the more.
 
 **Fixed lag** (`lag = k`, for studies): window j (samples jB .. jB+B-1) is sampled only by version
 max(0, j - k) and consumed at step j. A sampler moves to v + 1 only when window v + k is sampled, and step t
 starts only when all samplers hold version t.
 
-**Windows.** At depth 0 and under a fixed lag two runs must compute the same bits. So samples are cut by
+**Windows.** At max_lag 0 and under a fixed lag two runs must compute the same bits. So samples are cut by
 number into the batches that consume them (`_windows`), and every group of a sampler or teacher is within one:
 `concurrency` or `score_batch` samples in a row, whatever the order of arrival. Groups are scored in the order
 in which they are consumed, held-out ones first, because the learner waits for them. A group whose targets do
@@ -40,12 +40,12 @@ version `step - 1` (`resume_version`), whose weights the checkpoint holds for th
 **Two weight slots.** Version t + 1 is written over version t - 1, so step t starts only when no sampler is
 still being told to load something older than t.
 
-**Replays.** Before a step, the contexts of its batch's oldest samples with a lag of at least `replay_lag`, at
-most `replays` of them, are replayed, once each; samples whose context changed are scored again. Where new
-labels replace the first ones, the step waits for them, so that a label is of the step's own time. Where only
-drift is measured (`replay_ahead`), contexts are replayed while the learner is still at the previous step, in
-the world of that step, and the next step waits only for the rest. Samples that a lost teacher was scoring
-again are scored on their first context and then replayed again.
+**Re-execution.** Before a step, the calls of its batch's oldest samples with a lag of at least
+`reexecute_min_lag`, at most `reexecutions` of them, are executed again, once each; samples whose context
+changed are scored again. Where new labels replace the first ones, the step waits for them, so that a label is
+of the step's own time. Where only drift is measured (`reexecute_ahead`), that happens while the learner is
+still at the previous step, as of that step, and the next step waits only for the rest. Samples that a lost
+teacher was scoring again are scored on their first context and then executed again.
 
 **Lost engines.** What a lost sampler was generating, or a lost teacher scoring, goes back one state, and is
 redone by any engine with room: a living replica, or the same one when it is back. A sampler that is back, or
@@ -61,11 +61,11 @@ from typing import Any, Literal
 
 from fopd_cli.runtime.scheduling.tickets import (
     Action,
+    Evaluate,
     Generate,
     Lease,
     Load,
-    Measure,
-    Replay,
+    Reexecute,
     Role,
     ScheduleConfig,
     Score,
@@ -130,8 +130,8 @@ class Schedule:
         self.lease: Role | None = None
         self._switching = False
         self.refreshes = 0
-        self.ahead = config.max_lag  # steps that sampling may run ahead
-        self.replayed_now = 0  # for the next step
+        self.ahead = config.bound  # steps that sampling may run ahead
+        self.reexecuted_now = 0  # for the next step
         self.paused = (
             False  # nothing new starts (Ctrl-C); a time-sliced box goes back to the learner, to be saved
         )
@@ -177,18 +177,18 @@ class Schedule:
                 dropped.append(key)
         return dropped
 
-    def on_replayed(self, key: int, changed: bool) -> None:
-        """A context was replayed; a sample that was dropped meanwhile is ignored."""
+    def on_reexecuted(self, key: int, changed: bool) -> None:
+        """A sample's calls were executed again; one that was dropped meanwhile is ignored."""
         ticket = self.tickets.get(key)
-        if ticket is not None and ticket.state is State.REPLAYING:
-            ticket.state, ticket.replayed = State.REPLAYED if changed else State.SCORED, True
+        if ticket is not None and ticket.state is State.REEXECUTING:
+            ticket.state, ticket.reexecuted = State.REEXECUTED if changed else State.SCORED, True
 
     def on_environment_lost(self) -> None:
-        """Running replays get no answer: their samples count as scored."""
+        """Running re-executions get no answer: their samples count as scored."""
         for ticket in self.tickets.values():
-            if ticket.state is State.REPLAYING:
+            if ticket.state is State.REEXECUTING:
                 ticket.state = State.SCORED
-                self.replayed_now -= 1
+                self.reexecuted_now -= 1
 
     def on_trained(self, step: int, outcomes: dict[int, Literal["trained", "gated"]]) -> None:
         """The optimizer step is done and its version published; `outcomes` names every sample of the
@@ -203,8 +203,8 @@ class Schedule:
         self.step += 1
         self.learner_busy = False
 
-    def on_measured(self, version: int, keys: Iterable[int]) -> bool:
-        """Some held-out samples are measured; returns whether the evaluation at `version` is complete."""
+    def on_evaluated(self, version: int, keys: Iterable[int]) -> bool:
+        """Some held-out samples are evaluated; returns whether the evaluation at `version` is complete."""
         for key in keys:
             del self.tickets[key]
         self.learner_busy = False
@@ -235,8 +235,8 @@ class Schedule:
         self.teachers[index] = _Teacher(up=False)
         lost = [t for t in self.tickets.values() if t.state is State.SCORING and t.teacher == index]
         for ticket in lost:
-            self.replayed_now -= ticket.replayed
-            ticket.state, ticket.replayed = State.SAMPLED, False
+            self.reexecuted_now -= ticket.reexecuted
+            ticket.state, ticket.reexecuted = State.SAMPLED, False
         return [t.key for t in lost]
 
     def on_teacher_back(self, index: int) -> None:
@@ -295,7 +295,7 @@ class Schedule:
             return self._pass_lease() if self.config.exclusive and not self._busy() else []
         self._start_evaluation()
         out: list[Action] = []
-        out += self._start_replays()
+        out += self._start_reexecutions()
         if self._may("learner"):
             out += self._start_learner()
         if self._may("teacher"):
@@ -342,23 +342,23 @@ class Schedule:
             return []
         self.learner_busy = True
         if isinstance(action, Train):
-            self.replayed_now = 0
+            self.reexecuted_now = 0
             for key in action.keys:
                 self._check_lag(self.tickets[key])
                 self.tickets[key].state = State.TRAINING
         return [action]
 
-    def _plan_learner(self) -> Train | Measure | None:
+    def _plan_learner(self) -> Train | Evaluate | None:
         if self.learner_busy:
             return None
         if self._eval_due() is not None:
             group = self._held_out()[: self.config.batch]
             ready = bool(group) and all(self._ready(t) for t in group)
-            return Measure(self.step, tuple(t.key for t in group)) if ready else None
+            return Evaluate(self.step, tuple(t.key for t in group)) if ready else None
         if not self._may_train():
             return None
         batch = None if self._relabelling() else self._batch()
-        return None if batch is None or self._due_replays(batch) else Train(self.step, tuple(batch))
+        return None if batch is None or self._due_reexecutions(batch) else Train(self.step, tuple(batch))
 
     def _may_train(self) -> bool:
         """Whether the next optimizer step needs nothing but a batch to start."""
@@ -368,20 +368,20 @@ class Schedule:
             return False
         return self.config.lag is None or all(r.loaded == self.step for r in self.replicas)
 
-    # -- replays
+    # -- re-execution
 
-    def _start_replays(self) -> list[Action]:
-        if not self.config.replays:
+    def _start_reexecutions(self) -> list[Action]:
+        if not self.config.reexecutions:
             return []
-        keys = self._due_replays(self._replayable())
+        keys = self._due_reexecutions(self._reexecutable())
         for key in keys:
-            self.tickets[key].state = State.REPLAYING
-        self.replayed_now += len(keys)
-        return [Replay(keys, self._world)] if keys else []
+            self.tickets[key].state = State.REEXECUTING
+        self.reexecuted_now += len(keys)
+        return [Reexecute(keys, self._now)] if keys else []
 
-    def _replayable(self) -> list[int]:
-        """Samples that the next step may want replayed now."""
-        ahead = self.config.replay_ahead
+    def _reexecutable(self) -> list[int]:
+        """Samples that the next step may want reexecuted now."""
+        ahead = self.config.reexecute_ahead
         if ahead and not self.config.deterministic:  # one by one, as they get ready
             return [t.key for t in self._by_deadline() if self._ready(t)][: self.config.batch]
         blocked = not ahead and (self.learner_busy or self._eval_due() is not None or not self._may_train())
@@ -393,31 +393,33 @@ class Schedule:
         return self.step + any(t.state is State.TRAINING for t in self.tickets.values())
 
     @property
-    def _world(self) -> int:
-        """The number of the step whose world a replay sees: nothing may depend on whether it starts early or
+    def _now(self) -> int:
+        """The step as of which calls are executed again; it must not depend on whether that starts early or
         late.
         """
-        return self._next_step - self.config.replay_ahead
+        return self._next_step - self.config.reexecute_ahead
 
-    def _due_replays(self, batch: list[int]) -> tuple[int, ...]:
-        """The samples of the next batch that must be replayed first."""
-        left, world = self.config.replays - self.replayed_now, self._world
-        old = (self.tickets[k] for k in batch if world - self.tickets[k].version >= self.config.replay_lag)
-        due = sorted((t for t in old if not t.replayed), key=lambda t: (t.version, t.key))
+    def _due_reexecutions(self, batch: list[int]) -> tuple[int, ...]:
+        """The samples of the next batch that must be reexecuted first."""
+        left, now = self.config.reexecutions - self.reexecuted_now, self._now
+        old = (
+            self.tickets[k] for k in batch if now - self.tickets[k].version >= self.config.reexecute_min_lag
+        )
+        due = sorted((t for t in old if not t.reexecuted), key=lambda t: (t.version, t.key))
         return tuple(t.key for t in due[: max(0, left)])
 
     def _relabelling(self) -> bool:
         """Whether the next step waits for new labels."""
         return any(
-            t.state in (State.REPLAYING, State.REPLAYED) or (t.state is State.SCORING and t.replayed)
+            t.state in (State.REEXECUTING, State.REEXECUTED) or (t.state is State.SCORING and t.reexecuted)
             for t in self.tickets.values()
         )
 
     def _check_lag(self, ticket: Ticket) -> None:
         lag = self.step - ticket.version
-        if lag > self.config.max_lag:
+        if lag > self.config.bound:
             raise RuntimeError(
-                f"sample {ticket.sample} has lag {lag} > {self.config.max_lag}: the schedule is broken"
+                f"sample {ticket.sample} has lag {lag} > {self.config.bound}: the schedule is broken"
             )
 
     def _batch(self) -> list[int] | None:
@@ -432,7 +434,7 @@ class Schedule:
         if len(chosen) < size:
             return None
         batch = {t.key for t in chosen}
-        left = Counter(t.version + self.config.depth for t in urgent if t.key not in batch)
+        left = Counter(t.version + self.config.max_lag for t in urgent if t.key not in batch)
         total, step = 0, self._next_step
         for deadline in sorted(left):
             total += left[deadline]
@@ -481,14 +483,14 @@ class Schedule:
                 return planned + missing
         return self.config.batch
 
-    # -- evaluation: held-out prompts are sampled, scored and measured at one version, while the learner waits
+    # -- evaluation: held-out prompts are sampled, scored, evaluated at one version, while the learner waits
 
     def _eval_due(self) -> int | None:
         due = self.step in self.config.eval_versions and self.step not in self.evaluated
         return self.step if due and self.eval_ids else None
 
     def _held_out(self) -> list[Ticket]:
-        """Held-out samples, in the order in which they are measured."""
+        """Held-out samples, in the order in which they are evaluated."""
         return sorted((t for t in self.tickets.values() if t.evaluation), key=lambda t: t.key)
 
     def _start_evaluation(self) -> None:
@@ -515,11 +517,13 @@ class Schedule:
 
     def _plan_score_again(self, teacher: int) -> tuple[int, ...]:
         """Samples whose context changed; their memory is already reserved. Where two runs must agree, none
-        before all replays are done.
+        before all re-executions are done.
         """
-        if self.config.deterministic and any(t.state is State.REPLAYING for t in self.tickets.values()):
+        if self.config.deterministic and any(t.state is State.REEXECUTING for t in self.tickets.values()):
             return ()
-        changed = [t.key for t in self.tickets.values() if t.state is State.REPLAYED and t.teacher == teacher]
+        changed = [
+            t.key for t in self.tickets.values() if t.state is State.REEXECUTED and t.teacher == teacher
+        ]
         return tuple(sorted(changed)[: self.config.score_batch[teacher]])
 
     def _plan_score(self, teacher: int) -> tuple[int, ...]:
@@ -546,16 +550,16 @@ class Schedule:
         first = {t.key for t in self._first()}
         urgent = tuple(k for k in group if k in first)
         # An evaluation holds the learner: all training samples can wait.
-        measured_next = any(self.tickets[k].evaluation for k in urgent)
-        victims = self._victims(first, measured_next) if urgent else []
+        evaluated_next = any(self.tickets[k].evaluation for k in urgent)
+        victims = self._victims(first, evaluated_next) if urgent else []
         while urgent:
             if self.reserve(urgent):
                 return urgent
             if not victims:
                 return ()
             for victim in victims.pop():
-                self.replayed_now -= victim.replayed
-                victim.state, victim.replayed = State.SAMPLED, False
+                self.reexecuted_now -= victim.reexecuted
+                victim.state, victim.reexecuted = State.SAMPLED, False
                 self.release(victim.key)
         return ()
 
@@ -567,22 +571,22 @@ class Schedule:
             ]
         return [*self._by_deadline()[: self.config.batch], *self._held_out()[: self.config.batch]]
 
-    def _victims(self, first: set[int], measured_next: bool) -> list[list[Ticket]]:
+    def _victims(self, first: set[int], evaluated_next: bool) -> list[list[Ticket]]:
         """Scored samples that give up their targets together, the least urgent last."""
-        kinds = (True, False) if measured_next else (False,)
+        kinds = (True, False) if evaluated_next else (False,)
         groups: Iterable[list[Ticket]]
         if self.config.deterministic:
-            still = (State.SCORING, State.REPLAYING, State.REPLAYED)
+            still = (State.SCORING, State.REEXECUTING, State.REEXECUTED)
             found = [
                 g for kind in kinds for i in range(len(self.teachers)) for g in self._score_groups(i, kind)
             ]
             complete = [g for g in found if all(t.state not in still for t in g)]
             groups = sorted(complete, key=lambda g: (not g[0].evaluation, g[0].key))
         else:
-            groups = ([t] for t in (*(self._held_out() if measured_next else ()), *self._by_deadline()))
+            groups = ([t] for t in (*(self._held_out() if evaluated_next else ()), *self._by_deadline()))
 
         def spared(ticket: Ticket) -> bool:
-            return ticket.key in first and (ticket.evaluation or not measured_next)
+            return ticket.key in first and (ticket.evaluation or not evaluated_next)
 
         scored = ([t for t in group if t.state is State.SCORED and not spared(t)] for group in groups)
         return [group for group in scored if group]
@@ -688,8 +692,8 @@ class Schedule:
         """Everything that a resumed run needs, as JSON. Samples that were being sampled or scored go back one
         state.
 
-        Replays that ran ahead left the labels alone: whatever their state, such samples stay scored, and are
-        replayed again. Other replayed samples may have new labels: they are scored from scratch.
+        Re-executions that ran ahead left the labels alone: whatever their state, such samples stay scored,
+        and are executed again. Other reexecuted samples may have new labels: they are scored from scratch.
         """
         states = self._states_at_rest()
         return {
@@ -730,15 +734,15 @@ class Schedule:
         """The state that each training sample goes back to when all work stops; in groups, where two runs
         must agree.
         """
-        labelled = State.SCORED if self.config.replay_ahead else State.SAMPLED
+        labelled = State.SCORED if self.config.reexecute_ahead else State.SAMPLED
 
         def at_rest(ticket: Ticket) -> State:
-            if ticket.replayed or ticket.state is State.REPLAYED:
+            if ticket.reexecuted or ticket.state is State.REEXECUTED:
                 return labelled
             back = {
                 State.SAMPLING: State.PLANNED,
                 State.SCORING: State.SAMPLED,
-                State.REPLAYING: State.SCORED,
+                State.REEXECUTING: State.SCORED,
             }
             return back.get(ticket.state, ticket.state)
 

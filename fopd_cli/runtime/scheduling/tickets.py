@@ -22,8 +22,8 @@ class State(StrEnum):
     SAMPLED = "sampled"
     SCORING = "scoring"
     SCORED = "scored"
-    REPLAYING = "replaying"  # scored, but its context is being replayed
-    REPLAYED = "replayed"  # its context has changed: it must be scored again
+    REEXECUTING = "reexecuting"  # scored; its calls are being executed again
+    REEXECUTED = "reexecuted"  # its context has changed: it must be scored again
     TRAINING = "training"
 
 
@@ -40,7 +40,7 @@ class Ticket:
     graded: bool = False
     drawn: bool = False  # counted in `drawn` already (a restart does not draw again)
     teacher: int = 0  # the one that judges it
-    replayed: bool = False  # its context has been replayed
+    reexecuted: bool = False  # its calls have been executed again
 
     @property
     def evaluation(self) -> bool:
@@ -53,8 +53,8 @@ class ScheduleConfig:
 
     steps: int
     batch: int
-    depth: int
-    lag: int | None  # fixed lag; depth is then ignored
+    max_lag: int
+    lag: int | None  # fixed lag; max_lag is then ignored
     inflight: Literal["keep", "wait", "keep_stale_kv"]
     replicas: int
     concurrency: int  # running samples per replica
@@ -62,18 +62,18 @@ class ScheduleConfig:
     exclusive: bool  # time-sliced: one role at a time
     eval_versions: Container[int]
     score_ahead: int = 2  # each teacher's calls under way at once
-    replays: int = 0  # samples whose contexts are replayed before an optimizer step, at most
-    replay_lag: int = 1  # only samples at least this many versions old
-    replay_ahead: bool = False  # while the learner is still at the previous step
+    reexecutions: int = 0  # samples whose calls are executed again before an optimizer step, at most
+    reexecute_min_lag: int = 1  # only samples at least this many versions old
+    reexecute_ahead: bool = False  # while the learner is still at the previous step
 
     @property
-    def max_lag(self) -> int:
-        return self.depth if self.lag is None else self.lag
+    def bound(self) -> int:
+        return self.max_lag if self.lag is None else self.lag
 
     @property
     def deterministic(self) -> bool:
         """Whether groups are formed by number instead of by arrival, so that two runs compute the same."""
-        return self.max_lag == 0 or self.lag is not None
+        return self.bound == 0 or self.lag is not None
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Replay:
-    """Find out whether the contexts of these samples have changed since they were scored, in the world of
-    step `now`.
+class Reexecute:
+    """Execute the calls of these samples again, to see whether their contexts, as of step `now`, are still
+    those that were scored.
     """
 
     keys: tuple[int, ...]
@@ -112,8 +112,8 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Measure:
-    """Measure some held-out samples with the learner's version."""
+class Evaluate:
+    """Compare some held-out samples with the teacher, with the learner's version."""
 
     version: int
     keys: tuple[int, ...]
@@ -127,4 +127,4 @@ class Lease:
     waker: Role
 
 
-Action = Generate | Load | Score | Replay | Train | Measure | Lease
+Action = Generate | Load | Score | Reexecute | Train | Evaluate | Lease

@@ -25,7 +25,7 @@ from fopd_cli.errors import UserError
 from fopd_cli.sandbox.limits import Limits, Outcome
 from fopd_cli.tasks.base import Observation
 from fopd_cli.tasks.calls import Call, native, spoken
-from fopd_cli.tasks.swe.places import Place, shown
+from fopd_cli.tasks.swe.workspaces import Workspace, shown
 
 LONGEST = 100_000  # Linux's limit for one argument is 128 kB
 INSTALL = "pip install 'fopd[swe]' && pip install --no-deps mini-swe-agent==2.4.6"
@@ -53,12 +53,12 @@ class Scaffold:
         require()
         from minisweagent.config import builtin_config_dir
 
-        places = [
+        candidates = [
             builtin_config_dir / "benchmarks" / f"{name}.yaml",
             builtin_config_dir / f"{name}.yaml",
             Path(name),
         ]
-        found = next((p for p in places if p.is_file()), None)
+        found = next((p for p in candidates if p.is_file()), None)
         if found is None:
             raise UserError(
                 f"task.scaffold: {name!r} is neither a configuration of mini-swe-agent nor a file"
@@ -187,12 +187,12 @@ class _Nowhere:
         return {"system": "Linux", "release": "", "version": "", "machine": "x86_64", **self.config}
 
 
-class PlaceEnvironment(_Nowhere):
-    """minisweagent's `Environment` on one of our places; the line that submits is the same as in its own."""
+class WorkspaceEnvironment(_Nowhere):
+    """minisweagent's `Environment` on one of our workspaces; the line that submits is that of its own."""
 
-    def __init__(self, place: Place, limits: Limits, config: dict[str, Any]) -> None:
-        super().__init__({**config, "cwd": place.directory})
-        self.place, self.limits = place, limits
+    def __init__(self, workspace: Workspace, limits: Limits, config: dict[str, Any]) -> None:
+        super().__init__({**config, "cwd": workspace.directory})
+        self.workspace, self.limits = workspace, limits
         self.calls: list[dict[str, Any]] = []
 
     def execute(self, action: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class PlaceEnvironment(_Nowhere):
         if len(command.encode()) > LONGEST:
             outcome = Outcome(f"stopped: a command of more than {LONGEST} bytes\n", "exit", 126, 0.0)
         else:
-            outcome = self.place.run(command)
+            outcome = self.workspace.run(command)
         text, ok = shown(outcome, self.limits), outcome.reason == "exit"
         self.calls.append(
             {"tool": "bash", "input": action["command"], "output": text, "ok": ok, "seconds": outcome.seconds}
@@ -223,21 +223,21 @@ class PlaceEnvironment(_Nowhere):
 
 
 class AgentEpisode:
-    """Implements `base.Episode`. `make_place` is called in the agent's thread: checking out may take a
+    """Implements `base.Episode`. `make_workspace` is called in the agent's thread: checking out may take a
     while.
     """
 
-    def __init__(self, scaffold: Scaffold, task: str, make_place: Any, limits: Limits) -> None:
-        self.scaffold, self.task, self.make_place, self.limits = scaffold, task, make_place, limits
+    def __init__(self, scaffold: Scaffold, task: str, make_workspace: Any, limits: Limits) -> None:
+        self.scaffold, self.task, self.make_workspace, self.limits = scaffold, task, make_workspace, limits
         self._heard: asyncio.Queue[Any] | None = None
         self._model: TurnModel | None = None
-        self._environment: PlaceEnvironment | None = None
+        self._environment: WorkspaceEnvironment | None = None
         self._thread: threading.Thread | None = None
 
     async def observe(self, turn: str) -> Observation:
         if self._heard is None:
             self._start()
-            # the prompt, which the student already has; or the error that prevented the place
+            # the prompt, which the student already has; or the error that prevented the workspace
             first = await self._next()
             if isinstance(first, BaseException):
                 raise first
@@ -259,7 +259,7 @@ class AgentEpisode:
             return
         self._model.said.put(None)
         if self._environment is not None:
-            self._environment.place.stop()
+            self._environment.workspace.stop()
         await asyncio.to_thread(self._thread.join)
 
     def _start(self) -> None:
@@ -286,10 +286,10 @@ class AgentEpisode:
     def _run(self, model: TurnModel, send: Any) -> None:
         from minisweagent.agents.default import DefaultAgent
 
-        place = None
+        workspace = None
         try:
-            place = self.make_place()
-            environment: Any = PlaceEnvironment(place, self.limits, self.scaffold.environment)
+            workspace = self.make_workspace()
+            environment: Any = WorkspaceEnvironment(workspace, self.limits, self.scaffold.environment)
             self._environment = environment
             send(dict(DefaultAgent(model, environment, **self.scaffold.agent).run(self.task)))
         except (_Stopped, asyncio.CancelledError):
@@ -298,5 +298,5 @@ class AgentEpisode:
             traceback.print_exc()
             send(error)
         finally:
-            if place is not None:
-                place.close()
+            if workspace is not None:
+                workspace.close()

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from fopd_cli.errors import UserError
 from fopd_cli.tasks.base import Grade
 from fopd_cli.tasks.swe.instances import Instance
-from fopd_cli.tasks.swe.places import Place, write
+from fopd_cli.tasks.swe.workspaces import Workspace, write
 
 PYTEST = "PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 python3 -m pytest -q --tb=no -p no:cacheprovider"
 IS_PYTEST = re.compile(r"(?:^|[\s/;&|])(?:pytest|py\.test)(?:\s|$)")
@@ -30,17 +30,17 @@ STATUS = re.compile(r"^(PASSED|XFAIL) (\S+)", re.MULTILINE)
 IN_DIFF = re.compile(r"^\+\+\+ b/(\S+)", re.MULTILINE)
 
 
-def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
+def judge(instance: Instance, workspace: Workspace, patch: str, wall_s: float) -> Grade:
     """Score 1 if all FAIL_TO_PASS and PASS_TO_PASS tests pass with the patch.
 
-    Figures: `submitted` (there is a patch), `applied`, and for those that apply `regression`: a test that
+    Metrics: `submitted` (there is a patch), `applied`, and for those that apply `regression`: a test that
     passed before fails now (the paper's post-patch regression). Tests that the patch touches are restored
     first.
     """
     if not patch.lstrip().startswith("diff "):
         return Grade(0.0, {"submitted": 0.0})
-    write(place, PATCH, patch)
-    if place.run(f"git apply --whitespace=nowarn {PATCH}").code != 0:
+    write(workspace, PATCH, patch)
+    if workspace.run(f"git apply --whitespace=nowarn {PATCH}").code != 0:
         return Grade(0.0, {"submitted": 1.0, "applied": 0.0})
     # A single command from here on, since each one starts a sandbox.
     tests = [*instance.fail_to_pass, *instance.pass_to_pass]
@@ -49,18 +49,18 @@ def judge(instance: Instance, place: Place, patch: str, wall_s: float) -> Grade:
     )
     steps = [f"git checkout -q HEAD -- {shlex.quote(path)} 2>/dev/null" for path in own]
     if instance.test_patch:
-        write(place, PATCH, instance.test_patch)
+        write(workspace, PATCH, instance.test_patch)
         steps.append(f"git apply --whitespace=nowarn {PATCH}")
     files = " ".join(shlex.quote(f) for f in dict.fromkeys(t.split("::")[0] for t in tests))
     command, report = instance.test_command or PYTEST, None
     if IS_PYTEST.search(command):
         report = f".fopd-{secrets.token_hex(12)}.xml"
         command += f" -o junit_family=xunit1 --junitxml={report}"
-    outcome = place.run("; ".join([*steps, f"{command} {files}"]), wall_s)
+    outcome = workspace.run("; ".join([*steps, f"{command} {files}"]), wall_s)
     if report is None:  # another runner: only its output is known
         passed = {name for _, name in STATUS.findall(outcome.output)}
     else:
-        passed = passed_tests(place.read(report) or "")
+        passed = passed_tests(workspace.read(report) or "")
     kept = all(t in passed for t in instance.pass_to_pass)
     resolved = kept and all(t in passed for t in instance.fail_to_pass)
     return Grade(float(resolved), {"submitted": 1.0, "applied": 1.0, "regression": float(not kept)})

@@ -27,7 +27,7 @@ from fopd_cli.runtime.memory.shared import shared_bytes
 from fopd_cli.samples import Prompt, Rollout, TargetSpec
 from fopd_cli.tasks.base import Observation
 from fopd_cli.tasks.privileged import told
-from fopd_cli.tasks.replay import Replay, cached, realigned, replay, same
+from fopd_cli.tasks.replay import Replay, judged_context, realigned, replay, same
 from fopd_cli.tasks.tool import scripted
 
 
@@ -60,9 +60,11 @@ def test_turns_that_the_environment_no_longer_answers_have_no_context() -> None:
     assert context.token_ids.tolist() == [1, 2, 10, 11, 90, 91, 12, 13, 14]
     assert context.positions.tolist() == [2, 3, -1, -1, 6, 7, 8, -1, -1]
     whole = realigned(r, np.array([1, 2]), [np.array([90, 91]), np.array([92])])
-    assert same(whole, cached(r, None))
-    assert not same(context, cached(r, None))
-    assert same(realigned(r, np.array([7]), [np.array([90, 91]), np.array([92])]), cached(r, np.array([7])))
+    assert same(whole, judged_context(r, None))
+    assert not same(context, judged_context(r, None))
+    assert same(
+        realigned(r, np.array([7]), [np.array([90, 91]), np.array([92])]), judged_context(r, np.array([7]))
+    )
 
 
 def test_a_replay_executes_the_turns_again_or_asks_the_task() -> None:
@@ -115,7 +117,7 @@ def test_supervision_drift_against_float64(kind: Any, width: int) -> None:
     r = rollout([(0, len(call)), (len(call) + len(seen), n)], ids, len(asked))
     later = replace(r, context=realigned(r, np.array(asked), [np.array(otherwise)]))
     changed, positions = later.judged.token_ids, later.judged.positions
-    spec = TargetSpec(kind, width, torch.float32, replayed=True)
+    spec = TargetSpec(kind, width, torch.float32, reexecuted=True)
     targets = targets_at(shared_bytes(spec.nbytes(n)), 0, spec, n)
     score(teacher, [r], [targets])
     assert targets.drift is not None
@@ -183,7 +185,12 @@ def drifting(lag: int, drift: float, **changes: Any) -> dict[str, Any]:
         task={"drift": drift, "eval_prompts": 2, "max_turns": 3},
         schedule={"lag": lag},
         learner={"steps": 5, "batch_samples": 8, "lr": 1e-6, "warmup_steps": 0},
-        freshness={"policy": "reweight", "xi": 0.0, "replay": {"share": 1.0}, **changes.pop("freshness", {})},
+        freshness={
+            "policy": "reweight",
+            "xi": 0.0,
+            "reexecute": {"share": 1.0},
+            **changes.pop("freshness", {}),
+        },
         **changes,
     )
     recipe["student"]["model"] = str(TOOL / "teacher")
@@ -195,7 +202,7 @@ def supervision(run: Path) -> list[float]:
 
 
 def cost(run: Path, name: str) -> float:
-    """Of a whole run: which step a replay is booked on depends on the clock."""
+    """Of a whole run: which step a re-execution is booked on depends on the clock."""
     return sum(r["timing"][name] for r in lines(run / "metrics.jsonl") if r["kind"] == "step")
 
 
@@ -217,15 +224,15 @@ def test_a_tool_that_drifts_is_measured_and_one_that_does_not_is_not(fopd: Fopd)
     assert cost(runs[4], "replayed_changed") > 0
     without = fopd.run(drifting(4, 0.3, freshness={"policy": "lag_weight"}), "without")
     assert supervision(without) == [0.0] * 5
-    assert cost(without, "replayed") == 0, "a policy without freshness replays nothing"
+    assert cost(without, "replayed") == 0, "a policy without freshness reexecutes nothing"
 
 
 @SLOW
 @needs_sandbox
-def test_replays_of_an_asynchronous_run(fopd: Fopd) -> None:
-    """No fixed lag: samples are replayed as they get ready, and the accounts stay exact."""
+def test_reexecutions_of_an_asynchronous_run(fopd: Fopd) -> None:
+    """No fixed lag: samples are reexecuted as they get ready, and the accounts stay exact."""
     recipe = drifting(0, 0.5)
-    recipe["schedule"] = {"depth": 3}
+    recipe["schedule"] = {"max_lag": 3}
     recipe["learner"]["steps"] = 8
     run = fopd.run(recipe)
     check_accounts(run)
@@ -237,12 +244,12 @@ def test_replays_of_an_asynchronous_run(fopd: Fopd) -> None:
 @needs_sandbox
 def test_a_drifted_sample_teaches_what_the_student_has_read_unless_told_otherwise(fopd: Fopd) -> None:
     """The student is the teacher: on the context that both have read there is nothing to learn."""
-    replay = {"share": 1.0}
+    all_of_it = {"share": 1.0}
     kept, current = (
         [
             r["kl"]
             for r in metrics(
-                fopd.run(drifting(4, 0.9, freshness={"replay": {**replay, "labels": labels}}), labels)
+                fopd.run(drifting(4, 0.9, freshness={"reexecute": {**all_of_it, "labels": labels}}), labels)
             )
             if r["kind"] == "step"
         ]
@@ -254,8 +261,8 @@ def test_a_drifted_sample_teaches_what_the_student_has_read_unless_told_otherwis
 
 @SLOW
 @needs_sandbox
-def test_two_runs_with_replays_are_bitwise_the_same_and_the_budget_holds(fopd: Fopd) -> None:
-    recipe = drifting(2, 0.5, freshness={"replay": {"share": 0.25}})
+def test_two_runs_with_reexecutions_are_bitwise_the_same_and_the_budget_holds(fopd: Fopd) -> None:
+    recipe = drifting(2, 0.5, freshness={"reexecute": {"share": 0.25}})
     first, second = (fopd.run(recipe, name) for name in ("a", "b"))
     assert metrics(first) == metrics(second)
     assert cost(first, "replayed") == 3 * 2

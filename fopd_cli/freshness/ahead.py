@@ -2,15 +2,15 @@
 
 A score can weigh a stale sample less; it cannot make it fresh. While the student moves fast, as in its first
 steps, a batch that is two steps old shows it prefixes that it no longer visits, and every step spent on them
-is lost. Once it moves slowly, the same lag costs nothing. So a recipe's depth is only the most, and admission
-follows what was measured:
+is lost. Once it moves slowly, the same lag costs nothing. So a recipe's max_lag is only the most, and
+admission follows what was measured:
 
     D_roll of the batch's lagged samples, above the noise floor:
         over `target`     one step less ahead
         at or under it    one step more, up to the most
 
 A batch without lagged samples measures nothing; after `PATIENCE` such batches, one step ahead is tried again.
-The recipe's bound on the lag is unchanged: less depth only delays admission, and drops nothing.
+The recipe's bound on the lag is unchanged: running less far ahead only delays admission, and drops nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PATIENCE = 3  # optimizer steps
 
 
 @dataclass
-class Depth:
+class Ahead:
     """Steps ahead allowed `now`, which a checkpoint stores with `waited`; the rest is the recipe's."""
 
     most: int

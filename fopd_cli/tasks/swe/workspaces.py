@@ -50,7 +50,7 @@ NOTES = {
 }
 
 
-class Place(Protocol):
+class Workspace(Protocol):
     """A repository at its base commit; single use."""
 
     directory: str  # its path as seen from inside
@@ -70,7 +70,7 @@ class Place(Protocol):
     def close(self) -> None: ...
 
 
-class LocalPlace:
+class LocalWorkspace:
     """A bubblewrap sandbox with the repository on disk at /workspace. `slots` bounds the commands that run at
     once.
     """
@@ -153,7 +153,7 @@ def _check_out(instance: Instance, path: Path) -> None:
         raise UserError(f"task: instance {instance.id}: git failed: {done.stderr.strip()[-200:]}")
 
 
-class ContainerPlace:
+class ContainerWorkspace:
     """A container of the instance's image without network or capabilities, run by mini-SWE-agent's own Docker
     environment.
 
@@ -228,11 +228,11 @@ class ContainerPlace:
         self._environment.cleanup()
 
 
-def write(place: Place, path: str, text: str) -> None:
+def write(workspace: Workspace, path: str, text: str) -> None:
     """Put a file into a repository, whatever its content. `path` must be safe in a shell."""
     data = base64.b64encode(text.encode(errors="replace")).decode()
     for i in range(0, max(1, len(data)), STEP):
-        place.run(f"printf %s '{data[i : i + STEP]}' | base64 -d {'>>' if i else '>'} {path}")
+        workspace.run(f"printf %s '{data[i : i + STEP]}' | base64 -d {'>>' if i else '>'} {path}")
 
 
 def shown(outcome: Outcome, limits: Limits) -> str:

@@ -1,4 +1,4 @@
-"""What replayed contexts cost: how many there were, and how long the learner waited for them."""
+"""What executing calls again costs: how many there were, and how long the learner waited for them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable
 
 
-class Replays:
-    """Replays under way, and sums since the last optimizer step."""
+class Reexecutions:
+    """Re-executions under way, and sums since the last optimizer step."""
 
     def __init__(self) -> None:
         self._under_way: set[int] = set()
@@ -15,7 +15,7 @@ class Replays:
         self._clear()
 
     def _clear(self) -> None:
-        self._replayed = self._changed = 0
+        self._done = self._changed = 0
         self._waited = self._executed = 0.0
 
     def begin(self, keys: Iterable[int], holding: bool) -> None:
@@ -29,14 +29,14 @@ class Replays:
         self._since = time.time() if self._under_way else None
 
     def end(self, key: int, changed: bool, seconds: float) -> None:
-        """One replay is done; its execution took `seconds`."""
+        """One is done; its execution took `seconds`."""
         self._changed += changed
-        self._replayed += 1
+        self._done += 1
         self._executed += seconds
         self.forget(key)
 
     def forget(self, key: int) -> None:
-        """A replay is done, or its sample is gone."""
+        """One is done, or its sample is gone."""
         if key in self._under_way:
             self._under_way.discard(key)
             if not self._under_way and self._since is not None:
@@ -44,11 +44,11 @@ class Replays:
                 self._since = None
 
     def cost(self) -> dict[str, float]:
-        """Since the last call: samples replayed, and those that changed; seconds of execution, and seconds
+        """Since the last call: samples reexecuted, and those that changed; seconds of execution, and seconds
         that the learner waited.
         """
         found = {
-            "replayed": float(self._replayed),
+            "replayed": float(self._done),
             "replayed_changed": float(self._changed),
             "replay_seconds": self._executed,
             "replay_wait_seconds": self._waited,

@@ -1,0 +1,34 @@
+"""How far ahead sampling may run, by the drift that was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fopd_cli.freshness.ahead import PATIENCE, Ahead
+
+
+def batch(lag: int, drift: float) -> tuple[np.ndarray, np.ndarray]:
+    """Some samples of this lag and drift, and a fresh one."""
+    return np.array([0, lag, lag]), np.array([0.0, drift, drift])
+
+
+def test_it_begins_one_step_ahead_and_follows_the_drift() -> None:
+    ahead = Ahead(most=3, target=0.1)
+    assert ahead.now == 1
+    assert [ahead.update(*batch(1, d)) for d in (0.05, 0.05, 0.05, 0.2, 0.2, 0.1)] == [2, 3, 3, 2, 1, 2]
+
+
+def test_with_nothing_to_measure_one_step_ahead_is_tried_now_and_then() -> None:
+    ahead = Ahead(most=3, target=0.1)
+    assert ahead.update(*batch(1, 5.0)) == 0
+    assert [ahead.update(*batch(0, 0.0)) for _ in range(PATIENCE + 1)] == [0] * (PATIENCE - 1) + [1, 1]
+
+
+def test_without_a_target_or_with_max_lag_zero_there_is_nothing_to_follow() -> None:
+    assert [Ahead(4, None).update(*batch(1, 9.0)), Ahead(0, 0.1).update(*batch(0, 0.0))] == [4, 0]
+
+
+def test_a_checkpoint_goes_on_within_what_the_recipe_says_today() -> None:
+    assert Ahead(4, 0.1).resume(now=3, waited=0) == 3
+    assert Ahead(2, 0.1).resume(now=3, waited=0) == 2
+    assert Ahead(4, None).resume(now=0, waited=2) == 4
