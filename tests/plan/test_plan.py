@@ -250,7 +250,7 @@ def test_a_device_is_known_by_its_driver(tmp_path: Path) -> None:
 def ran(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run directory, and what the run said."""
     fopd = Fopd(tmp_path_factory.mktemp("plan"))
-    recipe = fopd.recipe(small_recipe(pair, learner={"steps": 6}, schedule={"depth": 1}))
+    recipe = fopd.recipe(small_recipe(pair, learner={"steps": 6}, schedule={"max_lag": 1}))
     said = fopd("run", recipe, "--run-dir", fopd.folder / "run").err
     return fopd.folder / "run", said
 
