@@ -15,6 +15,7 @@ from fopd_cli import doctor
 from fopd_cli.engines.models.downloads import obtain
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, load_inputs, with_engines
+from fopd_cli.plan import hardware
 from fopd_cli.plan.command import before_a_run
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
 from fopd_cli.runtime.build import sampler_dtype
@@ -29,9 +30,10 @@ from fopd_cli.runtime.journal.saving import Saver
 from fopd_cli.runtime.journal.sinks import Changes, Progress, Resume, Telemetry
 from fopd_cli.runtime.journal.trackers import Subject, open_trackers
 from fopd_cli.runtime.placement import to_plain
-from fopd_cli.runtime.placing import placed
+from fopd_cli.runtime.placing import models, placed
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
+from fopd_cli.runtime.time_model import at_peak
 
 
 def run(recipe: Recipe, path: Path, live: bool = False) -> dict[str, Any]:
@@ -165,7 +167,9 @@ class _Run:
         self.state = State(inputs)
         self.setup = inputs.setup(self.state.buffer.arena.memory, run_dir.path)
         display = view if live else Progress
-        self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks, display=display)
+        flops = hardware.peak()
+        rates = {} if flops is None else at_peak(inputs.recipe, inputs.plan, models(inputs.recipe), flops)
+        self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks, False, display, rates)
         self.signals = Signals(self.journal.say)
         dtype = sampler_dtype(inputs.recipe, inputs.plan)
         self.saver = Saver(self.state, run_dir, self.journal, self.setup.channel, dtype)

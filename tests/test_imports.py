@@ -246,6 +246,7 @@ ALLOWED: dict[str, set[str]] = {
         "inputs",
         "errors",
         "plan.command",
+        "plan.hardware",
         "recipe",
         "runtime",
     },

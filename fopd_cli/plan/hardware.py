@@ -89,6 +89,13 @@ def here() -> Hardware:
     return Hardware(name, count, rates, min(known, default=nbytes), CUDA_LAUNCH)
 
 
+def peak() -> float | None:
+    """FLOP per second in dense bf16 of a device of this machine; None: there is none, or it is not known."""
+    said = product(DRIVER) if visible.count() else None
+    key = recognized(said) if said else None
+    return KNOWN[key][0].flops if key else None
+
+
 def product(driver: Path) -> str | None:
     """What the driver calls this machine's first device; None if it does not say. All are taken to be
     alike.

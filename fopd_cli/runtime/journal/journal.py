@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.pace import Pace, readable
 from fopd_cli.runtime.journal.sinks import Changes, Display, Progress, Resume, Sinks
 from fopd_cli.runtime.journal.totals import Totals
+from fopd_cli.runtime.journal.utilization import Utilization
 from fopd_cli.runtime.journal.watch import Watch
 from fopd_cli.runtime.scheduling.schedule import Schedule
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
@@ -52,8 +54,10 @@ class Journal:
         open_sinks: OpenSinks,
         quiet: bool = False,
         display: OpenDisplay = Progress,
+        at_peak: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """`display` gets the number of steps, and how many are done."""
+        """`display` gets the number of steps, and how many are done. `at_peak`: see `Utilization`."""
+        self._utilization = Utilization(at_peak)
         self.recipe, self.tokenizer, self.quiet = recipe, tokenizer, quiet
         self._open_display = display
         self._open_sinks = open_sinks
@@ -112,6 +116,7 @@ class Journal:
     def worked(self, worker: str, span: Span) -> None:
         """A worker did something."""
         self.sinks.span(worker, span)
+        self._utilization.worked(worker, span)
 
     def sampled(self, rollout: Rollout) -> None:
         self.totals.generated_tokens += generated(rollout)
@@ -137,6 +142,7 @@ class Journal:
             "seconds": time.time() - self._step_began,
             "conductor_seconds": self._cpu_seconds(),
             "busy": self.sinks.busy_shares(),
+            **self._utilization.step(),
             **runtime,
             "publish_seconds": report.publish_seconds,
             "publish_bytes": report.publish_bytes,

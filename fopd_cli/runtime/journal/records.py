@@ -213,7 +213,11 @@ def scalars(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, float]:
     flat |= {f"idle/{role}": 1 - share for role, share in timing["busy"].items()}
     for worker, sizes in timing.get("device_bytes", {}).items():
         flat |= {f"device_gb/{worker} {what}": size / 1e9 for what, size in sizes.items()}
-    names = ("seconds", "buffer_samples", "buffer_bytes", "in_flight", "publish_seconds", "publish_gb_per_s")
+    flat |= {f"mfu/{role}": share for role, share in timing.get("mfu", {}).items()}
+    names = (
+        *("seconds", "gap_seconds", "buffer_samples", "buffer_bytes", "in_flight"),
+        *("publish_seconds", "publish_gb_per_s"),
+    )
     return flat | {f"runtime/{name}": float(timing[name]) for name in names}
 
 
