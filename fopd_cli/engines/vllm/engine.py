@@ -97,7 +97,7 @@ def problem() -> str | None:
 
 
 class VllmEngine:
-    """One engine core. Raises `UserError` for what vLLM refuses (a context that exceeds its KV cache, ...)."""
+    """One engine core. Raises `UserError` for what vLLM refuses, such as a context over its KV cache."""
 
     def __init__(self, options: VllmOptions) -> None:
         if (missing := problem()) is not None:
