@@ -105,7 +105,10 @@ class CheckpointStore:
         temporary.rename(final)
         _sync(self.folder)
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+            leaving = self.path(old).rename(
+                self.path(old).with_suffix(".tmp")
+            )  # killed meanwhile: no half one
+            shutil.rmtree(leaving)
         newest = self.steps()[-1]
         for aside in self.folder.glob(f"step-*{SUPERSEDED}"):
             if int(aside.stem.removeprefix("step-")) <= newest:
