@@ -115,6 +115,14 @@ def _evaluations(records: Sequence[Record]) -> Iterator[str]:
     for record in [*records[:-1:stride], records[-1]]:
         score = f" {_figure(record, 'score')} |" if graded else ""
         yield f"| {record['step']} |{score} {_figure(record, 'kl')} |"
+    if sets := records[-1].get("sets"):
+        yield ""
+        yield f"These are of the held-out set {records[-1]['set']}. At step {records[-1]['step']}, by set:"
+        yield ""
+        yield "| set | prompts | score | KL |"
+        yield "|---|---|---|---|"
+        for name, own in sets.items():
+            yield f"| {name} | {own['prompts']} | {_figure(own, 'score')} | {_figure(own, 'kl')} |"
 
 
 def _figure(record: Record, key: str) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.protocols import Sampler
 from fopd_cli.engines.registry import engine_of
+from fopd_cli.engines.text.pieces import pieces
 from fopd_cli.engines.text.templates import Frame
 from fopd_cli.engines.text.vocabularies import exchanged, inverse, match
 from fopd_cli.engines.transformers.sampler import TransformersSampler
@@ -110,7 +111,7 @@ class Chat:
     ) -> None:
         devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
         self.tokenizer = hf.load_tokenizer(model, "MODEL")
-        self.chat = _has_template(recipe, self.tokenizer) if chat is None else chat
+        self.chat = has_template(recipe, self.tokenizer) if chat is None else chat
         frame = student_frame(recipe, self.tokenizer)
         config = hf.load_config(model, "MODEL")
         self.vocab, self.system = hf.vocab_size(config), getattr(recipe.task, "system", None)
@@ -176,7 +177,8 @@ class Chat:
             theirs = hf.decode(self.tokenizer, answer)
         self.student.remember(line, said)
         mean = None if self.teacher is None else float(kls.mean())
-        return Turn(list(pieces(self.tokenizer, said, kls)), mean, theirs, notice)
+        shown = [(text, float(kls[a:b].sum())) for text, a, b in pieces(self.tokenizer, said)]
+        return Turn(shown, mean, theirs, notice)
 
     def _fits(self, line: str) -> bool:
         return all(
@@ -206,24 +208,10 @@ def _speaker(
     return Speaker(name, sampler.model, sampler, frame, decoder, context, device)
 
 
-def _has_template(recipe: Recipe, tokenizer: Any) -> bool:
+def has_template(recipe: Recipe, tokenizer: Any) -> bool:
     """Whether the run's own prompts went through the chat template, as far as the recipe tells."""
     chat = getattr(recipe.task, "chat", recipe.task.name != "arithmetic")
     return chat is not False and bool(getattr(tokenizer, "chat_template", None))
-
-
-def pieces(tokenizer: Any, ids: np.ndarray, kls: np.ndarray) -> Iterator[tuple[str, float]]:
-    """(text, KL) of each token. Tokens that only together make a character are one piece, with the sum of
-    their KLs.
-    """
-    done, kl = "", 0.0
-    for i, value in enumerate(kls.tolist(), 1):
-        kl += value
-        text = str(tokenizer.decode(ids[:i].tolist()))
-        if i < len(ids) and (text.endswith("\ufffd") or not text.startswith(done)):
-            continue
-        yield text[len(done) :], kl
-        done, kl = text, 0.0
 
 
 SHADES = (

@@ -49,6 +49,10 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override one key of the recipe, for example learner.steps=100."
     ),
 ]
+LiveOption = Annotated[
+    bool,
+    typer.Option("--live", help="A view in the terminal: progress, busy roles, figures, the newest answer."),
+]
 StepOption = Annotated[
     int | None, typer.Option(metavar="N", help="The checkpoint of this step; default: the newest sound one.")
 ]
@@ -104,6 +108,60 @@ def new(
     typer.echo(f"{path}: ready; next: fopd run {path}")
 
 
+@app.command("plan")
+def plan_command(
+    recipe: RecipeArgument,
+    devices: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, max=1024, help="How many; 0: the CPU. Default: this machine's."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="h100, h200, a100, l40s, rtx4090, ...; default: h100, or this machine's."
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", min=1, help="Of each device; default: what NAME has.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MEAN,MAX|FILE",
+            help="Tokens of the responses: log-normal, a file of numbers, or a run directory. Default: those "
+            "of --from, else half of sampler.max_new_tokens.",
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="A run whose measured seconds replace the arithmetic."),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(metavar="P", min=0, help="Of one device for an hour.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """What a run would take on some devices: memory, seconds, lag, hours, cost, and the best split.
+
+    The real schedule is driven on a virtual clock. No device is needed, and nothing is downloaded but the
+    models' configurations.
+    """
+    from fopd_cli.plan import page
+    from fopd_cli.plan.command import plan
+    from fopd_cli.plan.split import best
+    from fopd_cli.recipe import load_recipe
+
+    found, chosen = plan(load_recipe(recipe, set_ or ()), devices, device, memory, lengths, from_)
+    if chosen is not None:
+        typer.echo(chosen, err=True)
+    if json_:
+        typer.echo(json.dumps(page.plain(found, best(found), price), indent=1))
+        return
+    for text in page.text(found, best(found), price):
+        typer.echo(text)
+
+
 @app.command()
 def run(
     recipe: MaybeRecipe = None,
@@ -121,6 +179,7 @@ def run(
             help="Print the resolved recipe and the placement on this machine; start and load nothing.",
         ),
     ] = False,
+    live: LiveOption = False,
 ) -> None:
     """Distil: sample, judge, learn, until learner.steps. Ctrl-C or SIGTERM writes a checkpoint and stops; a
     second one stops at once.
@@ -152,7 +211,7 @@ def run(
     warm.begin()
     from fopd_cli import launch
 
-    _report(launch.run(parsed, path), path)
+    _report(launch.run(parsed, path, live), path)
 
 
 @app.command()
@@ -162,6 +221,7 @@ def resume(
     ],
     step: StepOption = None,
     set_: SetOption = None,
+    live: LiveOption = False,
 ) -> None:
     """Continue a run from its newest sound checkpoint, exactly where it left off.
 
@@ -171,7 +231,7 @@ def resume(
     warm.begin()
     from fopd_cli import launch
 
-    _report(launch.resume(run_dir, step, set_ or []), run_dir)
+    _report(launch.resume(run_dir, step, set_ or [], live), run_dir)
 
 
 @app.command()
@@ -258,6 +318,32 @@ def evaluate(
             metavar="N", help="Of a run: the student of this checkpoint; it stays in RUN_DIR/exports."
         ),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|YAML[,..]",
+            help="Tasks of the lm-evaluation-harness instead, by name or as files; a run keeps the results.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of --suite: only the first N samples of a task.")
+    ] = None,
+    beside: Annotated[
+        str | None,
+        typer.Option(
+            metavar="teacher,untrained", help="Of --suite, for a run: what is measured beside its student."
+        ),
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(metavar="hf|vllm", help="Of --suite: the harness's own backends.")
+    ] = "hf",
+    raw: Annotated[
+        bool | None,
+        typer.Option(
+            "--raw/--chat",
+            help="Of --suite: without or with the chat template; default: like the run's own prompts.",
+        ),
+    ] = None,
     set_: SetOption = None,
 ) -> None:
     """Score a model on a task's held-out prompts: exact match, mean@k, with a standard error over prompts.
@@ -273,6 +359,15 @@ def evaluate(
 
     folder = Path(model)
     is_run = paths.is_file(folder / "recipe.yaml")
+    ours = {"--task": task, "--samples": samples, "--generate-only": generate_only, "--jobs": jobs}
+    ours |= {"--grade-only": grade_only}
+    theirs = {"--limit": limit, "--beside": beside, "--raw, --chat": raw}
+    given = {name: value for name, value in (theirs if suite is None else ours).items() if value is not None}
+    for name in [name for name, value in given.items() if suite is None or value is not False]:
+        raise UserError(f"{name}: {'belongs to' if suite is None else 'does not go with'} --suite")
+    if suite is not None:
+        _suite(folder if is_run else None, model, suite, limit, beside, backend, raw, step, out, set_ or [])
+        return
     source = task or (folder / "recipe.yaml" if is_run else None)
     if source is None:
         raise UserError(
@@ -299,6 +394,53 @@ def evaluate(
     recipe = with_engines(recipe)
     mode: Any = "generate" if generate_only else "grade" if grade_only else "all"
     typer.echo(json.dumps(score(path, recipe, out, mode, jobs or default_jobs(recipe)), indent=1))
+
+
+def _suite(
+    folder: Path | None,
+    model: str,
+    asked: str,
+    limit: int | None,
+    beside: str | None,
+    backend: str,
+    raw: bool | None,
+    step: int | None,
+    out: Path | None,
+    set_: list[str],
+) -> None:
+    """`fopd eval --suite` of a run (`folder`) or of a model; each model's figures are written at once."""
+    if folder is None:
+        for name in [n for n, value in (("--beside", beside), ("--step", step), ("--set", set_)) if value]:
+            raise UserError(f"{name}: is for runs, but {model} is not one (it has no recipe.yaml)")
+    from fopd_cli import suite
+    from fopd_cli.inputs import check_model_name
+    from fopd_cli.report import suites, tables
+
+    suite.check_installed()
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    if not names:
+        raise UserError("--suite: names no task")
+    recipe = None
+    if folder is None:
+        check_model_name(model, "MODEL")
+        subjects = [suite.Subject("model", model)]
+    else:
+        from fopd_cli.runtime.journal.rundir import RunDir
+
+        run = RunDir.open(folder)
+        recipe = run.load_recipe(set_)
+        others = [name.strip() for name in (beside or "").split(",") if name.strip()]
+        subjects = suite.of_run(run, recipe, step, others)
+    terms = suite.terms(backend, recipe, subjects[0].model, limit, None if raw is None else not raw)
+    target = out or (None if folder is None else folder / suites.FILE)
+    found = []
+    for record in suite.measure(subjects, names, terms):
+        found.append(record)
+        if target is not None:
+            suites.write(target, [record])
+    typer.echo(tables.aligned(suites.table(found)))
+    if target is not None:
+        typer.echo(f"written to {target}")
 
 
 @app.command()
@@ -544,18 +686,22 @@ def _report(summary: dict[str, Any], path: Path) -> None:
     if (path / "tensorboard").is_dir():
         typer.echo(f"curves: tensorboard --logdir {path / 'tensorboard'}")
     if summary["kl_first"] is not None:
-        score = ""  # empty if nothing is graded
-        if summary["score_first"] is not None and summary["score_last"] is not None:
-            score = f"score {summary['score_first']:.3f} -> {summary['score_last']:.3f}, "
         if summary["student_chosen_by"] != "last":
             typer.echo(
                 f"student/ is that of step {summary['student_step']}, the best by its "
                 f"{summary['student_chosen_by']}"
             )
-        typer.echo(
-            f"{score}KL to the teacher {summary['kl_first']:.4f} -> {summary['kl_last']:.4f}, in "
-            f"{summary['steps']} steps and {summary['wall_seconds']:.0f} s"
-        )
+        for name, own in summary.get("sets", {}).items():
+            typer.echo(f"on {name}: {_learned(own)}")
+        took = f"{summary['steps']} steps and {summary['wall_seconds']:.0f} s"
+        typer.echo(f"{_learned(summary)}, in {took}")
+
+
+def _learned(figures: dict[str, Any]) -> str:
+    """From the first evaluation to the last; a score only where something is graded."""
+    pairs = [("score", "score", 3), ("KL to the teacher", "kl", 4)]
+    ends = [(label, figures[f"{key}_first"], figures[f"{key}_last"], n) for label, key, n in pairs]
+    return ", ".join(f"{w} {a:.{n}f} -> {b:.{n}f}" for w, a, b, n in ends if a is not None and b is not None)
 
 
 def main() -> NoReturn:

@@ -41,7 +41,7 @@ from fopd_cli.runtime.placement import cuda_devices, devices_of_a_replica
 from fopd_cli.runtime.scheduling.conversations import Conversations
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
 from fopd_cli.runtime.scheduling.params import sampling_params
-from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens, evaluation_ids
+from fopd_cli.runtime.scheduling.prompts import PromptStream, check_followed, context_tokens, evaluation_ids
 from fopd_cli.samples import Prompt, Request, Rollout, SampleId
 from fopd_cli.tasks import load_task
 
@@ -89,7 +89,7 @@ def evaluate(
     seconds = time.monotonic() - began
     found = {
         "model": model,
-        **summary(rows),
+        **summary(rows, recipe.eval.follow),
         "samples": recipe.eval.samples,
         "already_done": already if mode != "grade" else 0,
     }
@@ -108,11 +108,29 @@ def _judge(model: str, recipe: Recipe, book: _Book) -> None:
             book.write({**open_[found.number], "kl": found.kl, "kl_tokens": found.tokens})
 
 
-def summary(rows: list[Row]) -> dict[str, Any]:
+def summary(rows: list[Row], follow: str | None = None) -> dict[str, Any]:
     """Figures over all rows; the score is mean@k over prompts, None while nothing is graded.
 
     Rows without a grade give the KL to the teacher: the mean over tokens, with a standard error over prompts.
+    With several held-out sets, the metrics are those of `follow` (None: the first), and all are by name under
+    "sets".
     """
+    by_set: dict[str | None, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_set[row.get("set")].append(row)
+    if len(by_set) < 2:
+        return _metrics(rows)
+    found = {name: _metrics(own) for name, own in by_set.items()}
+    own_set = next(iter(found)) if follow is None else follow
+    if own_set not in found:
+        raise UserError(
+            f"eval.follow: no row is of the held-out set {follow!r}; there are {', '.join(map(str, found))}"
+        )
+    return {"set": own_set, **found[own_set], "sets": found}
+
+
+def _metrics(rows: list[Row]) -> dict[str, Any]:
+    """The metrics of one held-out set."""
     by_prompt: dict[int, list[float]] = defaultdict(list)
     for row in rows:
         if row["score"] is not None:
@@ -151,11 +169,14 @@ def _digest(model: str, recipe: Recipe) -> str:
     them.
     """
     teachers = [[t.name, t.model, t.context, t.template, t.k] for t in recipe.teachers]
+    task = recipe.task.model_dump(mode="json")
+    if isinstance(task.get("eval"), dict):  # held-out sets by name: their order numbers the rows
+        task["eval"] = list(task["eval"].items())
     asked = {
         "model": model,
-        "task": recipe.task.model_dump(mode="json"),
+        "task": task,
         "sampler": recipe.sampler.model_dump(mode="json"),
-        "eval": recipe.eval.model_dump(mode="json"),
+        "eval": recipe.eval.model_dump(mode="json", exclude={"follow"}),  # it changes no row
         "seed": recipe.seed,
         "teachers": teachers,
     }
@@ -257,6 +278,7 @@ def _stream(model: str, recipe: Recipe, task: Any) -> PromptStream:
         recipe.teachers,
     )
     stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, configs, {}))
+    check_followed(recipe, stream)
     return stream
 
 
@@ -376,6 +398,7 @@ def _row(prompt: Prompt, sample: SampleId, rollout: Rollout, tokenizer: Any) -> 
         "number": rollout.key,
         "prompt_index": sample.prompt,
         "sample": sample.repeat,
+        **({} if prompt.held_out is None else {"set": prompt.held_out}),
         "prompt": prompt.text or prompt.messages,
         "response": hf.decode(tokenizer, rollout.response_ids),
         "answer": hf.decode(tokenizer, rollout.last_turn) if rollout.answer is None else rollout.answer,

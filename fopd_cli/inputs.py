@@ -37,7 +37,7 @@ from fopd_cli.runtime.build import (
 from fopd_cli.runtime.memory.weights import Layout, WeightChannel
 from fopd_cli.runtime.placement import Plan, cuda_devices
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
-from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, context_tokens
+from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, check_followed, context_tokens
 from fopd_cli.samples import TargetSpec
 from fopd_cli.tasks import load_task
 
@@ -199,6 +199,7 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
         )
     found = {t.section.name: (t.key, t.config) for t in teachers}
     stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, found, _served(recipe)))
+    check_followed(recipe, stream)
     layout = hf.weight_layout(config, sampler_dtype(recipe, plan))
     return Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
 

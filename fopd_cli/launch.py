@@ -15,38 +15,45 @@ from fopd_cli import doctor
 from fopd_cli.engines.models.downloads import obtain
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, load_inputs, with_engines
+from fopd_cli.plan import hardware
+from fopd_cli.plan.command import before_a_run
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
 from fopd_cli.runtime.build import sampler_dtype
 from fopd_cli.runtime.conductor import Conductor
+from fopd_cli.runtime.crew import cores
 from fopd_cli.runtime.crew.processes import Processes
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_synced
 from fopd_cli.runtime.journal.journal import Journal
+from fopd_cli.runtime.journal.live import view
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.saving import Saver
-from fopd_cli.runtime.journal.sinks import Changes, Resume, Telemetry
+from fopd_cli.runtime.journal.sinks import Changes, Progress, Resume, Telemetry
 from fopd_cli.runtime.journal.trackers import Subject, open_trackers
-from fopd_cli.runtime.placing import placed
+from fopd_cli.runtime.placement import to_plain
+from fopd_cli.runtime.placing import models, placed
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
+from fopd_cli.runtime.time_model import at_peak
 
 
-def run(recipe: Recipe, path: Path) -> dict[str, Any]:
-    """Check, then train; returns the summary."""
+def run(recipe: Recipe, path: Path, live: bool = False) -> dict[str, Any]:
+    """Check, then train; returns the summary. `live`: with a view of it in the terminal."""
     recipe = with_engines(recipe)
     inputs = check(recipe, path)
     run_dir = RunDir.create(path, recipe)
     say(f"recipe: {run_dir.recipe}")
-    return _Run(inputs, run_dir).train()
+    say(before_a_run(inputs))
+    return _Run(inputs, run_dir, live).train()
 
 
-def resume(path: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
+def resume(path: Path, step: int | None, overrides: list[str], live: bool = False) -> dict[str, Any]:
     """Continue from a checkpoint, the newest sound one unless `step` names another; `overrides` apply from
     then on.
 
     With `step`, later changes of the recipe are undone, like everything else that came later. A resume that
     is refused leaves everything unchanged.
     """
-    return _resuming(RunDir.open(path), step, overrides).train()
+    return _resuming(RunDir.open(path), step, overrides, live).train()
 
 
 def fork(path: Path, new: Path, step: int | None, overrides: list[str]) -> dict[str, Any]:
@@ -73,7 +80,7 @@ def fork_name(path: Path, step: int | None) -> Path:
     return path.resolve().with_name(f"{path.resolve().name}-fork-{at}")
 
 
-def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
+def _resuming(run_dir: RunDir, step: int | None, overrides: list[str], live: bool = False) -> _Run:
     """A run that is checked and restored, with nothing written yet."""
     path = run_dir.path
     run_dir.lock()
@@ -94,7 +101,7 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str]) -> _Run:
     for at, changed in run_dir.changed():
         if at == step:  # made when it resumed from this very checkpoint
             in_force.update({key: values[1] for key, values in changed.items()})
-    run = _Run(check(recipe, path), run_dir)
+    run = _Run(check(recipe, path), run_dir, live)
     say(f"resuming {path} from step {step}")
     if undone:
         say(f"the recipe goes back to what it was at step {step}: {', '.join(undone)}")
@@ -155,11 +162,14 @@ def say(line: str) -> None:
 class _Run:
     """A conductor, its processes, and everything around them."""
 
-    def __init__(self, inputs: Inputs, run_dir: RunDir) -> None:
+    def __init__(self, inputs: Inputs, run_dir: RunDir, live: bool) -> None:
         self.recipe, self.run_dir = inputs.recipe, run_dir
         self.state = State(inputs)
         self.setup = inputs.setup(self.state.buffer.arena.memory, run_dir.path)
-        self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks)
+        display = view if live else Progress
+        flops = hardware.peak()
+        rates = {} if flops is None else at_peak(inputs.recipe, inputs.plan, models(inputs.recipe), flops)
+        self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks, False, display, rates)
         self.signals = Signals(self.journal.say)
         dtype = sampler_dtype(inputs.recipe, inputs.plan)
         self.saver = Saver(self.state, run_dir, self.journal, self.setup.channel, dtype)
@@ -181,6 +191,8 @@ class _Run:
     def _open_sinks(self, resume: Resume | None, changed: Changes) -> Telemetry:
         if resume is not None:
             self.run_dir.take_up(self.recipe, resume, changed)
+        where = {"cores": cores.here(), "plan": to_plain(self.state.inputs.plan)}
+        self.run_dir.placement.write_text(json.dumps(where) + "\n", encoding="utf-8")
         track = self.recipe.track
         subject = Subject(self.run_dir.path, self.recipe.model_dump(mode="json"))
         trackers = open_trackers(track, subject, self.journal.say)

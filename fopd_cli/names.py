@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
+
+SET_NAME = re.compile(r"[A-Za-z0-9_.-]{1,60}")  # of a held-out set: every tracker takes such names
+SET_NAME_RULE = "use at most 60 letters, digits, '_', '.' and '-'"
 
 LossKind = Literal["forward_kl", "reverse_kl", "jsd"]  # each has a formula in `losses/divergence.py`
 Support = Literal["full", "topk", "sampled", "mc"]

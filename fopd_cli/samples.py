@@ -46,6 +46,7 @@ class Prompt:
     teacher: str | None = None  # name of the teacher that judges it; None: the first
     tools: list[dict[str, Any]] = field(default_factory=list)  # for the chat template, in JSON schema
     place: str | None = None  # the row of the user's file that it comes from, for errors
+    held_out: str | None = None  # name of the held-out set that it belongs to; None: there is only one
 
     @property
     def where(self) -> str:
@@ -249,6 +250,8 @@ class SampleStats:
     coverage_sup: np.ndarray  # float64 in [0, 1]
     freshness: np.ndarray  # float64, f_i
     weight: np.ndarray  # float64, the policy's weight before normalisation
+    # object: `kl` of each loss-bearing token, float32 (length,), of measured samples; None of trained ones
+    token_kl: np.ndarray
 
 
 @dataclass

@@ -115,6 +115,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.text.templates",
         "errors",
         "freshness.policies",
+        "names",
         "recipe",
         "runtime.crew.messages",  # the messages alone, which are plain data
         "samples",
@@ -157,6 +158,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.journal": {
         "collapse",
         "engines.models.hf",
+        "engines.text.pieces",
         "errors",
         "paths",
         "recipe",
@@ -196,6 +198,18 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks", "teacher_kl"},
     "chat": {"inputs", "engines", "errors", "recipe", "runtime.build", "samples"},
     "report": {"__init__", "errors", "paths", "recipe.changes", "recipe.renames", "runtime.journal.trace"},
+    "suite": {
+        "chat",  # whether a run's prompts go through the template
+        "engines.models.hf",
+        "engines.registry",
+        "errors",
+        "export",
+        "paths",
+        "recipe",
+        "runtime.build",
+        "runtime.journal.rundir",
+        "runtime.placement",
+    },
     "card": {"__init__", "paths", "report.reading"},
     "new": {
         "doctor",
@@ -210,7 +224,32 @@ ALLOWED: dict[str, set[str]] = {
         "samples",
         "tasks",
     },
-    "launch": {"doctor", "engines.models.downloads", "export", "inputs", "errors", "recipe", "runtime"},
+    # A plan drives the conductor with engines that pretend, so it knows what a run knows, and no worker.
+    "plan": {
+        "engines.auto",
+        "engines.models.hf",
+        "engines.registry",
+        "engines.text.templates",
+        "errors",
+        "inputs",
+        "paths",
+        "recipe",
+        "report.reading",
+        "runtime",
+        "samples",
+        "tasks",
+    },
+    "launch": {
+        "doctor",
+        "engines.models.downloads",
+        "export",
+        "inputs",
+        "errors",
+        "plan.command",
+        "plan.hardware",
+        "recipe",
+        "runtime",
+    },
     "cli": {
         "__init__",
         "card",
@@ -224,12 +263,14 @@ ALLOWED: dict[str, set[str]] = {
         "launch",
         "new",
         "paths",
+        "plan",
         "recipe",
         "report",
         "runtime.crew.warm",
         "runtime.devices",
         "runtime.journal.rundir",
         "runtime.placing",
+        "suite",
     },
     "__main__": {"cli"},
 }
@@ -303,7 +344,7 @@ def test_a_command_that_computes_nothing_needs_no_torch(command: str) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_nobody_outside_engines_asks_which_engine_it_is(path: Path) -> None:
     """What there is to know of an engine stands in its record; a comparison is a new engine's trap."""
-    if within(dotted(path), "engines"):
+    if within(dotted(path), "engines") or dotted(path) == "suite":  # the harness's backends have such names
         return
     for node in ast.walk(ast.parse(path.read_text())):
         names = isinstance(node, ast.Constant) and node.value in ENGINES

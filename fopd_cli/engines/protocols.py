@@ -6,10 +6,11 @@ its device memory; `sleep` gives that memory to the machine's other roles, and `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fopd_cli.losses.head import Head
@@ -17,7 +18,12 @@ from fopd_cli.samples import Request, Rollout, Sample, SampleStats, StepReport, 
 
 
 class Sampler(Protocol):
-    """The student, generating. Requests may be added while others run; finished ones leave at once."""
+    """The student, generating. Requests may be added while others run; finished ones leave at once.
+
+    `joins`: how often requests have joined running ones in a pass of their own.
+    """
+
+    joins: int
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue generations."""
@@ -83,8 +89,10 @@ class Learner(Protocol):
     def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
         """The same metrics without learning."""
 
-    def publish(self) -> Iterator[tuple[str, Tensor]]:
-        """Full weights, one by one; every rank must exhaust the iterator."""
+    def publish(self, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Full weights, one by one, in the dtypes named if these are narrower; every rank must exhaust the
+        iterator.
+        """
 
     def snapshot(self, staged: bool) -> Snapshot:
         """Its state as it is now, to be written: before anything else is asked of it, or if `staged` at any

@@ -26,6 +26,9 @@ class SamplerFacts:
     adapters: bool = False  # accepts a bare LoRA adapter (student.lora.publish adapter)
     copies: bool = True  # the worker itself copies new weights, not the engine's own processes
     one_rotation: bool = False  # chooses rotary factors once, whatever a sequence's length
+    # the share of its places that must be free before requests join running ones, in a pass of their own; 0:
+    # they share the next pass
+    joins: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fopd_cli.recipe.schema import Recipe
 
 Flat = dict[str, Any]
 # A run's identity. With other values, the weights and samples of a checkpoint would mean something else.
-IDENTITY = ("student.", "task.", "seed", "sampler.samples_per_prompt")
+IDENTITY = ("student.", "task.", "seed", "sampler.samples_per_prompt", "eval.follow")
 # A teacher's identity and inputs, which may not change between two starts; its engine and devices may.
 OF_TEACHERS = ("name", "model", "k", "dtype", "context")
 # The keys that decide what a teacher hands over for each token.

@@ -127,6 +127,9 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
             if isinstance(values, dict) and values.get("engine") not in REMOTE:
                 for key in keys:
                     values.update(_resolved(values, key, folder))
+                    if isinstance(named := values.get(key), dict):  # held-out sets by name
+                        for name in list(named):
+                            named.update(_resolved(named, name, folder))
     task = raw.get("task")
     if isinstance(task, dict) and ":" in str(task.get("name")):
         _resolve_plugin(task, folder)

@@ -19,7 +19,7 @@ from pydantic import (
 
 from fopd_cli.engines.registry import AUTO, SAMPLERS, TEACHERS, hands_over
 from fopd_cli.freshness.policies import POLICIES, PolicyName
-from fopd_cli.names import Advantage, DriftKind, LossKind, Support, TargetKind
+from fopd_cli.names import SET_NAME, SET_NAME_RULE, Advantage, DriftKind, LossKind, Support, TargetKind
 from fopd_cli.recipe.contradictions import contradictions
 
 # Bounds that no run comes near, so that nothing computed from a recipe overflows.
@@ -42,6 +42,21 @@ def _greedy_or_warm(value: float) -> float:
 
 
 EvalTemperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_greedy_or_warm)]
+
+
+def _named_sets(value: Any) -> Any:
+    """A single source, or sources by name."""
+    if isinstance(value, dict):
+        if not value:
+            raise ValueError("names no held-out set; give at least one, as in {gsm8k: gsm8k-test.jsonl}")
+        for name in value:
+            if not (isinstance(name, str) and SET_NAME.fullmatch(name)):
+                raise ValueError(f"{name!r} cannot name a held-out set; {SET_NAME_RULE}")
+    return value
+
+
+HeldOut = Annotated[str | dict[str, str], BeforeValidator(_named_sets)]
+ByName = str | dict[str, str] | None
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "bf16", "fp32"]
 Labels = Literal["cached", "current"]
@@ -229,8 +244,10 @@ class Questions(Prompts):
     """Column of a reference solution, for teacher.context. Default: the final assistant message, if there is
     one.
     """
-    eval_question: str | None = None
-    """Column of the question in the held-out source, if its name differs."""
+    eval_question: ByName = None
+    """Column of the question in the held-out source, if its name differs; for several sources also by their
+    name.
+    """
     teacher: str | None = None
     """Column that names the teacher of each row, if there are several; null: the first teacher judges all."""
     template: str = "{question}"
@@ -248,8 +265,10 @@ class Graded(Questions):
     """Column of the reference answer. null: there is none; nothing is graded, and evaluations report the KL
     to the teacher.
     """
-    eval_answer: str | None = None
-    """Column of the answer in the held-out source, if its name differs."""
+    eval_answer: ByName = None
+    """Column of the answer in the held-out source, if its name differs; for several sources also by their
+    name.
+    """
 
 
 class ChatTask(Questions):
@@ -257,16 +276,17 @@ class ChatTask(Questions):
     """Questions without answers to grade, for distillation only. Evaluations report the KL to the teacher."""
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
-    eval: str | None = None
-    """The same, for held-out questions; may be the training file, whose held-out questions are then not
-    trained on. null: some of task.train, drawn by their text.
+    eval: HeldOut | None = None
+    """The same, for held-out questions, or several by name ({gsm8k: a.jsonl, own: b.jsonl}), each with its
+    own metrics (see eval.follow). May be the training file, whose held-out questions are then not trained
+    on. null: some of task.train, drawn by their text.
     """
     question: str = "messages"
     """Column of the question, a list of chat messages or a text; a.b for a nested column. A final assistant
     message is left out.
     """
     eval_prompts: HowMany | None = None
-    """Number of held-out questions. Default: 256, but at most a tenth of the training file."""
+    """Number of held-out questions, of each set. Default: 256, but at most a tenth of the training file."""
 
 
 class MathTask(Graded):
@@ -274,12 +294,13 @@ class MathTask(Graded):
     """Maths questions graded by math-verify."""
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
-    eval: str | None = None
-    """The same, for held-out questions; may be the training file, whose held-out questions are then not
-    trained on. null: some of task.train, drawn by their text.
+    eval: HeldOut | None = None
+    """The same, for held-out questions, or several by name ({gsm8k: a.jsonl, own: b.jsonl}), each with its
+    own metrics (see eval.follow). May be the training file, whose held-out questions are then not trained
+    on. null: some of task.train, drawn by their text.
     """
     eval_prompts: HowMany | None = None
-    """Number of held-out questions. Default: 256, but at most a tenth of the training file."""
+    """Number of held-out questions, of each set. Default: 256, but at most a tenth of the training file."""
 
 
 class ToolTask(Graded):
@@ -287,9 +308,9 @@ class ToolTask(Graded):
     """Questions answered with a Python interpreter, in a sandbox, over several turns."""
     train: str | None = None
     """As in the math task; null for both train and eval: generated calculations."""
-    eval: str | None = None
-    """The same, for held-out questions. null, with a training file: some of its questions, drawn by their
-    text.
+    eval: HeldOut | None = None
+    """The same, for held-out questions, or several by name. null, with a training file: some of its
+    questions, drawn by their text.
     """
     notation: Literal["code", "native"] = "code"
     """How the student writes calls: blocks of code fenced as ```python, or the chat template's own tool
@@ -316,7 +337,7 @@ class ToolTask(Graded):
     train_prompts: HowMany = 20_000
     """Distinct generated training questions."""
     eval_prompts: HowMany | None = None
-    """Number of held-out questions. Default: 256, but at most a tenth of the training file."""
+    """Number of held-out questions, of each set. Default: 256, but at most a tenth of the training file."""
     seed: Seed = 0
     """Seed of generated questions, separate from the run's seed."""
     drift: Share = 0.0
@@ -332,9 +353,9 @@ class SweTask(Prompts):
     """Instances with SWE-bench's columns; sources as in the math task. null for both train and eval:
     generated repositories.
     """
-    eval: str | None = None
-    """The same, held out; may be the training file, whose held-out instances are then not trained on. null,
-    with a training file: some of its instances, drawn by their ids.
+    eval: HeldOut | None = None
+    """The same, held out, or several by name; may be the training file, whose held-out instances are then
+    not trained on. null, with a training file: some of its instances, drawn by their ids.
     """
     scaffold: str = "swebench_backticks"
     """Prompts and formats: a configuration that comes with mini-swe-agent, or a YAML file like it."""
@@ -365,7 +386,7 @@ class SweTask(Prompts):
     train_prompts: HowMany = 20_000
     """Generated training instances."""
     eval_prompts: HowMany | None = None
-    """Number of held-out instances. Default: 256, but at most a tenth of the training file."""
+    """Number of held-out instances, of each set. Default: 256, but at most a tenth of the training file."""
     seed: Seed = 0
     """Seed of generated instances, separate from the run's seed."""
 
@@ -658,6 +679,10 @@ class Eval(Section):
     max_new_tokens: Positive | None = None
     """Longest response in evaluations. Default: the sampler's."""
 
+    follow: str | None = None
+    """Which of several held-out sets (task.eval) is the run's own: its score and KL are those that keep_best,
+    patience and every summary go by. null: the first.
+    """
     keep_best: Literal["score", "kl"] | None = None
     """Keep the student of the best evaluation, by its score or by its KL to the teacher. At the end, student/
     holds it, and summary.json names its step. null: the last one.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from fopd_cli.report.reading import Record, Run
+from fopd_cli.report.reading import Record, Run, sets_of
 
 MOST_POINTS = 240  # per curve: more are averaged, a phone cannot show more
 BUSY_POINTS = 40  # single steps say little where roles take turns
@@ -110,7 +110,24 @@ def charts(runs: Sequence[Run]) -> list[Record]:
         if any(s["y"] for s in series) and not (title == "Cut off" and not any(any(s["y"]) for s in series)):
             logarithmic = all(v > 0 for s in series for v in s["y"])
             found.append({"title": title, "note": note, "unit": unit, "log": logarithmic, "series": series})
+    for name in sets_of(runs):
+        found += _of_set(name, runs)
     found += [chart for n, run in enumerate(runs) for chart in _of_machine(n, run, len(runs) > 1)]
+    return found
+
+
+def _of_set(name: str, runs: Sequence[Run]) -> list[Record]:
+    """Score and KL on one of several held-out sets."""
+    found = []
+    for title, _, unit, lines in CHARTS[:2]:
+        series = [
+            s for n, run in enumerate(runs) for s in _series(n, run.of_set(name), lines[:1], len(runs) > 1)
+        ]
+        if series:
+            logarithmic = all(v > 0 for s in series for v in s["y"])
+            note = f"On the held-out set {name}, with its standard error over prompts."
+            shown = {"title": f"{title}: {name}", "note": note, "unit": unit, "log": logarithmic}
+            found.append({**shown, "series": series})
     return found
 
 

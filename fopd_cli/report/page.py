@@ -12,12 +12,13 @@ from pathlib import Path
 
 from fopd_cli import __version__
 from fopd_cli.errors import UserError
-from fopd_cli.report import texts, timeline
+from fopd_cli.report import suites, texts, timeline
 from fopd_cli.report.charts import charts
 from fopd_cli.report.reading import Run, read
 
 HERE = Path(__file__).parent
 MARK = "<!doctype html><!-- fopd report -->"
+SHADES = (0.05, 0.3, 1.0, 3.0)  # nats, where a darker colour begins
 # Whatever a model wrote, the page loads nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
@@ -45,6 +46,7 @@ def page(runs: Sequence[Run], watching: bool = False) -> str:
     body = [
         f"<header><h1>{_e(title)}</h1><p class=faint>made {now} by fopd {__version__}</p></header>",
         _section("Results", _results(runs)),
+        *(_section(_of("Suites", run, runs), _suites(run)) for run in runs),
         _section("Advice", _advice(runs)),
         _section("Recipes: what is different", _differences(runs)) if len(runs) > 1 else "",
         '<section id="curves"><h2>Curves</h2><div class="bar" id="axis" hidden><button type="button" '
@@ -124,12 +126,35 @@ def _results(runs: Sequence[Run]) -> str:
             ]
         )
     head = ["run", "state", "steps", "score", "KL", "freshness", "largest lag", "time"]
-    inside = _table(head, rows, "stack")
+    inside = _table(head, rows, "stack") + _sets(runs)
     taught = [(run.name, texts.teacher_score(run)) for run in runs]
     said = [
         f"{_e(name)}: the teacher's own score is {score:.3f}." for name, score in taught if score is not None
     ]
     return inside + "".join(f"<p>{line}</p>" for line in said)
+
+
+def _sets(runs: Sequence[Run]) -> str:
+    """Results by held-out set, where there are several."""
+    rows = []
+    for n, run in enumerate(runs):
+        for name in run.sets:
+            own, first = run.of_set(name), run.of_set(name).evaluations[0]
+            mark = " (the run's own)" if name == run.evaluations[-1].get("set") else ""
+            rows.append(
+                [
+                    f'<b class="c{n % 6}">{_e(run.name)}</b>',
+                    f"{_e(name)}{mark}",
+                    str(first.get("prompts", "–")),
+                    _change(first.get("score"), *own.last("score"), 3),
+                    _change(first.get("kl"), *own.last("kl"), 4),
+                ]
+            )
+    return (
+        "<h3>By held-out set</h3>" + _table(["run", "set", "prompts", "score", "KL"], rows, "stack")
+        if rows
+        else ""
+    )
 
 
 def _change(first: float | None, last: float | None, error: float | None, digits: int) -> str:
@@ -161,6 +186,20 @@ def _differences(runs: Sequence[Run]) -> str:
     return _table(["key", *(run.name for run in runs)], rows) if rows else "<p>Nothing.</p>"
 
 
+def _suites(run: Run) -> str:
+    """What `fopd eval --suite` found."""
+    records = suites.newest(run.path)
+    if not records:
+        return ""
+    head, *rows = suites.table(records)
+    limits = {r["limit"] for r in records if r["limit"] is not None}
+    note = f", only the first {max(limits)} samples of a task" if limits else ""
+    return (
+        _table(head, ([_e(cell) for cell in row] for row in rows), "stack")
+        + f'<p class="faint">Measured by the lm-evaluation-harness{note}. ± is its standard error.</p>'
+    )
+
+
 def _timeline(run: Run) -> str:
     found = timeline.of_run(run.path)
     if not found["drawings"]:
@@ -179,7 +218,7 @@ def _timeline(run: Run) -> str:
 
 
 def _answers(run: Run) -> str:
-    out = []
+    out, coloured = [], False
     for prompt, shown in texts.answers(run):
         columns = []
         for answer in shown:
@@ -187,12 +226,38 @@ def _answers(run: Run) -> str:
                 f' <span class="score">score {answer.score:.2f}</span>' if answer.score is not None else ""
             )
             cut = ' <span class="score">cut off</span>' if answer.finish == "length" else ""
-            columns.append(f"<div><h4>{_e(answer.who)}{score}{cut}</h4><pre>{_e(answer.text)}</pre></div>")
+            far = "" if answer.kl is None else f' <span class="score">KL {answer.kl:.3f}</span>'
+            text = _coloured(answer.pieces) + _e(answer.rest) if answer.pieces else _e(answer.text)
+            columns.append(f"<div><h4>{_e(answer.who)}{score}{far}{cut}</h4><pre>{text}</pre></div>")
+            coloured |= bool(answer.pieces)
         out.append(
             f'<article><pre class="prompt">{_e(prompt)}</pre><div '
             f'class="answers">{"".join(columns)}</div></article>'
         )
+    return (_shades() if coloured else "") + "".join(out)
+
+
+def _coloured(pieces: Sequence[texts.Piece]) -> str:
+    """Each token on a background that says how far the student was from the teacher there."""
+    out = []
+    for text, kl, likeliest in pieces:
+        if kl is None:
+            out.append(_e(text))
+            continue
+        shade = sum(kl >= limit for limit in SHADES)
+        rather = ", ".join(f"{json.dumps(token, ensure_ascii=False)} {p:.0%}" for token, p in likeliest)
+        title = f"{kl:.2g} nats" + (f"; the teacher: {rather}" if rather else "")
+        out.append(f'<span class="n{shade}" title="{_e(title)}">{_e(text)}</span>')
     return "".join(out)
+
+
+def _shades() -> str:
+    ends = ["under " + f"{SHADES[0]:g}", *(f"from {limit:g}" for limit in SHADES)]
+    shades = "".join(f'<span><i class="n{n}"></i>{end}</span>' for n, end in enumerate(ends))
+    return (
+        "<p>Each token of the student's is coloured by its KL to the teacher there, in nats; hold the "
+        f'pointer on one for the number.</p><div class="legend shades">{shades}</div>'
+    )
 
 
 def _recipe(run: Run) -> str:

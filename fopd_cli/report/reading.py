@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,12 +69,27 @@ class Run:
             ]
         )
 
+    @property
+    def sets(self) -> list[str]:
+        """Names of the held-out sets; empty if there is only one."""
+        return list(self.evaluations[-1].get("sets", {})) if self.evaluations else []
+
+    def of_set(self, name: str) -> Run:
+        """The run with the evaluations of one held-out set, which need not be there."""
+        found = [{**e, **e["sets"][name]} for e in self.evaluations if name in e.get("sets", {})]
+        return replace(self, evaluations=found)
+
     def last(self, key: str) -> tuple[float | None, float | None]:
         """The newest evaluation's figure and its standard error; None if there is none."""
         for record in reversed(self.evaluations):
             if record.get(key) is not None:
                 return float(record[key]), record.get(f"{key}_error")
         return None, None
+
+
+def sets_of(runs: Iterable[Run]) -> list[str]:
+    """Names of the held-out sets of any of the runs, in their order."""
+    return list(dict.fromkeys(name for run in runs for name in run.sets))
 
 
 def is_run(path: Path) -> bool:

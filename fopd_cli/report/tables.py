@@ -9,7 +9,7 @@ from pathlib import Path
 from fopd_cli import paths
 from fopd_cli.errors import UserError
 from fopd_cli.report import texts
-from fopd_cli.report.reading import Run, is_run, read
+from fopd_cli.report.reading import Run, is_run, read, sets_of
 
 FIGURES = (("score", 3), ("kl", 4))
 
@@ -37,6 +37,9 @@ def of_runs(folder: Path) -> str:
         name = "." if path == folder else str(path.relative_to(folder))
         steps = f"{run.step}/{run.planned}"
         rows.append([name, run.state, steps, score, kl, f"{run.seconds / 3600:.2f}", process])
+        for held_out in run.sets:
+            figures = [_measured(run.of_set(held_out), key, digits) for key, digits in FIGURES]
+            rows.append([f"  on {held_out}", "", "", *figures, "", ""])
     return aligned(rows)
 
 
@@ -55,6 +58,13 @@ def of_differences(first: Path, second: Path) -> str:
         results.append(
             [label, *(_measured(run, key, digits) for run in runs), _difference(runs, key, digits)]
         )
+    for held_out in sets_of(runs):
+        on = [run.of_set(held_out) for run in runs]
+        for key, digits in FIGURES:
+            figures = [_measured(run, key, digits) for run in on]
+            if set(figures) != {"-"}:
+                label = "KL" if key == "kl" else key
+                results.append([f"{label} on {held_out}", *figures, _difference(on, key, digits)])
     results.append(["hours", *(f"{run.seconds / 3600:.2f}" for run in runs), ""])
     recipes = aligned([["recipe", *names], *keys]) if keys else "recipe: the same in every key"
     return f"{recipes}\n\n{aligned(results)}"

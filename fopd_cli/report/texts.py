@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fopd_cli.recipe.changes import flattened
 from fopd_cli.report.reading import Record, Run, jsonl
@@ -33,6 +34,16 @@ def advice(run: Run) -> list[str]:
     return found
 
 
+class Piece(NamedTuple):
+    """A token of the student's; `kl` in nats. `likeliest`: what the teacher would rather have written there,
+    with its probability, if the run recorded that.
+    """
+
+    text: str
+    kl: float | None
+    likeliest: Sequence[tuple[str, float]] = ()
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answer to a prompt; `who` says whose and when."""
@@ -41,6 +52,9 @@ class Answer:
     text: str
     score: float | None
     finish: str | None
+    kl: float | None = None  # to the teacher, nats per token
+    pieces: Sequence[Piece] = ()  # its first tokens
+    rest: str = ""  # what follows them
 
 
 def answers(run: Run, prompts: int = 3) -> list[tuple[str, list[Answer]]]:
@@ -83,7 +97,11 @@ def _early_halfway_now(samples: list[Record]) -> list[Record]:
 
 def _answer(sample: Record) -> Answer:
     text = shortened(str(sample.get("response")))
-    return Answer(f"student, step {sample.get('step')}", text, sample.get("score"), sample.get("finish"))
+    pieces = [Piece(*piece) for piece in sample.get("pieces") or ()]
+    who = f"student, step {sample.get('step')}"
+    left = len(str(sample.get("response"))) - sum(len(piece.text) for piece in pieces)
+    rest = f"\n[… {left:,} more characters]" if pieces and left > 0 else ""
+    return Answer(who, text, sample.get("score"), sample.get("finish"), sample.get("kl"), pieces, rest)
 
 
 def shortened(text: str) -> str:

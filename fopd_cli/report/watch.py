@@ -12,7 +12,7 @@ from fopd_cli.report.page import page
 from fopd_cli.report.reading import holder, read
 
 LOCAL = "127.0.0.1"
-WATCHED = ("metrics.jsonl", "warnings.jsonl", "summary.json", "recipe.yaml")
+WATCHED = ("metrics.jsonl", "warnings.jsonl", "suite.jsonl", "summary.json", "recipe.yaml")
 
 
 def server(paths: Sequence[Path], port: int) -> ThreadingHTTPServer:

@@ -304,7 +304,10 @@ class Conductor:
     def _on_evaluated(self, stats: SampleStats) -> None:
         """Held-out samples are evaluated; with the last of them the learner may train again."""
         version, keys = self.schedule.step, stats.keys.tolist()
-        self.journal.evaluated_samples(stats, [(self._sample(key), self.buffer[key]) for key in keys])
+        for key in keys:
+            self.buffer.note_likeliest(key)
+        rows = [(self._sample(key), self.buffer[key], self._prompt(key).held_out) for key in keys]
+        self.journal.evaluated_samples(stats, rows)
         for key in keys:
             self._forget(key)
         if self.schedule.on_evaluated(version, keys):

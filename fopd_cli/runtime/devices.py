@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from itertools import combinations
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from fopd_cli.errors import UserError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 UUIDS = ("GPU-", "MIG-")
+T = TypeVar("T")
 
 
 def listed() -> tuple[str, ...] | None:
@@ -76,8 +77,13 @@ def entry(device: int) -> str:
 
 
 def memory(device: int) -> int | None:
-    """Total bytes of a visible device, or of a MIG instance. From NVML, so that this process gets no CUDA
-    context; None if nvidia-ml-py is not installed, or does not know the device.
+    """Total bytes of a visible device, or of a MIG instance; None if they are not known."""
+    return _asked(device, lambda nvml, handle: int(nvml.nvmlDeviceGetMemoryInfo(handle).total))
+
+
+def _asked(device: int, question: Callable[[Any, Any], T]) -> T | None:
+    """NVML's answer about a visible device; this process gets no CUDA context. None if nvidia-ml-py is not
+    installed, or does not know the device. `question` gets the library and the device's handle.
     """
     try:
         import pynvml as nvml
@@ -88,14 +94,14 @@ def memory(device: int) -> int | None:
     except nvml.NVMLError:  # there is no driver
         return None
     try:
-        return int(nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, entry(device))).total)
+        return question(nvml, _handle(nvml, entry(device)))
     except (nvml.NVMLError, StopIteration):
         return None
     finally:
         nvml.nvmlShutdown()
 
 
-def _handle(nvml: ModuleType, name: str) -> Any:
+def _handle(nvml: Any, name: str) -> Any:
     """NVML's handle of an entry. Raises `NVMLError` or `StopIteration` if there is no such device."""
     if name.isdigit():
         return nvml.nvmlDeviceGetHandleByIndex(int(name))

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
 
 from fopd_cli.engines.registry import engine_of, teacher_facts
 from fopd_cli.errors import UserError
@@ -55,6 +55,26 @@ class Plan:
             label = f" {workers[0].label}" if workers[0].label else ""
             parts.append(f"{len(workers)} {workers[0].role}{label} ({', '.join(where)})")
         return f"{self.mode}: " + "; ".join(parts)
+
+
+def to_plain(plan: Plan) -> dict[str, Any]:
+    """As JSON can hold it."""
+    return asdict(plan)
+
+
+def from_plain(found: Mapping[str, Any]) -> Plan:
+    """The inverse. Raises KeyError or TypeError for anything else."""
+
+    def spec(row: Mapping[str, Any]) -> WorkerSpec:
+        return WorkerSpec(**{**row, "devices": tuple(row["devices"])})
+
+    return Plan(
+        found["mode"],
+        tuple(map(spec, found["samplers"])),
+        tuple(tuple(map(spec, ranks)) for ranks in found["teachers"]),
+        tuple(map(spec, found["learners"])),
+        spec(found["grader"]),
+    )
 
 
 def cuda_devices() -> int:

@@ -39,8 +39,12 @@ class Pace:
 
 
 def learner_flops(recipe: Recipe, models: Models, tokens: int) -> float:
-    """FLOP of forward and backward passes on `tokens` tokens; with checkpointing, one more forward."""
+    """FLOP of forward and backward passes on `tokens` tokens; with checkpointing, one more forward. With
+    adapters, whose own products are small, gradients are only passed on.
+    """
     passes = 8 if recipe.learner.activation_checkpointing else 6
+    if models.trainable is not None:
+        passes -= 2  # frozen weights have no gradients of their own
     heads = sum(2 * s.head for s in models.teachers.values()) / max(1, len(models.teachers))
     return tokens * (passes * models.student.active + heads)
 
@@ -66,6 +70,22 @@ def pace(
     publish = 2 * 2 * models.student.parameters / d.host  # to main memory, and from there
     roles = (sample, judge, learn + publish)
     return Pace(sample, judge, learn, publish, sum(roles) if plan.shared else max(roles))
+
+
+def at_peak(recipe: Recipe, plan: Plan, models: Models, flops: float) -> dict[str, float]:
+    """Seconds that a token would take each worker at `flops` per second and device: model FLOP, without
+    passes that are computed again. The learner's first rank stands for all; workers on a CPU are left out.
+    """
+    learning = recipe.learner.model_copy(update={"activation_checkpointing": False})
+    once = recipe.model_copy(update={"learner": learning})
+    work = {
+        plan.learners[0].name: (learner_flops(once, models, 1), [d for w in plan.learners for d in w.devices])
+    }
+    for section, ranks in zip(recipe.teachers, plan.teachers, strict=True):
+        if section.name in models.teachers:
+            work |= {r.name: (2.0 * models.teachers[section.name].active, list(r.devices)) for r in ranks}
+    work |= {s.name: (2.0 * models.student.active, list(s.devices)) for s in plan.samplers}
+    return {name: need / (len(set(on)) * flops) for name, (need, on) in work.items() if on}
 
 
 def _tokens_a_second(recipe: Recipe, models: Models, use: Use, devices: int, d: Device) -> float:

@@ -22,7 +22,7 @@ class Task(Protocol):
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
         """All prompts of a split, in a fixed order; `Prompt.index` is the position. The two splits are
-        disjoint.
+        disjoint. Held-out prompts may name the set that they belong to (`Prompt.held_out`), all or none.
         """
         ...
 

@@ -1,12 +1,30 @@
-"""Which rows are held out of data that has only one split."""
+"""Which rows are held out, and of which sources."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 DEFAULT = 256
 SHARE = 10  # at most one in this many
+
+
+class HeldOut(NamedTuple):
+    """One held-out source. `key` names it in errors; `name` is None if it is the only one."""
+
+    name: str | None
+    key: str
+    source: str
+
+
+def sources(asked: str | Mapping[str, str] | None) -> list[HeldOut]:
+    """What task.eval names, in its order."""
+    if asked is None:
+        return []
+    if isinstance(asked, str):
+        return [HeldOut(None, "task.eval", asked)]
+    return [HeldOut(name, f"task.eval.{name}", source) for name, source in asked.items()]
 
 
 def size(asked: int | None, there: int, shared: bool) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import ChatTask, MathTask, ToolTask
@@ -17,6 +17,19 @@ from fopd_cli.tasks.files import Row, column, read_rows
 from fopd_cli.tasks.sections import takes
 
 Split = Literal["train", "eval"]
+
+
+class Source(NamedTuple):
+    """Where questions come from, and the columns that hold them. `key` names it in errors; `name` is that of
+    a held-out set among several.
+    """
+
+    key: str
+    source: str
+    question: str
+    answer: str | None
+    held_out: bool = False
+    name: str | None = None
 
 
 class Questions:
@@ -30,104 +43,111 @@ class Questions:
 
     @takes("math", MathTask)
     def __init__(self, options: ChatTask | MathTask | ToolTask) -> None:
-        train, own = options.train, options.eval
-        assert train is not None  # else the tool task makes its questions itself
-        question, answer, eval_answer = options.question, None, None
+        assert options.train is not None  # else the tool task makes its questions itself
+        answer, eval_answer = None, None
         if not isinstance(options, ChatTask):
             answer, eval_answer = options.answer, options.eval_answer
-        self.split_off = own is None
-        self.sources: dict[Split, str] = {"train": train, "eval": train if own is None else own}
-        self.questions: dict[Split, str] = {"train": question, "eval": options.eval_question or question}
-        self.answers: dict[Split, str | None] = {"train": answer, "eval": eval_answer or answer}
+        self.train = Source("task.train", options.train, options.question, answer)
+        self.held_out = [
+            Source(
+                key,
+                source,
+                _column_of(options.eval_question, name) or options.question,
+                _column_of(eval_answer, name) or answer,
+                held_out=True,
+                name=name,
+            )
+            for name, key, source in held_out.sources(options.eval)
+        ]
         self.teacher, self.solution = options.teacher, options.solution
         self.template, self.system, self.chat = options.template, options.system, options.chat
         self.eval_prompts = options.eval_prompts
-        self._notices: dict[Split, list[str]] = {}
+        self._notices: dict[str, list[str]] = {}
 
     @property
     def notices(self) -> list[str]:
-        if self.sources["train"] == self.sources["eval"] and "train" in self._notices:
-            return self._notices["train"] + self._notices.get("eval", []) * self.split_off  # reported once
-        return [notice for split in self._notices.values() for notice in split]
+        # what is said of the training file need not be said again
+        again = {
+            s.key for s in self.held_out if s.source == self.train.source and "task.train" in self._notices
+        }
+        return [notice for key, said in self._notices.items() if key not in again for notice in said]
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
-        """The distinct questions in file order; the first `eval_prompts` of the held-out source, which
+        """The distinct questions in file order; the first `eval_prompts` of each held-out source, which
         training skips.
         """
-        kept = self._split_off() if self.split_off else self._held_out()
+        kept = [p for source in self.held_out for p in self._held_out(source)] or self._split_off()
         if split == "eval":
-            return kept
+            return [replace(prompt, index=number) for number, prompt in enumerate(kept)]
         known = {_identity(prompt) for prompt in kept}
-        rest = [prompt for prompt in self._read("train") if _identity(prompt) not in known]
+        rest = [prompt for prompt in self._read(self.train) if _identity(prompt) not in known]
         if not rest:
             raise UserError(
-                f"task.train: {self.sources['train']!r} has no question that task.eval does not hold out; "
+                f"task.train: {self.train.source!r} has no question that task.eval does not hold out; "
                 "give different files or lower task.eval_prompts"
             )
         return [replace(prompt, index=number) for number, prompt in enumerate(rest)]
 
-    def _held_out(self) -> list[Prompt]:
-        found = self._read("eval")
-        shared = self.sources["train"] == self.sources["eval"]
-        return found[: held_out.size(self.eval_prompts, len(found), shared)]
+    def _held_out(self, source: Source) -> list[Prompt]:
+        found = self._read(source)
+        return found[: held_out.size(self.eval_prompts, len(found), source.source == self.train.source)]
 
     def _split_off(self) -> list[Prompt]:
         """Held-out questions from the training file; if answers are graded, only questions that have one."""
-        everyone = self._read("train")
-        found = [p for p in everyone if self.answers["train"] is None or p.payload["answer"] is not None]
+        everyone = self._read(self.train)
+        found = [p for p in everyone if self.train.answer is None or p.payload["answer"] is not None]
         if not found:
             raise UserError(
-                f"task.train: no row of {self.sources['train']!r} has an answer, so none can be held out to "
+                f"task.train: no row of {self.train.source!r} has an answer, so none can be held out to "
                 "be graded; set task.answer: null (task.name: chat)"
             )
         count = held_out.size(self.eval_prompts, len(found), shared=True)
         chosen = held_out.drawn([_identity(p) for p in found], count)
-        self._notices["eval"] = [
+        self._notices["task.eval"] = [
             (
                 f"task.eval: not given; {len(chosen)} of the {len(everyone)} questions of task.train are "
                 "held out, drawn by their text"
             )
         ]
-        return [replace(found[i], index=number) for number, i in enumerate(chosen)]
+        return [found[i] for i in chosen]
 
-    def _read(self, split: Split) -> list[Prompt]:
+    def _read(self, source: Source) -> list[Prompt]:
         """The distinct questions of a source."""
         distinct: dict[str, Prompt] = {}
-        rows, counts = read_rows(self.sources[split], f"task.{split}"), Counter[str]()
+        rows, counts = read_rows(source.source, source.key), Counter[str]()
         for row in rows:
-            prompt = self._prompt(len(distinct), row, split, counts)
+            prompt = self._prompt(len(distinct), row, source, counts)
             distinct.setdefault(_identity(prompt), prompt)
         counts["repeated"] = len(rows) - len(distinct)
-        self._notices[split] = list(_notices(f"task.{split}", len(rows), counts, self.solution is None))
+        self._notices[source.key] = list(_notices(source.key, len(rows), counts, self.solution is None))
         return list(distinct.values())
 
-    def _prompt(self, index: int, row: Row, split: Split, counts: Counter[str]) -> Prompt:
-        source_key, name = f"task.{split}", self.questions[split]
+    def _prompt(self, index: int, row: Row, source: Source, counts: Counter[str]) -> Prompt:
         try:
-            question, said = asked(column(row, name, source_key, "task.question"))
+            question, said = asked(column(row, source.question, source.key, "task.question"))
         except ValueError as error:
             raise UserError(
-                f"{source_key}: {row.place}: column {name!r} {error}; leave the row out, or fix it"
+                f"{source.key}: {row.place}: column {source.question!r} {error}; leave the row out, or fix it"
             ) from None
         counts["said"] += said is not None
-        columns = {"answer": self.answers[split], "solution": self.solution, "teacher": self.teacher}
+        columns = {"answer": source.answer, "solution": self.solution, "teacher": self.teacher}
         found = {
-            key: None if name is None else column(row, name, source_key, f"task.{key}")
+            key: None if name is None else column(row, name, source.key, f"task.{key}")
             for key, name in columns.items()
         }
-        if self.answers[split] is not None and _blank(found["answer"]):
+        if source.answer is not None and _blank(found["answer"]):
             found["answer"] = None
-            if split == "eval":
+            if source.held_out:
                 raise UserError(
-                    f"{source_key}: {row.place}: column {self.answers[split]!r} is null or empty, so nothing "
+                    f"{source.key}: {row.place}: column {source.answer!r} is null or empty, so nothing "
                     "can be graded; leave the row out, or set task.answer: null (task.name: chat)"
                 )
             counts["no answer"] += 1
         if isinstance(found["answer"], dict | list):
             first = next(iter(found["answer"]), 0) if isinstance(found["answer"], dict) else 0
             raise UserError(
-                f"{source_key}: {row.place}: column {self.answers[split]!r} holds several values, and an "
-                f"answer is one; name it, for example task.answer: {self.answers[split]}.{first}"
+                f"{source.key}: {row.place}: column {source.answer!r} holds several values, and an "
+                f"answer is one; name it, for example task.answer: {source.answer}.{first}"
             )
         payload = {
             "answer": found["answer"],
@@ -135,18 +155,24 @@ class Questions:
         }
         teacher = None if found["teacher"] is None else str(found["teacher"])
         messages = self._messages(question) if isinstance(question, str) else question
+        prompt = Prompt(index, payload=payload, teacher=teacher, place=row.place, held_out=source.name)
         if self.chat:
-            return Prompt(index, messages=messages, payload=payload, teacher=teacher, place=row.place)
+            return replace(prompt, messages=messages)
         if len(messages) > 1:
             raise UserError(
-                f"{source_key}: {row.place} holds {len(messages)} messages, and without a chat template "
+                f"{source.key}: {row.place} holds {len(messages)} messages, and without a chat template "
                 "(task.chat: false) fopd cannot make one text of them; set task.chat: true"
             )
-        return Prompt(index, text=messages[0]["content"], payload=payload, teacher=teacher, place=row.place)
+        return replace(prompt, text=messages[0]["content"])
 
     def _messages(self, question: str) -> list[dict[str, Any]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.template.replace("{question}", question)}]
+
+
+def _column_of(column: str | Mapping[str, str] | None, name: str | None) -> str | None:
+    """The column in the held-out source of that name."""
+    return column if column is None or isinstance(column, str) else column.get(name or "")
 
 
 def _blank(value: Any) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import browser_kit
 import hub_kit
 import pytest
 import torch
@@ -23,8 +22,6 @@ from fopd_cli.export import student_of
 from fopd_cli.recipe import load_recipe
 from fopd_cli.report.reading import read
 from fopd_cli.runtime.journal.rundir import RunDir
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -189,29 +186,11 @@ def test_weights_are_exported_in_the_dtype_that_is_asked_for(here: Fopd, tmp_pat
 
 
 @SLOW
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)")
+@browser_kit.needed
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_draws_all_curves_and_complains_of_nothing(here: Fopd, tmp_path: Path, dark: bool) -> None:
     here("report", "first", "first", "-o", tmp_path / "page.html")
-    command = [
-        str(CHROMIUM),
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--v=0",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=5000",
-        "--window-size=500,900",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-        "--dump-dom",
-        f"file://{tmp_path / 'page.html'}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    drawn = re.search(r'data-drawn="(\d+)"', done.stdout)
-    assert drawn is not None
-    assert int(drawn[1]) == done.stdout.count('class="uplot') >= 12
+    assert browser_kit.drawn(tmp_path / "page.html", tmp_path, dark) >= 12
     assert len(read(here.folder / "first").steps) == 4
 
 

@@ -345,7 +345,11 @@ def rank_save(rank: int, world: int, pair: Path, samples: list[Sample], folder: 
     learner.train(0, samples)
     extra = kit.save(learner, folder)
     after = learner.train(1, samples)
-    return extra, after.loss, {n: t.clone().numpy() for n, t in learner.publish()}
+    weights = {n: t.clone() for n, t in learner.publish()}
+    # narrowed before they are gathered, they are the same as narrowed after
+    for name, narrow in learner.publish(dict.fromkeys(weights, torch.bfloat16)):
+        assert torch.equal(narrow, weights[name].bfloat16()), name
+    return extra, after.loss, {n: t.numpy() for n, t in weights.items()}
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -424,6 +428,21 @@ def test_the_last_step_is_at_the_smallest_rate(decay: Any, warmup: int, steps: i
 def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> None:
     with pytest.raises(RuntimeError, match="asked for optimizer step 3"):
         kit.make_learner(pair, kit.config()).train(3, samples)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_kl_of_every_token_that_the_student_sampled(pair: Path, samples: list[Sample], packing: bool) -> None:
+    """In the order of the samples, whatever micro-batches they were measured in; a step keeps none."""
+    learner = kit.make_learner(pair, kit.config(packing=packing))
+    some = [replace(s, rollout=replace(s.rollout, loss_mask=s.rollout.loss_mask.copy())) for s in samples]
+    some[1].rollout.loss_mask[1:-1:2] = False  # as where a tool wrote
+    stats = learner.evaluate(some)
+    assert [len(kls) for kls in stats.token_kl] == [int(s.rollout.loss_mask.sum()) for s in some]
+    assert [float(kls.mean()) for kls in stats.token_kl] == pytest.approx(stats.kl.tolist(), rel=1e-5)
+    alone = [learner.evaluate([s]).token_kl[0] for s in some]
+    for together, one in zip(stats.token_kl, alone, strict=True):
+        assert together == pytest.approx(one, rel=1e-3, abs=1e-6)
+    assert list(learner.train(0, samples).stats.token_kl) == [None] * len(samples)
 
 
 def test_kl_by_quarter_of_the_response(pair: Path, samples: list[Sample]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from pretend_kit import Pretend
 
 from fopd_cli.inputs import Inputs, load_inputs
 from fopd_cli.recipe import load_recipe
@@ -19,6 +18,7 @@ from fopd_cli.runtime.conductor import Conductor
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.crew import Engine
 from fopd_cli.runtime.crew.inprocess import InProcess
+from fopd_cli.runtime.crew.pretend import Pretend
 from fopd_cli.runtime.crew.ranks import Calls
 from fopd_cli.runtime.crew.roles import Grading
 from fopd_cli.runtime.journal.journal import Journal

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from pretend_kit import Pretend
 
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, load_inputs
@@ -24,6 +23,7 @@ from fopd_cli.runtime.conductor import Conductor
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.crew import Engine
 from fopd_cli.runtime.crew.inprocess import InProcess
+from fopd_cli.runtime.crew.pretend import Pretend
 from fopd_cli.runtime.crew.writer import Writer
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, described, verify
 from fopd_cli.runtime.journal.journal import Journal

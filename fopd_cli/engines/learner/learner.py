@@ -16,7 +16,7 @@ A micro-batch's weights need only its own forward pass. What needs the whole bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -325,7 +325,7 @@ class FsdpLearner:
             metrics, _, _ = self._forward(samples, indices, batch)
             batches.ahead()
             if indices:
-                parts.append((indices, _stats(samples, indices, metrics)))
+                parts.append((indices, _stats(samples, indices, metrics, batch)))
         return self._gather(parts, len(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
@@ -424,6 +424,7 @@ class FsdpLearner:
             "forward_kl": mean(terms.forward_kl),
             "entropy": mean(terms.entropy),
             "kl_quartiles": _quartiles(terms.kl, batch, mask),
+            "token_kl": terms.kl,
             "student_mass": mean(terms.student_mass),
             "teacher_mass": mean(terms.teacher_mass),
             "clamped": mean(terms.clamped),
@@ -477,11 +478,14 @@ class FsdpLearner:
     # ---- weights and state ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def publish(self) -> Iterator[tuple[str, Tensor]]:
+    def publish(self, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full weights under Hugging Face names, tied ones once, adapters merged (or only the adapters, if
-        the recipe says so); a collective on several ranks.
+        the recipe says so); a collective on several ranks, which gathers `dtypes` if these are narrower.
         """
-        yield from (lora.adapters if self.config.adapter_only else lora.merged)(self.student.lm)
+        if self.config.adapter_only:
+            yield from lora.adapters(self.student.lm)
+        else:
+            yield from lora.merged(self.student.lm, dtypes or {})
 
     def snapshot(self, staged: bool) -> dcp.Snapshot:
         if self.world > 1 and self._writers is None:
@@ -549,12 +553,29 @@ class FsdpLearner:
         self.teacher_heads = [head.to(self.device) for head in self._heads_at_rest]
 
 
-def _stats(samples: Sequence[Sample], indices: list[int], metrics: dict[str, Tensor]) -> SampleStats:
-    """What `_forward` returned for these samples; waits for it."""
+def _by_sample(term: Tensor, batch: MicroBatch, count: int) -> np.ndarray:
+    """object `(count,)`: the term at each sample's loss-bearing positions, in their order."""
+    values, sample = term.detach().float().cpu().numpy(), batch.sample.cpu().numpy()
+    by_student = batch.by_student.cpu().numpy()  # a sample without any has one of weight 0
+    found = np.empty(count, dtype=object)
+    for i in range(count):
+        found[i] = values[(sample == i) & by_student]
+    return found
+
+
+def _stats(
+    samples: Sequence[Sample], indices: list[int], metrics: dict[str, Tensor], batch: MicroBatch | None = None
+) -> SampleStats:
+    """What `_forward` returned for these samples; waits for it. With their `batch`, also token by token."""
+    of_tokens = metrics.pop("token_kl")
     found = {name: _numpy(value) for name, value in metrics.items()}
     for name in ("lag", "length"):
         found[name] = found[name].astype(np.int64)
-    return SampleStats(keys=np.array([samples[i].rollout.key for i in indices]), **found)
+    token_kl = np.full(len(indices), None, dtype=object)
+    if batch is not None:
+        token_kl = _by_sample(of_tokens, batch, len(indices))
+    keys = np.array([samples[i].rollout.key for i in indices])
+    return SampleStats(keys=keys, token_kl=token_kl, **found)
 
 
 def _quartiles(term: Tensor, batch: MicroBatch, mask: Tensor) -> Tensor:

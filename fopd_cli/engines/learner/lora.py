@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fopd_cli.engines.learner.lora_targets import choose
 from fopd_cli.engines.models import hf
 from fopd_cli.errors import UserError
 
+Named = Iterator[tuple[str, Tensor]]
 ADAPTER = "default"  # peft's name for the only one
 
 
@@ -79,11 +82,12 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def merged(lm: nn.Module, dtypes: Mapping[str, torch.dtype] = MappingProxyType({})) -> Named:
     """Every distinct weight, whole, under its Hugging Face name, with adapters added in; a model without any
     is unchanged.
 
-    A collective if the weights are sharded.
+    A collective if the weights are sharded. A shard whose dtype in `dtypes` is narrower is cast before it is
+    gathered: the numbers are the same, and half of them travel.
     """
     layers = {_adapted(name, m): m for name, m in lm.named_modules() if hasattr(m, "lora_A")}
     seen: set[int] = set()
@@ -91,10 +95,12 @@ def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if id(tensor) in seen or is_adapter(name):
             continue
         seen.add(id(tensor))
-        full, own = whole(tensor), _plain(name).replace(".base_layer", "")
+        own = _plain(name).replace(".base_layer", "")
         if own in layers:
-            full = full.float() + _delta(layers[own])
-        yield own, full
+            yield own, whole(tensor).float() + _delta(layers[own])
+        else:
+            dtype = dtypes.get(own, tensor.dtype)
+            yield own, whole(tensor.to(dtype) if dtype.itemsize < tensor.dtype.itemsize else tensor)
 
 
 def _adapted(name: str, layer: Any) -> str:
@@ -120,7 +126,7 @@ def check_adapter_alone(lm: nn.Module, key: str) -> None:
             )
 
 
-def adapters(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def adapters(lm: nn.Module) -> Named:
     """A and B of every adapted layer, whole, under peft's names. A collective if they are sharded."""
     for name, tensor in lm.state_dict(keep_vars=True).items():
         if is_adapter(name):
@@ -162,4 +168,7 @@ def _delta(layer: Any) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a shard (a collective), detached."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    # a single rank has all of it: no need to prepare a collective for every tensor
+    return (tensor.to_local() if tensor.device_mesh.size() == 1 else tensor.full_tensor()).detach()

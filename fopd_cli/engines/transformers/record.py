@@ -2,9 +2,10 @@
 
 from fopd_cli.engines.record import Engine, SamplerFacts, TeacherFacts
 
+JOINS = 1 / 8
 RECORD = Engine(
     "transformers",
-    sampler=SamplerFacts(draws=True),
+    sampler=SamplerFacts(draws=True, joins=JOINS),
     teacher=TeacherFacts(
         frozenset({"hidden", "topk", "sampled"}), asked_tokens=True, our_forward=True, generates=0
     ),

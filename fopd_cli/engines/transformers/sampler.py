@@ -39,6 +39,7 @@ from fopd_cli.engines.resting import Resting
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.rows import Row
 from fopd_cli.engines.transformers import cpu_attention
+from fopd_cli.engines.transformers.record import JOINS
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
 PREFILL_TOKENS = 16384
@@ -83,6 +84,7 @@ class TransformersSampler:
             cpu_attention.enable(model)
         self._resting = Resting(device, forgetful=True)
         self.vocab = vocab
+        self.joins = 0
         self.model, self.rules, self.device, self.batch_size = (
             model.to(device).eval(),
             rules,
@@ -119,7 +121,9 @@ class TransformersSampler:
     def load(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         own = self.model.state_dict(keep_vars=True)
         for name, tensor in weights:
-            own[name].copy_(tensor)
+            own[name].copy_(tensor, non_blocking=True)
+        if self.device.type != "cpu":
+            torch.cuda.current_stream(self.device).synchronize()  # `weights` may be overwritten after this
         self.version = version
         if not self.stale_kv:
             self._cache = None
@@ -151,7 +155,7 @@ class TransformersSampler:
             return
         if not self._rows:
             self._start(self._next_batch())
-        elif self.batch_size - len(self._rows) >= max(1, self.batch_size // 8) and self._joinable():
+        elif self.batch_size - len(self._rows) >= max(1, int(JOINS * self.batch_size)) and self._joinable():
             self._join(self._next_batch())
 
     def _start(self, requests: Sequence[Request]) -> None:
@@ -167,6 +171,7 @@ class TransformersSampler:
 
     def _join(self, requests: Sequence[Request]) -> None:
         """Add rows to the running ones, whose last column is computed next."""
+        self.joins += 1
         ids, mask = self._padded(requests)
         width = max(int(self._mask.sum(-1).max()), ids.shape[1])
         if self._cache is not None:

@@ -30,7 +30,7 @@ class VllmSampler:
     def __init__(self, options: VllmOptions, rules: TokenRules, aliases: dict[str, str]) -> None:
         self.engine = VllmEngine(options)
         self.stop, self.aliases = sorted(rules.eos), aliases
-        self.version = 0
+        self.version = self.joins = 0
         self._rows: dict[str, Row] = {}  # by vLLM's name
         self._late: list[Rollout] = []  # finished by a step that a weight update had to wait for
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -83,9 +84,10 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         model: Any = self.model
         weights = update_info.weights
-        loaded = model.load_weights(
-            iter(weights.known_to(model) if isinstance(weights, WithAliases) else weights)
-        )
+        known = weights.known_to(model) if isinstance(weights, WithAliases) else weights
+        loaded = model.load_weights(_on(self.device, known))
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the slot may be overwritten after this
         missing = self._expected - loaded if loaded is not None else set()
         if missing:
             raise RuntimeError(
@@ -97,6 +99,12 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         pass
+
+
+def _on(device: torch.device, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Queue each copy to the device: vLLM's loaders, which copy into place, never wait for the bus."""
+    for name, tensor in weights:
+        yield name, tensor.to(device, non_blocking=True)
 
 
 def _repack_experts(model: Any) -> None:

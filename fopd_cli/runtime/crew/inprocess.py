@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol, assert_never
+from typing import Any, Protocol, Self, assert_never
 
 from fopd_cli.runtime.build import Setup
 from fopd_cli.runtime.crew import messages as m
@@ -24,6 +24,8 @@ from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.crew.roles import Grading, Learning, Sampling, Teaching
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.scheduling.tickets import Role
+
+STUCK = "nothing is under way, and nothing can start: the schedule is broken"
 
 
 class Engines(Protocol):
@@ -51,15 +53,15 @@ class Costs(Protocol):
         """A sampler's running work is given up."""
 
 
-class InProcess:
-    """See `Crew`. `now` is the virtual time."""
+class Virtual:
+    """What crews on a virtual clock share. `now` is the time on it."""
 
-    def __init__(self, engines: Engines, costs: Costs) -> None:
-        self.engines, self.costs, self.now = engines, costs, 0.0
+    def __init__(self, engines: Engines) -> None:
+        self.engines, self.now = engines, 0.0
         self._events: list[tuple[float, int, Engine, m.Event]] = []  # a heap
         self._order = itertools.count()
 
-    def __enter__(self) -> InProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any, /) -> None:
@@ -68,27 +70,14 @@ class InProcess:
     def start(self) -> None:
         """Nothing to do: engines are ready once they are built."""
 
-    def send(self, engine: Engine, command: m.Command) -> None:
-        answers = self.engines.do(engine, command)
-        if isinstance(command, m.AbortCommand):
-            self._events = [e for e in self._events if e[2] != engine or not isinstance(e[3], m.Sampled)]
-            heapq.heapify(self._events)
-            self.costs.stopped(self.now, engine)
-        ends = self.costs.ends(self.now, engine, command, answers)
-        for end, answer in zip(ends, answers, strict=True):
-            self._happens(end, engine, answer)
-
     def lease(self, sleeper: Role | None, waker: Role) -> None:
         self._happens(self.now, Engine(waker), m.Leased(waker))
 
     def _happens(self, at: float, engine: Engine, event: m.Event) -> None:
         heapq.heappush(self._events, (at, next(self._order), engine, event))
 
-    def receive(self) -> Iterator[tuple[Engine, m.Event]]:
-        """All events of the next moment, including those that they cause at the same moment."""
-        if not self._events:
-            raise RuntimeError("nothing is under way, and nothing can start: the schedule is broken")
-        self.now = self._events[0][0]
+    def _happened(self) -> Iterator[tuple[Engine, m.Event]]:
+        """All events up to now, including those that they cause at the same moment."""
         while self._events and self._events[0][0] <= self.now:
             _, _, engine, event = heapq.heappop(self._events)
             yield engine, event
@@ -101,6 +90,31 @@ class InProcess:
 
     def device_memory(self) -> dict[str, dict[str, int]]:
         return {}
+
+
+class InProcess(Virtual):
+    """See `Crew`. When a command ends is known when it is sent."""
+
+    def __init__(self, engines: Engines, costs: Costs) -> None:
+        super().__init__(engines)
+        self.costs = costs
+
+    def send(self, engine: Engine, command: m.Command) -> None:
+        answers = self.engines.do(engine, command)
+        if isinstance(command, m.AbortCommand):
+            self._events = [e for e in self._events if e[2] != engine or not isinstance(e[3], m.Sampled)]
+            heapq.heapify(self._events)
+            self.costs.stopped(self.now, engine)
+        ends = self.costs.ends(self.now, engine, command, answers)
+        for end, answer in zip(ends, answers, strict=True):
+            self._happens(end, engine, answer)
+
+    def receive(self) -> Iterator[tuple[Engine, m.Event]]:
+        """All events of the next moment."""
+        if not self._events:
+            raise RuntimeError(STUCK)
+        self.now = self._events[0][0]
+        yield from self._happened()
 
 
 class LocalEngines:

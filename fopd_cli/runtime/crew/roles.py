@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, assert_never
 
 import torch.distributed as dist
@@ -54,13 +55,28 @@ def _rest(engine: Sampler | Teacher | Learner, command: m.RestCommand) -> m.Asle
 # ---- sampler
 
 
+@dataclass
+class _Work:
+    """What a sampler did in a span: decoding passes, the requests that ran in each, summed up, how often
+    others joined them, and tokens of the prompts that it took on; `tokens` are those of the responses that
+    ended in it.
+    """
+
+    tokens: int = 0
+    passes: int = 0
+    rows: int = 0
+    joins: int = 0
+    prompt_tokens: int = 0
+
+
 class Sampling:
     """Takes commands between tokens; finished rollouts leave at once."""
 
     def __init__(self, spec: WorkerSpec, setup: Setup) -> None:
         self.engine, self.channel = build_sampler(spec, setup), setup.channel
         self._began: float | None = None  # start of the open span
-        self._tokens = self._aborts = 0
+        self._work = _Work()
+        self._running = self._aborts = 0
 
     @property
     def busy(self) -> bool:
@@ -70,12 +86,15 @@ class Sampling:
         match command:
             case m.GenerateCommand(requests):
                 self.engine.submit(requests)
+                self._running += len(requests)
+                self._work.prompt_tokens += sum(len(r.token_ids) for r in requests)
                 return None
             case m.LoadCommand(version):
                 return self._load(version)
             case m.AbortCommand():
                 self.engine.abort()
-                self._began, self._tokens, self._aborts = None, 0, self._aborts + 1
+                self._began, self._work, self._running = None, _Work(), 0
+                self._aborts += 1
                 return None
             case m.SleepCommand() | m.WakeCommand():
                 return _rest(self.engine, command)
@@ -85,14 +104,19 @@ class Sampling:
     def step(self) -> m.Sampled | None:
         """One token for every running request; returns what is finished, if anything."""
         self._began = self._began or time.time()
+        joins = self.engine.joins
         rollouts = self.engine.step()
-        self._tokens += sum(r.response_length for r in rollouts)
+        self._work.joins += self.engine.joins - joins
+        self._work.passes += 1
+        self._work.rows += self._running
+        self._work.tokens += sum(r.response_length for r in rollouts)
+        self._running -= len(rollouts)
         if not rollouts:
             return None
         spans = []
         if not self.engine.busy or time.time() - self._began > SPAN_S:
-            spans.append(m.Span("generate", self._began, time.time(), {"tokens": self._tokens}))
-            self._began, self._tokens = None, 0
+            spans.append(m.Span("generate", self._began, time.time(), vars(self._work)))
+            self._began, self._work = None, _Work()
         return m.Sampled(rollouts, spans, self._aborts)
 
     def _load(self, version: int) -> m.Loaded:
@@ -242,7 +266,7 @@ def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
 
 def publish(spec: WorkerSpec, engine: Learner, channel: WeightChannel) -> int:
     """Write the learner's weights into their slot; all ranks gather, rank 0 writes."""
-    return channel.write(engine.version, engine.publish(), keep=spec.rank == 0)
+    return channel.write(engine.version, engine.publish(channel.dtypes), keep=spec.rank == 0)
 
 
 # ---- grader

@@ -8,9 +8,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from fopd_cli.engines.models import hf
 from fopd_cli.recipe import Recipe
@@ -18,15 +22,17 @@ from fopd_cli.runtime.buffer import Entry
 from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.pace import Pace, readable
-from fopd_cli.runtime.journal.sinks import Changes, Progress, Resume, Sinks
+from fopd_cli.runtime.journal.sinks import Changes, Display, Progress, Resume, Sinks
 from fopd_cli.runtime.journal.totals import Totals
+from fopd_cli.runtime.journal.utilization import Utilization
 from fopd_cli.runtime.journal.watch import Watch
 from fopd_cli.runtime.scheduling.schedule import Schedule
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
 OpenSinks = Callable[[Resume | None, Changes], Sinks]
+OpenDisplay = Callable[[int, int], Display]
 SAMPLES = 20  # written as text in a whole run
-HELD_OUT_SAMPLES = 2  # per evaluation
+HELD_OUT_SAMPLES = 2  # per evaluation and held-out set
 
 
 @dataclass
@@ -35,24 +41,37 @@ class _Evaluation:
 
     stats: list[SampleStats] = field(default_factory=list)
     rows: dict[int, tuple[SampleId, Entry]] = field(default_factory=dict)
+    sets: list[str | None] = field(default_factory=list)  # the held-out set of each row
 
 
 class Journal:
     """Use as a context manager: leaving it closes all files."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, open_sinks: OpenSinks, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: Any,
+        open_sinks: OpenSinks,
+        quiet: bool = False,
+        display: OpenDisplay = Progress,
+        at_peak: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """`display` gets the number of steps, and how many are done. `at_peak`: see `Utilization`."""
+        self._utilization = Utilization(at_peak)
         self.recipe, self.tokenizer, self.quiet = recipe, tokenizer, quiet
+        self._open_display = display
         self._open_sinks = open_sinks
         self.totals = Totals()
         self._watch = Watch(recipe.learner.clip)
         self._resume: Resume | None = None
         self._changes: Changes = {}
-        self._progress: Progress | None = None
+        self._progress: Display | None = None
         self._sinks: Sinks | None = None
         self._evaluation = _Evaluation()
         self._pace = Pace(recipe.learner.steps, recipe.eval.every or recipe.learner.steps)
         self._load: dict[str, float] = {}  # a sampler's latest weight update
         self._began = self._step_began = self._version_since = time.time()
+        self._cpu = time.process_time()
 
     def resume(self, at: Resume, totals: Mapping[str, Any], changes: Changes) -> None:
         """Go on from a checkpoint; `changes` to the recipe go into the history."""
@@ -61,7 +80,8 @@ class Journal:
     def __enter__(self) -> Journal:
         self._began = time.time() - self.totals.wall_seconds
         if not self.quiet:
-            self._progress = Progress(self.recipe.learner.steps, self._resume.step if self._resume else 0)
+            done = self._resume.step if self._resume else 0
+            self._progress = self._open_display(self.recipe.learner.steps, done)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -96,6 +116,7 @@ class Journal:
     def worked(self, worker: str, span: Span) -> None:
         """A worker did something."""
         self.sinks.span(worker, span)
+        self._utilization.worked(worker, span)
 
     def sampled(self, rollout: Rollout) -> None:
         self.totals.generated_tokens += generated(rollout)
@@ -119,7 +140,9 @@ class Journal:
         self._version_since = time.time()
         timing = {
             "seconds": time.time() - self._step_began,
+            "conductor_seconds": self._cpu_seconds(),
             "busy": self.sinks.busy_shares(),
+            **self._utilization.step(),
             **runtime,
             "publish_seconds": report.publish_seconds,
             "publish_bytes": report.publish_bytes,
@@ -141,23 +164,28 @@ class Journal:
             self._pace.step(step, time.time())
             left = self._pace.remaining()
             eta = {} if left is None else {"left": readable(left)}
-            self._progress.step(step, {**records.bar(record, timing), **eta})
+            self._progress.step(step, {**records.bar(record, timing), **eta}, timing["busy"])
         for warning in self._watch.step(report.grad_norm, record["kl"], record["kl_by_quartile"]):
             self.warn(step, warning)
         if step % max(1, self.recipe.learner.steps // SAMPLES) == 0:
             self._write_sample(step, *batch[0])
 
-    def evaluated_samples(self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry]]) -> None:
-        """Some of an evaluation's samples are done."""
+    def evaluated_samples(
+        self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry, str | None]]
+    ) -> None:
+        """Some of an evaluation's samples are done, each with the name of its set if there are several."""
         self._evaluation.stats.append(stats)
-        self._evaluation.rows |= {entry.key: (sample, entry) for sample, entry in rows}
+        for sample, entry, held_out in rows:
+            self._evaluation.rows[entry.key] = (sample, entry)
+            self._evaluation.sets.append(held_out)
 
     def evaluated(self, version: int) -> None:
         """All of them are done."""
-        stats, rows = self._evaluation.stats, self._evaluation.rows
+        stats, rows, sets = self._evaluation.stats, self._evaluation.rows, self._evaluation.sets
         self._evaluation = _Evaluation()
         samples = [(sample, entry.score, entry.rollout) for sample, entry in rows.values()]
-        record = records.evaluation(version, stats, samples, [entry.metrics for _, entry in rows.values()])
+        metrics = [entry.metrics for _, entry in rows.values()]
+        record = records.evaluation(version, stats, samples, metrics, sets, self.recipe.eval.follow)
         self.totals.evaluations[str(version)] = record
         timing = {
             **records.tool_seconds([rollout for _, _, rollout in samples]),
@@ -166,10 +194,16 @@ class Journal:
         }
         self._pace.evaluated(timing["seconds"])
         self.sinks.metrics.write({**record, "timing": timing})
-        self.sinks.scalars({f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}, version)
-        for key in sorted(rows)[:HELD_OUT_SAMPLES]:
-            self._write_sample(version, *rows[key])
+        self.sinks.scalars(records.evaluation_scalars(record), version)
+        written = Counter[str | None]()
+        kls = {k: kl for s in stats for k, kl in zip(s.keys.tolist(), s.token_kl, strict=True)}
+        for key, held_out in sorted(zip(rows, sets, strict=True)):
+            written[held_out] += 1
+            if written[held_out] <= HELD_OUT_SAMPLES:
+                self._write_sample(version, *rows[key], kls[key])
         self.say(records.evaluation_line(record))
+        if self._progress is not None:
+            self._progress.evaluated(record)
 
     def refreshed(self, step: int, reason: str, samples: Iterable[SampleId]) -> None:
         """The buffer was dropped."""
@@ -179,7 +213,10 @@ class Journal:
         self.sinks.ledger.write({"step": step, "refreshed": ids})
         self.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
 
-    def _write_sample(self, step: int, sample: SampleId, entry: Entry) -> None:
+    def _write_sample(
+        self, step: int, sample: SampleId, entry: Entry, token_kl: np.ndarray | None = None
+    ) -> None:
+        """As text; with `token_kl`, that of each token that the student sampled, also token by token."""
         rollout = entry.rollout
         record: dict[str, Any] = {
             "kind": sample.split,
@@ -193,7 +230,17 @@ class Journal:
         }
         if rollout.turns:
             record |= {"turns": rollout.turns, "calls": rollout.calls}
+        if token_kl is not None:
+            record["kl"] = float(token_kl.mean()) if len(token_kl) else None
+            record["pieces"] = records.pieces(self.tokenizer, rollout, token_kl, entry.likeliest)
         self.sinks.samples.write(record)
+        if self._progress is not None:
+            self._progress.sampled(record)
+
+    def _cpu_seconds(self) -> float:
+        """Seconds of a core that this process has used since the last call."""
+        before, self._cpu = self._cpu, time.process_time()
+        return self._cpu - before
 
     # ---- sums ----------------------------------------------------------------------------------------------
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fopd_cli.collapse import collapse
+from fopd_cli.engines.text.pieces import pieces as text_pieces
 from fopd_cli.runtime.journal.sinks import mean_and_error
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 
@@ -16,7 +19,9 @@ if TYPE_CHECKING:
     from fopd_cli.runtime.journal.totals import Totals
     from fopd_cli.runtime.scheduling.schedule import Schedule
 
+QUANTILES = np.linspace(0, 1, 21)  # of response lengths: fopd plan draws from them
 MANY_TRUNCATED = 0.5  # share of responses
+MOST_PIECES = 512  # tokens of a response that are written one by one; each decodes all before it
 
 
 def outcome(weight: float) -> Literal["trained", "gated"]:
@@ -54,6 +59,7 @@ def step(step: int, report: StepReport, rollouts: list[Rollout], grades: list[fl
         "lr": report.lr,
         "skipped": report.skipped,
         "response_length": float(s.length.mean()),
+        "length_quantiles": np.quantile(s.length, QUANTILES).round(1).tolist(),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         "versions_per_rollout": float(np.mean([len(r.spans) for r in rollouts])),
         **stale_kv(rollouts),
@@ -84,42 +90,65 @@ def evaluation(
     stats: list[SampleStats],
     samples: list[tuple[SampleId, float, Rollout]],
     metrics: list[dict[str, float]],
+    sets: Sequence[str | None] = (),
+    follow: str | None = None,
 ) -> dict[str, Any]:
     """The record of an evaluation: task score as mean@k over prompts, KL to the teacher as the mean over
     tokens.
 
     `samples` come in the order of `stats`. Without grades the score is nan, and KL is the only measure; its
-    error is over prompts, too.
+    error is over prompts, too. `sets` names the held-out set of each sample: with several the record is that
+    of `follow` (None: the set of the first prompt), and has all of them by name under "sets".
     """
+    every = {f.name: np.concatenate([getattr(s, f.name) for s in stats]) for f in fields(SampleStats)}
+    by_set: dict[str | None, list[int]] = defaultdict(list)
+    for i in sorted(range(len(samples)), key=lambda i: samples[i][0].prompt):
+        by_set[sets[i] if sets else None].append(i)
+    found = {}
+    for name, own in by_set.items():
+        own = sorted(own)
+        part = SampleStats(**{key: values[own] for key, values in every.items()})
+        found[name] = _evaluation(part, [samples[i] for i in own], [metrics[i] for i in own])
+    start = {"kind": "eval", "step": version}
+    if len(found) == 1:
+        return {**start, **next(iter(found.values()))}
+    own_set = next(iter(found)) if follow is None else follow
+    return {**start, "set": own_set, **found[own_set], "sets": found}
+
+
+def _evaluation(
+    stats: SampleStats, samples: list[tuple[SampleId, float, Rollout]], metrics: list[dict[str, float]]
+) -> dict[str, Any]:
+    """The metrics of one held-out set."""
     by_prompt: dict[int, list[float]] = defaultdict(list)
     kl_by_prompt: dict[int, list[float]] = defaultdict(list)
-    for (sample, grade, _), kl in zip(samples, np.concatenate([s.kl for s in stats]), strict=True):
+    for (sample, grade, _), kl in zip(samples, stats.kl, strict=True):
         by_prompt[sample.prompt].append(grade)
         kl_by_prompt[sample.prompt].append(float(kl))
     score, error = mean_and_error(by_prompt.values())
     rollouts = [r for _, _, r in samples]
-
-    def tokens_mean(name: str) -> float:
-        return _token_mean(
-            np.concatenate([getattr(s, name) for s in stats]), np.concatenate([s.length for s in stats])
-        )
-
     return {
-        "kind": "eval",
-        "step": version,
         "score": score,
         "score_error": error,
         "prompts": len(by_prompt),
         **mean_metrics(metrics),
-        "kl": tokens_mean("kl"),
+        "kl": _token_mean(stats.kl, stats.length),
         "kl_error": mean_and_error(kl_by_prompt.values())[1],
-        "forward_kl": tokens_mean("forward_kl"),
-        "entropy": tokens_mean("entropy"),
-        "kl_by_quartile": [_mean(column) for column in np.concatenate([s.kl_quartiles for s in stats]).T],
+        "forward_kl": _token_mean(stats.forward_kl, stats.length),
+        "entropy": _token_mean(stats.entropy, stats.length),
+        "kl_by_quartile": [_mean(column) for column in stats.kl_quartiles.T],
         "response_length": float(np.mean([r.response_length for r in rollouts])),
         "truncated": float(np.mean([r.finish == "length" for r in rollouts])),
         **episodes(rollouts),
     }
+
+
+def evaluation_scalars(record: dict[str, Any]) -> dict[str, float]:
+    """For TensorBoard: eval/score, and eval/NAME/score of each held-out set if there are several."""
+    flat = {f"eval/{k}": v for k, v in record.items() if isinstance(v, float)}
+    for name, own in record.get("sets", {}).items():
+        flat |= {f"eval/{name}/{k}": v for k, v in own.items() if isinstance(v, float)}
+    return flat
 
 
 def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
@@ -149,6 +178,16 @@ def tool_seconds(rollouts: list[Rollout]) -> dict[str, float]:
 
 def evaluation_line(record: dict[str, Any]) -> str:
     """For people; a score only where there is one."""
+    sets = record.get("sets")
+    said = (
+        _evaluation_line(record)
+        if sets is None
+        else "; ".join(f"{name}: {_evaluation_line(own)}" for name, own in sets.items())
+    )
+    return f"held-out at step {record['step']}: {said}"
+
+
+def _evaluation_line(record: dict[str, Any]) -> str:
     kl = f"KL to the teacher {with_error(record['kl'], record['kl_error'], 4)}"
     if math.isfinite(record["score"]):
         score = with_error(record["score"], record["score_error"], 3)
@@ -158,7 +197,7 @@ def evaluation_line(record: dict[str, Any]) -> str:
     cut_off = ""
     if record["truncated"] > MANY_TRUNCATED:
         cut_off = f"; {record['truncated']:.0%} of the responses were cut off at max_new_tokens"
-    return f"held-out at step {record['step']}: {metrics}{cut_off}"
+    return metrics + cut_off
 
 
 def with_error(value: float, error: float, digits: int) -> str:
@@ -174,7 +213,11 @@ def scalars(record: dict[str, Any], timing: dict[str, Any]) -> dict[str, float]:
     flat |= {f"idle/{role}": 1 - share for role, share in timing["busy"].items()}
     for worker, sizes in timing.get("device_bytes", {}).items():
         flat |= {f"device_gb/{worker} {what}": size / 1e9 for what, size in sizes.items()}
-    names = ("seconds", "buffer_samples", "buffer_bytes", "in_flight", "publish_seconds", "publish_gb_per_s")
+    flat |= {f"mfu/{role}": share for role, share in timing.get("mfu", {}).items()}
+    names = (
+        *("seconds", "gap_seconds", "buffer_samples", "buffer_bytes", "in_flight"),
+        *("publish_seconds", "publish_gb_per_s"),
+    )
     return flat | {f"runtime/{name}": float(timing[name]) for name in names}
 
 
@@ -218,6 +261,7 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "kl_first": _plain(first.get("kl")),
         "kl_last": _plain(last.get("kl")),
         "kl_last_error": _plain(last.get("kl_error")),
+        **_by_set(first, last),
         "max_lag": totals.max_lag,
         "mean_freshness": totals.freshness_sum / max(1, totals.samples),
         "wall_seconds": round(totals.wall_seconds, 3),
@@ -236,6 +280,48 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
         "busy": {role: round(share, 3) for role, share in sorted(busy.items())},
         "advice": advice(busy),
     }
+
+
+def pieces(
+    tokenizer: Any,
+    rollout: Rollout,
+    token_kl: np.ndarray,
+    likeliest: tuple[np.ndarray, np.ndarray] | None = None,
+) -> list[list[Any]]:
+    """[text, KL to the teacher in nats] of the response's first tokens; a tool's tokens have None. With the
+    teacher's `likeliest` ids and probabilities at each position, also [[token, probability], ...].
+    """
+    kls = np.full(rollout.response_length, np.nan)
+    kls[rollout.loss_mask] = token_kl
+    found: list[list[Any]] = []
+    for text, start, stop in text_pieces(tokenizer, rollout.response_ids[:MOST_PIECES]):
+        kl = float(kls[start:stop].sum())
+        piece: list[Any] = [text, float(f"{kl:.3g}") if math.isfinite(kl) else None]
+        if likeliest is not None and math.isfinite(kl):
+            ids, probabilities = (array[start].tolist() for array in likeliest)
+            named = [str(tokenizer.decode([i])) for i in ids]
+            piece.append([[n, round(p, 3)] for n, p in zip(named, probabilities, strict=True)])
+        found.append(piece)
+    return found
+
+
+def _by_set(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """The first and last metrics of each held-out set, and which of them is the run's own; empty with one."""
+    if "sets" not in last:
+        return {}
+    found = {}
+    for name, own in last["sets"].items():
+        begin = first.get("sets", {}).get(name, {})
+        found[name] = {
+            f"{key}_{when}": _plain(values.get(source))
+            for key in ("score", "kl")
+            for when, values, source in (
+                ("first", begin, key),
+                ("last", own, key),
+                ("last_error", own, f"{key}_error"),
+            )
+        }
+    return {"set": last["set"], "sets": found}
 
 
 def advice(busy: dict[str, float]) -> str | None:

@@ -2,6 +2,7 @@
 
 runs/NAME/
     recipe.yaml  recipe-history.jsonl      resolved; what was changed at which step
+    placement.json                         its workers, devices and cores
     metrics.jsonl  ledger.jsonl  samples.jsonl  warnings.jsonl  trace.json  tensorboard/  logs/WORKER.log
     checkpoints/step-000100/  best/        what a resume starts from; weights of eval.keep_best
     student/  summary.json                 the end: the student in Hugging Face's format
@@ -40,6 +41,7 @@ class RunDir:
         self.recipe = path / "recipe.yaml"
         self.history = path / "recipe-history.jsonl"
         self.summary = path / "summary.json"
+        self.placement = path / "placement.json"
         self._lock: Any = None
 
     @classmethod

@@ -205,6 +205,22 @@ class Telemetry:
             tracker.close()
 
 
+class Display(Protocol):
+    """What a person watching the run sees. None of it can end the run."""
+
+    def step(self, step: int, metrics: dict[str, str], busy: Mapping[str, float]) -> None:
+        """An optimizer step is done; `busy` is the share of each role since the last."""
+
+    def evaluated(self, record: Mapping[str, Any]) -> None: ...
+
+    def sampled(self, record: Mapping[str, Any]) -> None:
+        """A sample was written as text."""
+
+    def say(self, line: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Progress:
     """One tqdm bar on a terminal; plain lines, at most one every few seconds, elsewhere.
 
@@ -220,7 +236,7 @@ class Progress:
 
             self._bar = tqdm(total=steps, initial=initial, unit="step", dynamic_ncols=True)
 
-    def step(self, step: int, metrics: dict[str, str]) -> None:
+    def step(self, step: int, metrics: dict[str, str], busy: Mapping[str, float]) -> None:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.update(step - self._bar.n)
@@ -228,6 +244,10 @@ class Progress:
         elif time.time() - self._last > self.EVERY_S or step == self.steps:
             self._last = time.time()
             self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in metrics.items()))
+
+    def evaluated(self, record: Mapping[str, Any]) -> None: ...
+
+    def sampled(self, record: Mapping[str, Any]) -> None: ...
 
     def say(self, line: str) -> None:
         with contextlib.suppress(OSError):

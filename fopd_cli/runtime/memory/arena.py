@@ -7,6 +7,7 @@ system, so nothing can leak, whatever kills the command. Queues carry only offse
 from __future__ import annotations
 
 import bisect
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,10 +36,16 @@ class Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.memory = shared_bytes(max(nbytes, ALIGNMENT))
         self.nbytes = nbytes
         self._free = [(0, nbytes)]  # (offset, size), sorted, never adjacent
         self._used: dict[int, int] = {}
+
+    @cached_property
+    def memory(self) -> Tensor:
+        """uint8 (nbytes,), made when it is first asked for: a run that is only planned needs none. Raises
+        `UserError` if /dev/shm cannot hold it.
+        """
+        return shared_bytes(max(self.nbytes, ALIGNMENT))
 
     @property
     def used_bytes(self) -> int:

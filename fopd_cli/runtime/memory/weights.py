@@ -73,6 +73,11 @@ class WeightChannel:
         """Bytes of one version."""
         return layout_bytes(self.layout)
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor in a slot."""
+        return {name: dtype for name, _, dtype in self.layout}
+
     def page_lock(self) -> None:
         """For a process with a CUDA device: copies between it and the slots then run at bus speed, without a
         detour through a driver buffer. If the kernel refuses to lock that much, they are slower, and the
@@ -87,18 +92,23 @@ class WeightChannel:
 
     def write(self, version: int, weights: Iterator[tuple[str, Tensor]], keep: bool = True) -> int:
         """Copy all weights into the version's slot, each cast to its dtype in the layout; returns bytes
-        written.
+        written. Copies from a device are queued, and awaited once at the end.
 
         Ranks that only take part in gathering the weights pass `keep=False`.
         """
         stamps, views, written = self.stamps[version % 2], dict(self._slot(version)), 0
         if keep:
             stamps[0] = version
+        streams = set()
         for name, tensor in weights:
             slot = views.pop(name)
             if keep:
-                slot.copy_(tensor)
+                slot.copy_(tensor, non_blocking=True)
                 written += slot.nbytes
+                if tensor.is_cuda:
+                    streams.add(torch.cuda.current_stream(tensor.device))
+        for stream in streams:
+            stream.synchronize()
         if views:
             raise RuntimeError(f"version {version} lacks the weights {sorted(views)[:3]}")
         if keep:

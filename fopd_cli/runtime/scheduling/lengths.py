@@ -69,6 +69,13 @@ def keep_what_fits(recipe: Recipe, stream: PromptStream, found: Sequence[Room]) 
         if choice != "drop":
             other = ", or set task.overlong: drop" if choice else ""
             raise UserError(f"{name} {why} ({count} {split} prompts are too long); {cure}{other}")
+        for held_out in stream.held_out if split == "eval" else ():
+            own = [i for i in stream.kept[split] if stream.prompts[split][i].held_out == held_out]
+            if all(i in long for i in own):
+                prompt = stream.prompts[split][own[0]]
+                raise UserError(
+                    f"held-out set {held_out}: {prompt.where} {long[own[0]]}, and so with all of it; {cure}"
+                )
         if len(long) == len(stream.kept[split]):
             raise UserError(f"{name} {why}, and so with all {len(long)} {split} prompts; {cure}")
         stream.drop(split, long)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ import numpy as np
 from fopd_cli.engines.text.templates import Frame
 from fopd_cli.errors import UserError
 from fopd_cli.freshness.policies import POLICIES
+from fopd_cli.names import SET_NAME, SET_NAME_RULE
 from fopd_cli.recipe import Recipe, Teacher
 from fopd_cli.runtime.scheduling.tickets import ScheduleConfig
 from fopd_cli.samples import Prompt, SampleId
@@ -52,6 +54,7 @@ class PromptStream:
         self._contexts = [t.context for t in teachers]
         self._frames = [(frames or {}).get(t.name) for t in teachers]
         self._check_teachers()
+        self._check_sets()
         self._orders: dict[int, list[int]] = {}
         self._ids: dict[tuple[str, int], np.ndarray] = {}
         self._told: dict[tuple[str, int], np.ndarray] = {}
@@ -112,6 +115,26 @@ class PromptStream:
                         f"there are {', '.join(self._teachers)}"
                     )
 
+    @property
+    def held_out(self) -> list[str]:
+        """Names of the held-out sets, in the order of their prompts; empty if there is only one."""
+        names = dict.fromkeys(p.held_out for p in self.prompts["eval"] if p.held_out is not None)
+        return list(names) if len(names) > 1 else []
+
+    def _check_sets(self) -> None:
+        prompts = self.prompts["eval"]
+        for p in prompts:
+            if p.held_out is not None and not SET_NAME.fullmatch(p.held_out):
+                raise UserError(
+                    f"task: {p.where}: {p.held_out!r} cannot name a held-out set; {SET_NAME_RULE}"
+                )
+        nameless = next((p for p in prompts if p.held_out is None), None)
+        if nameless is not None and self.held_out:
+            raise UserError(
+                f"task: {nameless.where} names no held-out set, and others do ({', '.join(self.held_out)}); "
+                "name it in all of them, or in none"
+            )
+
     def prompt(self, sample: SampleId) -> Prompt:
         return self.prompts[sample.split][sample.prompt]
 
@@ -158,6 +181,21 @@ def evaluation_ids(recipe: Recipe, stream: PromptStream) -> list[SampleId]:
         for prompt in stream.kept["eval"]
         for repeat in range(recipe.eval.samples)
     ]
+
+
+def check_followed(recipe: Recipe, stream: PromptStream) -> None:
+    """Raises `UserError` unless eval.follow is one of the held-out sets."""
+    name, there = recipe.eval.follow, stream.held_out
+    if name is None or name in there:
+        return
+    if not there:
+        raise UserError(
+            f"eval.follow: {name!r}, but there is one held-out set only; leave it out, or name several in "
+            "task.eval"
+        )
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(there)}"
+    raise UserError(f"eval.follow: there is no held-out set {name!r}; {hint}")
 
 
 @dataclass(frozen=True)

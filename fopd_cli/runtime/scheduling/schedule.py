@@ -627,8 +627,9 @@ class Schedule:
 
     def _room(self, replica: _Replica) -> int:
         """How many samples may be admitted at the replica's version (the docstring's admission rule)."""
-        outstanding = sum(not t.evaluation and t.state is not State.PLANNED for t in self.tickets.values())
-        return max(0, self._bound(replica.loaded) - self.consumed - outstanding)
+        bound = self._bound(replica.loaded) - self.consumed
+        outstanding = sum(t.state is not State.PLANNED and not t.evaluation for t in self.tickets.values())
+        return max(0, bound - outstanding)
 
     def _bound(self, version: int) -> int:
         """The number of the first sample that a sampler at this version may not start."""
@@ -642,6 +643,8 @@ class Schedule:
         # Whole groups where two runs must agree: a batch's composition then does not depend on timing.
         free = self.config.concurrency - len(replica.running)
         free = 0 if self.config.deterministic and replica.running else free
+        if free <= 0:
+            return [], 0
         held_out: list[int] = []
         if replica.loaded == self.step:
             held_out = [t.key for t in self.tickets.values() if t.evaluation and t.state is State.PLANNED][

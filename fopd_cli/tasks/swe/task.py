@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from fopd_cli.errors import UserError
@@ -35,7 +36,8 @@ class Swe:
                 "task.train: is missing; give it together with task.eval, or leave out both for generated "
                 "repositories"
             )
-        if options.grader == "swebench" and (own is None or not own.startswith("hf:")):
+        known = [held.source.startswith("hf:") for held in held_out.sources(own)]
+        if options.grader == "swebench" and not (known and all(known)):
             raise UserError(
                 "task.grader: swebench judges instances of a dataset that it knows; set task.eval: "
                 "hf:owner/name:split"
@@ -57,19 +59,20 @@ class Swe:
         self._slots: threading.Semaphore | None = None
 
     def prompts(self, split: Literal["train", "eval"]) -> Sequence[Prompt]:
-        return [self._prompt(i, made) for i, made in enumerate(self.instances(split))]
+        if split == "train" or self.options.train is None:
+            return [self._prompt(i, made) for i, made in enumerate(self.instances(split))]
+        named = self._sets(self.options.train)
+        return [replace(self._prompt(i, made), held_out=name) for i, (name, made) in enumerate(named)]
 
     def instances(self, split: Literal["train", "eval"]) -> list[Instance]:
         """Instances of a split; held-out ones are not trained on."""
         options = self.options
-        train, own = options.train, options.eval
+        train = options.train
         if train is None:
             return generated.instances(
                 split, options.train_prompts, options.seed, options.eval_prompts or held_out.DEFAULT
             )
-        ours = self._split_off(train) if own is None else load_instances(own, "task.eval")
-        if own is not None:
-            ours = ours[: held_out.size(self.options.eval_prompts, len(ours), shared=own == train)]
+        ours = [made for _, made in self._sets(train)]
         if split == "eval":
             return ours
         known = {made.id for made in ours}
@@ -79,6 +82,15 @@ class Swe:
                 "task.train: all its instances are held out; give another file or lower task.eval_prompts"
             )
         return rest
+
+    def _sets(self, train: str) -> list[tuple[str | None, Instance]]:
+        """Held-out instances, with the name of their set."""
+        found = []
+        for name, key, source in held_out.sources(self.options.eval):
+            there = load_instances(source, key)
+            count = held_out.size(self.options.eval_prompts, len(there), shared=source == train)
+            found += [(name, made) for made in there[:count]]
+        return found or [(None, made) for made in self._split_off(train)]
 
     def _split_off(self, source: str) -> list[Instance]:
         found = load_instances(source, "task.train")
@@ -97,8 +109,9 @@ class Swe:
         """Grade the submitted patch. An agent that never submitted has none."""
         instance: Instance = prompt.payload["instance"]
         if self.options.grader == "swebench":
-            assert self.options.eval is not None
-            name, _, split = self.options.eval.removeprefix("hf:").partition(":")
+            sets = held_out.sources(self.options.eval)
+            own = next((held for held in sets if held.name == prompt.held_out), sets[0])
+            name, _, split = own.source.removeprefix("hf:").partition(":")
             return harness(instance, response, name.partition("@")[0], split or "test")
         if not response.lstrip().startswith("diff "):
             return Grade(0.0, {"submitted": 0.0})

@@ -1,13 +1,13 @@
 """Engines that do no work: they show what a run would do, and when, given only the costs of its commands.
 
-Responses have lengths drawn from the sample's own seed, and no content. Every grade is 0. Environments end an
-episode after its first turn, and contexts never change. Nothing here says anything about learning.
+For tests and plans. Responses have a length and no content. Every grade is 0. Environments end an episode
+after its first turn, and contexts never change. Nothing here says anything about learning.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 import numpy as np
@@ -20,10 +20,16 @@ NOW = m.Span("pretend", 0.0, 0.0, {"ms": 0.0, "gb_per_s": 0.0})
 QUARTERS = 4
 
 
-class Pretend:
-    """See `Engines` in `inprocess.py`."""
+def any_length(request: Request) -> int:
+    """Any that the request allows, drawn from its own seed."""
+    return random.Random(request.seed).randint(1, request.params.max_new_tokens)
 
-    def __init__(self) -> None:
+
+class Pretend:
+    """See `Engines` in `inprocess.py`. `length` gives each response's number of tokens."""
+
+    def __init__(self, length: Callable[[Request], int] = any_length) -> None:
+        self._length = length
         self._loaded: dict[Engine, int] = {}
 
     def close(self) -> None: ...
@@ -32,7 +38,7 @@ class Pretend:
         match command:
             case m.GenerateCommand(requests):
                 version = self._loaded[engine]
-                return [m.Sampled([_response(request, version)], [], 0) for request in requests]
+                return [m.Sampled([_response(r, version, self._length(r))], [], 0) for r in requests]
             case m.LoadCommand(version):
                 self._loaded[engine] = version
                 return [m.Loaded(version, NOW)]
@@ -56,8 +62,7 @@ class Pretend:
                 assert_never(command)
 
 
-def _response(request: Request, version: int) -> Rollout:
-    length = random.Random(request.seed).randint(1, request.params.max_new_tokens)
+def _response(request: Request, version: int, length: int) -> Rollout:
     return Rollout(
         key=request.key,
         token_ids=np.concatenate([request.token_ids, np.zeros(length, np.int32)]),
@@ -90,6 +95,7 @@ def _stats(rollouts: Sequence[Rollout], lags: Sequence[int]) -> SampleStats:
         coverage_sup=ones,
         freshness=1 / (lag + 1),
         weight=ones,
+        token_kl=np.full(len(rollouts), None, dtype=object),
     )
 
 

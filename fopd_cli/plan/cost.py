@@ -1,0 +1,129 @@
+"""Seconds of each action, for an engine that has its devices (or all cores) to itself. By arithmetic here, as
+in `runtime/time_model.py`; `calibrate.py` replaces what a run has measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fopd_cli.engines.registry import engine_of, sampler_facts
+from fopd_cli.plan.contention import usual_spread
+from fopd_cli.plan.hardware import Hardware
+from fopd_cli.plan.lengths import Lengths
+from fopd_cli.recipe import Recipe
+from fopd_cli.runtime.memory.model import Models, Worker, total, workers
+from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.time_model import learner_flops
+
+NO_GRAPHS = 10  # times as long to start a layer's kernels one by one as from a graph; an estimate
+JOIN = 2.5  # passes: one, and copies of keys and values; as seen with small models on a CPU, an estimate
+THIN = 3  # times as long for a row's token on a CPU as for one of a long text; an estimate
+BOOKKEEPING, MESSAGE, SAMPLE = 5e-3, 3e-4, 2e-4  # seconds, as seen on a CPU; estimates
+
+
+@dataclass(frozen=True)
+class Call:
+    """Seconds of one call, and more for each token in it. Several ranks share the tokens."""
+
+    call: float
+    token: float
+
+    def seconds(self, tokens: float) -> float:
+        return self.call + self.token * tokens
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A sampler replica: seconds of a pass, more for each running row; of a prompt's token; of new weights;
+    of requests that join running ones. `rows` run at once, at most; so many must be `free` for others
+    to join.
+    """
+
+    step: float
+    row: float
+    prompt_token: float
+    load: float
+    rows: int
+    join: float = 0.0
+    free: int = 1
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of all roles, in seconds. `measured` names what a run has measured; the rest is arithmetic."""
+
+    decoding: Decoding
+    scoring: tuple[Call, ...]  # by teacher, without its delay
+    training: Call
+    publish: float
+    measuring: Call
+    grade: float = 0.0  # of a sample
+    bookkeeping: float = BOOKKEEPING  # of the conductor, for each optimizer step
+    message: float = MESSAGE  # of the conductor, for each answer that it gets
+    sample: float = SAMPLE  # of the conductor, for each response
+    tools: float = 0.0  # of an episode
+    turn: float = 0.0  # from one role's turn to the next, where they take turns
+    save: float = 0.0  # of a checkpoint
+    spread: float = 1.0  # how much engines on a CPU slow each other down
+    measured: frozenset[str] = frozenset()
+
+
+def by_arithmetic(
+    recipe: Recipe, plan: Plan, models: Models, hardware: Hardware, responses: Lengths, prompts: Lengths
+) -> Costs:
+    """Nothing measured."""
+    s, rates, size = models.student, hardware.rates, 4 if hardware.cpu else 2
+    launch = hardware.launch
+    found = workers(recipe, plan, models, hardware.nbytes)
+    split = max(1, len(plan.samplers[0].devices))
+    reading = split * rates.bandwidth * rates.reading
+    here = next((w.use for w in found if w.spec == plan.samplers[0]), None)
+    rows = recipe.sampler.concurrency
+    if here is not None and here.rows:  # as many as its cache holds at half their full length
+        rows = min(rows, max(1, int(2 * here.rows)))
+    judged = split * rates.flops * rates.judging
+    # A GPU computes while it reads; on a CPU, computing a row takes longer than reading its keys and values.
+    computed = THIN * 2 * s.active / judged if hardware.cpu else 0.0
+    graphs = hardware.cpu or engine_of(recipe.sampler).claims
+    sent = models.trainable if recipe.student.lora and recipe.student.lora.publish == "adapter" else None
+    moved = size * (s.parameters if sent is None else sent) / rates.host
+    a_pass = size * s.parameters / reading + s.layers * launch * (1 if graphs else NO_GRAPHS)
+    joins = sampler_facts(recipe.sampler).joins
+    decoding = Decoding(
+        step=a_pass,
+        row=size * s.kv * (prompts.mean + responses.context) / reading + computed,
+        prompt_token=2 * s.active / judged,
+        load=moved,
+        rows=rows,
+        join=JOIN * a_pass if joins else 0.0,
+        free=max(1, int(joins * recipe.sampler.concurrency)),
+    )
+    scoring = []
+    for section in recipe.teachers:
+        if engine_of(section).remote:  # nothing is known of a server
+            scoring.append(Call(0.0, 0.0))
+            continue
+        t = models.teachers[section.name]
+        split = engine_of(section).devices(section)
+        scoring.append(Call(t.layers * launch, 2 * t.active / (split * rates.flops * rates.judging)))
+    train = learner_flops(recipe, models, 1) / (rates.flops * rates.training)
+    return Costs(
+        decoding,
+        tuple(scoring),
+        Call(3 * s.layers * launch, train),
+        publish=moved,
+        measuring=Call(s.layers * launch, train / 3),
+        turn=_turn(plan, found, rates.host),
+        spread=usual_spread(plan),
+    )
+
+
+def _turn(plan: Plan, found: Sequence[Worker], host: float) -> float:
+    """Seconds to put a role to sleep and wake another: what each keeps in main memory meanwhile crosses the
+    bus. The mean over roles.
+    """
+    if not plan.exclusive:
+        return 0.0
+    moved = [total(w.use.host_asleep) for w in found if w.spec.devices]
+    return 2 * sum(moved) / max(1, len(moved)) / host

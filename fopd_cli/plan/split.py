@@ -1,0 +1,137 @@
+"""The best split of the devices, and the least lag that does not slow it down.
+
+All splits are ranked by a formula, and those in front are simulated, because a formula knows nothing of
+stragglers, of groups that fill up, and of who waits for whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fopd_cli.engines.registry import engine_of
+from fopd_cli.errors import UserError
+from fopd_cli.plan.cost import Costs
+from fopd_cli.plan.forecast import Forecast, Setting, fits, forecast, sampling
+from fopd_cli.plan.lags import LAG_KEY, with_lag
+from fopd_cli.recipe import Recipe
+from fopd_cli.recipe.contradictions import contradictions
+from fopd_cli.runtime.memory import model as memory
+from fopd_cli.runtime.placement import Plan
+
+LAGS = (1, 2, 4, 8)
+SIMULATED = 3  # splits
+MEASURED = 8  # optimizer steps of each
+AS_GOOD = 1.03  # a lag is not worth less than this
+BETTER = 0.97
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest way found, and what to set for it."""
+
+    forecast: Forecast
+    settings: tuple[str, ...]  # KEY=VALUE; empty: the recipe is as good as any
+    splits: int  # that fit
+    simulated: int  # splits and lags
+
+
+def best(as_is: Forecast) -> Best:
+    """What was found; the recipe itself where nothing is at least 3% faster."""
+    recipe, setting = as_is.recipe, as_is.setting
+    front = as_is if as_is.fits or setting.hardware.cpu else None
+    others, fitting = _splits(as_is)
+    tried = [forecast(r, setting, plan, MEASURED) for r, plan in others]
+    for one in tried:
+        if front is None or one.outcome.seconds < BETTER * front.outcome.seconds:
+            front = one
+    if front is None:
+        return Best(as_is, (), fitting, len(tried))
+    lags = [forecast(r, setting, None, MEASURED) for r in _lags(front.recipe)]
+    lags = [one for one in [front, *lags] if one.fits or setting.hardware.cpu]
+    fastest = min(one.outcome.seconds for one in lags)
+    good = [one for one in lags if one.outcome.seconds <= AS_GOOD * fastest]
+    least = min(good, key=lambda one: one.recipe.max_lag)
+    return Best(least, _settings(recipe, least.recipe), fitting, len(tried) + len(lags) - 1)
+
+
+def _splits(as_is: Forecast) -> tuple[list[tuple[Recipe, Plan]], int]:
+    """Those in front by formula, other than the recipe's own, and how many fit."""
+    setting = as_is.setting
+    found, seen = [], {_where(as_is.plan)}
+    for recipe in _placements(as_is.recipe, setting.hardware.count):
+        try:
+            plan = setting.placed(recipe)
+        except UserError:  # a replica's devices do not divide these
+            continue
+        workers = memory.workers(recipe, plan, setting.models, setting.hardware.nbytes)
+        if _where(plan) in seen or not fits(memory.demands(plan, workers), setting.hardware.nbytes):
+            continue
+        seen.add(_where(plan))
+        found.append((estimate(recipe, plan, setting, setting.costs(recipe, plan)), recipe, plan))
+    found.sort(key=lambda one: one[0])
+    return [(recipe, plan) for _, recipe, plan in found[:SIMULATED]], len(found) + as_is.fits
+
+
+def _where(plan: Plan) -> tuple[str, int, int, int]:
+    return plan.mode, len(plan.samplers), sum(map(len, plan.teachers)), len(plan.learners)
+
+
+def _placements(recipe: Recipe, count: int) -> Iterator[Recipe]:
+    if count == 0:
+        return
+    local = sum(not engine_of(t).remote for t in recipe.teachers)
+    for mode in ("colocate", "timeslice"):
+        yield _placed(recipe, mode)
+    for sampler in range(1, count):
+        for teacher in range(local, count - sampler) if local else (None,):
+            learner = count - sampler - (teacher or 0)
+            if learner > 0:
+                yield _placed(recipe, "partition", sampler, teacher, learner)
+
+
+def _placed(
+    recipe: Recipe,
+    mode: str,
+    sampler: int | None = None,
+    teacher: int | None = None,
+    learner: int | None = None,
+) -> Recipe:
+    update = {"mode": mode, "sampler": sampler, "teacher": teacher, "learner": learner}
+    return recipe.model_copy(update={"placement": recipe.placement.model_copy(update=update)})
+
+
+def _lags(recipe: Recipe) -> Iterator[Recipe]:
+    """The recipe with other largest lags, where it can have them."""
+    for lag in () if recipe.schedule.lag is not None else LAGS:
+        other = with_lag(recipe, lag)
+        if lag != recipe.max_lag and not list(contradictions(other)):
+            yield other
+
+
+def estimate(recipe: Recipe, plan: Plan, setting: Setting, costs: Costs) -> float:
+    """Seconds of a step by formula: its slowest role's, or all of them where roles share devices or take
+    turns.
+    """
+    batch = recipe.learner.batch_samples
+    tokens = batch * (setting.prompts.lengths.mean + setting.responses.mean)
+    sample = sampling(recipe, plan, costs, setting.responses, batch)
+    judge = sum(
+        call.seconds(tokens / len(plan.teachers) / len(ranks))
+        for call, ranks in zip(costs.scoring, plan.teachers, strict=True)
+    )
+    learn = costs.training.seconds(tokens / len(plan.learners)) + costs.publish
+    roles = (sample, judge, learn)
+    return sum(roles) if plan.shared or recipe.max_lag == 0 else max(roles)
+
+
+def _settings(before: Recipe, after: Recipe) -> tuple[str, ...]:
+    """What turns one recipe into the other."""
+    found = []
+    for section, keys in (("placement", ("mode", "sampler", "teacher", "learner")), ("schedule", (LAG_KEY,))):
+        one, other = getattr(before, section), getattr(after, section)
+        for key in keys:
+            if getattr(one, key) != getattr(other, key):
+                value = getattr(other, key)
+                found.append(f"{section}.{key}={'null' if value is None else value}")
+    return tuple(found)
