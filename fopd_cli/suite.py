@@ -1,5 +1,5 @@
-"""`fopd eval --suite`: the tasks of EleutherAI's lm-evaluation-harness, by the harness itself and on its own
-backends, so that its figures compare with everybody's.
+"""`fopd eval --suite`: runs tasks of EleutherAI's lm-evaluation-harness, in the harness itself and on its own
+backends, so that figures are comparable with published ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Record = dict[str, Any]
 
 
 class Backend(NamedTuple):
-    """One of the harness's own: the package that it needs, and what a run's sampler section says to it."""
+    """One of the harness's backends: the package it needs, and its arguments from a run's sampler section."""
 
     package: str
     arguments: Callable[[Sampler], dict[str, Any]]
@@ -51,7 +51,7 @@ INSTALL = "pip install 'fopd[suite]'"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is measured. `who` is its column; `step` is that of a run's student."""
+    """A model to measure. `who` is its column; `step` is set for a run's student."""
 
     who: str
     model: str
@@ -60,7 +60,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Terms:
-    """How all subjects are measured: what the harness is told. `limit` is the number of samples per task."""
+    """How all subjects are measured. `limit` is the number of samples per task."""
 
     backend: str
     dtype: str
@@ -72,13 +72,13 @@ class Terms:
 
 
 def check_installed() -> None:
-    """Raises `UserError` if the harness is not here."""
+    """Raises `UserError` if the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"--suite: needs the lm_eval package (lm-evaluation-harness): {INSTALL}")
 
 
 def of_run(run: RunDir, recipe: Recipe, step: int | None, beside: Sequence[str]) -> list[Subject]:
-    """The run's student and what is to be measured beside it. Raises `UserError` for what cannot be."""
+    """The run's student and the models beside it. Raises `UserError` for one that cannot be measured."""
     unknown = next((name for name in beside if name not in BESIDE), None)
     if unknown is not None:
         raise UserError(f"--beside: there is no {unknown!r}; there are {', '.join(BESIDE)}")
@@ -96,7 +96,7 @@ def of_run(run: RunDir, recipe: Recipe, step: int | None, beside: Sequence[str])
 
 
 def terms(backend: str, recipe: Recipe | None, model: str, limit: int | None, chat: bool | None) -> Terms:
-    """What is not said follows the run: its dtype, its seed, and whether its prompts were chat."""
+    """Whatever is not given follows the run: its dtype, its seed, and whether its prompts were chat."""
     cuda = cuda_devices() > 0
     if backend not in BACKENDS:
         raise UserError(f"--backend: there is no {backend!r}; choose from {', '.join(BACKENDS)}")
@@ -114,8 +114,8 @@ def terms(backend: str, recipe: Recipe | None, model: str, limit: int | None, ch
 
 
 def measure(subjects: Sequence[Subject], asked: Sequence[str], terms: Terms) -> Iterator[Record]:
-    """One record per figure, subject by subject. Raises `UserError` for tasks that cannot be loaded, before
-    any model is.
+    """One record per figure, subject by subject. Tasks load before any model does; raises `UserError` for one
+    that cannot be loaded.
     """
     check_installed()
     manager = _manager(asked)
@@ -124,9 +124,7 @@ def measure(subjects: Sequence[Subject], asked: Sequence[str], terms: Terms) -> 
 
 
 def _manager(asked: Sequence[str]) -> Any:
-    """The harness's index of tasks, which takes seconds to read and is left empty if only files are asked
-    for.
-    """
+    """The harness's task index. Reading it takes seconds, so it stays empty if only files are asked for."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_defaults=not all(_is_file(name) for name in asked))
@@ -163,7 +161,7 @@ def _loaded(asked: Sequence[str], manager: Any) -> list[Any]:
 
 
 def _of_file(path: Path, manager: Any) -> Any:
-    """A task from a YAML file. Its data files are beside it, or in the current folder."""
+    """A task from a YAML file. Its data files are next to it or in the current folder."""
     path = path.resolve()
     with contextlib.suppress(FileNotFoundError), contextlib.chdir(path.parent):
         return manager.load([str(path)])
@@ -191,12 +189,12 @@ def _measured(subject: Subject, tasks: list[Any], terms: Terms) -> Iterator[Reco
     except Exception as error:
         raise WorkerError(f"--suite: the harness failed on {subject.model}: {_first_line(error)}") from error
     gc.collect()  # the model, before the next one is loaded
-    assert found is not None  # on the one process that there is
+    assert found is not None  # there is only one process
     yield from _records(subject, terms, found)
 
 
 def _records(subject: Subject, terms: Terms, found: Any) -> Iterator[Record]:
-    """A figure is named `metric,filter` by the harness; its error is `metric_stderr,filter`."""
+    """The harness names a figure `metric,filter` and its error `metric_stderr,filter`."""
     members = {name for group in found.get("group_subtasks", {}).values() for name in group}
     for name, figures in found["results"].items():
         samples = found["n-samples"].get(name, {}).get("effective")
@@ -227,7 +225,7 @@ def _records(subject: Subject, terms: Terms, found: Any) -> Iterator[Record]:
 
 
 def _plain(value: Any) -> float | None:
-    """None where there is no figure (the harness says "N/A")."""
+    """The figure; None if there is none (the harness says "N/A")."""
     return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 

@@ -1,5 +1,5 @@
-"""`fopd plan`: what a run will take, before a device is rented.
+"""`fopd plan`: what a run will take, before you rent a device.
 
-recipe, devices ──cost.py──> seconds of each action ──simulate.py──> seconds a step, lag, idle shares
-a finished run ──calibrate.py──┘                       split.py tries other splits and lags; page.py shows
+recipe, devices ──cost.py──> seconds of each action ──simulate.py──> step time, lag, idle shares
+a finished run ──calibrate.py──┘                       split.py tries other splits and lags; page.py prints
 """

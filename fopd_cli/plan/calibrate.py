@@ -1,9 +1,9 @@
-"""Seconds as a run has measured them, from its timeline and its records.
+"""Costs as a run has measured them, from its timeline and its records.
 
-A span says how long an action took and how much work it was. What else computed meanwhile slowed it down by a
-rule (`contention.py`); without that, it is the action's cost. Straight lines are fitted through the spans,
-near the arithmetic's where they cannot tell. A plan then uses arithmetic times what the run took, relative to
-arithmetic for the run: so other numbers of devices, lengths and batches can be planned.
+A span says how long an action took and how much work it was. Other engines that computed at the same time
+slowed it down by a known rule (`contention.py`); without that slowdown, a span is the action's cost. Straight
+lines are fitted through the spans, held near the arithmetic where the spans cannot tell. A plan then scales
+its own arithmetic by measured over arithmetic of the run, which covers other devices, lengths and batches.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fopd_cli.runtime.journal.trace import read_trace
 from fopd_cli.runtime.placement import Plan, from_plain
 
 COMPUTING = ("generate", "score", "train", "publish", "measure")
-NEAR = 1e-3  # how much a fitted line is held to the arithmetic's
+NEAR = 1e-3  # how strongly a fitted line is held to the arithmetic
 SPREADS = tuple(i / 10 for i in range(11))
-TELLS = 0.9  # a spread is another if it explains the spans so much better
-EARLY = 0.25  # the quantile of a gap that holds no waiting
+TELLS = 0.9  # another spread must reduce the error of the fit to this share
+EARLY = 0.25  # quantile of the gaps that is taken to contain no waiting
 
 
 def placement(run: Path) -> tuple[Plan, int]:
-    """The run's workers and cores. Raises `UserError` where it has not written them."""
+    """The run's workers and cores. Raises `UserError` if it has not recorded them."""
     path = RunDir(run).placement
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def placement(run: Path) -> tuple[Plan, int]:
 
 @dataclass(frozen=True)
 class Span:
-    """Something that a worker did; `seconds` are without what slowed it down."""
+    """Something that a worker did; `seconds` excludes the slowdown by other engines."""
 
     engine: Engine
     kind: str
@@ -66,7 +66,7 @@ class Span:
 
 
 def spans(run: Path, plan: Plan) -> list[Span]:
-    """In the order of their starts, without the first optimizer step, in which much happens once."""
+    """Ordered by start, without the first optimizer step, which includes one-time work."""
     try:
         events = read_trace((run / "trace.json").read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -99,8 +99,8 @@ def spans(run: Path, plan: Plan) -> list[Span]:
 
 
 def undisturbed(found: Sequence[Span], contention: Contention, delays: Sequence[float]) -> list[Span]:
-    """The spans with the seconds that each would have taken alone."""
-    edges: list[tuple[float, int, Engine, int]] = []  # time, what changes, whose, by how much
+    """The spans with the seconds that each would have taken on its own."""
+    edges: list[tuple[float, int, Engine, int]] = []  # time, which count, whose, its change
     for s in found:
         if s.kind in COMPUTING:
             asleep = _waits(s, delays)
@@ -120,7 +120,7 @@ def undisturbed(found: Sequence[Span], contention: Contention, delays: Sequence[
 
 
 def _waits(span: Span, delays: Sequence[float]) -> float:
-    """Seconds at a span's end in which a teacher only waits."""
+    """Seconds at the end of a span in which a teacher only waits."""
     if span.kind != "score":
         return 0.0
     return min(span.end - span.start, delays[span.engine.index] * float(span.args.get("samples", 0)))
@@ -143,8 +143,8 @@ def _alone(
 
 
 def fitted(work: Sequence[Sequence[float]], seconds: Sequence[float], guess: Sequence[float]) -> np.ndarray:
-    """Seconds of each kind of work, none of them negative: least squares, held to the proportions of `guess`
-    where the rows of `work` cannot tell; what lies far off is left out.
+    """Seconds of each kind of work, by non-negative least squares. The fit is held to the proportions of
+    `guess` where the rows of `work` cannot tell, and leaves out outliers.
     """
     x, y, prior = (np.array(v, dtype=float) for v in (work, seconds, guess))
     prior = np.where(prior > 0, prior, 1e-9)
@@ -164,7 +164,7 @@ def _held(x: np.ndarray, y: np.ndarray, prior: np.ndarray) -> np.ndarray:
     a = np.vstack([x * prior / size, np.sqrt(NEAR) * np.eye(len(prior))])
     b = np.concatenate([y / size, np.full(len(prior), np.sqrt(NEAR))])
     best, least = np.ones(len(prior)), np.inf
-    for chosen in itertools.product((False, True), repeat=len(prior)):  # which of them are not 0
+    for chosen in itertools.product((False, True), repeat=len(prior)):  # which ones are not 0
         z, mask = np.zeros(len(prior)), np.array(chosen)
         if mask.any():
             z[mask] = np.linalg.lstsq(a[:, mask], b, rcond=None)[0]
@@ -174,7 +174,7 @@ def _held(x: np.ndarray, y: np.ndarray, prior: np.ndarray) -> np.ndarray:
 
 
 def off(work: Sequence[Sequence[float]], seconds: Sequence[float], found: np.ndarray) -> float:
-    """How far spans lie from the line, relative to their mean; a tenth of them may lie anywhere."""
+    """How far spans are from the line, relative to their mean; the farthest tenth is ignored."""
     y = np.array(seconds)
     far = np.sort(np.abs(np.array(work) @ found - y))
     return float(far[: max(1, int(0.9 * len(far)))].mean() / max(1e-12, y.mean()))
@@ -182,7 +182,7 @@ def off(work: Sequence[Sequence[float]], seconds: Sequence[float], found: np.nda
 
 @dataclass
 class _Measured:
-    """Costs as measured, and how well they explain the spans."""
+    """Measured costs, and how far off they are (`off`)."""
 
     costs: Costs
     off: float
@@ -196,8 +196,8 @@ def measured(
     cores: int,
     conductor: float | None = None,
 ) -> Costs:
-    """The costs that explain a run's spans best; `guess` is the arithmetic for that run. `conductor`: seconds
-    of a core that its process used in a step, if they are known.
+    """The costs that explain a run's spans best; `guess` is the arithmetic for that run. `conductor`: CPU
+    seconds per step of the conductor's process, if known.
     """
     remote = [i for i, costs in enumerate(guess.scoring) if costs == Call(0.0, 0.0)]
     best: _Measured | None = None
@@ -216,7 +216,7 @@ def measured(
 
 
 def _answers(found: Sequence[Span]) -> float:
-    """How many answers the conductor gets in a step; a sampler's are about as many as the grader's."""
+    """How many answers the conductor gets per step; samplers send about as many as the grader."""
     counts = Counter(s.kind for s in found)
     sampled = max(counts["grade"], counts["generate"])
     rest = sum(counts[kind] for kind in ("grade", "score", "load", "train"))
@@ -224,13 +224,13 @@ def _answers(found: Sequence[Span]) -> float:
 
 
 def _samples(found: Sequence[Span]) -> float:
-    """How many samples were judged in a step."""
+    """How many samples were judged per step."""
     judged = sum(int(s.args.get("samples", 0)) for s in found if s.kind == "score")
     return judged / sum(s.kind == "train" for s in found)
 
 
 def conductor_seconds(steps: Sequence[Record]) -> float | None:
-    """Of a core, in an optimizer step; the first ones start things up."""
+    """The conductor's CPU seconds per optimizer step, without the first two steps, which include startup."""
     found = [r["timing"]["conductor_seconds"] for r in steps[2:] if "conductor_seconds" in r["timing"]]
     return median(found) if found else None
 
@@ -300,8 +300,8 @@ def _per_sample(found: Sequence[Span]) -> float:
 
 
 def _bookkeeping(kinds: Mapping[str, Sequence[Span]]) -> float:
-    """Seconds of the conductor after a step: from the end of the publication to a sampler's update, in the
-    steps in which that had nothing else to wait for.
+    """The conductor's seconds after a step: from the end of publication to a sampler's update, in steps in
+    which the update waited for nothing else.
     """
     published = {int(s.args.get("version", -1)): s.end for s in kinds["publish"]}
     gaps = [
@@ -316,7 +316,7 @@ def _bookkeeping(kinds: Mapping[str, Sequence[Span]]) -> float:
 
 
 def carried_over(run: Costs, guess: Costs, target: Costs) -> Costs:
-    """The arithmetic for the plan, `target`, times measured by arithmetic of the run."""
+    """The arithmetic for the plan (`target`), times measured over arithmetic for the run."""
 
     def one(m: float, g: float, t: float) -> float:
         return t * m / g if g > 0 and t > 0 else m
@@ -348,11 +348,11 @@ def carried_over(run: Costs, guess: Costs, target: Costs) -> Costs:
 
 
 def tool_seconds(steps: Sequence[Record]) -> float:
-    """Of an episode, on average; 0 where nothing calls tools."""
+    """Mean tool seconds per episode; 0 if nothing calls tools."""
     found = [float(r["timing"].get("tool_seconds") or 0.0) for r in steps if r.get("timing")]
     return fmean(found) if found else 0.0
 
 
 def delays_of(recipe: Recipe) -> list[float]:
-    """Seconds that each teacher waits for a sample, to simulate a slow one."""
+    """Seconds per sample that each teacher waits, to simulate a slow one."""
     return [t.delay_ms / 1000 for t in recipe.teachers]

@@ -26,7 +26,7 @@ def plan(
     lengths: str | None = None,
     run: Path | None = None,
 ) -> tuple[Forecast, str | None]:
-    """A recipe's run as it stands, and what `engine: auto` became. Raises `UserError`."""
+    """A forecast of the recipe's run, and what `engine: auto` became. Raises `UserError`."""
     there = hardware.chosen(device, devices, gigabytes)
     check_model_name(recipe.student.model, "student.model")
     for teacher in recipe.teachers:
@@ -51,7 +51,7 @@ def plan(
 
 
 def before_a_run(inputs: Inputs) -> str:
-    """The plan's line for a run that is about to start here."""
+    """The one-line plan of a run that is about to start here."""
     recipe, prompts = inputs.recipe, of_stream(inputs.stream)
     models = models_of(recipe, prompts.lengths.most)
     setting = Setting(hardware.here(), models, guessed(recipe), prompts, here=True)

@@ -1,4 +1,4 @@
-"""How fast engines work that share a device or the cores."""
+"""How fast engines run when they share a device or the CPU cores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fopd_cli.runtime.placement import Plan
 
 @dataclass(frozen=True)
 class Place:
-    """Where an engine works: its devices, or threads on the CPU (None: all cores, by need), in so many
-    processes. `remote`: on a server, which it shares with nobody.
+    """Where an engine runs: its devices, or its CPU threads (None: all cores, divided by need), and in how
+    many processes. `remote`: on a server that nothing else uses.
     """
 
     devices: frozenset[int]
@@ -22,7 +22,7 @@ class Place:
 
 
 def places(plan: Plan, remote: Collection[int] = ()) -> dict[Engine, Place]:
-    """Of all engines of a plan; `remote` are the numbers of teachers on servers."""
+    """The places of all engines of a plan; `remote` are the indices of teachers on servers."""
     groups = {
         Engine("learner"): plan.learners,
         **{Engine("teacher", i): ranks for i, ranks in enumerate(plan.teachers)},
@@ -40,18 +40,18 @@ def places(plan: Plan, remote: Collection[int] = ()) -> dict[Engine, Place]:
 
 
 def usual_spread(plan: Plan) -> float:
-    """Where no run has measured it: threads that are divided by need are missed, neighbours hardly felt."""
+    """The spread if no run has measured it: 0.5 if any engine's threads are divided by need, else 0."""
     return 0.5 if any(spec.threads is None for spec in plan.everyone) else 0.0
 
 
 @dataclass(frozen=True)
 class Contention:
-    """The rate of each working engine, where 1 is alone on its devices, or alone on the machine.
+    """The rate of each working engine; 1 means it has its devices, or the whole machine, to itself.
 
-    Devices that several use at once are shared equally. On a CPU an engine whose threads are 1/c of those
-    that run works at the rate c ** -spread: 1 where cores are divided and each is worth the same, 0 where
-    neighbours do not matter, and in between with small models, whom a second thread helps little, and with
-    cores that share caches. More threads than cores take turns.
+    Engines that use a device at once share it equally. On a CPU, an engine with 1/c of the running threads
+    works at the rate c ** -spread. The spread is 1 where cores are divided and all count the same, and 0
+    where neighbors do not matter. It is in between for small models, which gain little from a second thread,
+    and for cores that share caches. If there are more threads than cores, they take turns.
     """
 
     places: Mapping[Engine, Place]
@@ -61,8 +61,8 @@ class Contention:
     def rates(
         self, working: Collection[Engine], asleep: Collection[Engine] = (), others: int = 0
     ) -> dict[Engine, float]:
-        """`asleep` are those of the working ones that wait inside a call: they keep their share of cores that
-        are divided by need, and use none. `others`: threads that run beside the engines.
+        """`asleep` are working engines that wait inside a call. They use no cores, but keep their share where
+        cores are divided by need. `others`: threads that run beside the engines.
         """
         known = {e: self.places[e] for e in working if e in self.places}
         on_cpu = {e: p for e, p in known.items() if not p.devices and not p.remote}

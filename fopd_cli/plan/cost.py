@@ -1,5 +1,5 @@
-"""Seconds of each action, for an engine that has its devices (or all cores) to itself. By arithmetic here, as
-in `runtime/time_model.py`; `calibrate.py` replaces what a run has measured.
+"""How many seconds each action takes an engine that has its devices (or all cores) to itself. Computed by
+arithmetic, as in `runtime/time_model.py`; `calibrate.py` replaces what a run has measured.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from fopd_cli.runtime.memory.model import Models, Worker, total, workers
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.time_model import learner_flops
 
-NO_GRAPHS = 10  # times as long to start a layer's kernels one by one as from a graph; an estimate
-JOIN = 2.5  # passes: one, and copies of keys and values; as seen with small models on a CPU, an estimate
-THIN = 3  # times as long for a row's token on a CPU as for one of a long text; an estimate
-BOOKKEEPING, MESSAGE, SAMPLE = 5e-3, 3e-4, 2e-4  # seconds, as seen on a CPU; estimates
+NO_GRAPHS = 10  # launching a layer's kernels one by one takes this many times as long as a graph; an estimate
+JOIN = 2.5  # in passes: one pass, and copies of keys and values; estimated with small models on a CPU
+THIN = 3  # on a CPU, decoding a token takes this many times as long as a token of a long text; an estimate
+BOOKKEEPING, MESSAGE, SAMPLE = 5e-3, 3e-4, 2e-4  # seconds; estimated on a CPU
 
 
 @dataclass(frozen=True)
 class Call:
-    """Seconds of one call, and more for each token in it. Several ranks share the tokens."""
+    """Seconds per call and per token in it. Several ranks share the tokens."""
 
     call: float
     token: float
@@ -35,9 +35,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Decoding:
-    """A sampler replica: seconds of a pass, more for each running row; of a prompt's token; of new weights;
-    of requests that join running ones. `rows` run at once, at most; so many must be `free` for others
-    to join.
+    """A sampler replica. Seconds per pass (`step`), per running row in a pass, per prompt token, to load new
+    weights, and to let requests join running ones. At most `rows` run at once; at least `free` of them must
+    be free before others join.
     """
 
     step: float
@@ -51,20 +51,22 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of all roles, in seconds. `measured` names what a run has measured; the rest is arithmetic."""
+    """The costs of all roles, in seconds. `measured` names the roles that a run has measured; the rest is
+    arithmetic.
+    """
 
     decoding: Decoding
-    scoring: tuple[Call, ...]  # by teacher, without its delay
+    scoring: tuple[Call, ...]  # per teacher, without its delay
     training: Call
     publish: float
     measuring: Call
-    grade: float = 0.0  # of a sample
-    bookkeeping: float = BOOKKEEPING  # of the conductor, for each optimizer step
-    message: float = MESSAGE  # of the conductor, for each answer that it gets
-    sample: float = SAMPLE  # of the conductor, for each response
-    tools: float = 0.0  # of an episode
-    turn: float = 0.0  # from one role's turn to the next, where they take turns
-    save: float = 0.0  # of a checkpoint
+    grade: float = 0.0  # per sample
+    bookkeeping: float = BOOKKEEPING  # conductor, per optimizer step
+    message: float = MESSAGE  # conductor, per answer received
+    sample: float = SAMPLE  # conductor, per response
+    tools: float = 0.0  # per episode
+    turn: float = 0.0  # between two roles' turns, where they take turns
+    save: float = 0.0  # per checkpoint
     spread: float = 1.0  # how much engines on a CPU slow each other down
     measured: frozenset[str] = frozenset()
 
@@ -72,7 +74,7 @@ class Costs:
 def by_arithmetic(
     recipe: Recipe, plan: Plan, models: Models, hardware: Hardware, responses: Lengths, prompts: Lengths
 ) -> Costs:
-    """Nothing measured."""
+    """Costs by arithmetic only."""
     s, rates, size = models.student, hardware.rates, 4 if hardware.cpu else 2
     launch = hardware.launch
     found = workers(recipe, plan, models, hardware.nbytes)
@@ -80,7 +82,7 @@ def by_arithmetic(
     reading = split * rates.bandwidth * rates.reading
     here = next((w.use for w in found if w.spec == plan.samplers[0]), None)
     rows = recipe.sampler.concurrency
-    if here is not None and here.rows:  # as many as its cache holds at half their full length
+    if here is not None and here.rows:  # as many as the cache holds at half their full length
         rows = min(rows, max(1, int(2 * here.rows)))
     judged = split * rates.flops * rates.judging
     # A GPU computes while it reads; on a CPU, computing a row takes longer than reading its keys and values.
@@ -101,7 +103,7 @@ def by_arithmetic(
     )
     scoring = []
     for section in recipe.teachers:
-        if engine_of(section).remote:  # nothing is known of a server
+        if engine_of(section).remote:  # nothing is known about a server
             scoring.append(Call(0.0, 0.0))
             continue
         t = models.teachers[section.name]
@@ -120,8 +122,8 @@ def by_arithmetic(
 
 
 def _turn(plan: Plan, found: Sequence[Worker], host: float) -> float:
-    """Seconds to put a role to sleep and wake another: what each keeps in main memory meanwhile crosses the
-    bus. The mean over roles.
+    """Seconds to put one role to sleep and wake another: what sleeping roles keep in main memory crosses the
+    bus both ways. The mean over workers.
     """
     if not plan.exclusive:
         return 0.0

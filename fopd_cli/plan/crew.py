@@ -1,8 +1,8 @@
-"""The in-process crew with engines that slow each other down: what a command takes depends on what else runs
-by then, so its end is known only when it comes.
+"""The in-process crew with engines that slow each other down. How long a command takes depends on what else
+runs at the time, so its end is not known in advance.
 
     a sampler runs all its requests at once, a pass at a time, and stops for prompts and new weights;
-    the other engines do one command after the other.
+    the other engines do one command after another.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ NOTHING = 1e-9  # seconds, or tokens
 
 
 class Enough(Exception):
-    """So many optimizer steps were asked for, and they are done."""
+    """All optimizer steps that were asked for are done."""
 
 
 @dataclass
 class _Job:
-    """Seconds of work at full speed, then of waiting, which nothing slows down."""
+    """Seconds of work at full speed, then seconds of waiting, which nothing slows down."""
 
     work: float
     wait: float
@@ -40,7 +40,7 @@ class _Job:
 
 @dataclass
 class _InTurn:
-    """An engine that does one job after the other."""
+    """An engine that does one job after another."""
 
     jobs: deque[_Job] = field(default_factory=deque)
 
@@ -53,12 +53,12 @@ class _InTurn:
         return bool(self.jobs) and self.jobs[0].work <= NOTHING
 
     def left(self, rate: float) -> float:
-        """Seconds until something about it changes."""
+        """Seconds until the current job changes from work to waiting, or ends."""
         job = self.jobs[0]
         return job.wait if self.asleep else job.work / rate
 
     def pass_time(self, seconds: float, rate: float) -> Sequence[m.Answer]:
-        """At most `left`; returns what is done then."""
+        """Advance by at most `left`; returns the answers of a finished job."""
         job = self.jobs[0]
         if self.asleep:
             job.wait -= seconds
@@ -72,17 +72,17 @@ class _InTurn:
 
 @dataclass(order=True)
 class _Row:
-    """A running request. It ends when so many tokens are sampled in each row since the start of the run."""
+    """A running request. It ends once `end` tokens have been sampled in each row since the run's start."""
 
     end: float
     order: int
-    held: float = field(compare=False)  # tokens that it begins with, less those sampled in each row by then
+    held: float = field(compare=False)  # its prompt's tokens, minus those sampled in each row before it began
     answer: m.Sampled = field(compare=False)
 
 
 class _Sampler:
-    """A replica. Responses end on a grid of `grid` tokens, so that several end in one moment. Where one
-    simulated request stands for more than run at once, they run in so many `waves`.
+    """A replica. Responses end on a grid of `grid` tokens, so that several end at the same moment. If one
+    simulated request stands for more requests than can run at once, they run in `waves`.
     """
 
     asleep = False
@@ -100,7 +100,7 @@ class _Sampler:
         return self.stops.busy or bool(self.rows)
 
     def take(self, answers: Sequence[m.Answer]) -> None:
-        """New requests, with the responses that they will get."""
+        """Queue new requests, given as the responses that they will get."""
         for answer in answers:
             assert isinstance(answer, m.Sampled)
             self.queue.append(answer)
@@ -151,8 +151,8 @@ class _Sampler:
 
 
 class Shared(Virtual):
-    """See above. `many`: how many samples each one stands for; `delays` are the teachers' seconds a sample.
-    `steps`: the crew raises `Enough` after so many.
+    """See above. `many`: how many samples each simulated one stands for. `delays`: each teacher's seconds per
+    sample. The crew raises `Enough` after `steps` optimizer steps.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Shared(Virtual):
         }
         self._at[Engine("grader")] = _InTurn()
         self.busy: dict[Engine, float] = defaultdict(float)  # seconds
-        self.marks: list[tuple[float, dict[Engine, float]]] = []  # when each step was done, and `busy` then
+        self.marks: list[tuple[float, dict[Engine, float]]] = []  # each step's end, and `busy` then
 
     # ---- commands ------------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class Shared(Virtual):
         place.jobs.append(_Job(work, wait, answers))
 
     def _takes(self, engine: Engine, command: m.Command) -> tuple[float, float]:
-        """Seconds of work and of waiting."""
+        """Seconds of work, and seconds of waiting."""
         match command:
             case m.ScoreCommand(rollouts):
                 share = self._share(engine, [len(r.judged.token_ids) for r in rollouts])
@@ -222,7 +222,7 @@ class Shared(Virtual):
         return self.contention.places[engine].processes
 
     def _share(self, engine: Engine, lengths: Sequence[int]) -> float:
-        """Tokens of the rank that has most: shares are balanced, and no sample is divided."""
+        """Tokens of the rank with the most: shares are balanced, but a sample is never split."""
         return max(sum(lengths) / self._ranks(engine), max(lengths) / self.many)
 
     def lease(self, sleeper: Role | None, waker: Role) -> None:
@@ -231,7 +231,7 @@ class Shared(Virtual):
     # ---- time ----------------------------------------------------------------------------------------------
 
     def receive(self) -> Iterator[tuple[Engine, m.Event]]:
-        """All events of the next moment. The conductor's own work follows, in which engines go on."""
+        """All events of the next moment. Then the conductor does its own work while engines go on."""
         while not self._events or self._events[0][0] > self.now:
             self._advance(math.inf)
         work = 0.0
@@ -250,7 +250,7 @@ class Shared(Virtual):
             self._advance(until, others=1)
 
     def _advance(self, until: float, others: int = 0) -> None:
-        """To the next moment at which anything changes, or to `until`. `others`: threads of the conductor."""
+        """Advance to the next change, but at most to `until`. `others`: threads of the conductor."""
         working = {e: place for e, place in self._at.items() if place.busy}
         asleep = [e for e, place in working.items() if place.asleep]
         rates = self.contention.rates(working, asleep, others)

@@ -1,4 +1,4 @@
-"""What one recipe takes on one set of devices: memory, seconds, lag, hours, cost."""
+"""What a recipe takes on a set of devices: memory, seconds, lag, hours, cost."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fopd_cli.runtime.placement import SPARE, Plan, place
 from fopd_cli.runtime.placing import models as models_of
 from fopd_cli.runtime.scheduling.prompts import EvalVersions
 
-BOX_CORES = 64  # of a machine with devices that is not this one
+BOX_CORES = 64  # assumed for a machine with devices, other than this one
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run to calibrate by: what it measured, and the arithmetic for it."""
+    """A run to calibrate with: what it measured, and the arithmetic for it."""
 
     path: Path
     costs: Costs
@@ -44,14 +44,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a plan is made for, beside the recipe."""
+    """What a plan is made for, besides the recipe."""
 
     hardware: Hardware
     models: memory.Models
     responses: Lengths
     prompts: Prompts
     run: Run | None = None
-    here: bool = False  # on this machine, as it is
+    here: bool = False  # on this very machine
 
     @property
     def cores(self) -> int:
@@ -74,7 +74,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A recipe's run."""
+    """The forecast of a recipe's run."""
 
     recipe: Recipe
     plan: Plan
@@ -88,7 +88,7 @@ class Forecast:
 
     @property
     def demands(self) -> list[memory.Demand]:
-        """The worst moment of each device."""
+        """The peak demand on each device."""
         return memory.demands(self.plan, self.workers)
 
     @property
@@ -102,9 +102,7 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run, evaluations and checkpoints included, from the moment when all engines are
-        ready.
-        """
+        """Seconds of the whole run, with evaluations and checkpoints, from when all engines are ready."""
         r = self.recipe
         training = self.outcome.total(r.learner.steps)
         every = r.checkpoint.every
@@ -113,8 +111,8 @@ class Forecast:
 
     @property
     def evaluation(self) -> float:
-        """Seconds of one: held-out prompts are sampled by all replicas and judged as they come; then they are
-        measured.
+        """Seconds of one evaluation: all replicas sample the held-out prompts, which are judged as they come
+        and then measured.
         """
         r, c = self.recipe, self.costs
         count = self.setting.prompts.held_out * r.eval.samples
@@ -128,16 +126,16 @@ class Forecast:
 
     @property
     def tokens(self) -> float:
-        """Of all responses that are trained on."""
+        """Tokens of all responses that are trained on."""
         return self.outcome.tokens * self.recipe.learner.steps
 
     def price(self, an_hour: float) -> float:
-        """Of all devices; `an_hour` is one device's."""
+        """The price of all devices; `an_hour` is the price of one device."""
         return an_hour * self.setting.hardware.count * self.seconds / 3600
 
 
 def fits(demands: list[memory.Demand], nbytes: int) -> bool:
-    """Whether every device keeps its spare tenth, to the percent."""
+    """Whether every device keeps a tenth of its memory free, to within one percent."""
     return all(d.nbytes <= (1 - SPARE + 0.01) * nbytes for d in demands)
 
 
@@ -162,13 +160,13 @@ def forecast(
 
 
 def guessed(recipe: Recipe) -> Lengths:
-    """Responses where nothing is known of them: half as long as they may be, on average."""
+    """Responses about which nothing is known: on average half as long as allowed."""
     most = recipe.sampler.max_new_tokens
     return log_normal(max(1, most / 2), most, "a guess: half of sampler.max_new_tokens on average")
 
 
 def calibrated(path: Path, recipe: Recipe, hardware: Hardware) -> Run:
-    """Raises `UserError` if a run cannot say what the recipe will take on these devices."""
+    """Raises `UserError` if the run cannot tell what the recipe will take on these devices."""
     found = read(path)
     plan, cores = calibrate.placement(path)
     ran = load_recipe(path / "recipe.yaml")
@@ -200,7 +198,7 @@ def calibrated(path: Path, recipe: Recipe, hardware: Hardware) -> Run:
 
 
 def measured_prompt(steps: list[Record], batch: int) -> float:
-    """Mean tokens of a run's prompts, and of what its tools said."""
+    """Mean tokens per sample of a run's prompts and tool outputs together."""
     found = [r["tokens"] / batch - r["response_length"] for r in steps]
     return max(1.0, sum(found) / len(found))
 
@@ -210,8 +208,8 @@ def _engines(recipe: Recipe) -> str:
 
 
 def sampling(recipe: Recipe, plan: Plan, costs: Costs, responses: Lengths, samples: int) -> float:
-    """Seconds in which all replicas together sample so many responses, by formula: waves of full batches, the
-    last of which ends with a long response.
+    """Seconds for all replicas together to sample `samples` responses, by formula: waves of full batches, of
+    which the last ends with a long response.
     """
     d = costs.decoding
     each = math.ceil(samples / len(plan.samplers))

@@ -1,4 +1,4 @@
-"""Devices that a plan may name: their peak rates from data sheets, and their memory."""
+"""Devices that a plan can name: their peak rates from data sheets, and their memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fopd_cli.runtime import devices as visible
 from fopd_cli.runtime.time_model import Device
 
 GB = 10**9
-CUDA_LAUNCH = 10e-6  # seconds for each layer of a forward pass, whatever it computes; an estimate
+CUDA_LAUNCH = 10e-6  # seconds per layer of a forward pass, whatever it computes; an estimate
 CPU_LAUNCH = 300e-6
 DRIVER = Path("/proc/driver/nvidia")
 
@@ -35,7 +35,7 @@ def _gpu(name: str, tflops: float, tb_per_s: float, gb: int) -> tuple[Device, in
     return Device(name, tflops * 1e12, tb_per_s * 1e12), gb * GB
 
 
-# Dense bf16, as the makers' data sheets have it.
+# Dense bf16 rates from the makers' data sheets.
 KNOWN: dict[str, tuple[Device, int]] = {
     "h100": _gpu("H100 SXM", 989, 3.35, 80),
     "h100-pcie": _gpu("H100 PCIe", 756, 2.0, 80),
@@ -53,7 +53,7 @@ KNOWN: dict[str, tuple[Device, int]] = {
 
 
 def chosen(name: str | None, count: int | None, gigabytes: float | None) -> Hardware:
-    """The devices that the options name, or else those of this machine. Raises `UserError`."""
+    """The devices that the options name; without options, this machine's. Raises `UserError`."""
     if name is not None and name.lower() not in KNOWN:
         raise UserError(
             f"--device: {name!r} is not known; there are {', '.join(KNOWN)} (for another one take the "
@@ -90,16 +90,14 @@ def here() -> Hardware:
 
 
 def peak() -> float | None:
-    """FLOP per second in dense bf16 of a device of this machine; None: there is none, or it is not known."""
+    """Dense bf16 FLOP per second of one of this machine's devices; None if it has none or an unknown one."""
     said = product(DRIVER) if visible.count() else None
     key = recognized(said) if said else None
     return KNOWN[key][0].flops if key else None
 
 
 def product(driver: Path) -> str | None:
-    """What the driver calls this machine's first device; None if it does not say. All are taken to be
-    alike.
-    """
+    """The driver's name for this machine's first device (all are assumed to be alike), or None."""
     for path in sorted(driver.glob("gpus/*/information")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -109,9 +107,7 @@ def product(driver: Path) -> str | None:
 
 
 def recognized(product: str) -> str | None:
-    """The key of a device by the name that its driver gives it, such as `NVIDIA A100-SXM4-40GB`; None: not
-    known.
-    """
+    """The key of a device from its driver's name for it, such as `NVIDIA A100-SXM4-40GB`; None if unknown."""
     words = product.upper().replace("-", " ").split()
     marks = {
         "h100-pcie": {"H100", "PCIE"},
@@ -131,7 +127,7 @@ def recognized(product: str) -> str | None:
 
 
 def cpu(cores: int) -> Hardware:
-    """What a core of a server does in fp32, as far as one figure can say it."""
+    """Roughly what a server's cores do in fp32."""
     rates = Device(
         f"{cores} cores", flops=cores * 40e9, bandwidth=20e9, host=4e9, training=0.5, judging=0.5, reading=0.5
     )

@@ -14,16 +14,14 @@ import numpy as np
 from fopd_cli import paths
 from fopd_cli.errors import UserError
 
-POINTS = 400  # of a distribution
+POINTS = 400  # per distribution
 GOLDEN = (math.sqrt(5) - 1) / 2
-RARELY = 0.999  # the share of guessed lengths that is under the largest
+RARELY = 0.999  # share of guessed lengths below the largest
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Numbers of tokens, each equally likely, in ascending order. `source` says for people where they are
-    from.
-    """
+    """Token counts, all equally likely, in ascending order. `source` tells users where they come from."""
 
     values: tuple[int, ...]
     source: str
@@ -38,31 +36,29 @@ class Lengths:
 
     @property
     def context(self) -> float:
-        """Tokens of a response that lie before one of its tokens, on average over all tokens."""
+        """Mean number of a response's tokens before any given one, averaged over all tokens."""
         return sum(v * v for v in self.values) / (2 * sum(self.values))
 
     def nth(self, number: int) -> int:
-        """The length of a sample: any few in a row are spread over the whole distribution, so that a short
-        simulation has its mean.
+        """The length of a sample. Any few in a row cover the whole distribution, so that a short simulation
+        has its mean.
         """
         return self.values[int(number * GOLDEN % 1 * len(self.values))]
 
     def at_most(self, tokens: int) -> Lengths:
-        """Longer ones are cut off."""
+        """The same lengths, with longer ones cut off at `tokens`."""
         return Lengths(tuple(min(v, tokens) for v in self.values), self.source)
 
 
 def log_normal(mean: float, most: int, source: str) -> Lengths:
-    """The log-normal distribution with this mean that exceeds `most` once in a thousand times, cut off
-    there.
-    """
+    """The log-normal distribution with this mean that exceeds `most` once in a thousand, cut off there."""
     mean, z = min(mean, float(most)), NormalDist().inv_cdf(RARELY)
-    # ln(most / mean) = z sigma - sigma^2 / 2, of which the smaller solution is meant
+    # ln(most / mean) = z sigma - sigma^2 / 2; this is the smaller solution
     spread = z - math.sqrt(max(0.0, z * z - 2 * math.log(most / mean)))
     points = [(i + 0.5) / POINTS for i in range(POINTS)]
     shape = np.exp(spread * np.array([NormalDist().inv_cdf(p) for p in points]))
     low, high = 0.0, float(most)
-    for _ in range(60):  # the scale at which the mean is right once lengths are whole and cut off
+    for _ in range(60):  # find the scale that gives the right mean after rounding and cutting off
         scale = (low + high) / 2
         found = np.clip(np.rint(scale * shape), 1, most)
         low, high = (scale, high) if found.mean() < mean else (low, scale)
@@ -70,8 +66,8 @@ def log_normal(mean: float, most: int, source: str) -> Lengths:
 
 
 def given(text: str, most: int) -> Lengths:
-    """What `--lengths` says: `mean,max`, a run directory, or a file with one number a line. Lengths over
-    `most`, the recipe's, are cut off. Raises `UserError`.
+    """The lengths that `--lengths` gives: `mean,max`, a run directory, or a file with one number per line.
+    Lengths over `most`, the recipe's maximum, are cut off. Raises `UserError`.
     """
     path = Path(text)
     if paths.is_dir(path):
@@ -101,7 +97,7 @@ def _numbers(text: str) -> tuple[float, int]:
 
 
 def of_file(path: Path) -> Lengths:
-    """One number of tokens a line. Raises `UserError`."""
+    """Lengths from a file with one number of tokens per line. Raises `UserError`."""
     found = []
     try:
         lines = path.read_text(encoding="utf-8").split()
@@ -117,7 +113,7 @@ def of_file(path: Path) -> Lengths:
 
 
 def of_run(path: Path) -> Lengths | None:
-    """The lengths of a run's training responses; None if it has made no step."""
+    """The lengths of a run's training responses; None if it has done no step."""
     from fopd_cli.report.reading import read
 
     run = read(path)
@@ -125,21 +121,21 @@ def of_run(path: Path) -> Lengths | None:
 
 
 def of_steps(steps: Iterable[dict[str, Any]], source: str) -> Lengths | None:
-    """The same from its records: quantiles of each step, or their means where a run has no quantiles."""
+    """The same, from step records: quantiles of each step, or the mean if there are no quantiles."""
     points = (np.arange(40) + 0.5) / 40
     found: list[np.ndarray] = []
     for record in steps:
         mean = float(record["response_length"])
         quantiles = record.get("length_quantiles") or [mean]
         drawn = np.interp(points, np.linspace(0, 1, len(quantiles)), quantiles)
-        found.append(drawn * mean / max(1e-9, drawn.mean()))  # between quantiles, a tail is no straight line
+        found.append(drawn * mean / max(1e-9, drawn.mean()))  # a tail is not straight between quantiles
     if not found:
         return None
     return spread([max(1, round(v)) for v in np.concatenate(found).tolist()], source)
 
 
 def spread(found: Sequence[int], source: str) -> Lengths:
-    """At most `POINTS` values, at equal distances in the ascending order, with the mean of all."""
+    """At most `POINTS` values, each the mean of an equal part of the sorted ones; keeps the overall mean."""
     values = sorted(found)
     if len(values) > POINTS:
         parts = np.array_split(np.array(values), POINTS)

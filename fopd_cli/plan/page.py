@@ -1,4 +1,4 @@
-"""A plan for a terminal, and for machines."""
+"""A plan as text for a terminal, and as data for machines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def line(found: Forecast) -> str:
 
 
 def text(found: Forecast, best: Best, price: float | None) -> Iterator[str]:
-    """The whole plan, a line at a time."""
+    """The whole plan, line by line."""
     o, r, s = found.outcome, found.recipe, found.setting
     yield f"{_hardware(found)}, {found.plan.mode}; seconds are {_basis(found)}"
     yield f"responses: {_lengths(s.responses)}; prompts: {_lengths(s.prompts.lengths)}"
@@ -65,7 +65,7 @@ def text(found: Forecast, best: Best, price: float | None) -> Iterator[str]:
 
 
 def plain(found: Forecast, best: Best, price: float | None) -> dict[str, Any]:
-    """For machines; seconds, bytes and tokens."""
+    """The plan as data, in seconds, bytes and tokens."""
     return {
         **_plain(found, price),
         "best": {
@@ -131,7 +131,7 @@ def _lengths(found: Any) -> str:
 
 
 def _assumptions(found: Forecast) -> Iterator[str]:
-    """What the figures take for granted, where it may well be otherwise."""
+    """Assumptions behind the figures that may well be wrong."""
     r = found.recipe
     if found.setting.run is None and getattr(r.task, "max_turns", None) is not None:
         yield "assumed: tools answer at once (--from a run knows their seconds)"
@@ -221,7 +221,7 @@ def _seconds(value: float) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Aligned columns: numbers to the right."""
+    """Aligned columns, with numbers to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
         cells = (

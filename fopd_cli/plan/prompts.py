@@ -1,4 +1,4 @@
-"""The prompts of a recipe, where they are on this machine; else a guess. Nothing is downloaded for a plan."""
+"""A recipe's prompts if they are on this machine, else a guess. A plan downloads nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HUB = "hf:"
 
 @dataclass(frozen=True)
 class Prompts:
-    """Lengths as the student reads them, and the number of held-out prompts."""
+    """Prompt lengths as the student reads them, and the number of held-out prompts."""
 
     lengths: Lengths
     held_out: int
@@ -30,7 +30,7 @@ class Prompts:
 
 
 def of_stream(stream: PromptStream) -> Prompts:
-    """Of prompts that were read: evenly drawn ones, so that a large file takes no longer."""
+    """From prompts that were read: an evenly spaced selection, so that a large file takes no longer."""
     kept = stream.kept["train"]
     chosen = np.linspace(0, len(kept) - 1, min(LOOKED_AT, len(kept))).astype(int)
     found = [max(1, stream.tokens("train", kept[i], judged=False)) for i in chosen]
@@ -39,7 +39,7 @@ def of_stream(stream: PromptStream) -> Prompts:
 
 def of_recipe(recipe: Recipe) -> Prompts:
     """Raises `UserError` for data or a tokenizer that cannot be read."""
-    # Sources may be texts, or mappings of names to such.
+    # A source is a string, or a mapping of names to strings.
     elsewhere = any(HUB in str(getattr(recipe.task, key, None)) for key in ("train", "eval"))
     if isinstance(recipe.task, PluginTask) or elsewhere or not paths.is_dir(recipe.student.model):
         held_out = getattr(recipe.task, "eval_prompts", None) or HELD_OUT

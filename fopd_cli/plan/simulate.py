@@ -1,5 +1,5 @@
-"""Drives the real conductor and schedule with engines that pretend, on a virtual clock, until the run is in
-its stride.
+"""Drives the real conductor and schedule with simulated engines, on a virtual clock, until the run reaches
+its steady state.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from fopd_cli.runtime.state import State
 from fopd_cli.samples import Prompt, Request, TargetSpec
 
 MEASURED = 12  # optimizer steps
-MOST_SAMPLES = 240  # under way at once; beyond that, each simulated one stands for several
-MOST_LAG = 32  # beyond that, all that more would change is how long the pipeline takes to fill
-MOST_BEGUN = 24  # steps that are simulated before any is timed
+MOST_SAMPLES = 240  # in flight at once; beyond that, each simulated sample stands for several
+MOST_LAG = 32  # a larger lag only changes how long the pipeline takes to fill
+MOST_BEGUN = 24  # steps simulated before timing begins
 PROMPTS = 512
 ROOMY_GB = 1e6
-GRID = 24  # moments in a mean response at which responses may end
+GRID = 24  # points in a mean response at which responses may end
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run in its stride, by simulation. Seconds and tokens are of an optimizer step."""
+    """A run in its steady state, by simulation. Seconds and tokens are per optimizer step."""
 
     seconds: float
-    begin: float  # seconds of the first `begun` steps, in which the pipeline fills
+    begin: float  # seconds of the first `begun` steps, while the pipeline fills
     begun: int
-    tokens: float  # of responses
+    tokens: float  # in responses
     lag_mean: float
     lag_max: int
-    busy: dict[str, float]  # the share of time in which each role works, averaged over its engines
+    busy: dict[str, float]  # share of time that each role works, averaged over its engines
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,11 +62,11 @@ class Outcome:
 
     @property
     def bottleneck(self) -> str:
-        """The role that is idle least."""
+        """The role that is idle the least."""
         return max(self.busy, key=lambda role: self.busy[role])
 
     def total(self, steps: int) -> float:
-        """Seconds of so many steps."""
+        """Seconds for this many steps."""
         return self.begin * min(1.0, steps / self.begun) + self.seconds * max(0, steps - self.begun)
 
 
@@ -81,15 +81,15 @@ def simulate(
     here: bool = True,
     measured: int = MEASURED,
 ) -> Outcome:
-    """At least `measured` steps are timed, after as many as fill the pipeline. `here`: teacher targets have
-    what this machine's main memory gives them; elsewhere, whatever they need.
+    """Times at least `measured` steps once the pipeline is full. `here`: teacher targets get what this
+    machine's main memory allows; elsewhere, whatever they need.
     """
     before, (recipe, many) = recipe, _simulated(recipe, here)
     inputs = _inputs(recipe, plan, models, prompts)
     state, records = State(inputs), Recorded()
     remote = [i for i, t in enumerate(recipe.teachers) if engine_of(t).remote]
     begun = max(1, min(recipe.max_lag + 3, MOST_BEGUN, recipe.learner.steps - 1))
-    # Work comes in rounds of up to lag + 1 steps, most of all where roles take turns: whole rounds are timed.
+    # Work comes in rounds of up to lag + 1 steps, above all where roles take turns, so we time whole rounds.
     rounds = max(2 if plan.exclusive else 1, math.ceil(measured / (recipe.max_lag + 1)))
     timed = rounds * (recipe.max_lag + 1)
     crew = Shared(
@@ -112,9 +112,7 @@ def simulate(
 
 
 def _simulated(recipe: Recipe, here: bool) -> tuple[Recipe, int]:
-    """The recipe without what a plan leaves out, and the number of samples that each simulated one stands
-    for.
-    """
+    """The recipe to simulate, and how many samples each simulated one stands for."""
     recipe = with_lag(recipe, min(recipe.max_lag, MOST_LAG))
     flying = recipe.learner.batch_samples * (recipe.max_lag + 1)
     many = max(1, min(math.ceil(flying / MOST_SAMPLES), recipe.learner.batch_samples // 8))
@@ -168,7 +166,7 @@ def _sampled(responses: Lengths) -> Any:
 
 
 class _Task:
-    """Prompts of the given lengths, none held out: evaluations are counted apart."""
+    """Prompts of the given lengths, none held out: evaluations are counted separately."""
 
     def __init__(self, lengths: Lengths, teachers: Sequence[str]) -> None:
         names = [teachers[i % len(teachers)] for i in range(PROMPTS)]
@@ -182,7 +180,7 @@ class _Task:
 
 
 class _Tokenizer:
-    """A text names its number of tokens; none of them says anything."""
+    """Each text is just its number of tokens; all tokens are 0 and decode to nothing."""
 
     def __call__(self, text: str) -> dict[str, Any]:
         return {"input_ids": np.zeros(int(text), np.int32)}
@@ -192,7 +190,7 @@ class _Tokenizer:
 
 
 class _Inputs(Inputs):
-    """Of models that were not read."""
+    """Inputs without models having been read."""
 
     specs: tuple[TargetSpec, ...] = ()
 

@@ -1,7 +1,7 @@
-"""The best split of the devices, and the least lag that does not slow it down.
+"""The best split of the devices, and the smallest lag that does not slow it down.
 
-All splits are ranked by a formula, and those in front are simulated, because a formula knows nothing of
-stragglers, of groups that fill up, and of who waits for whom.
+All splits are ranked by a formula, and the top ones are simulated, because a formula knows nothing about
+stragglers, groups that fill up, or roles that wait for each other.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from fopd_cli.runtime.placement import Plan
 
 LAGS = (1, 2, 4, 8)
 SIMULATED = 3  # splits
-MEASURED = 8  # optimizer steps of each
-AS_GOOD = 1.03  # a lag is not worth less than this
+MEASURED = 8  # optimizer steps per simulation
+AS_GOOD = 1.03  # a lag this close to the fastest counts as good
 BETTER = 0.97
 
 
 @dataclass(frozen=True)
 class Best:
-    """The fastest way found, and what to set for it."""
+    """The fastest split and lag found, and the settings for them."""
 
     forecast: Forecast
     settings: tuple[str, ...]  # KEY=VALUE; empty: the recipe is as good as any
-    splits: int  # that fit
-    simulated: int  # splits and lags
+    splits: int  # number that fit
+    simulated: int  # number of splits and lags
 
 
 def best(as_is: Forecast) -> Best:
-    """What was found; the recipe itself where nothing is at least 3% faster."""
+    """The best split and lag; the recipe's own split unless another is more than 3% faster."""
     recipe, setting = as_is.recipe, as_is.setting
     front = as_is if as_is.fits or setting.hardware.cpu else None
     others, fitting = _splits(as_is)
@@ -56,7 +56,7 @@ def best(as_is: Forecast) -> Best:
 
 
 def _splits(as_is: Forecast) -> tuple[list[tuple[Recipe, Plan]], int]:
-    """Those in front by formula, other than the recipe's own, and how many fit."""
+    """The best splits by formula other than the recipe's own, and how many fit."""
     setting = as_is.setting
     found, seen = [], {_where(as_is.plan)}
     for recipe in _placements(as_is.recipe, setting.hardware.count):
@@ -102,7 +102,7 @@ def _placed(
 
 
 def _lags(recipe: Recipe) -> Iterator[Recipe]:
-    """The recipe with other largest lags, where it can have them."""
+    """The recipe with other largest lags, if they are valid."""
     for lag in () if recipe.schedule.lag is not None else LAGS:
         other = with_lag(recipe, lag)
         if lag != recipe.max_lag and not list(contradictions(other)):
@@ -110,8 +110,8 @@ def _lags(recipe: Recipe) -> Iterator[Recipe]:
 
 
 def estimate(recipe: Recipe, plan: Plan, setting: Setting, costs: Costs) -> float:
-    """Seconds of a step by formula: its slowest role's, or all of them where roles share devices or take
-    turns.
+    """Seconds of a step by formula: those of the slowest role, or the sum of all roles where they share
+    devices or the lag is 0.
     """
     batch = recipe.learner.batch_samples
     tokens = batch * (setting.prompts.lengths.mean + setting.responses.mean)
@@ -126,7 +126,7 @@ def estimate(recipe: Recipe, plan: Plan, setting: Setting, costs: Costs) -> floa
 
 
 def _settings(before: Recipe, after: Recipe) -> tuple[str, ...]:
-    """What turns one recipe into the other."""
+    """The settings that turn `before` into `after`."""
     found = []
     for section, keys in (("placement", ("mode", "sampler", "teacher", "learner")), ("schedule", (LAG_KEY,))):
         one, other = getattr(before, section), getattr(after, section)

@@ -22,7 +22,7 @@ from fopd_cli.freshness.policies import POLICIES, PolicyName
 from fopd_cli.names import SET_NAME, SET_NAME_RULE, Advantage, DriftKind, LossKind, Support, TargetKind
 from fopd_cli.recipe.contradictions import contradictions
 
-# Bounds that no run comes near, so that nothing computed from a recipe overflows.
+# Bounds far beyond any run, so that nothing computed from a recipe overflows.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 NonNegative = Annotated[int, Field(ge=0, le=10**9)]
 HowMany = Annotated[int, Field(gt=0, le=10**7)]  # prompts
@@ -74,7 +74,7 @@ ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
 
 
 class Section(BaseModel):
-    """Unknown keys are refused; the string under a field is its documentation."""
+    """Refuses unknown keys. The string under a field is its documentation."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -93,54 +93,53 @@ class Lora(Section):
     alpha: PositiveFactor = 64.0
     """Adapters are scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Which linear layers get an adapter: all but the output head (experts included), or those whose names
-    end like this, for example [q_proj, v_proj].
+    """Which linear layers get an adapter: all except the output head (experts included), or those whose names
+    end in one of these, for example [q_proj, v_proj].
     """
     router: bool = False
-    """For mixtures of experts: whether the routers, which choose the experts of a token, get an adapter, too.
+    """For mixtures of experts: whether the routers, which choose each token's experts, also get an
+    adapter.
     """
     publish: Literal["merged", "adapter"] = "merged"
-    """What samplers are sent after each step: merged weights, or only the adapter (sampler.engine vllm; a
+    """What samplers receive after each step: merged weights, or only the adapter (sampler.engine vllm; a
     hundredth of the bytes, but each token costs more).
     """
 
 
 class Student(Section):
     model: str
-    """Model directory or hub id of the student; it is trained, and its tokenizer is the run's."""
+    """Model directory or hub id of the student, which is trained; the run uses its tokenizer."""
     lora: Lora | None = None
     """Adapters (peft) over a frozen base; the trained student is exported merged. null: train all weights."""
 
 
-GPU_MEMORY = 0.85  # what vLLM takes of a device that it does not share
+GPU_MEMORY = 0.85  # the share that vLLM takes of a device of its own
 
 
 class Vllm(Section):
     """Settings of engine vllm; other engines ignore them."""
 
     tensor_parallel: Processes = 1
-    """Devices (on a CPU: processes) that one replica is split over; must divide the number of attention
-    heads.
-    """
+    """Devices (on a CPU: processes) per replica; must divide the number of attention heads."""
     gpu_memory: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of a device's memory for weights and KV cache, unless kv_cache_gb is set (CUDA). Default: 0.85;
-    under placement colocate as much as all running requests can need, at most what the other roles leave.
+    under placement colocate, as much as all running requests can need, but at most what other roles leave.
     """
     kv_cache_gb: Gigabytes | None = None
-    """KV cache per replica. Default: on CUDA what gpu_memory leaves; on a CPU as much as all running requests
-    can need, at most an eighth of the RAM.
+    """KV cache per replica. Default: on CUDA, what gpu_memory leaves; on a CPU, as much as all running
+    requests can need, but at most an eighth of the RAM.
     """
     eager: bool = False
-    """No CUDA graphs and no compilation: starts faster, generates slower. Always so on a CPU."""
+    """No CUDA graphs and no compilation: starts faster, generates slower. Always the case on a CPU."""
     max_batched_tokens: Positive | None = None
-    """Tokens per forward pass. Default: vLLM's for a sampler; 2048 for a teacher, whose prompt log-probs take
-    8 bytes x vocabulary per token.
+    """Tokens per forward pass. Default: vLLM's own for a sampler; 2048 for a teacher, whose prompt log-probs
+    take 8 bytes x vocabulary per token.
     """
 
 
 class SamplerVllm(Vllm):
     prefix_caching: bool = True
-    """Share the KV cache of prompts with a common beginning; it is dropped at every weight update."""
+    """Share the KV cache of prompts with a common prefix; it is dropped at every weight update."""
 
 
 class Http(Section):
@@ -162,7 +161,7 @@ class Http(Section):
 
 class Teacher(Section):
     name: str = "teacher"
-    """The name by which prompts choose this teacher if there are several: teacher may be a list of such
+    """The name by which prompts choose this teacher, if there are several: teacher may be a list of these
     sections.
     """
     model: str
@@ -172,7 +171,7 @@ class Teacher(Section):
     engine: TeacherEngine = AUTO
     """What runs the teacher. transformers: hidden states, hence exact losses; vllm: the same if targets asks
     for them, else top-k or sampled log-probs; http: log-probs. auto: transformers for hidden states; for
-    log-probs vllm on CUDA where it is installed, else transformers.
+    log-probs, vllm on CUDA if it is installed, else transformers.
     """
     vllm: Vllm = Vllm()
     http: Http = Http()
@@ -185,39 +184,39 @@ class Teacher(Section):
     dtype: Dtype = "auto"
     """Dtype of weights and hidden states; auto: bf16 on CUDA, fp32 on a CPU."""
     batch_samples: Positive = 16
-    """Most samples per scoring call; the teacher never waits for a call to fill up."""
+    """Maximum samples per scoring call; the teacher never waits for a call to fill up."""
     micro_tokens: Positive = 16384
     """Tokens per forward pass."""
     packing: bool = True
     """Like learner.packing, for engine transformers."""
     buffer_gb: Gigabytes | None = None
-    """Shared memory for the targets of all teachers; the largest value counts. A full buffer holds the
-    teacher back. Default: the worst case of all samples in flight, at most that of 4 batches and a quarter of
-    the RAM, at least that of two batches.
+    """Shared memory for the targets of all teachers; with several teachers the largest value counts. If it is
+    full, the teacher waits. Default: the worst case of all samples in flight, but at most that of 4 batches
+    and a quarter of the RAM, and at least that of 2 batches.
     """
     context: str | None = None
-    """What the teacher reads instead of the question, unseen by the student: a template with {question} and
-    any of the prompt's own columns, such as {answer} or {solution}. null: the question.
+    """What the teacher reads instead of the question, and the student does not see: a template with
+    {question} and any of the prompt's own columns, such as {answer} or {solution}. null: the question.
     """
     template: Literal["student", "teacher"] = "student"
     """Whose chat template and tokenizer frame the prompt when the teacher judges the response. teacher: its
-    own, and plain text becomes a user's message; for single-turn tasks.
+    own, and plain text becomes a user message; only for single-turn tasks.
     """
     delay_ms: Annotated[float, Field(ge=0, le=1e7)] = 0.0
-    """Sleep this long for every scored sample, to simulate a slow teacher."""
+    """Sleep this long per scored sample, to simulate a slow teacher."""
 
 
 class ArithmeticTask(Section):
     name: Literal["arithmetic"]
-    """Generated arithmetic modulo 10, steps written out."""
+    """Generated arithmetic modulo 10, with the steps written out."""
     horizon: Annotated[int, Field(ge=1, le=64)] = 4
     """Dependent steps per question."""
     difficulty: Literal[1, 2, 3] = 2
     """1: sums; 2: also differences; 3: also products."""
     train_prompts: HowMany | None = None
-    """Distinct training questions. Default: 20,000, or fewer if half of all possible questions are fewer."""
+    """Distinct training questions. Default: 20,000, or half of all possible questions if that is fewer."""
     eval_prompts: HowMany = 256
-    """Distinct held-out questions, none of which is trained on."""
+    """Distinct held-out questions, never trained on."""
     seed: Seed = 0
     """Seed of the questions, separate from the run's seed."""
 
@@ -226,10 +225,10 @@ class Prompts(Section):
     """Keys of all tasks whose prompts come from the user."""
 
     chat_template_kwargs: dict[str, Any] = {}
-    """Variables for the chat template wherever it is rendered, for example {enable_thinking: false}."""
+    """Variables for the chat template, wherever it is rendered, for example {enable_thinking: false}."""
     overlong: Literal["drop", "refuse"] = "drop"
-    """Prompts that do not fit into a model's context together with max_new_tokens: drop them (and say how
-    many), or refuse to start.
+    """Prompts that, with max_new_tokens, do not fit into a model's context: drop them (and say how many), or
+    refuse to start.
     """
 
 
@@ -237,21 +236,19 @@ class Questions(Prompts):
     """How rows of a file become prompts."""
 
     question: str = "question"
-    """Column of the question, a text or a list of chat messages; a.b for a nested column. A final assistant
+    """Column of the question, a string or a list of chat messages; a.b for a nested column. A final assistant
     message is left out.
     """
     solution: str | None = None
-    """Column of a reference solution, for teacher.context. Default: the final assistant message, if there is
-    one.
-    """
+    """Column of a reference solution, for teacher.context. Default: the final assistant message, if any."""
     eval_question: ByName = None
-    """Column of the question in the held-out source, if its name differs; for several sources also by their
-    name.
+    """Column of the question in the held-out source, if its name differs; with several sources, optionally a
+    mapping by source name.
     """
     teacher: str | None = None
-    """Column that names the teacher of each row, if there are several; null: the first teacher judges all."""
+    """Column that names each row's teacher, if there are several; null: the first teacher judges all rows."""
     template: str = "{question}"
-    """Text sent to the student; {question} is replaced."""
+    """Text sent to the student, with {question} replaced."""
     system: str | None = None
     """System message."""
     chat: bool = True
@@ -266,8 +263,8 @@ class Graded(Questions):
     to the teacher.
     """
     eval_answer: ByName = None
-    """Column of the answer in the held-out source, if its name differs; for several sources also by their
-    name.
+    """Column of the answer in the held-out source, if its name differs; with several sources, optionally a
+    mapping by source name.
     """
 
 
@@ -282,7 +279,7 @@ class ChatTask(Questions):
     on. null: some of task.train, drawn by their text.
     """
     question: str = "messages"
-    """Column of the question, a list of chat messages or a text; a.b for a nested column. A final assistant
+    """Column of the question, a list of chat messages or a string; a.b for a nested column. A final assistant
     message is left out.
     """
     eval_prompts: HowMany | None = None
@@ -291,7 +288,7 @@ class ChatTask(Questions):
 
 class MathTask(Graded):
     name: Literal["math"]
-    """Maths questions graded by math-verify."""
+    """Math questions graded by math-verify."""
     train: str
     """File (jsonl, json, csv, parquet), a directory of such files, or hf:owner/name[@config][:split]."""
     eval: HeldOut | None = None
@@ -305,7 +302,7 @@ class MathTask(Graded):
 
 class ToolTask(Graded):
     name: Literal["tool"]
-    """Questions answered with a Python interpreter, in a sandbox, over several turns."""
+    """Questions answered over several turns with a sandboxed Python interpreter."""
     train: str | None = None
     """As in the math task; null for both train and eval: generated calculations."""
     eval: HeldOut | None = None
@@ -313,21 +310,21 @@ class ToolTask(Graded):
     questions, drawn by their text.
     """
     notation: Literal["code", "native"] = "code"
-    """How the student writes calls: blocks of code fenced as ```python, or the chat template's own tool
+    """How the student writes calls: code blocks fenced as ```python, or the chat template's own tool
     calls.
     """
     max_calls: NonNegative = 6
-    """Most calls per episode."""
+    """Maximum calls per episode."""
     max_turns: Positive = 10
-    """Most turns of the student per episode. All turns and observations together also stay within
+    """Maximum turns of the student per episode. All turns and observations together also stay within
     sampler.max_new_tokens.
     """
     observation_chars: Positive = 2000
-    """Longer output loses its middle."""
+    """Maximum characters of a call's output; longer output loses its middle."""
     wall_s: Seconds = 10.0
     """A call is stopped after this time."""
     memory_mb: Positive = 512
-    """Memory of an episode's interpreter and everything that it starts."""
+    """Memory limit of an episode's interpreter and everything that it starts."""
     sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
     """none runs the model's code with your rights, on your files and network."""
     digits: Annotated[int, Field(ge=1, le=9)] = 2
@@ -341,14 +338,14 @@ class ToolTask(Graded):
     seed: Seed = 0
     """Seed of generated questions, separate from the run's seed."""
     drift: Share = 0.0
-    """Probability that the tool's answers to a training question change at a version of the student: a
+    """Probability, per version of the student, that the tool's answers to a training question change: a
     changing world, for studies of supervision drift.
     """
 
 
 class SweTask(Prompts):
     name: Literal["swe"]
-    """A coding agent fixes repositories with bash, on mini-SWE-agent's scaffold."""
+    """A coding agent that fixes repositories with bash, on mini-SWE-agent's scaffold."""
     train: str | None = None
     """Instances with SWE-bench's columns; sources as in the math task. null for both train and eval:
     generated repositories.
@@ -358,27 +355,27 @@ class SweTask(Prompts):
     not trained on. null, with a training file: some of its instances, drawn by their ids.
     """
     scaffold: str = "swebench_backticks"
-    """Prompts and formats: a configuration that comes with mini-swe-agent, or a YAML file like it."""
+    """Prompts and formats: a configuration that ships with mini-swe-agent, or a YAML file like it."""
     notation: Literal["code", "native"] = "code"
     """How the student writes calls: a fenced block (scaffold swebench_backticks), or the chat template's own
     tool calls (scaffold swebench).
     """
     max_turns: Positive = 50
-    """Most turns of the student per episode. All turns and observations together also stay within
+    """Maximum turns of the student per episode. All turns and observations together also stay within
     sampler.max_new_tokens.
     """
     chat: bool = True
     """Whether to apply the tokenizer's chat template."""
     sandbox: Literal["bubblewrap", "docker", "podman", "none"] = "bubblewrap"
-    """Where commands and tests run: in bubblewrap here, or in the instance's container (not yet run by us).
-    none runs the model's code with your rights, on your files and network.
+    """Where commands and tests run: in bubblewrap on this machine, or in the instance's container (not yet
+    run by us). none runs the model's code with your rights, on your files and network.
     """
     wall_s: Seconds = 60.0
     """A command is stopped after this time."""
     test_wall_s: Seconds = 1800.0
-    """The tests of an instance are stopped after this time."""
+    """An instance's tests are stopped after this time."""
     memory_mb: Positive = 2048
-    """Memory of a command and everything that it starts."""
+    """Memory limit of a command and everything that it starts."""
     grader: Literal["tests", "swebench"] = "tests"
     """What decides whether a patch resolves the instance: its tests in the same sandbox, or the official
     harness (package swebench and Docker; not yet run by us).
@@ -395,23 +392,23 @@ class PluginTask(Prompts):
     name: str
     """Import path of your own task, package.module:Class (see fopd_cli/tasks/base.py)."""
     options: dict[str, Any] = {}
-    """Keyword arguments of the class. Values that name files, and those of keys that end with path, file,
-    folder or dir, are looked up beside the recipe first.
+    """Keyword arguments of the class. Values that name files, and those of keys that end in path, file,
+    folder or dir, are looked up next to the recipe first.
     """
     path: str | None = None
-    """Folder in which its module is looked up first. Default: the recipe's folder or else the current one, if
-    the module is there.
+    """Folder in which its module is looked up first. Default: the recipe's folder, or else the current one,
+    if the module is there.
     """
     chat: bool | None = None
-    """false: plain-text prompts are used as they are, without the chat template. null: doctor asks whether
-    you meant that.
+    """false: plain-text prompts are used unchanged, without the chat template. null: the same, but doctor
+    asks whether you meant that.
     """
 
     @model_validator(mode="before")
     @classmethod
     def _looks_like_an_import_path(cls, values: Any) -> Any:
         name = values.get("name") if isinstance(values, dict) else None
-        # reported alone: its keys cannot be checked before its name
+        # only the name is reported: the keys cannot be checked without it
         if isinstance(name, str) and ":" not in name:
             near = difflib.get_close_matches(name, BUILT_IN_TASKS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BUILT_IN_TASKS)}"
@@ -448,28 +445,29 @@ Task = Annotated[
 
 class Sampler(Section):
     engine: SamplerEngine = AUTO
-    """Engine that generates. auto: vllm on CUDA where it is installed and takes the student, else
+    """Engine that generates. auto: vllm on CUDA if it is installed and supports the student, else
     transformers; the choice is printed at the start and recorded in the run's recipe.yaml.
     """
     vllm: SamplerVllm = SamplerVllm()
     temperature: Temperature = 1.0
-    """T of the behaviour policy pi_T; behaviour log-probs and drift are at this temperature. The loss may
-    compare others: full and topk support compare pi_1 with p_1, sampled and mc support pi_T with the teacher
-    at loss.teacher_temperature.
+    """T of the behavior policy pi_T; behavior log-probs and drift are at this temperature. The loss may
+    compare others: full and topk support compare pi_1 with p_1; sampled and mc support compare pi_T with the
+    teacher at loss.teacher_temperature.
     """
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling; under 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor
+    """Nucleus sampling; below 1, drift is off by about (1 - kept mass)^2 / 2, which the noise floor
     subtracts.
     """
     max_new_tokens: Positive = 512
-    """Responses are cut off there (and recorded as truncated)."""
+    """Responses are cut off at this length (and recorded as truncated)."""
     samples_per_prompt: Positive = 1
     """Responses to each prompt."""
     concurrency: Positive = 64
     """Running requests per replica."""
     prefill_tokens: Positive = 16384
-    """Engine transformers: tokens of a forward pass, at most (one per running request are always computed
-    together). Prompts, and all running requests after an update, are computed in pieces of this size.
+    """Engine transformers: maximum tokens per forward pass (though one per running request are always
+    computed together). Prompts, and all running requests after an update, are computed in chunks of this
+    size.
     """
     dtype: Dtype = "auto"
     """Dtype of the weights; auto: bf16 on CUDA, fp32 on a CPU."""
@@ -483,16 +481,16 @@ class Learner(Section):
     micro_tokens: Positive = 16384
     """Tokens per forward-backward pass on each rank; changes memory and speed, not the loss."""
     packing: bool = True
-    """Put samples end to end in one row, each with its own attention; false pads them to a rectangle. An
-    architecture that cannot be packed is refused.
+    """Put samples end to end in one row, each with its own attention; false pads them to a rectangle.
+    Architectures that cannot be packed are refused.
     """
     lr: PositiveFactor = 1e-6
     """Peak learning rate."""
     warmup_steps: NonNegative = 10
     """Linear warm-up."""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up, down to min_lr_ratio in the very last step. A resume with more steps
-    stretches what is left of the decay, so the rate goes up again.
+    """Learning rate after the warm-up, down to min_lr_ratio in the very last step. Resuming with more steps
+    stretches the rest of the decay, so the rate goes up again.
     """
     min_lr_ratio: Share = 0.1
     """Where the decay ends, relative to lr."""
@@ -501,21 +499,21 @@ class Learner(Section):
     weight_decay: Factor = 0.0
     """AdamW's weight decay."""
     clip: Factor = 1.0
-    """Largest gradient norm; 0: no clipping."""
+    """Maximum gradient norm; 0: no clipping."""
     dtype: Dtype = "auto"
     """Dtype of the computation; master weights are always fp32. auto: bf16 on CUDA, fp32 on a CPU."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    """Recompute each block in the backward pass: less memory, but about a third more time."""
     compile: bool = False
-    """Use torch.compile for each block, and for the loss on full support: a minute at the start, then faster.
-    Not yet run on a GPU.
+    """Use torch.compile for each block, and for the loss on full support: a minute longer to start, then
+    faster. Not yet run on a GPU.
     """
     offload: bool = False
     """Keep master weights, gradients and optimizer states in pinned host memory, and run the optimizer there
     (FSDP2's CPU offload): 16 bytes per parameter less on the devices, but slower. Not yet run on a GPU.
     """
     optimizer_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of AdamW's two states between steps; bf16 saves 4 bytes per parameter, and rounds them."""
+    """Dtype of AdamW's two states between steps; bf16 saves 4 bytes per parameter, but rounds them."""
 
 
 class Loss(Section):
@@ -523,16 +521,16 @@ class Loss(Section):
     """forward_kl: KL(teacher||student); reverse_kl: KL(student||teacher); jsd: between them, see beta."""
     support: Literal["auto", Support] = "auto"
     """full: the whole vocabulary (exact). topk: the teacher's top-k and a tail class. sampled: only the
-    sampled token (policy gradient). mc: several draws per position. auto: full if all teachers give hidden
-    states, else topk. Where sampler.temperature T is not 1, full and topk settle where the student is the
-    teacher, pi_1 = p_1; sampled and mc settle where pi_T = p_1, a student that at temperature 1 is p_1 to the
-    power of T (see teacher_temperature).
+    sampled token (policy gradient). mc: several draws per position. auto: full if all teachers provide hidden
+    states, else topk. If sampler.temperature T is not 1, full and topk converge to the teacher, pi_1 = p_1;
+    sampled and mc converge to pi_T = p_1, a student that at temperature 1 is p_1 to the power of T (see
+    teacher_temperature).
     """
     beta: Share = 0.5
     """For jsd, in TRL's convention: 0 is forward_kl, 1 is reverse_kl."""
     temperature: Temperature = 1.0
-    """Temperature of both distributions in the divergence of full support: it changes how the gradient weighs
-    the vocabulary, not where it settles. Other supports have none: leave it at 1.
+    """Temperature of both distributions in the divergence of full support. It changes how the gradient weighs
+    the vocabulary, not where training converges. Other supports have none: leave it at 1.
     """
     teacher_temperature: Literal["one", "sampler"] = "one"
     """Temperature of the teacher in sampled and mc support. one: the student, sampled at sampler.temperature,
@@ -542,11 +540,11 @@ class Loss(Section):
     tail: bool = True
     """The tail class of topk support. Without it the student can hide mass, so false is refused."""
     advantage: Advantage = "recomputed"
-    """For sampled support: log p - log pi, with pi as it was when it sampled (cached) or as it is now."""
+    """For sampled support: log p - log pi, with pi at sampling time (cached) or now (recomputed)."""
     importance: bool = False
-    """For sampled support: multiply by pi_now/pi_sampled. mc support always does."""
+    """For sampled support: multiply by pi_now/pi_sampled. mc support always does so."""
     student_k: NonNegative = 0
-    """For topk support: this many of the k classes are the student's own likeliest tokens, the others the
+    """For topk support: how many of the k classes are the student's own likeliest tokens; the others are the
     teacher's. Needs teacher.engine transformers.
     """
     max_ratio: PositiveFactor | None = None
@@ -554,65 +552,64 @@ class Loss(Section):
     no cap.
     """
     draws: Annotated[int, Field(gt=0, le=1024)] = 8
-    """For mc support: tokens drawn from the behaviour policy at every position, with replacement; the first
-    is the response's own.
+    """For mc support: tokens drawn from the behavior policy at every position, with replacement; the first is
+    the response's own.
     """
     average: Literal["sample", "token"] = "sample"
-    """Whether every sample counts alike (the paper's mean over i) or every token."""
+    """Whether every sample counts the same (the paper's mean over i), or every token."""
     chunk_mb: Positive | None = None
     """Size of the largest [positions, vocab] float32 tensor, of which there are three; changes memory and
-    speed, not the loss. Default: 64 on a CPU, 512 on CUDA, more where the student is wide (a quarter of its
-    head).
+    speed, not the loss. Default: 64 on a CPU, 512 on CUDA, more for a wide student (a quarter of its head).
     """
 
 
 class Schedule(Section):
     max_lag: NonNegative = 4
-    """Largest lag in optimizer steps, enforced by admission; 0 is synchronous."""
+    """Maximum lag in optimizer steps, enforced by admission; 0 is synchronous."""
     lag: NonNegative | None = None
     """A fixed lag instead, for studies; max_lag is then ignored."""
     inflight: Literal["keep", "wait", "keep_stale_kv"] = "keep"
     """When samplers load new weights: in the middle of rollouts, which continue with the new version and
-    recompute all keys and values (keep), or between rollouts (wait). keep_stale_kv: like keep, without
-    recomputing; what follows an update is then sampled by a policy that is neither version, whose log-probs
-    are recorded.
+    recompute all keys and values (keep), or between rollouts (wait). keep_stale_kv: like keep, but without
+    recomputing; after an update, tokens come from a policy that is neither version, and its log-probs are
+    recorded.
     """
 
 
 class Refresh(Section):
     mean: Share = 0.1
-    """kappa_f: refresh when the batch's mean freshness is at or under this. In our sweep, refreshing never,
+    """kappa_f: refresh when the batch's mean freshness is at or below this. In our sweep, refreshing never,
     once, or every 25 of 200 steps gave about the same result; refreshing often costs throughput.
     """
     coverage_roll: Share = 0.5
-    """kappa_roll: also refresh when the batch's mean rollout coverage is under this."""
+    """kappa_roll: also refresh when the batch's mean rollout coverage is below this."""
     coverage_sup: Share = 0.5
-    """kappa_sup: also refresh when the batch's mean supervision coverage is under this. Samples that were not
+    """kappa_sup: also refresh when the batch's mean supervision coverage is below this. Samples that were not
     reexecuted count as covered, so it acts only above 1 - reexecute.share. In our sweep, 0, 0.9 once and 0.9
     often gave about the same result.
     """
     every_at_least: Positive = 200
-    """Least number of optimizer steps between two adaptive refreshes."""
+    """Minimum number of optimizer steps between two adaptive refreshes."""
     every: Positive = 10
     """Optimizer steps between two refreshes of policy fixed_refresh."""
 
 
 class Reexecute(Section):
-    """Executing the calls of lagging samples again, to see what they would read today. Only for multi-turn
-    tasks; the contexts of other tasks cannot change."""
+    """Run the calls of lagging samples again, to see what they would read today. Only for multi-turn tasks;
+    the contexts of other tasks cannot change."""
 
     share: Share = 0.125
-    """At most this share of a batch has its calls executed again before an optimizer step, oldest context
-    first, and the teacher judges what changed. With cached labels that happens during the previous step, and
-    costs almost nothing. 0: D_sup is taken to be 0. Policies without freshness weights reexecute only for
-    labels: current.
+    """At most this share of a batch has its calls run again before an optimizer step, oldest context first,
+    and the teacher judges what changed. With cached labels this happens during the previous step, and costs
+    almost nothing. 0: D_sup is assumed to be 0. Policies without freshness weights reexecute only for labels:
+    current.
     """
     min_lag: Positive = 1
     """Reexecute only contexts that are at least this many optimizer steps old."""
     labels: Labels = "cached"
-    """What a reexecuted sample teaches. cached: what the teacher said when both had read the same, weighted
-    by freshness. current, as published: what the teacher says in the current context, which the student has
-    not read; the step waits for it.
+    """What a reexecuted sample teaches. cached: what the teacher said when both had read the same context,
+    weighted by freshness. current, as published: what the teacher says in the current context, which the
+    student has not read; the step waits for it.
     """
 
 
@@ -626,25 +623,25 @@ class Freshness(Section):
     beta: Factor = 1.0
     """Weight of sqrt(D_sup) in the score. 10 instead of 1 made no difference in our sweep."""
     xi: Factor = 0.05
-    """Gate: w = relu(f - xi). Must be less than 1/(max_lag + 1). A tenth to four fifths of that made no
-    difference in our sweep; 0 was worse.
+    """Gate: w = relu(f - xi). Must be less than 1/(max_lag + 1). In our sweep, a tenth to four fifths of that
+    made no difference; 0 was worse.
     """
     anchor: Factor | Literal["auto"] = "auto"
     """lambda: weight of the rollout anchor, relative to the loss. auto: for losses from sampled tokens
-    (sampled, mc) 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which
+    (sampled, mc), 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which
     an anchor only slows down (docs/staleness.md).
     """
     drift: Literal["auto", DriftKind] = "auto"
     """Estimator of D_roll: from the sampled token (sampled is unbiased; quadratic pulls harder as an anchor),
-    from the sampler's top-k and a tail, or from the whole vocabulary. auto: topk where an anchor acts
-    (quadratic with sampler.top_p), else sampled, which is free.
+    from the sampler's top-k and a tail (topk), or from the whole vocabulary (exact). auto: topk if there is
+    an anchor (quadratic with sampler.top_p), else sampled, which is free.
     """
     drift_k: Positive = 32
     """k of drift topk. As an anchor, 1 collapsed in our sweep, 2 fell behind, 8 and more held."""
     max_drift: Annotated[float, Field(gt=0)] | None = 0.01
     """For policy fopd: while lagging samples drift more than this (D_roll, nats per token), sampling runs
-    less far ahead than schedule.max_lag, down to not at all. Ours, not the paper's. null: always up to
-    schedule.max_lag. A fixed schedule.lag ignores it.
+    ahead less than schedule.max_lag, down to not at all. Ours, not the paper's. null: always up to
+    schedule.max_lag. Ignored with a fixed schedule.lag.
     """
     weights: Literal["raw", "normalized"] = "normalized"
     """normalized: divide by the batch's mean weight, so that lag does not shrink the step and only
@@ -653,11 +650,11 @@ class Freshness(Section):
     """
     step_scale: Literal["none", "freshness"] = "none"
     """freshness: multiply the learning rate by the batch's mean weight (AdamW cancels a common factor in the
-    loss). Saves runs without an anchor; slows down those with one.
+    loss). Saves runs without an anchor; slows down runs with one.
     """
     trust: PositiveFactor = 0.2
-    """For policy trust: a token teaches nothing more once its log-prob has moved this many nats in the
-    direction of its advantage since it was sampled. 0.1 and 0.2 held at lag 8, 0.3 fell behind, 1 collapsed.
+    """For policy trust: a token stops teaching once its log-prob has moved this many nats in the direction of
+    its advantage since it was sampled. 0.1 and 0.2 held at lag 8, 0.3 fell behind, 1 collapsed.
     """
     refresh: Refresh = Refresh()
     reexecute: Reexecute = Reexecute()
@@ -669,23 +666,23 @@ class Eval(Section):
     samples: Positive = 1
     """Responses to each held-out prompt (mean@k)."""
     training: bool = True
-    """Whether training samples are graded, too. Nothing is learned from the grades, and the swe task runs an
-    instance's tests for each.
+    """Whether training samples are graded, too. The grades do not affect training, and the swe task runs an
+    instance's tests for each sample.
     """
     temperature: EvalTemperature | None = None
     """Temperature of evaluations; 0 is greedy. Default: the sampler's."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """top-p of evaluations. Default: the sampler's."""
     max_new_tokens: Positive | None = None
-    """Longest response in evaluations. Default: the sampler's."""
+    """Maximum response length in evaluations. Default: the sampler's."""
 
     follow: str | None = None
-    """Which of several held-out sets (task.eval) is the run's own: its score and KL are those that keep_best,
-    patience and every summary go by. null: the first.
+    """Which of several held-out sets (task.eval) is the run's main one: keep_best, patience and every summary
+    use its score and KL. null: the first.
     """
     keep_best: Literal["score", "kl"] | None = None
     """Keep the student of the best evaluation, by its score or by its KL to the teacher. At the end, student/
-    holds it, and summary.json names its step. null: the last one.
+    holds it, and summary.json names its step. null: keep the last one.
     """
     patience: NonNegative = 0
     """With keep_best: end the run after this many evaluations in a row without a new best; 0: never."""
@@ -712,8 +709,8 @@ class Checkpoint(Section):
 
 
 class Threads(Section):
-    """Default: all cores for the role whose turn it is (max_lag 0, time-slicing). Side by side on a CPU,
-    cores are divided among the roles that are computing; with a fixed lag, or beside CUDA devices, equally.
+    """Default: all cores for the role whose turn it is (max_lag 0, time-slicing). Where roles run side by
+    side on a CPU, cores are divided among those that are computing; with a fixed lag, or with CUDA, equally.
     """
 
     sampler: Processes | None = None
@@ -726,10 +723,10 @@ class Threads(Section):
 
 class Placement(Section):
     mode: Literal["auto", "cpu", "timeslice", "partition", "colocate"] = "auto"
-    """partition: each role has devices of its own. colocate: all roles stay on all devices, without turns;
-    vLLM gets the share of memory that is left. timeslice: all roles take turns on all devices. cpu: no CUDA.
-    auto: by the number of CUDA devices (0: cpu; 1 or 2: colocate if a device holds all roles by arithmetic,
-    else timeslice; more: partition).
+    """partition: each role has its own devices. colocate: all roles stay on all devices at once; vLLM gets
+    the rest of the memory. timeslice: all roles take turns on all devices. cpu: no CUDA. auto: by the number
+    of CUDA devices (0: cpu; 1 or 2: colocate if, by arithmetic, a device holds all roles, else timeslice;
+    more: partition).
     """
     sampler: Processes | None = None
     """Devices (on a CPU: processes) for samplers. Default: half the devices; on a CPU 1."""
@@ -742,12 +739,12 @@ class Placement(Section):
 
 class Runtime(Section):
     timeout_s: Seconds = 900.0
-    """A worker with work to do that makes no progress for this long is stopped and named."""
+    """A worker that has work but makes no progress for this long is stopped and named."""
     start_timeout_s: Seconds = 1800.0
     """The same while a worker loads its model, counted from its first sign of life; downloads come before."""
     restarts: NonNegative = 2
-    """How often each sampler, teacher, grader or environment is restarted after it died or hung. A learner is
-    not: resume the run.
+    """How often each sampler, teacher, grader or environment is restarted after it dies or hangs. A learner
+    is not restarted: resume the run.
     """
 
 
@@ -773,12 +770,11 @@ class Recipe(Section):
     placement: Placement = Placement()
     runtime: Runtime = Runtime()
     track: tuple[Tracker, ...] = ("tensorboard",)
-    """Where curves go beside metrics.jsonl. All but tensorboard are services with a package of their own,
-    configured by their own variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...); one that is down never stops
-    a run.
+    """Where curves go, besides metrics.jsonl. All but tensorboard are services with their own package and
+    their own variables (WANDB_PROJECT, MLFLOW_TRACKING_URI, ...). A service that is down never stops a run.
     """
     seed: Seed = 0
-    """Seed of everything random: the order of prompts and every sampled token."""
+    """Seed of everything random: the order of prompts, and every sampled token."""
 
     @property
     def max_lag(self) -> int:
@@ -786,7 +782,7 @@ class Recipe(Section):
 
     @property
     def max_drift(self) -> float | None:
-        """freshness.max_drift where the policy and the schedule ask for it."""
+        """freshness.max_drift if the policy and the schedule use it, else None."""
         follows = POLICIES[self.freshness.policy].ahead and self.schedule.lag is None
         return self.freshness.max_drift if follows else None
 
@@ -817,7 +813,7 @@ class Recipe(Section):
 
     @property
     def support(self) -> Support:
-        """loss.support, resolved: exact where all teachers give hidden states."""
+        """loss.support, resolved: exact if all teachers provide hidden states."""
         if self.loss.support != "auto":
             return self.loss.support
         exact = all(hands_over("hidden", t) and t.targets in ("auto", "hidden") for t in self.teachers)
@@ -825,7 +821,7 @@ class Recipe(Section):
 
     @property
     def targets(self) -> TargetKind:
-        """What the teachers hand over, resolved; the same for all."""
+        """What the teachers hand over, resolved; all hand over the same."""
         chosen = self.teachers[0].targets
         if chosen != "auto":
             return chosen

@@ -1,4 +1,4 @@
-"""Which curves the page has, and their points: plain data that `page.js` hands to uPlot."""
+"""The curves on the page and their points: plain data that `page.js` passes to uPlot."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from fopd_cli.report.reading import Record, Run, sets_of
 
-MOST_POINTS = 240  # per curve: more are averaged, a phone cannot show more
-BUSY_POINTS = 40  # single steps say little where roles take turns
+MOST_POINTS = 240  # per curve; more than that are averaged, since a phone cannot show them
+BUSY_POINTS = 40  # single steps mean little where roles take turns
 Value = float | None
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a chart: `value` and `error` of a record. `faint` ones accompany one that matters more."""
+    """One curve of a chart: a record's `value` and `error`. `faint` curves accompany a more important one."""
 
     label: str
     value: Callable[[Record], Value]
@@ -26,7 +26,7 @@ class Line:
 
     @property
     def dots(self) -> bool:
-        """Whether points are drawn: they are few, and each counts."""
+        """Whether points are drawn, because there are few and each counts."""
         return self.of == "evaluations"
 
 
@@ -46,7 +46,7 @@ def held_out(label: str, name: str) -> Line:
     return Line(label, key(name), "evaluations", key(f"{name}_error"))
 
 
-# (title, note, unit, curves); several runs are compared by the first curve, score and KL by the first two.
+# (title, note, unit, curves). Several runs are compared by the first curve; score and KL by the first two.
 CHARTS: list[tuple[str, str, str, list[Line]]] = [
     (
         "Score",
@@ -100,7 +100,7 @@ ROLES = ("sampler", "teacher", "learner", "grader", "environment")
 
 
 def charts(runs: Sequence[Run]) -> list[Record]:
-    """All charts with anything to show. A series has `label`, its look, and points `x` (step), `t` (minutes),
+    """All charts that have data. A series has a `label`, its style, and points `x` (step), `t` (minutes),
     `y`, `e` (error).
     """
     found = []
@@ -152,7 +152,7 @@ def _series(
 
 
 def _of_machine(number: int, run: Run, several: bool) -> list[Record]:
-    """Busy shares, speed and memory: a chart for each run."""
+    """Busy shares, speed and memory, with a chart for each run."""
     of_run = f" of {run.name}" if several else ""
     roles = [r for r in ROLES if any(r in s.get("timing", {}).get("busy", {}) for s in run.steps)]
     busy = [Line(role, partial(_busy, role)) for role in roles]

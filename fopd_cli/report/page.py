@@ -1,5 +1,5 @@
-"""One HTML file about one or several runs: no network, no other file. Without scripts, as in some mail
-programs, only the curves are missing.
+"""One self-contained HTML file about one or more runs. Where scripts are off, as in some mail programs, only
+the curves are missing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fopd_cli.report.reading import Run, read
 
 HERE = Path(__file__).parent
 MARK = "<!doctype html><!-- fopd report -->"
-SHADES = (0.05, 0.3, 1.0, 3.0)  # nats, where a darker colour begins
-# Whatever a model wrote, the page loads nothing.
+SHADES = (0.05, 0.3, 1.0, 3.0)  # nats at which a darker color begins
+# The page loads nothing, whatever a model wrote.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
@@ -39,7 +39,7 @@ def write(paths: Sequence[Path], out: Path) -> int:
 
 
 def page(runs: Sequence[Run], watching: bool = False) -> str:
-    """The file's text. `watching`: it asks the address that it came from for news, and reloads itself."""
+    """The file's text. `watching`: the page polls its server for news, and reloads itself."""
     title = "fopd: " + ", ".join(run.name for run in runs)
     data = json.dumps(charts(runs), separators=(",", ":")).replace("<", "\\u003c")
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
@@ -94,7 +94,7 @@ def _of(title: str, run: Run, runs: Sequence[Run]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells are HTML already. With the kind `stack`, each row becomes a list on narrow screens."""
+    """Cells are already HTML. With kind `stack`, each row becomes a list on narrow screens."""
     lines = []
     for row in rows:
         cells = zip(head, row, strict=True)
@@ -135,7 +135,7 @@ def _results(runs: Sequence[Run]) -> str:
 
 
 def _sets(runs: Sequence[Run]) -> str:
-    """Results by held-out set, where there are several."""
+    """Results per held-out set, if there are several."""
     rows = []
     for n, run in enumerate(runs):
         for name in run.sets:
@@ -238,7 +238,7 @@ def _answers(run: Run) -> str:
 
 
 def _coloured(pieces: Sequence[texts.Piece]) -> str:
-    """Each token on a background that says how far the student was from the teacher there."""
+    """Each token, on a background that shows how far the student was from the teacher there."""
     out = []
     for text, kl, likeliest in pieces:
         if kl is None:

@@ -1,4 +1,4 @@
-"""A run directory in any state of the run: running, stopped, killed, finished."""
+"""Reads a run directory in any state: running, stopped, killed, finished."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ State = Literal["running", "finished", "stopped"]
 
 @dataclass
 class Run:
-    """What a run has written. Records are in step order; `pid` is the process that holds the directory."""
+    """What a run has written. Records are in step order; `pid` is the process that holds the lock."""
 
     path: Path
     recipe: Record
@@ -39,7 +39,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that are done."""
+        """Completed optimizer steps."""
         return int(self.steps[-1]["step"]) if self.steps else 0
 
     @property
@@ -50,7 +50,7 @@ class Run:
     def state(self) -> State:
         if self.pid is not None:
             return "running"
-        # A run that was made longer and then stopped still has the summary of its first end.
+        # A run that was extended and then stopped still has the summary of its first end.
         done = self.summary is not None and self.step <= self.summary.get("steps", -1)
         complete = done and (
             self.step >= self.planned or (self.summary or {}).get("stopped_early") is not None
@@ -75,12 +75,12 @@ class Run:
         return list(self.evaluations[-1].get("sets", {})) if self.evaluations else []
 
     def of_set(self, name: str) -> Run:
-        """The run with the evaluations of one held-out set, which need not be there."""
+        """The run with the evaluations of one held-out set; there may be none."""
         found = [{**e, **e["sets"][name]} for e in self.evaluations if name in e.get("sets", {})]
         return replace(self, evaluations=found)
 
     def last(self, key: str) -> tuple[float | None, float | None]:
-        """The newest evaluation's figure and its standard error; None if there is none."""
+        """The newest evaluation's figure and its standard error; None where missing."""
         for record in reversed(self.evaluations):
             if record.get(key) is not None:
                 return float(record[key]), record.get(f"{key}_error")
@@ -88,7 +88,7 @@ class Run:
 
 
 def sets_of(runs: Iterable[Run]) -> list[str]:
-    """Names of the held-out sets of any of the runs, in their order."""
+    """Names of all held-out sets of the runs, in order."""
     return list(dict.fromkeys(name for run in runs for name in run.sets))
 
 
@@ -118,7 +118,7 @@ def read(path: Path) -> Run:
 
 
 def jsonl(path: Path) -> list[Record]:
-    """The records of a file that may be growing: a last line that is not yet complete is left out."""
+    """The records of a file that may still be growing; an incomplete last line is left out."""
     found = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -130,8 +130,8 @@ def jsonl(path: Path) -> list[Record]:
 
 
 def holder(lock: Path) -> int | None:
-    """The live process that holds a run's lock, by the kernel's own list: even a brief try of the lock could
-    make a run that is just starting fail.
+    """The live process that holds a run's lock, from the kernel's list. Trying the lock, even briefly, could
+    make a run fail that is just starting.
     """
     try:
         inode, pid = lock.stat().st_ino, int(lock.read_text().strip() or 0)

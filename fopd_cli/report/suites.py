@@ -1,4 +1,4 @@
-"""What `fopd eval --suite` found: records of the lm-evaluation-harness's figures, and their table."""
+"""Results of `fopd eval --suite`: records of the lm-evaluation-harness's figures, and their table."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 
 def newest(run: Path) -> list[Record]:
-    """The run's figures; of the same figure of the same model the newest."""
+    """The run's figures; the newest one if a model has a figure several times."""
     latest = {(r["suite"], r["metric"], r["filter"], r["who"]): r for r in jsonl(run / FILE) if "suite" in r}
     return list(latest.values())
 
 
 def table(records: Sequence[Record]) -> list[list[str]]:
-    """A head, then a row per figure, with a column for each model. Members of a group are left out."""
+    """A header, then a row per figure with a column per model. Members of a group are left out."""
     shown = [r for r in records if not r["member"]]
     who = list(dict.fromkeys(r["who"] for r in shown))
     by_figure: dict[tuple[str, str, str], dict[str, Record]] = {}
@@ -45,7 +45,7 @@ def table(records: Sequence[Record]) -> list[list[str]]:
 
 
 def column(who: str, records: Sequence[Record]) -> str:
-    """The name of a column: the student's with its step."""
+    """A column's name; for the student, with its step."""
     steps = dict.fromkeys(r["step"] for r in records if r["who"] == who and r["step"] is not None)
     return f"{who}, step {' / '.join(map(str, steps))}" if steps else who
 

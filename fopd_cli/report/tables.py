@@ -15,9 +15,7 @@ FIGURES = (("score", 3), ("kl", 4))
 
 
 def of_runs(folder: Path) -> str:
-    """A row for each run in a directory, or one level deeper; `folder` may be a run itself. Raises
-    `UserError`.
-    """
+    """A row for each run in a directory or one level deeper; `folder` may be a run. Raises `UserError`."""
     if not paths.is_dir(folder):
         raise UserError(f"{folder}: is not a directory; runs are in runs/ unless --run-dir says otherwise")
     found = (
@@ -44,9 +42,7 @@ def of_runs(folder: Path) -> str:
 
 
 def of_differences(first: Path, second: Path) -> str:
-    """Keys, then results. The standard error of a difference treats the prompts of the two runs as
-    independent.
-    """
+    """Keys that differ, then results. Errors of differences treat the two runs' prompts as independent."""
     runs = [read(first), read(second)]
     names = [run.name if first.resolve().name != second.resolve().name else str(run.path) for run in runs]
     keys = [[key, *values] for key, values in texts.differences(runs)]

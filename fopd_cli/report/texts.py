@@ -1,4 +1,4 @@
-"""What the page says in words: advice, answers over training, and how the recipes differ."""
+"""The page's text: advice, answers over training, and how the recipes differ."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 from fopd_cli.recipe.changes import flattened
 from fopd_cli.report.reading import Record, Run, jsonl
 
-LONGEST = 1600  # characters of an answer that are shown
-TEACHER_ROWS = "teacher.jsonl"  # of `fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl`
+LONGEST = 1600  # characters shown of an answer
+TEACHER_ROWS = "teacher.jsonl"  # from `fopd eval TEACHER --task RUN/recipe.yaml --out RUN/teacher.jsonl`
 
 
 def advice(run: Run) -> list[str]:
@@ -35,8 +35,8 @@ def advice(run: Run) -> list[str]:
 
 
 class Piece(NamedTuple):
-    """A token of the student's; `kl` in nats. `likeliest`: what the teacher would rather have written there,
-    with its probability, if the run recorded that.
+    """One of the student's tokens; `kl` in nats. `likeliest`: what the teacher would rather have written
+    there, with probabilities, if the run recorded them.
     """
 
     text: str
@@ -54,12 +54,12 @@ class Answer:
     finish: str | None
     kl: float | None = None  # to the teacher, nats per token
     pieces: Sequence[Piece] = ()  # its first tokens
-    rest: str = ""  # what follows them
+    rest: str = ""  # what follows those tokens
 
 
 def answers(run: Run, prompts: int = 3) -> list[tuple[str, list[Answer]]]:
-    """(prompt, the student's answers early, halfway and now, and the teacher's if recorded) for held-out
-    prompts; for training prompts, as they came, if there is nothing else.
+    """For each held-out prompt: the prompt, and the student's early, halfway and latest answers, with the
+    teacher's if recorded. Training prompts, as they came, if nothing else was recorded.
     """
     by_prompt = defaultdict[str, list[Record]](list)
     for sample in run.samples:
@@ -85,7 +85,7 @@ def answers(run: Run, prompts: int = 3) -> list[tuple[str, list[Answer]]]:
 
 
 def teacher_score(run: Run) -> float | None:
-    """Mean score of the teacher's recorded rows that have one."""
+    """Mean score of the teacher's recorded rows; None if none has a score."""
     scores = [r["score"] for r in jsonl(run.path / TEACHER_ROWS) if r.get("score") is not None]
     return sum(scores) / len(scores) if scores else None
 
@@ -105,7 +105,7 @@ def _answer(sample: Record) -> Answer:
 
 
 def shortened(text: str) -> str:
-    """A long text without its middle."""
+    """The text; a long one without its middle."""
     if len(text) <= LONGEST:
         return text
     half = LONGEST // 2
@@ -113,7 +113,7 @@ def shortened(text: str) -> str:
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(key, its value in each run) of the keys in which the recipes differ."""
+    """(key, its value in each run) for each key in which the recipes differ."""
     recipes = [flattened(run.recipe) for run in runs]
     keys = dict.fromkeys(k for recipe in recipes for k in recipe)
     rows = [(key, [_shown(r.get(key, "-")) for r in recipes]) for key in keys]

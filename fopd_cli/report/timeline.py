@@ -1,6 +1,4 @@
-"""trace.json as two pictures: how busy each worker was over the whole run, and a few optimizer steps up
-close.
-"""
+"""trace.json as two pictures: how busy each worker was over the whole run, and a close-up of a few steps."""
 
 from __future__ import annotations
 
@@ -12,11 +10,11 @@ from pathlib import Path
 from fopd_cli.report.reading import Record
 from fopd_cli.runtime.journal.trace import read_trace
 
-WIDTH, LABEL, ROW, GAP = 960, 96, 22, 8  # of the drawing, in its own units
+WIDTH, LABEL, ROW, GAP = 960, 96, 22, 8  # in the drawing's own units
 BINS = 216
 CLOSE_STEPS = 6
 MOST_SPANS = 600
-PAUSE_S = 60.0  # idle for longer: the gap between two starts of the run, left out
+PAUSE_S = 60.0  # a longer idle gap lies between two starts of the run, and is left out
 KINDS = ("generate", "score", "train", "grade", "measure", "publish", "load", "save", "replay")
 ORDER = ("sampler", "environment", "grader", "teacher", "learner")
 
@@ -56,7 +54,7 @@ def _without_pauses(found: list[Piece]) -> list[Piece]:
 
 
 def drawings(found: list[Piece]) -> list[tuple[str, str]]:
-    """(caption, svg) of both pictures; empty without a timeline."""
+    """(caption, svg) of both pictures; empty if there is no timeline."""
     if not found:
         return []
     out = [("The whole run: the higher a bar, the busier in that moment.", _overview(found))]
@@ -87,7 +85,7 @@ def _workers(found: list[Piece]) -> list[str]:
 
 
 def _close(found: list[Piece]) -> tuple[float, float] | None:
-    """A few steps from the middle of the run, from the end of one to the end of another."""
+    """A few steps in the middle of the run, from the end of one to the end of another."""
     ends = [p.end for p in found if p.kind == "train"]
     if len(ends) < 3:
         return None
@@ -181,7 +179,7 @@ def _round_step(raw: float) -> float:
 
 
 def _seconds(value: float, step: float) -> str:
-    """A tick's label, in a unit that depends only on the step, so that all ticks of an axis share it."""
+    """A tick's label. The unit depends only on the step, so all ticks of an axis share it."""
     if step >= 3600:
         return f"{value / 3600:g} h"
     return f"{value / 60:g} min" if step >= 60 else f"{value:.4g} s"
@@ -193,6 +191,6 @@ def legend(found: list[Piece]) -> list[str]:
 
 
 def of_run(path: Path) -> Record:
-    """All that the page shows of a run's timeline."""
+    """Everything that the page shows of a run's timeline."""
     found = pieces(path / "trace.json")
     return {"drawings": drawings(found), "legend": legend(found), "idle": idle(found)}

@@ -1,4 +1,4 @@
-"""`fopd report --watch`: the page on a loopback address, made again while the runs go on."""
+"""`fopd report --watch`: serves the page on a loopback address, rebuilt while the runs go on."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ WATCHED = ("metrics.jsonl", "warnings.jsonl", "suite.jsonl", "summary.json", "re
 def server(paths: Sequence[Path], port: int) -> ThreadingHTTPServer:
     """Listens only on the loopback address; port 0 takes any. Raises `UserError`."""
     for path in paths:
-        read(path)  # fail now if it is not a run
+        read(path)  # fails now if it is not a run
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             host = (self.headers.get("Host") or "").rpartition(":")[0]
-            if host not in (LOCAL, "localhost"):  # a foreign page that points its own name at our address
+            if host not in (LOCAL, "localhost"):  # another site whose name resolves to our address
                 self.send_error(403)
             elif self.path == "/news":
                 self._answer("text/plain", news(paths))
             elif self.path == "/":
                 try:
                     self._answer("text/html", page([read(path) for path in paths], watching=True))
-                except UserError as error:  # it was moved away
+                except UserError as error:  # the run was moved away
                     self._answer("text/plain", str(error))
             else:
                 self.send_error(404)
@@ -46,7 +46,7 @@ def server(paths: Sequence[Path], port: int) -> ThreadingHTTPServer:
                 self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
-            """Silent: there is a request every two seconds."""
+            """Log nothing: a request comes every two seconds."""
 
     try:
         return ThreadingHTTPServer((LOCAL, port), Handler)
@@ -62,7 +62,7 @@ def watch(paths: Sequence[Path], port: int, say: Callable[[str], None]) -> None:
 
 
 def news(paths: Sequence[Path]) -> str:
-    """A text that changes whenever there is something new to show."""
+    """A string that changes whenever there is something new to show."""
     found = []
     for path in paths:
         for name in WATCHED:

@@ -1,4 +1,4 @@
-"""How vLLM is made, and what it refuses. Imports no vLLM."""
+"""Builds vLLM engines, and says what they refuse. Does not import vLLM."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fopd_cli.recipe import Sampler as SamplerSection
 from fopd_cli.recipe import Teacher as TeacherSection
 from fopd_cli.recipe import Vllm
 
-TEACHER_BATCHED_TOKENS = 2048  # vLLM keeps [tokens, vocab] logits of them, twice, outside its memory profile
-KV_BLOCK = 128  # tokens; vLLM's on a CPU
+TEACHER_BATCHED_TOKENS = 2048  # vLLM holds their [tokens, vocab] logits twice, outside its memory profile
+KV_BLOCK = 128  # tokens; vLLM's block size on a CPU
 
 missing = problem
 
@@ -29,7 +29,7 @@ def refusals(key: str, section: SamplerSection | TeacherSection, config: Any) ->
     if refused is not None:
         yield f"{key}.engine: {config.model_type} {refused}", f"set {key}.engine: transformers"
     split = section.vllm.tensor_parallel
-    # a state-space model may have none
+    # a state-space model may not have any
     heads = getattr(hf.text_config(config), "num_attention_heads", None) or 1
     if heads % split:
         yield (
@@ -54,7 +54,7 @@ def sampler(order: SamplerOrder) -> Sampler:
         max_tokens=order.context,
         max_requests=section.concurrency,
         max_logprobs=order.logprobs,
-        # vLLM's CPU build keeps no states of prefixes.
+        # vLLM's CPU build does not cache the states of prefixes.
         prefix_caching=section.vllm.prefix_caching and (cuda or not support.keeps_state(config)),
         live_weights=adapter is None,
         stale_kv=order.stale_kv,
@@ -76,7 +76,7 @@ def teacher(order: TeacherOrder) -> Teacher:
         model=section.model,
         dtype=order.dtype,
         cuda=order.device.type == "cuda",
-        max_tokens=order.context + 1,  # the token that vLLM insists on generating
+        max_tokens=order.context + 1,  # vLLM insists on generating a token
         max_requests=section.batch_samples,
         max_logprobs=section.k,
         batched_tokens=TEACHER_BATCHED_TOKENS,
@@ -88,19 +88,17 @@ def teacher(order: TeacherOrder) -> Teacher:
 
 
 def _keys(section: Vllm, share: float | None) -> Vllm:
-    """The recipe's, with the share of a device that this engine was given, where several roles stay on it."""
+    """The recipe's keys, with this engine's share of the device where several roles stay on it."""
     return section if share is None else section.model_copy(update={"gpu_memory": share})
 
 
 def _fewer(vocab: int, config: Any) -> int | None:
-    """Where the model has more ids than the pair shares: their number."""
+    """The number of ids that the pair shares, where the model has more; else None."""
     return vocab if vocab < hf.vocab_size(config) else None
 
 
 def with_cpu_cache(options: VllmOptions, config: Any) -> VllmOptions:
-    """On a CPU the KV cache that all running requests can need; vLLM's own default would take most of the
-    RAM.
-    """
+    """On a CPU, size the KV cache for all running requests; vLLM's default would take most of the RAM."""
     if options.cuda:
         return options
     tokens = options.max_requests * (options.max_tokens + 2 * KV_BLOCK)

@@ -1,13 +1,12 @@
-"""vLLM inside one of our worker processes: how it is started, and the few calls that the sampler and the
-teacher make.
+"""vLLM inside one of our worker processes: how it starts, and the few calls that the sampler and the teacher
+make.
 
-The engine core runs in the worker's own process and is driven by `step`, one forward pass a call: no second
-process that could be orphaned, no serialisation between us and vLLM's scheduler, and weights can be replaced
+The engine core runs in the worker's own process, driven by `step`, one forward pass per call. There is no
+second process to orphan and no serialization between us and vLLM's scheduler, and weights can be replaced
 between any two steps. Only tensor parallelism starts processes, which `plugin` ties to this one.
 
 This talks to vLLM below its `LLM` class (`EngineCore`, numpy log-probs, no text), so it is pinned to one
-version;
-`fopd doctor` says which, and the tests run against the real thing.
+version. `fopd doctor` says which one, and the tests run against the real thing.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from fopd_cli.recipe import Vllm
 from fopd_cli.recipe.schema import GPU_MEMORY
 
 TESTED_VERSION = "0.32.0"
-TELLING = ("Value error", "Assertion failed", "must")  # in the line of an error that says what is wrong
+TELLING = ("Value error", "Assertion failed", "must")  # mark the line of an error that says what is wrong
 
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """LoRA adapters that `load_adapter` will be given."""
+    """The LoRA adapters that `load_adapter` will load."""
 
     rank: int
     alpha: float
@@ -44,29 +43,29 @@ class AdapterOptions:
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """A recipe's `vllm` section, and what the run around it says. `key` names the section in errors."""
+    """A recipe's `vllm` section and the run's own settings. `key` names the section in errors."""
 
     section: Vllm
     key: str
     model: str
     dtype: torch.dtype
     cuda: bool
-    max_tokens: int  # of prompt and response together
+    max_tokens: int  # prompt and response together
     max_requests: int  # running at once
-    max_logprobs: int  # largest k asked for; -1: the whole vocabulary
-    cache_bytes: int | None = None  # a replica's KV cache by default; None: vLLM's own choice
-    batched_tokens: int | None = None  # the same of tokens a forward pass
+    max_logprobs: int  # largest k requested; -1: the whole vocabulary
+    cache_bytes: int | None = None  # default KV cache of a replica; None: vLLM's own choice
+    batched_tokens: int | None = None  # default tokens per forward pass; None: vLLM's own choice
     prefix_caching: bool = False
     live_weights: bool = False  # whether `load` will be called
     stale_kv: bool = False  # whether running requests keep their keys and values at an update
-    seeded: bool = False  # whether requests have seeds of their own
+    seeded: bool = False  # whether each request has its own seed
     adapter: AdapterOptions | None = None
-    hidden: bool = False  # whether the hidden states of prompts will be taken
-    vocab: int | None = None  # ids from here on have no probability; None: the pair shares all
+    hidden: bool = False  # whether `take_hidden` will be called
+    vocab: int | None = None  # ids from here on have zero probability; None: the pair shares all ids
 
     @property
     def kv_cache_bytes(self) -> int | None:
-        """What vLLM is told: the part of one device (or process) of a replica."""
+        """What vLLM is told: one device's (or process's) part of a replica's cache."""
         gigabytes, split = self.section.kv_cache_gb, self.section.tensor_parallel
         whole = self.cache_bytes if gigabytes is None else int(gigabytes * 1e9)
         return None if whole is None else whole // split
@@ -77,7 +76,7 @@ class VllmOptions:
 
 
 def installed_version() -> str | None:
-    """Of vLLM, whether the CUDA or the CPU package; None if there is none."""
+    """The version of vLLM, from the CUDA or the CPU package; None if neither is installed."""
     for package in ("vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
@@ -85,7 +84,7 @@ def installed_version() -> str | None:
 
 
 def problem() -> str | None:
-    """Why engine vllm cannot run here, and what to do; None if it can."""
+    """Why engine vllm cannot run here, and what to do about it; None if it can."""
     version = installed_version()
     if version is None or importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed: pip install 'fopd[vllm]' (CUDA) or scripts/install-vllm-cpu"
@@ -98,16 +97,14 @@ def problem() -> str | None:
 
 
 class VllmEngine:
-    """One engine core. Raises `UserError` for what vLLM refuses (a context that its KV cache cannot hold,
-    ...).
-    """
+    """One engine core. Raises `UserError` for what vLLM refuses, such as a context over its KV cache."""
 
     def __init__(self, options: VllmOptions) -> None:
         if (missing := problem()) is not None:
             raise UserError(f"{options.key}: {missing}")
         self.options = options
         _environment(options)
-        # Seconds of imports, and the variables above are read during them.
+        # These imports take seconds, and read the variables set above.
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -117,7 +114,7 @@ class VllmEngine:
         with logged_causes() as causes:
             try:
                 engine: Any = LLMEngine.from_engine_args(EngineArgs(**engine_args(options)))
-            except ValueError as error:  # pydantic's ValidationError is one too
+            except ValueError as error:  # includes pydantic's ValidationError
                 why = f" ({causes[-1]})" if causes else ""
                 raise UserError(f"{options.key}: vLLM refuses: {_message(error)}{why}") from None
         self._client: Any = engine.engine_core
@@ -126,7 +123,7 @@ class VllmEngine:
         self._running: set[str] = set()
         self._names = itertools.count()
         self._updates = 0
-        self._adapter: Any = None  # vLLM's name of the one that requests are to use
+        self._adapter: Any = None  # the `LoRARequest` that new requests use
         if options.hidden:
             self._rpc("keep_hidden_states")
         elif options.vocab is not None:
@@ -138,12 +135,11 @@ class VllmEngine:
         return bool(self._running)
 
     def add(self, token_ids: np.ndarray, **sampling: Any) -> str:
-        """Queue a request; `sampling` are vLLM's SamplingParams. Text never comes into it. Returns the name
-        that its outputs will bear.
+        """Queue a request of token ids; `sampling` holds vLLM's SamplingParams. Returns the request id that
+        its outputs will carry.
 
-        No name is ever used twice. On CUDA vLLM schedules a step ahead of what it has seen: a request that
-        has ended may still be in the batch that is under way, and another one of its name would be given that
-        batch's token.
+        Ids are never reused. On CUDA vLLM schedules one step ahead of what it has seen, so a finished request
+        may still be in the batch in flight. A new request with the same id would get that batch's token.
         """
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
@@ -170,8 +166,8 @@ class VllmEngine:
     def step(self) -> list[Any]:
         """One forward pass; vLLM's `EngineCoreOutput`s, with `new_token_ids` and `new_logprobs` (numpy).
 
-        Where vLLM schedules ahead they are those of the pass before, and once nothing runs any more no batch
-        is left under way.
+        Where vLLM schedules ahead, these are the outputs of the previous pass. When the last request ends,
+        batches still in flight are finished and dropped.
         """
         outputs = self._advance()
         if not self._running:
@@ -188,25 +184,24 @@ class VllmEngine:
         return outputs
 
     def take_hidden(self, name: str) -> Tensor:
-        """Post-norm hidden states `(prompt, hidden)` of a request that has ended, on the host."""
+        """Post-norm hidden states `(prompt, hidden)` of a finished request, on the host."""
         found: Tensor = self._client.collective_rpc("take_hidden_states", args=(name,))[0]
         return found
 
     def abort(self) -> None:
-        """Forget every request."""
+        """Abort every request."""
         if self._running:
             self._client.abort_requests(list(self._running))
             self._running.clear()
         self._drop_batches()
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> list[Any]:
-        """Replace all weights; returns the outputs of steps that were still under way, sampled by the old
-        ones.
+        """Replace all weights; returns the outputs of steps still in flight, sampled with the old weights.
 
-        Running requests go on afterwards. All cached keys and values are dropped, of running requests and of
-        prefixes: kept, they would make a policy that is neither the old nor the new one (measured: up to 12
-        nats off). With `stale_kv` those of running requests are kept all the same; what begins later shares
-        none of them.
+        Running requests continue afterwards. All cached keys and values (of running requests and of prefixes)
+        are dropped. Keeping them would sample from a policy that is neither the old one nor the new one
+        (measured: up to 12 nats off). With `stale_kv`, running requests do keep theirs; later requests never
+        share them.
         """
         with self._between_steps() as late:
             self._rpc("start_weight_update")
@@ -215,13 +210,13 @@ class VllmEngine:
         return late
 
     def load_adapter(self, folder: str) -> list[Any]:
-        """The same with an adapter, a directory in peft's format that need not outlive the call; the base
-        stays.
+        """Like `load`, but replaces only the adapter: a directory in peft's format, no longer needed after
+        the call.
         """
         from vllm.lora.request import LoRARequest
 
         with self._between_steps() as late:
-            # Under one id for ever: running requests then go on with the new one.
+            # The id never changes, so running requests continue with the new adapter.
             if not self._client.add_lora(LoRARequest("student", 1, folder, load_inplace=True)):
                 raise RuntimeError("vLLM did not load the adapter")
             self._adapter = LoRARequest("student", 1, folder)
@@ -229,7 +224,9 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _between_steps(self) -> Iterator[list[Any]]:
-        """Within it nothing runs, and no key or value computed before outlives it, or is shared after it."""
+        """Nothing runs inside this block. Keys and values computed before it are dropped, or at least never
+        shared afterwards.
+        """
         self._core.pause_scheduler("keep", clear_cache=False)
         yield list(self._drain())
         if self.options.stale_kv:
@@ -239,8 +236,8 @@ class VllmEngine:
         self._core.resume_scheduler()
 
     def sleep(self) -> None:
-        """Give device memory back: live weights are dropped (vLLM's level 2, `load` must follow `wake`),
-        frozen ones move to the host (level 1). On a CPU there is nothing to give but the prefix cache.
+        """Free device memory. Live weights are dropped (vLLM's level 2; `load` must follow `wake`), frozen
+        ones move to the host (level 1). On a CPU only the prefix cache can be freed.
         """
         if self._running:
             raise RuntimeError("vLLM cannot sleep while requests run")
@@ -258,7 +255,7 @@ class VllmEngine:
             yield from self._advance()
 
     def _drop_batches(self) -> None:
-        """Finish those of requests that have ended, or were aborted: nobody wants what they sample."""
+        """Finish batches of requests that ended or were aborted, and discard what they sample."""
         for _ in self._drain():
             pass
 
@@ -268,8 +265,8 @@ class VllmEngine:
 
 @contextlib.contextmanager
 def logged_causes() -> Iterator[list[str]]:
-    """The last line of every error that vLLM logs while it looks at a model: what it raises then only points
-    to its log.
+    """The last line of every error that vLLM logs while it inspects a model; the exception that it raises
+    only points to the log.
     """
     causes: list[str] = []
 
@@ -280,7 +277,7 @@ def logged_causes() -> Iterator[list[str]]:
         return True
 
     registry = logging.getLogger("vllm.model_executor.models.registry")
-    registry.addFilter(keep)  # no handler: vLLM takes those away when it configures its logging
+    registry.addFilter(keep)  # not a handler: vLLM removes those when it configures its logging
     try:
         yield causes
     finally:
@@ -288,7 +285,7 @@ def logged_causes() -> Iterator[list[str]]:
 
 
 def _environment(options: VllmOptions) -> None:
-    """What vLLM reads at import. It runs in a worker of ours, so this reaches nobody else."""
+    """Set the variables that vLLM reads at import. It runs in our own worker, so nothing else sees them."""
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_WORKER_MULTIPROC_METHOD="spawn",
@@ -299,11 +296,10 @@ def _environment(options: VllmOptions) -> None:
     if options.hidden:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # what fopd prints is for programs to read
+    # programs read fopd's stdout
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     if not options.cuda:
-        # vLLM would pin threads to cores that our other workers compute on as well; OMP_NUM_THREADS is set
-        # already.
+        # vLLM would pin threads to cores that our other workers also use; OMP_NUM_THREADS is already set.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
@@ -312,12 +308,12 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
     args: dict[str, Any] = {
         "model": options.model,
         "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # the recipe alone says how to sample
+        "generation_config": "vllm",  # only the recipe says how to sample
         "dtype": str(options.dtype).removeprefix("torch."),
         "max_model_len": options.max_tokens,
         "max_num_seqs": options.max_requests,
         "max_logprobs": options.max_logprobs,
-        "logprobs_mode": "processed_logprobs",  # of the distribution really sampled from
+        "logprobs_mode": "processed_logprobs",  # of the distribution actually sampled from
         "enable_prefix_caching": options.prefix_caching,
         "tensor_parallel_size": options.section.tensor_parallel,
         "gpu_memory_utilization": options.section.gpu_memory or GPU_MEMORY,
@@ -327,8 +323,7 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
         "use_tqdm_on_load": False,
     }
     if options.seeded and not options.cuda:
-        # With a prefill in pieces vLLM takes a random number back, which generators on a CPU cannot do: it
-        # raises.
+        # With chunked prefill, vLLM rewinds the random generator, which fails for generators on a CPU.
         args["enable_chunked_prefill"] = False
         args["max_num_batched_tokens"] = max(
             options.max_batched_tokens or 4096, options.max_requests, options.max_tokens
@@ -339,7 +334,7 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
         sizes = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's buffers come in these
         fitting = next((size for size in sizes if size >= options.adapter.rank), options.adapter.rank)
         args |= {"enable_lora": True, "max_lora_rank": fitting, "max_loras": 1, "max_cpu_loras": 1}
-    if options.hidden:  # logits are then somebody else's matter
+    if options.hidden:  # the learner computes the logits
         args["worker_extension_cls"] = "fopd_cli.engines.vllm.hidden.HiddenStates"
     elif options.vocab is not None:
         args["worker_extension_cls"] = "fopd_cli.engines.vllm.vocabulary.SharedVocabulary"
@@ -351,7 +346,7 @@ def engine_args(options: VllmOptions) -> dict[str, Any]:
 
 
 def _message(error: ValueError) -> str:
-    """The telling line of vLLM's or pydantic's message."""
+    """The line of vLLM's or pydantic's message that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = next(
         (line for line in lines if any(word in line for word in TELLING)), lines[0] if lines else "?"

@@ -1,6 +1,6 @@
-"""Loaded by vLLM in every process that it starts (entry point `vllm.general_plugins`): ties its processes to
-ours, lets them leave signals to the conductor, and makes our weight transfer known to it. In a vLLM that fopd
-did not start it only does the latter, which changes nothing.
+"""Loaded by vLLM in every process that it starts (entry point `vllm.general_plugins`). Ties its processes to
+ours, makes them leave signals to the conductor, and registers our weight transfer. In a vLLM that fopd did
+not start, it only registers the transfer, which changes nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def register() -> None:
 
 
 def _tie_to_parent() -> None:
-    """A tensor-parallel process of vLLM dies with the worker that started it, whatever killed that."""
+    """Make a tensor-parallel process of vLLM die with the worker that started it, however that one dies."""
     parent = int(os.environ.get("FOPD_ENGINE_PARENT", "0"))
     if sys.platform != "linux" or parent in (0, os.getpid()):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(1)  # it died before we were tied to it
-    # vLLM's own handlers would end it at Ctrl-C or SIGTERM
+        os._exit(1)  # the parent died before we were tied to it
+    # vLLM's own handlers would end this process at Ctrl-C or SIGTERM
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)

@@ -1,10 +1,10 @@
-"""The student sampler on vLLM: continuous batching, live weights, log-probs of the distribution really
+"""The student sampler on vLLM: continuous batching, live weights, log-probs of the distribution actually
 sampled from.
 
 A request joins the running batch at the next token and leaves it at its last one; nothing waits for a batch
-to fill or to drain. Each request has a generator of its own in vLLM, so a rollout depends on its seed, prompt
-and weights (and, as on any engine, on the kernels' rounding for the batch at hand). Tokens go in and come out
-as ids.
+to fill or drain. Each request has its own generator in vLLM, so a rollout depends on its seed, prompt and
+weights (and, as on any engine, on how the kernels round for the current batch). Tokens go in and come out as
+ids.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fopd_cli.samples import Request, Rollout
 
 
 class VllmSampler:
-    """Implements `protocols.Sampler`. `aliases` are the tied weights' other names, see `hf.tied_names`."""
+    """Implements `protocols.Sampler`. `aliases` are the other names of tied weights (`hf.tied_names`)."""
 
     def __init__(self, options: VllmOptions, rules: TokenRules, aliases: dict[str, str]) -> None:
         self.engine = VllmEngine(options)
         self.stop, self.aliases = sorted(rules.eos), aliases
         self.version = self.joins = 0
-        self._rows: dict[str, Row] = {}  # by vLLM's name
-        self._late: list[Rollout] = []  # finished by a step that a weight update had to wait for
+        self._rows: dict[str, Row] = {}  # by vLLM's request id
+        self._late: list[Rollout] = []  # finished by a step that a weight update waited for
 
     @property
     def busy(self) -> bool:
@@ -83,12 +83,12 @@ class VllmSampler:
         self.engine.wake()
 
     def _take(self, outputs: Sequence[Any]) -> list[Rollout]:
-        """Append what a step sampled; returns the rollouts that it ended."""
+        """Append what a step sampled; returns the rollouts that it finished."""
         finished = []
         for output in outputs:
             row = self._rows.get(output.request_id)
             if row is None:
-                continue  # aborted meanwhile
+                continue  # aborted in the meantime
             self._append(row, output)
             if output.finished:
                 del self._rows[output.request_id]
@@ -99,10 +99,10 @@ class VllmSampler:
         return finished
 
     def _append(self, row: Row, output: Any) -> None:
-        """vLLM gives `(tokens, 1 + k)` ids and log-probs, the sampled token first, then the likeliest."""
+        """vLLM returns `(tokens, 1 + k)` ids and log-probs: the sampled token, then the k likeliest."""
         params = row.request.params
         ids, logprobs = output.new_logprobs.logprob_token_ids, output.new_logprobs.logprobs
-        if params.temperature == 0:  # greedy: all mass on the token taken
+        if params.temperature == 0:  # greedy: all mass on the chosen token
             logprobs = np.where(ids == np.asarray(output.new_token_ids)[:, None], np.float32(0), -np.inf)
         for i, token in enumerate(output.new_token_ids):
             row.append(token, float(logprobs[i, 0]), self.version)

@@ -1,14 +1,14 @@
 """The frozen teacher on vLLM: hidden states, top-k log-probs, or those of the sampled tokens, at every
 response position.
 
-Hidden states are those that vLLM's own head would take (`hidden.py`). Whether the head in the model's files
-makes vLLM's log-probs of them is tried at start: what an architecture does in between on vLLM need not be
-what it does elsewhere.
+Hidden states are the inputs of vLLM's own head (`hidden.py`). At start we check that the head in the model's
+files turns them into vLLM's log-probs, because vLLM may implement what lies between differently from other
+libraries.
 
-Log-probs are what vLLM calls prompt log-probs: the whole sample is a prompt, and one token that nobody wants
-is generated. They are computed per chunk of `max_batched_tokens`, whose `[tokens, vocab]` logits vLLM's
-memory profile does not foresee: the cap is what keeps long contexts from killing the engine. Prefix caching
-is off, because a cached position has none.
+Log-probs are vLLM's prompt log-probs: the whole sample is the prompt, and the one generated token is ignored.
+They are computed in chunks of `max_batched_tokens`. vLLM's memory profile does not include a chunk's
+`[tokens, vocab]` logits, so this cap keeps long contexts from killing the engine. Prefix caching is off,
+because cached positions have no log-probs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3}  # nats
 
 
 class VllmTeacher:
-    """Implements `protocols.Teacher`. Where its vocabulary is larger than the student's, `options.vocab` says
-    so.
-    """
+    """Implements `protocols.Teacher`. `options.vocab` is set if it has more ids than the pair shares."""
 
     def __init__(self, options: VllmOptions, head: Head | None = None, vocab: int | None = None) -> None:
         self.engine = VllmEngine(options)
@@ -50,7 +48,7 @@ class VllmTeacher:
         while self.engine.busy:
             for output in self.engine.step():
                 rollout, target = asked[output.request_id]
-                # A position that the context does not have gets some row; nobody reads it.
+                # Positions that are not in the context get an arbitrary row, which is never read.
                 rows = torch.from_numpy(rollout.judged.positions.clip(min=1) - 1)
                 if target.hidden is not None:
                     target.hidden.copy_(self.engine.take_hidden(output.request_id)[rows])
@@ -58,7 +56,7 @@ class VllmTeacher:
                     self._fill(output.new_prompt_logprobs_tensors, rows, target)
 
     def head(self) -> Head | None:
-        """Only where hidden states are handed over."""
+        """The output head; None unless hidden states are handed over."""
         return self._head
 
     def sleep(self) -> None:
@@ -71,14 +69,14 @@ class VllmTeacher:
         return self.engine.add(ids, temperature=1.0, max_tokens=1, prompt_logprobs=k, ignore_eos=True)
 
     def _check(self, head: Head) -> None:
-        """Raise `UserError` unless hidden states and head make vLLM's own log-probs."""
+        """Raise `UserError` unless the hidden states and the head reproduce vLLM's own log-probs."""
         options = self.engine.options
         ids = np.arange(min(PROBE, options.max_tokens - 1), dtype=np.int32) % head.vocab
         name, outputs = self._ask(ids, 0), []
         while self.engine.busy:
             outputs += self.engine.step()
         own = torch.as_tensor(outputs[0].new_prompt_logprobs_tensors.logprobs)[:, 0]
-        # vLLM's head is in the engine's dtype, and so its logits are rounded
+        # vLLM's head runs in the engine's dtype, so its logits are rounded
         logits = head.to(options.dtype).logits(self.engine.take_hidden(name)[:-1])
         made = torch.log_softmax(logits, -1).gather(-1, torch.from_numpy(ids[1:, None]).long())[:, 0]
         if float((made - own).abs().max()) > PROBE_TOLERANCE.get(options.dtype, 0.1):
@@ -88,9 +86,7 @@ class VllmTeacher:
             )
 
     def _fill(self, found: Any, rows: Tensor, target: TeacherTargets) -> None:
-        """`found` has a row for every token but the first: the token's own log-prob, then the likeliest
-        tokens'.
-        """
+        """`found` has a row for every token but the first: its own log-prob, then those of the likeliest."""
         assert target.logprobs is not None
         target.logprobs.copy_(found.logprobs[rows, 0])
         if target.topk_logprobs is not None and target.topk_ids is not None:

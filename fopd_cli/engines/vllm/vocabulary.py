@@ -1,8 +1,8 @@
-"""Inside vLLM's workers: ids that student and teacher do not share have no probability, sampled or judged.
+"""Inside vLLM's workers: ids that student and teacher do not share get zero probability everywhere.
 
-Logits are masked where the model makes them. So it holds for every way of sampling and for prompt log-probs,
-and all log-probs are of the distribution over the ids that are left. (`allowed_token_ids` would be a list of
-the whole vocabulary a request, and says nothing of prompt log-probs.)
+Logits are masked where the model computes them. This covers every way of sampling and prompt log-probs, and
+all log-probs are normalized over the remaining ids. (`allowed_token_ids` would need a list of the whole
+vocabulary in each request, and does not affect prompt log-probs.)
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 
 class SharedVocabulary:
-    """A worker extension of vLLM's: `share_vocabulary` becomes a method of its workers."""
+    """A vLLM worker extension: `share_vocabulary` becomes a method of its workers."""
 
     def share_vocabulary(self, vocab: int) -> None:
-        """Ids from `vocab` on are never again."""
+        """From now on, mask ids from `vocab` up."""
         runner: Any = getattr(self, "model_runner")  # noqa: B009 (the worker's own)
         model = runner.get_model()
         own = model.compute_logits
 
         def compute_logits(*args: Any, **kwargs: Any) -> Any:
             logits = own(*args, **kwargs)
-            if logits is not None:  # it is on all ranks but the one that samples
+            if logits is not None:  # None on all ranks but the one that samples
                 logits[..., vocab:] = -float("inf")
             return logits
 

@@ -1,7 +1,7 @@
 """The receiving end of live weight updates inside vLLM: its weight-transfer API over our shared memory.
 
-The same three calls drive it as vLLM's NCCL and IPC engines (start, update, finish). vLLM's layerwise reload
-takes weights in checkpoint format and repacks, fuses and shards them as it did at start.
+It is driven by the same three calls as vLLM's NCCL and IPC engines (start, update, finish). vLLM's layerwise
+reload takes weights in checkpoint format and repacks, fuses and shards them as it did at start.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from fopd_cli.engines.models.checkpoint_format import in_checkpoint_format
 
 @dataclass
 class WithAliases:
-    """Weights as the student's checkpoint names them, and tied ones once more under their other names
-    (picklable if `weights` is).
+    """Weights under the checkpoint's names, with tied ones repeated under their other names (picklable if
+    `weights` is).
 
-    vLLM may keep a copy of its own for a tied head, and without its name the head would stay at the old
-    weights.
+    vLLM may keep its own copy of a tied head, which would stay at the old weights unless it is named.
     """
 
     weights: Iterable[tuple[str, Tensor]]
@@ -39,9 +38,7 @@ class WithAliases:
         return in_checkpoint_format(self.model, self._named())
 
     def known_to(self, model: Any) -> WithAliases:
-        """Without names of modules that vLLM's model does not have: some have no head of their own where it
-        is tied.
-        """
+        """Drop names of modules that vLLM's model does not have; some models have no separate tied head."""
         modules = {name.rpartition(".")[2] for name, _ in model.named_modules(remove_duplicate=False)}
         aliases = {other: name for other, name in self.aliases.items() if other.split(".")[-2] in modules}
         return replace(self, aliases=aliases)
@@ -65,7 +62,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """One whole version a call. Raises if a parameter of the model got no new value."""
+    """Loads one whole version per update. Raises if a parameter of the model got no new value."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -102,16 +99,16 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def _on(device: torch.device, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Queue each copy to the device: vLLM's loaders, which copy into place, never wait for the bus."""
+    """Queue each copy to the device, so that vLLM's loaders, which copy in place, never wait for the bus."""
     for name, tensor in weights:
         yield name, tensor.to(device, non_blocking=True)
 
 
 def _repack_experts(model: Any) -> None:
-    """Have vLLM's CPU kernels for experts made anew from the new weights.
+    """Make vLLM rebuild its CPU kernels for experts from the new weights.
 
-    With one at hand vLLM takes an update for packed already and skips the packing (CUDA's kernels need none):
-    log-probs are then nats off, and nothing says so.
+    If a kernel exists, vLLM assumes that the update is already packed and skips packing (CUDA's kernels need
+    none). Log-probs would then silently be off by nats.
     """
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)

@@ -1,5 +1,5 @@
-"""`--live`: a view of the run in a terminal. It draws when there is something new, without a thread of its
-own, and whatever goes wrong with it, the run goes on as without it.
+"""`--live`: a view of the run in a terminal. It draws when something is new and has no thread of its own. If
+anything goes wrong with it, the run goes on without it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fopd_cli.runtime.journal.sinks import Display, Progress
 ROLES = ("sampler", "teacher", "learner", "grader", "environment")
 BAR = 40  # columns
 ANSWER_LINES = 6
-EVERY_S = 0.2  # between two drawings
+EVERY_S = 0.2  # between two redraws
 
 
 def view(steps: int, initial: int) -> Display:
-    """The live view where there is a terminal, else what there is without it, and a line that says so."""
+    """The live view if there is a terminal, else plain progress lines and a line that says so."""
     console = Console(stderr=True)
     if console.is_terminal and not console.is_dumb_terminal:
         return View(steps, initial, console)
@@ -50,7 +50,7 @@ class View:
         self._instead: Display | None = None
         self._live = Live(self._picture(), console=console, auto_refresh=False)
         self._safely(self._live.start)
-        self._safely(lambda: console.show_cursor(True))  # a run that is killed cannot bring it back
+        self._safely(lambda: console.show_cursor(True))  # a killed run could not restore it
 
     # ---- what happened -------------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ class View:
 
     def say(self, line: str) -> None:
         if self._instead is None:
-            text = Text(line)  # no markup: whatever stands in brackets is text
+            text = Text(line)  # no markup: brackets are plain text
             self._safely(lambda: self._console.print(text, soft_wrap=True))
         if self._instead is not None:
             self._instead.say(line)
@@ -92,9 +92,9 @@ class View:
     def _safely(self, act: Callable[[], Any]) -> None:
         try:
             act()
-        except Interrupted:  # a second signal, in the middle of drawing
+        except Interrupted:  # a second signal while drawing
             raise
-        except Exception as error:  # of whatever kind: nothing that is only looked at may end a run
+        except Exception as error:  # of any kind: a mere display must never end a run
             with contextlib.suppress(Exception):
                 self._live.stop()
             self._instead = Progress(self.steps, self._step)
@@ -142,7 +142,7 @@ class View:
 
 
 def _short(text: str, lines: int) -> str:
-    """The first lines, as much as is read at a glance."""
+    """The first lines, short enough to read at a glance."""
     kept = text.strip().splitlines()
     shown = "\n".join(line[:300] for line in kept[:lines])
     return shown + (" …" if len(kept) > lines or any(len(line) > 300 for line in kept) else "")

@@ -1,8 +1,8 @@
-"""How much of its devices' peak rate each role used while it computed, and how long the learner stood still.
+"""How much of its devices' peak rate each role used while computing, and how long the learner sat idle.
 
-MFU is model FLOP over what the devices could do in the same seconds: two per parameter and token of a forward
-pass, four more of a backward pass. Attention's own products and passes that are computed again are not
-counted, so it is a little low for long texts. Idle time is not in it: that is what the busy shares say.
+MFU is model FLOP over what the devices could do in the same seconds: two per parameter and token in a forward
+pass, four more in a backward pass. Attention's own products and recomputed passes are not counted, so it is a
+little low for long texts. Idle time is not included; the busy shares show that.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 
 from fopd_cli.runtime.crew.messages import Span
 
-LEARNER = "learner-0"  # of several ranks the one whose spans are those of all
+LEARNER = "learner-0"  # the rank whose spans stand for all ranks
 
 
 class Utilization:
-    """Of the steps so far. `at_peak`: seconds that a token would take each worker at its devices' peak rate;
-    workers without one have no MFU.
+    """MFU by role and the learner's gaps. `at_peak`: each worker's seconds per token at its devices' peak
+    rate; workers without one have no MFU.
     """
 
     def __init__(self, at_peak: Mapping[str, float]) -> None:
         self._at_peak = at_peak
         self._least: dict[str, float] = defaultdict(float)  # by role, since the last step
         self._seconds: dict[str, float] = defaultdict(float)
-        self._published: float | None = None  # when the learner was last done
+        self._published: float | None = None  # when the learner last published
         self._gap = 0.0
 
     def worked(self, worker: str, span: Span) -> None:
@@ -40,8 +40,8 @@ class Utilization:
             self._seconds[role] += span.end - span.start
 
     def step(self) -> dict[str, Any]:
-        """`mfu` by role, of what it computed since the last call, and `gap_seconds`, for which the learner
-        waited between two steps. Evaluations are in the gap.
+        """`mfu` by role for what it computed since the last call, and `gap_seconds` that the learner waited
+        between two steps. Evaluations count as gap.
         """
         mfu = {role: self._least[role] / seconds for role, seconds in self._seconds.items() if seconds > 0}
         found = {"mfu": mfu} if mfu else {}
