@@ -46,6 +46,7 @@ DEVICE_CURE = (
     "learner.activation_checkpointing: true, or use a smaller model"
 )
 RAM_CURE = "use smaller models, fewer processes (placement), or a machine with more memory"
+COPY_CURE = "set checkpoint.asynchronous: false, or "
 PROMPTS_LOOKED_AT = 64
 SANITY_LIMIT_NATS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -527,9 +528,8 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
         for demand in memory.demands(plan, found):
             who = f"{demand.who} on cuda:{demand.device}"
             yield from _room(who, demand.parts, size, "the device", DEVICE_CURE)
-    yield from _room(
-        "the run", memory.host(plan, found, shared), available_memory(), "this machine", RAM_CURE
-    )
+    cure = COPY_CURE * recipe.checkpoint.staged + RAM_CURE
+    yield from _room("the run", memory.host(plan, found, shared), available_memory(), "this machine", cure)
 
 
 def _room(who: str, parts: memory.Parts, there: int, where: str, cure: str) -> Iterator[Finding]:

@@ -21,7 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
+GRACE_S = 30.0  # for what a stopped part has started
 SKIPPED = 75  # exit code of a part that cannot run here
 
 
@@ -101,15 +104,28 @@ def _run(name: str, device: str, out: Path, limit: float) -> tuple[str, list[str
 
 
 def _stopped(part: subprocess.Popen[str]) -> list[str]:
-    """End a part and all that it started; what it had printed."""
-    for number, wait_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, None)):
-        os.killpg(part.pid, number)
+    """End a part and all that it started, which may take a moment to end in good order; what it printed."""
+    os.killpg(part.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    said, _ = part.communicate()
+    while (left := _alive(part.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if left:
+        os.killpg(part.pid, signal.SIGKILL)
+        while _alive(part.pid):
+            time.sleep(0.2)
+    return said.splitlines()
+
+
+def _alive(group: int) -> bool:
+    """Whether any process of a group still runs."""
+    for process in psutil.process_iter():
         try:
-            said, _ = part.communicate(timeout=wait_s)
-            return said.splitlines()
-        except subprocess.TimeoutExpired:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+        except (ProcessLookupError, psutil.NoSuchProcess):
             continue
-    return []
+    return False
 
 
 def _one(name: str, device: str, out: Path) -> int:

@@ -117,6 +117,13 @@ def make_learner(pair: Path, cfg: LearnerConfig, rank: int = 0, world: int = 1) 
     )
 
 
+def save(learner: FsdpLearner, folder: Path) -> dict[str, Any]:
+    """Write its state into a folder; returns what `restore` needs beside it."""
+    snapshot = learner.snapshot(staged=False)
+    snapshot.write(folder)
+    return snapshot.extra
+
+
 def gradients(learner: FsdpLearner) -> dict[str, np.ndarray]:
     """Full gradients by parameter name (a collective on several ranks)."""
     out = {}

@@ -65,6 +65,19 @@ class Teacher(Protocol):
     def wake(self) -> None: ...
 
 
+class Snapshot(Protocol):
+    """A learner's state at one step."""
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What must go into the run's own state (rank 0's is kept)."""
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write it, synced to disk; on several ranks all write together. Returns this rank's files. Raises
+        whatever torch makes of a full disk.
+        """
+
+
 class Learner(Protocol):
     """The student, learning. On several ranks all methods are called together, in the same order."""
 
@@ -81,8 +94,10 @@ class Learner(Protocol):
         iterator.
         """
 
-    def save(self, folder: Path) -> dict[str, Any]:
-        """Write the learner's state; returns what must go into the run's own state (rank 0's is kept)."""
+    def snapshot(self, staged: bool) -> Snapshot:
+        """Its state as it is now, to be written: before anything else is asked of it, or if `staged` at any
+        time before the next snapshot, from any thread.
+        """
 
     def restore(self, folder: Path, extra: dict[str, Any]) -> None: ...
 

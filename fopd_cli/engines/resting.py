@@ -65,7 +65,7 @@ class Resting:
             torch.cuda.synchronize(self.device)
 
     def _to_rest(self, key: Any, tensor: Tensor, changes: bool | None = None) -> Tensor:
-        local = _local(tensor)
+        local = local_part(tensor)
         known = self._buffers.get(key)
         if changes is None:
             changes = not isinstance(tensor, nn.Parameter) or (tensor.requires_grad and not self.forgetful)
@@ -76,20 +76,20 @@ class Resting:
         if changes:
             known.copy_(local, non_blocking=True)
             self.copied += known.nbytes
-        return _with_local(tensor, known)
+        return with_local(tensor, known)
 
     def _to_device(self, key: Any, tensor: Tensor) -> Tensor:
-        local = _local(tensor)
-        return _with_local(
-            tensor, torch.empty_like(local, device=self.device).copy_(local, non_blocking=True)
-        )
+        local = local_part(tensor)
+        return with_local(tensor, torch.empty_like(local, device=self.device).copy_(local, non_blocking=True))
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _with_local(tensor: Tensor, local: Tensor) -> Tensor:
+def with_local(tensor: Tensor, local: Tensor) -> Tensor:
+    """A tensor that is sharded as this one is, with other memory."""
     if not isinstance(tensor, DTensor):
         return local
     made: Any = DTensor

@@ -697,6 +697,15 @@ class Checkpoint(Section):
     """
     keep: Positive = 2
     """How many of the newest checkpoints are kept."""
+    asynchronous: bool = True
+    """The learner copies its state to main memory and trains on while the copy is written. false: it waits
+    for the disk, and needs no memory for a copy (up to 12 bytes per trained parameter, over all ranks).
+    """
+
+    @property
+    def staged(self) -> bool:
+        """Whether the learner ever keeps such a copy; the last save of a run needs none."""
+        return self.asynchronous and (self.every > 0 or self.minutes > 0)
 
 
 class Threads(Section):

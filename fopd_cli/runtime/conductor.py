@@ -56,7 +56,7 @@ class Conductor:
             "train": sampling_params(self.recipe, evaluation=False),
             "eval": sampling_params(self.recipe, evaluation=True),
         }
-        self._saved: m.Saved | None = None  # the learner's answer to a save
+        self._save_due = False  # the learner waits for it
         self._fatal: m.EngineLost | None = None  # why the run has to end
         self.stopped_early: str | None = None  # why, if it was
 
@@ -85,15 +85,17 @@ class Conductor:
                     self._leave()
             if self.stopped_early is not None:
                 self._come_to_rest()
-            self.saver.save(True, self._save_learner)
+            self._save_last()
 
     def _advance(self, act: bool = True) -> None:
         """Start all that can start; handle what happened."""
+        self._save_if_due()
         while act and (actions := self.schedule.actions()):
             for action in actions:
                 self._start(action)
         for engine, event in self.crew.receive():
             self._handle(engine, event)
+        self.saver.settle(wait=False)
 
     def _come_to_rest(self) -> None:
         """Let the running step finish; samples in flight go into the checkpoint."""
@@ -108,7 +110,7 @@ class Conductor:
     def _leave(self) -> None:
         """After a signal, or a loss that the run cannot survive: save and end."""
         self._come_to_rest()
-        self.saver.save(True, self._save_learner)
+        self._save_last()
         self.crew.end_programs()
         how = self.saver.how_to_continue
         if self._fatal is None:
@@ -119,19 +121,31 @@ class Conductor:
             raise UserError(f"{self._fatal.reason}; fix this, then {how}")
         raise WorkerError(f"{self._fatal.reason}; {how}")
 
-    def _save_learner(self, folder: Path) -> dict[str, Any]:
-        """The learner's part of a checkpoint, written while the learner is idle. Raises OSError."""
-        self._saved = None
-        self.schedule.learner_busy = True
-        self.crew.send(engines.LEARNER, m.SaveCommand(folder))
-        while self._saved is None:
-            # Where two runs must agree, nothing else starts meanwhile: a resumed run then has the same
-            # samples to sample.
-            self._advance(act=not self.schedule.config.deterministic and not self.schedule.paused)
-        self.schedule.learner_busy = False
-        if self._saved.error:
-            raise OSError(self._saved.error)
-        return self._saved.extra
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def _save_if_due(self) -> None:
+        """Begin the save for which the learner waits, unless the one before is still being written. From
+        `Staged` on the learner takes steps again.
+        """
+        if self._save_due and not self.saver.writing:
+            self._save_due = False
+            self.saver.settle(wait=True)
+            staged = self.recipe.checkpoint.staged
+            self.schedule.learner_busy = self.saver.save(False, lambda folder: self._ask(folder, staged))
+
+    def _save_last(self) -> None:
+        """The last save, while the learner is idle; returns when the run is on the disk as it is now."""
+        self._await_save()
+        if self.saver.save(True, lambda folder: self._ask(folder, staged=False)):
+            self._await_save()
+
+    def _await_save(self) -> None:
+        while self.saver.writing:
+            self._advance(act=False)
+        self.saver.settle(wait=True)
+
+    def _ask(self, folder: Path, staged: bool) -> None:
+        self.crew.send(engines.LEARNER, m.SaveCommand(folder, staged))
 
     # ---- actions -------------------------------------------------------------------------------------------
 
@@ -218,8 +232,11 @@ class Conductor:
                 self._on_trained(report)
             case m.Evaluated(stats):
                 self._on_evaluated(stats)
+            case m.Staged():
+                self.schedule.learner_busy = False
+                self.reexecutions.hold()
             case m.Saved():
-                self._saved = event
+                self.saver.on_saved(event)
             case m.Leased(role):
                 self.schedule.on_leased(role)
             case m.EngineLost():
@@ -317,8 +334,10 @@ class Conductor:
         if (reason := self.state.control.stale(step, report.stats)) is not None:
             self._refresh(step, reason)
         if self.saver.due(step):
-            self.saver.save(False, self._save_learner)
-        self.reexecutions.hold()
+            self._save_due = self.schedule.learner_busy = True
+            self._save_if_due()
+        else:
+            self.reexecutions.hold()
 
     def _clock_metrics(self) -> dict[str, Any]:
         """Metrics from right after a step; they depend on the clock."""

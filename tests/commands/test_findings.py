@@ -130,11 +130,13 @@ def test_a_device_is_held_against_the_sum_of_all_that_a_role_holds(
     assert "micro_tokens" in line.cure
 
 
+@pytest.mark.parametrize("copied", [True, False])
 def test_main_memory_is_held_against_the_sum_of_all_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
 ) -> None:
+    """What can be had by writing checkpoints without a copy is offered where there is one."""
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(small_recipe(TINY)))
+    path.write_text(yaml.safe_dump(small_recipe(TINY, checkpoint={"asynchronous": copied})))
     parsed = load_recipe(path)
     inputs = load_inputs(parsed, place(parsed, 0))
     monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
@@ -143,3 +145,4 @@ def test_main_memory_is_held_against_the_sum_of_all_processes(
     assert re.match(
         r"the run needs \d\.\d GB by arithmetic, this machine has 1.0 GB \(the largest", line.what
     )
+    assert ("checkpoint.asynchronous: false" in line.cure) == copied

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import gpu_report
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SLOW
@@ -35,9 +36,18 @@ def test_a_part_that_there_is_not_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_is_told_with_its_last_word(tmp_path: Path) -> None:
-    state, lines = gpu_report._run("no such part", "cpu", tmp_path)
+    state, lines = gpu_report._run("no such part", "cpu", tmp_path, 60.0)
     assert state == "failed"
     assert "KeyError: 'no such part'" in lines[-1]
+
+
+def test_a_part_that_is_stopped_leaves_nothing_running(tmp_path: Path) -> None:
+    """What it started would hold the device's memory, and the next part would find it full."""
+    state, lines = gpu_report._run("timeslice", "cpu", tmp_path, 6.0)
+    assert state == "failed"
+    assert "It was stopped after 6 s" in lines[-1]
+    started = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
+    assert not [p for p in started if p.status() != psutil.STATUS_ZOMBIE]
 
 
 @SLOW

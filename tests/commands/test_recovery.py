@@ -32,6 +32,8 @@ from conftest import (
 )
 from run_kit import checkpoints, gone, start, worker
 
+from fopd_cli.runtime.journal.checkpoint import verify
+
 
 def slow(pair: Path, depth: int, steps: int = 12, **changes: Any) -> dict[str, Any]:
     """Long enough to be interrupted in the middle: a slow teacher, a checkpoint every other step."""
@@ -103,6 +105,29 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(fopd: Fopd, pair: Path, mod
     fopd("resume", run)
     same_run(run, whole)
     assert shared_memory_left() <= before
+
+
+@SLOW
+def test_killed_while_a_checkpoint_is_written(fopd: Fopd, pair: Path) -> None:
+    """As soon as a save has begun, and a moment after: what has its name is whole, and is gone on from."""
+    recipe = slow(pair, 0, checkpoint={"every": 1, "keep": 2})
+    whole = fopd.run(recipe, "whole")
+    process, run = start(fopd, recipe)
+    for at, moment in ((3, 0.0), (6, 0.02), (9, 0.05)):
+        begun = run / "checkpoints" / f"step-{at:06d}.tmp"
+        deadline = time.monotonic() + 120
+        while not begun.exists() and f"step-{at:06d}" not in checkpoints(run):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        time.sleep(moment)
+        kill_tree(process)
+        assert all(verify(run / "checkpoints" / name) is None for name in checkpoints(run))
+        assert int(checkpoints(run)[-1][-6:]) >= at - 1, "the one before was complete when this one began"
+        process = fopd.start("resume", run)
+    process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    same_run(run, whole)
 
 
 @SLOW

@@ -231,7 +231,7 @@ def test_optimizer_states_may_rest_in_bf16(pair: Path, samples: list[Sample], tm
     assert losses[1][0] == losses[1][1]
     states = [s[name] for s in narrow.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert {s.dtype for s in states} == {torch.bfloat16}
-    extra = narrow.save(tmp_path / "saved")
+    extra = kit.save(narrow, tmp_path / "saved")
     resumed = kit.make_learner(pair, kit.changed(cfg, optimizer_dtype="bf16"))
     resumed.restore(tmp_path / "saved", extra)
     for i in range(2, 6):
@@ -343,7 +343,7 @@ def test_the_noise_floor_comes_from_samples_without_lag(pair: Path, samples: lis
 def rank_save(rank: int, world: int, pair: Path, samples: list[Sample], folder: Path) -> Any:
     learner = kit.make_learner(pair, kit.config(), rank, world)
     learner.train(0, samples)
-    extra = learner.save(folder)
+    extra = kit.save(learner, folder)
     after = learner.train(1, samples)
     weights = {n: t.clone() for n, t in learner.publish()}
     # narrowed before they are gathered, they are the same as narrowed after
@@ -369,7 +369,7 @@ def test_state_saved_by_any_number_of_ranks_goes_on_with_one(
 def test_saving_before_the_first_step_is_no_step(pair: Path, samples: list[Sample], tmp_path: Path) -> None:
     """AdamW corrects its first moments by the count of steps: one too many changes every weight."""
     whole, saved, resumed = (kit.make_learner(pair, kit.config()) for _ in range(3))
-    resumed.restore(tmp_path / "saved", saved.save(tmp_path / "saved"))
+    resumed.restore(tmp_path / "saved", kit.save(saved, tmp_path / "saved"))
     for learner in (whole, saved, resumed):
         learner.train(0, samples)
     expected = {name: tensor.clone() for name, tensor in whole.publish()}
@@ -384,7 +384,7 @@ def test_a_restored_learner_goes_by_the_recipe_of_today(
     """A checkpoint holds what AdamW has gathered, not how it is to be used."""
     before = kit.make_learner(pair, kit.config())
     before.train(0, samples)
-    extra = before.save(tmp_path / "saved")
+    extra = kit.save(before, tmp_path / "saved")
     after = kit.make_learner(pair, kit.config(betas=(0.8, 0.99), weight_decay=0.25))
     after.restore(tmp_path / "saved", extra)
     (group,) = after.optimizer.param_groups

@@ -100,7 +100,7 @@ def rank_train(
     learner = make_learner(pair, cfg, rank, world)
     losses = [learner.train(i, samples).loss for i in range(3)]
     published = {name: tensor.float().clone().numpy() for name, tensor in learner.publish()}
-    return losses, published, learner.save(folder)
+    return losses, published, kit.save(learner, folder)
 
 
 @pytest.mark.parametrize(("world", "dtype"), [(2, torch.float32), (1, torch.bfloat16), (2, torch.bfloat16)])

@@ -53,7 +53,7 @@ def test_the_tower_does_not_learn_and_a_checkpoint_goes_without_it(pair: Path, t
     assert frozen
     assert all(torch.equal(before[name], after[name]) for name in frozen)
     assert any(not torch.equal(before[name], tensor) for name, tensor in after.items() if name not in frozen)
-    extra = learner.save(tmp_path / "saved")
+    extra = kit.save(learner, tmp_path / "saved")
     again = make_learner(folder)
     again.restore(tmp_path / "saved", extra)
     assert all(torch.equal(tensor, after[name]) for name, tensor in again.publish())

@@ -42,6 +42,7 @@ from torch.distributed.fsdp import (
 from fopd_cli.engines.learner import dcp, lora
 from fopd_cli.engines.learner.micro_batch import MicroBatch, placeholder
 from fopd_cli.engines.learner.prefetch import Lane, Prefetched
+from fopd_cli.engines.learner.staging import Staging
 from fopd_cli.engines.models.heads import HeadRule
 from fopd_cli.engines.models.hf import DTYPES, blocks, head_rule, modules_in_fp32
 from fopd_cli.engines.models.shards import Unread
@@ -154,7 +155,8 @@ class FsdpLearner:
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.version = 0
         self.floor = drift.NoiseFloor()
-        self._resting = Resting(device)
+        self._resting, self._staging = Resting(device), Staging(device)
+        self._writers: dist.ProcessGroup | None = None
         self._heads_at_rest = [Head.of(head).first(config.vocab) for head in teacher_heads]
         self.teacher_heads = [head.to(device) for head in self._heads_at_rest]
         # a prefix that samples share is in a row once
@@ -485,14 +487,20 @@ class FsdpLearner:
         else:
             yield from lora.merged(self.student.lm, dtypes or {})
 
-    def save(self, folder: Path) -> dict[str, Any]:
+    def snapshot(self, staged: bool) -> dcp.Snapshot:
+        if self.world > 1 and self._writers is None:
+            # Of its own, since it may be used from another thread, while training uses the ranks' group.
+            self._writers = dist.new_group(backend="gloo")
         begun = bool(self.optimizer.state)
         model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)
-        dcp.save({"model": model, "optimizer": optimizer}, folder, alone=self.world == 1)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if staged:
+            state = self._staging.copy(state)
         if not begun:
             self._unmake_states()
         floor = {"value": self.floor.value, "samples": self.floor.samples}
-        return {"version": self.version, "optimizer_begun": begun, "noise_floor": floor}
+        extra = {"version": self.version, "optimizer_begun": begun, "noise_floor": floor}
+        return dcp.Snapshot(state, extra, self._writers)
 
     def restore(self, folder: Path, extra: dict[str, Any]) -> None:
         model, optimizer = get_state_dict(self.student, self.optimizer, options=TRAINABLE)

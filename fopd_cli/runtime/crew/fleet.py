@@ -100,8 +100,12 @@ class Mailbox:
         if not self._spoken:
             self._spoken = True
             _log(f"ready after {time.monotonic() - self._began:.1f} s")
-        self._outbox.put(message)
+        self.post(message)
         self.beat()
+
+    def post(self, message: Any) -> None:
+        """Send from any thread: neither the pulse nor the share of the cores is that thread's to set."""
+        self._outbox.put(message)
 
     def beat(self) -> None:
         """Bump the pulse, note peak CUDA memory, and take this worker's current share of the cores."""
@@ -378,6 +382,14 @@ def _log(line: str) -> None:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
+def failure(error: BaseException) -> Failed:
+    """What a worker says of an error that it cannot survive; the traceback goes into its log."""
+    with contextlib.suppress(OSError):  # the log may be what filled the disk
+        traceback.print_exception(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return Failed("worker", f"{type(error).__name__}: {first}")
+
+
 def environment(spec: WorkerSpec) -> dict[str, str]:
     """The variables that a worker's libraries must find when first imported; made where the inherited list of
     devices is still in place.
@@ -450,10 +462,7 @@ def _main(
             traceback.print_exception(error.__cause__)
         mailbox.send(Failed("user", str(error)))
     except BaseException as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        mailbox.send(Failed("worker", f"{type(error).__name__}: {first}"))
-        with contextlib.suppress(OSError):  # the log may be what filled the disk
-            traceback.print_exc()
+        mailbox.send(failure(error))
     outbox.close()
     outbox.join_thread()
     with contextlib.suppress(OSError):

@@ -32,8 +32,8 @@ class Engines(Protocol):
     """What does the work."""
 
     def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
-        """All answers to a command: one per sample for a `GenerateCommand`, none for commands that ask for
-        nothing, else one.
+        """All answers to a command: one per sample for a `GenerateCommand`, two for a `SaveCommand`, none for
+        commands that ask for nothing, else one.
         """
         ...
 
@@ -122,7 +122,8 @@ class LocalEngines:
 
     def __init__(self, plan: Plan, setup: Setup) -> None:
         self.setup = setup
-        self.learner = Learning(_alone(plan.learners[0]), setup, _breathe)
+        self._posted: list[m.Saved | m.Failed] = []
+        self.learner = Learning(_alone(plan.learners[0]), setup, _breathe, self._posted.append)
         self.teachers = [Teaching(_alone(ranks[0]), setup, _breathe) for ranks in plan.teachers]
         self.samplers = [Sampling(_alone(spec), setup) for spec in plan.samplers]
         self.grader = Grading(setup)
@@ -145,8 +146,10 @@ class LocalEngines:
                 return _answers(self.samplers[engine.index].do(command))
             case m.ScoreCommand():
                 return _answers(self.teachers[engine.index].do(command))
-            case m.TrainCommand() | m.EvaluateCommand() | m.SaveCommand():
+            case m.TrainCommand() | m.EvaluateCommand():
                 return _answers(self.learner.do(command))
+            case m.SaveCommand():
+                return self._save(command)
             case m.GradeCommand():
                 return _answers(self.grader.do(command))
             case m.TurnCommand() | m.ReexecuteCommand():
@@ -157,6 +160,12 @@ class LocalEngines:
                 return ()
             case _:
                 assert_never(command)
+
+    def _save(self, command: m.SaveCommand) -> Sequence[m.Answer]:
+        """At once: nothing goes on beside it here."""
+        answers = _answers(self.learner.do(replace(command, staged=False)))
+        saved, self._posted[:] = list(self._posted), []
+        return [*answers, *(a for message in saved for a in _answers(message))]
 
     def _generate(self, sampler: Sampling, command: m.GenerateCommand) -> list[m.Answer]:
         """One answer per sample, in key order."""

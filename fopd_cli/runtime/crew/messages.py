@@ -1,4 +1,5 @@
-"""Messages between the conductor and its engines. Commands are answered in the order in which they were sent.
+"""Messages between the conductor and its engines. Commands are answered in the order in which they were sent;
+only `Saved` comes whenever it does.
 
 Each kind of engine has a union of the commands that it takes; `Event` is all that the conductor may receive.
 Code that handles one ends in `assert_never`, so a forgotten message is a type error, and raises.
@@ -110,7 +111,12 @@ class EvaluateCommand:
 
 @dataclass
 class SaveCommand:
+    """Write the learner's state into this folder. Answered twice: by `Staged`, from when on the learner takes
+    steps again, and by `Saved`. `staged`: it writes a copy, beside these steps.
+    """
+
     folder: Path
+    staged: bool
 
 
 @dataclass
@@ -220,10 +226,20 @@ class Evaluated:
 
 
 @dataclass
+class Staged:
+    """The learner's state is safe from its next steps."""
+
+    span: Span
+
+
+@dataclass
 class Saved:
+    """It is on the disk. `files`: size and SHA-256 of each file in the learner's folder, as in a manifest."""
+
     extra: dict[str, Any]
     span: Span
     error: str | None = None  # the disk is full or refuses; the run goes on
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -254,7 +270,7 @@ class Lost:
     mistake: bool = False
 
 
-Answer = Sampled | Loaded | Scored | Graded | Observed | Reexecuted | Trained | Evaluated | Saved
+Answer = Sampled | Loaded | Scored | Graded | Observed | Reexecuted | Trained | Evaluated | Staged | Saved
 Message = Answer | Ready | Asleep | Awake | Failed | Lost
 
 # ---- crew -> conductor

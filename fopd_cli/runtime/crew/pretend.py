@@ -49,7 +49,7 @@ class Pretend:
             case m.EvaluateCommand(rollouts, _, lags):
                 return [m.Evaluated(_stats(rollouts, lags), NOW)]
             case m.SaveCommand():
-                return [m.Saved({}, NOW)]
+                return [m.Staged(NOW), m.Saved({}, NOW)]
             case m.GradeCommand(items):
                 return [m.Graded([(key, 0.0, {}) for key, _, _ in items], NOW)]
             case m.TurnCommand(key, episode):

@@ -54,6 +54,7 @@ class Processes:
         self._say = say
         self._engines = _engines(plan, reexecutable)
         self._calls = {engine: Calls(len(ranks)) for engine, ranks in self._engines.items()}
+        self._saves = Calls(len(plan.learners))  # under way, beside the learner's other commands
         self._restarts = Restarts(plan, setup.recipe.runtime.restarts)
         self._running: dict[Engine, set[int]] = {e: set() for e in self._engines if e.role == "sampler"}
         self._loading: set[Engine] = set()
@@ -145,9 +146,13 @@ class Processes:
                 if (worker := self._worker(engine)) is not None:
                     worker.aborts += 1
                 self._tell_sampler(engine, command)
-            case m.ScoreCommand() | m.TrainCommand() | m.EvaluateCommand() | m.SaveCommand():
+            case m.ScoreCommand() | m.TrainCommand() | m.EvaluateCommand():
                 self._calls[engine].asked()
                 self._tell(self._engines[engine], command)
+            case m.SaveCommand():
+                self._calls[engine].asked()
+                self._saves.asked()
+                self._tell(self._engines[engine], command, answers=2)
             case m.GradeCommand() | m.TurnCommand():
                 self._tell(self._engines[engine], command)
             case (
@@ -211,8 +216,9 @@ class Processes:
             return
         if self.fleet.workers.get(worker.name) is not worker:
             return  # sent before it was lost
+        track = f"{worker.name}-writer" if isinstance(message, m.Saved) else worker.name
         for span in _spans(message):
-            yield engine, m.Worked(worker.name, span)
+            yield engine, m.Worked(track, span)
         match message:
             case m.Sampled(rollouts):
                 if message.aborts == worker.aborts:  # else sent before it saw the abort
@@ -223,8 +229,11 @@ class Processes:
                 self._loading.discard(engine)
                 self._sampler_owes(engine)
                 yield engine, message
-            case m.Scored() | m.Trained() | m.Evaluated() | m.Saved():
+            case m.Scored() | m.Trained() | m.Evaluated() | m.Staged():
                 if (answer := self._calls[engine].answered(worker.spec.rank, message)) is not None:
+                    yield engine, answer
+            case m.Saved():
+                if (answer := self._saves.answered(worker.spec.rank, message)) is not None:
                     yield engine, answer
             case m.Graded() | m.Observed() | m.Reexecuted():
                 yield engine, message
@@ -304,7 +313,9 @@ def _spans(message: m.Message) -> list[m.Span]:
     match message:
         case m.Sampled() | m.Trained():
             return message.spans
-        case m.Loaded() | m.Scored() | m.Graded() | m.Observed() | m.Reexecuted() | m.Evaluated() | m.Saved():
+        case m.Loaded() | m.Scored() | m.Graded() | m.Observed() | m.Reexecuted() | m.Evaluated():
+            return [message.span]
+        case m.Staged() | m.Saved():
             return [message.span]
         case m.Ready() | m.Asleep() | m.Awake() | m.Failed() | m.Lost():
             return []

@@ -34,10 +34,13 @@ class Calls:
 
 
 def _as_one(answers: list[m.Answer]) -> m.Answer:
-    """Rank 0's answer counts. If one rank could not write its part of a checkpoint, the save failed."""
+    """Rank 0's answer counts. If one rank could not write its part of a checkpoint, the save failed; else
+    the files of all ranks are its files.
+    """
     saved = [a for a in answers if isinstance(a, m.Saved)]
     if not saved:
         return answers[0]
     error = next((s.error for s in saved if s.error), None)
     extra = next((s.extra for s in saved if s.extra), {})
-    return m.Saved(extra, saved[0].span, error)
+    files = {name: entry for s in saved for name, entry in s.files.items()}
+    return m.Saved(extra, saved[0].span, error, files)

@@ -23,7 +23,7 @@ from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_te
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.environment import Environments
 from fopd_cli.runtime.crew.fleet import Mailbox, WorkerSpec
-from fopd_cli.runtime.journal.checkpoint import disk_error
+from fopd_cli.runtime.crew.writer import Writer
 from fopd_cli.runtime.memory.arena import targets_at
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.samples import Prompt, Rollout, Sample, TeacherTargets
@@ -208,10 +208,19 @@ def score(
 
 
 class Learning:
-    """All ranks get the same command and answer it; rank 0's report counts."""
+    """All ranks get the same command and answer it; rank 0's report counts. `post` takes what has no place in
+    the order of answers, from any thread.
+    """
 
-    def __init__(self, spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        setup: Setup,
+        breathe: Callable[[], None],
+        post: Callable[[m.Saved | m.Failed], None],
+    ) -> None:
         self.engine, self.spec, self.setup = build_learner(spec, setup, breathe), spec, setup
+        self.writer = Writer(post)
         if spec.devices and spec.rank == 0:
             setup.channel.page_lock()
         publish(spec, self.engine, setup.channel)
@@ -225,7 +234,8 @@ class Learning:
                 stats = self.engine.evaluate(self._samples(rollouts, regions, lags))
                 return m.Evaluated(stats, m.Span("measure", start, time.time()))
             case m.SaveCommand():
-                return self._save(start, command)
+                self.writer.write(self.engine.snapshot(command.staged), command)
+                return m.Staged(m.Span("save", start, time.time()))
             case m.SleepCommand() | m.WakeCommand():
                 return _rest(self.engine, command)
             case _:
@@ -242,17 +252,6 @@ class Learning:
         ]
         return m.Trained(report, spans)
 
-    def _save(self, start: float, command: m.SaveCommand) -> m.Saved:
-        extra, error = {}, None
-        try:
-            extra = self.engine.save(command.folder)
-        # torch wraps a full disk in a CheckpointException, which is not an Exception
-        except BaseException as problem:
-            error = disk_error(problem)
-            if error is None:
-                raise
-        return m.Saved(extra, m.Span("save", start, time.time()), error)
-
     def _samples(self, rollouts: list[Rollout], regions: list[m.Region], lags: list[int]) -> list[Sample]:
         targets = _targets(self.setup, regions)
         return [Sample(r, t, lag) for r, t, lag in zip(rollouts, targets, lags, strict=True)]
@@ -260,7 +259,7 @@ class Learning:
 
 def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """The process of one learner rank."""
-    _serve(mailbox, Learning(spec, setup, mailbox.beat).do)
+    _serve(mailbox, Learning(spec, setup, mailbox.beat, mailbox.post).do)
     if dist.is_initialized():
         dist.destroy_process_group()
 

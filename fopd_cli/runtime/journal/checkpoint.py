@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,14 @@ class CheckpointStore:
         temporary.mkdir()
         return temporary
 
-    def commit(self, temporary: Path) -> Path:
-        """Make it final, then remove those beyond `keep`. Raises OSError, leaving the older ones intact."""
+    def commit(self, temporary: Path, known: Mapping[str, dict[str, Any]]) -> Path:
+        """Make it final, then remove those beyond `keep`. Raises OSError, leaving the older ones intact.
+
+        `known` has the manifest's entries of files that need not be hashed again.
+        """
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        entries = {
-            str(p.relative_to(temporary)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files
-        }
+        names = {str(p.relative_to(temporary)): p for p in files}
+        entries = {name: known.get(name) or described(path) for name, path in names.items()}
         write_synced(temporary / "MANIFEST.json", json.dumps({"format": FORMAT, "files": entries}, indent=1))
         for path in files:
             _sync(path)
@@ -103,7 +105,10 @@ class CheckpointStore:
         temporary.rename(final)
         _sync(self.folder)
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+            leaving = self.path(old).rename(
+                self.path(old).with_suffix(".tmp")
+            )  # killed meanwhile: no half one
+            shutil.rmtree(leaving)
         newest = self.steps()[-1]
         for aside in self.folder.glob(f"step-*{SUPERSEDED}"):
             if int(aside.stem.removeprefix("step-")) <= newest:
@@ -175,9 +180,11 @@ def disk_error(error: BaseException) -> str | None:
 def save_buffer(
     path: Path, rollouts: Iterable[Rollout], targets: dict[int, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Write rollouts and the raw bytes of their targets; returns their other fields, as JSON."""
+    """Write rollouts and the raw bytes of their targets; returns their other fields, as JSON. Raises
+    `OSError`.
+    """
     arrays: dict[str, np.ndarray] = {}
-    described = []
+    fields = []
     for r in rollouts:
         for name in ARRAYS:
             value = getattr(r, name)
@@ -185,7 +192,7 @@ def save_buffer(
                 arrays[f"{r.key}.{name}"] = np.ascontiguousarray(value)
         if r.key in targets:
             arrays[f"{r.key}.targets"] = targets[r.key]
-        described.append(
+        fields.append(
             {
                 "key": r.key,
                 "prompt_length": r.prompt_length,
@@ -197,8 +204,11 @@ def save_buffer(
                 "answer": r.answer,
             }
         )
-    save_file(arrays, str(path))
-    return described
+    try:
+        save_file(arrays, str(path))
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from None
+    return fields
 
 
 def load_buffer(path: Path, described: list[dict[str, Any]]) -> tuple[list[Rollout], dict[int, np.ndarray]]:
@@ -234,6 +244,11 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """A file's entry in a manifest."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

@@ -1,21 +1,28 @@
 """When and how a run is saved, how it is resumed, and how the best student so far is kept.
 
 A checkpoint is the learner's part (written by its ranks), the buffer, the schedule and the conductor's other
-state, all as of the moment when the learner's part is on disk.
+state, all as of the step after which it was begun. It counts once every part is on the disk:
+
+    save ──> the rest is written here ──────────────────────────────┐
+      └────> learner: copy, go on training, write, hash ──on_saved──┴──> commit, in a thread ──settle──> done
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from fopd_cli.errors import UserError
+from fopd_cli.runtime.crew.messages import Saved
 from fopd_cli.runtime.journal.best import Best
-from fopd_cli.runtime.journal.checkpoint import CheckpointStore, Rhythm, disk_error, write_synced
+from fopd_cli.runtime.journal.checkpoint import CheckpointStore, Rhythm, disk_error
+from fopd_cli.runtime.journal.commit import Commit
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.sinks import Changes, Resume
@@ -40,9 +47,23 @@ class Saving(Protocol):
         """Whether to save after this optimizer step."""
         ...
 
-    def save(self, final: bool, learner: Callable[[Path], dict[str, Any]]) -> None:
-        """`learner` writes the learner's part into a folder, while the learner is idle; it returns the rest
-        of its state, or raises OSError.
+    def save(self, final: bool, learner: Callable[[Path], None]) -> bool:
+        """Begin a save of the run as it is now; none may be under way. `learner` has the learner, which is
+        idle, write its part into a folder. Returns whether there is anything to save.
+        """
+        ...
+
+    @property
+    def writing(self) -> bool:
+        """Whether a save was begun of which the learner has not said that its part is written."""
+        ...
+
+    def on_saved(self, learner: Saved) -> None:
+        """It has said so."""
+
+    def settle(self, wait: bool) -> None:
+        """Called now and then: take note of a checkpoint that is complete, or could not be completed. `wait`:
+        of the one whose parts are all written.
         """
 
     def keep_best(self, version: int) -> str | None:
@@ -62,10 +83,31 @@ class Unsaved:
     def due(self, step: int) -> bool:
         return False
 
-    def save(self, final: bool, learner: Callable[[Path], dict[str, Any]]) -> None: ...
+    def save(self, final: bool, learner: Callable[[Path], None]) -> bool:
+        return False
+
+    @property
+    def writing(self) -> bool:
+        return False
+
+    def on_saved(self, learner: Saved) -> None: ...
+
+    def settle(self, wait: bool) -> None: ...
 
     def keep_best(self, version: int) -> str | None:
         return None
+
+
+@dataclass
+class _Save:
+    """One under way. `state` is the run's own state at its step, without the learner's part."""
+
+    step: int
+    final: bool
+    folder: Path  # not yet under its final name
+    state: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None  # why it cannot succeed
+    commit: Commit | None = None  # once all parts are written
 
 
 class Saver:
@@ -87,6 +129,7 @@ class Saver:
         keep = recipe.eval.keep_best
         self.best = None if keep is None else Best(keep, recipe.eval.patience, run_dir.best)
         self._rhythm = Rhythm(recipe.checkpoint.every, recipe.checkpoint.minutes)
+        self._save: _Save | None = None
         self._last: int | None = None  # step of the newest checkpoint
         self._resumed: int | None = None
 
@@ -129,39 +172,81 @@ class Saver:
     def due(self, step: int) -> bool:
         return step < self.recipe.learner.steps and self._rhythm.due(step)
 
-    def save(self, final: bool, learner: Callable[[Path], dict[str, Any]]) -> None:
-        """The learner first, then everything else as of the moment when the learner's part is on disk.
+    def save(self, final: bool, learner: Callable[[Path], None]) -> bool:
+        """Everything as of now: the learner writes its part, or a copy of it, while the rest is written here.
 
         A full disk does not stop training: the older checkpoints remain, and a loud warning is given. Only
         the last save must succeed.
         """
+        assert self._save is None, "a save is under way"
         step = self.schedule.step
         if final and step == self._last:
-            return
-        temporary = self.store.begin(step)
+            return False
+        self._rhythm.saved()  # the next one is not due while this one is under way
         try:
-            extra = learner(temporary / "learner")
-            self._write_state(temporary, extra)
-            self.store.commit(temporary)
-            self._last = step
-            if self.best is not None:
-                known = (self.store.state(s)["totals"]["evaluations"] for s in self.store.steps())
-                self.best.tidy([self.journal.totals.evaluations, *known])
+            self._save = _Save(step, final, self.store.begin(step))
         except OSError as error:
-            self.store.discard(temporary)
-            text = disk_error(error) or str(error)
-            if final:
-                last = "the beginning" if self._last is None else f"step {self._last}"
-                raise UserError(
-                    f"checkpoints: cannot save step {step}: {text}; free some disk space, then "
-                    f"{self.how_to_continue} (from {last})"
-                ) from None
-            self.journal.warn(
-                step, f"NO CHECKPOINT was written: {text}; training continues, older checkpoints are intact"
-            )
-        self._rhythm.saved()
+            self._not_saved(step, final, str(error))
+            return False
+        learner(self._save.folder / "learner")
+        try:
+            self._save.state = self._write_rest(self._save.folder)
+        except OSError as error:
+            self._save.error = disk_error(error) or str(error)
+        return True
 
-    def _write_state(self, folder: Path, learner: dict[str, Any]) -> None:
+    @property
+    def writing(self) -> bool:
+        return self._save is not None and self._save.commit is None
+
+    def on_saved(self, learner: Saved) -> None:
+        save = self._save
+        assert save is not None
+        if error := learner.error or save.error:
+            self._end(save, error)
+            return
+        state = json.dumps({**save.state, "learner": learner.extra})
+        files = {f"learner/{name}": entry for name, entry in learner.files.items()}
+        save.commit = Commit(self.store, save.folder, state, files)
+
+    def settle(self, wait: bool) -> None:
+        save = self._save
+        if save is None or save.commit is None or not (wait or save.commit.over):
+            return
+        try:
+            save.commit.result()
+        except OSError as error:
+            self._end(save, disk_error(error) or str(error))
+            return
+        self._end(save, None)
+
+    def _end(self, save: _Save, error: str | None) -> None:
+        self._save = None
+        self._rhythm.saved()
+        if error is not None:
+            self.store.discard(save.folder)
+            self._not_saved(save.step, save.final, error)
+            return
+        self._last = save.step
+        if self.best is not None:
+            known = (self.store.state(s)["totals"]["evaluations"] for s in self.store.steps())
+            self.best.tidy([self.journal.totals.evaluations, *known])
+
+    def _not_saved(self, step: int, final: bool, why: str) -> None:
+        if final:
+            last = "the beginning" if self._last is None else f"step {self._last}"
+            raise UserError(
+                f"checkpoints: cannot save step {step}: {why}; free some disk space, then "
+                f"{self.how_to_continue} (from {last})"
+            )
+        self.journal.warn(
+            step, f"NO CHECKPOINT was written: {why}; training continues, older checkpoints are intact"
+        )
+
+    def _write_rest(self, folder: Path) -> dict[str, Any]:
+        """Write what changes from now on in large memory: the buffer's targets, and published weights, whose
+        slot is overwritten by the next step. Returns the rest, a copy. Raises `OSError`.
+        """
         schedule = self.schedule.state_dict()
         kept = {t["key"] for t in schedule["tickets"] if t["state"] != "planned"}
         scored = {t["key"] for t in schedule["tickets"] if t["state"] == "scored"}
@@ -172,13 +257,12 @@ class Saver:
             "recipe": self.recipe.model_dump(mode="json"),
             "schedule": schedule,
             **self.control.state_dict(),
-            "learner": learner,
             "student_dtype": _name(self.student_dtype),
             "published_dtypes": [_name(dtype) for _, _, dtype in self.channel.layout],
             "totals": self.journal.kept_totals(given_up),
             **self.buffer.save(folder / "buffer.safetensors", kept, scored),
         }
-        write_synced(folder / "state.json", json.dumps(state))
+        return deepcopy(state)
 
     # ---- the best student ----------------------------------------------------------------------------------
 

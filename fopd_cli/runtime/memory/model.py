@@ -136,11 +136,13 @@ def learner(
     head_dtype: torch.dtype = torch.bfloat16,
     full: bool = True,
     chunk_mb: int | None = None,
+    staged: bool = False,
 ) -> Use:
     """One rank of `world`. `tokens` is the length of its share of a batch, `longest` that of one sample.
 
     `heads` are those of teachers that give hidden states. `trainable` counts adapter parameters; None: all
     weights learn. `full`: the loss has its own formula; others use autograd and keep twice as many buffers.
+    `staged`: checkpoints are written from a copy.
     """
     size, learns = compute.itemsize, s.parameters if trainable is None else trainable
     sharded = world > 1 or section.offload or compute != torch.float32
@@ -188,9 +190,10 @@ def learner(
     )
     step = (Part("AdamW's states, widened", 0 if moments == 8 or section.offload else 8 * learns // world),)
     phases = {"loss": loss, "backward": backward, "scatter": scatter, "step": step}
-    host = (Part("process", CUDA_PROCESS), *(state if section.offload else ()))
+    copy = Part("a checkpoint being written", (4 + moments) * learns // world if staged else 0)
+    host = (Part("process", CUDA_PROCESS), copy, *(state if section.offload else ()))
     if not cuda:
-        return Use((*always, Part("process", PROCESS)), phases)
+        return Use((*always, copy, Part("process", PROCESS)), phases)
     resting = () if section.offload else state
     return Use(always, phases, _context(cuda, world), host, (*resting, Part("frozen base", frozen)))
 
@@ -362,6 +365,7 @@ def of_learner(recipe: Recipe, spec: WorkerSpec, models: Models) -> Use:
         head_dtype=_dtype(recipe.teachers[0].dtype, cuda),
         full=recipe.support == "full",
         chunk_mb=recipe.loss.chunk_mb,
+        staged=recipe.checkpoint.staged,
     )
 
 

@@ -1,0 +1,272 @@
+"""Checkpoints that are completed while a run goes on: engines that do no work, a learner that writes
+slowly, real checkpoints on a disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fopd_cli.errors import UserError
+from fopd_cli.inputs import Inputs, load_inputs
+from fopd_cli.recipe import load_recipe
+from fopd_cli.runtime.conductor import Conductor
+from fopd_cli.runtime.crew import messages as m
+from fopd_cli.runtime.crew.crew import Engine
+from fopd_cli.runtime.crew.inprocess import InProcess
+from fopd_cli.runtime.crew.pretend import Pretend
+from fopd_cli.runtime.crew.writer import Writer
+from fopd_cli.runtime.journal.checkpoint import CheckpointStore, described, verify
+from fopd_cli.runtime.journal.journal import Journal
+from fopd_cli.runtime.journal.rundir import RunDir
+from fopd_cli.runtime.journal.saving import Saver
+from fopd_cli.runtime.journal.sinks import Recorded
+from fopd_cli.runtime.memory.weights import WeightChannel
+from fopd_cli.runtime.placement import place
+from fopd_cli.runtime.signals import Signals
+from fopd_cli.runtime.state import State
+
+STEPS = 9
+FULL = "[Errno 28] No space left on device"
+
+
+def inputs(*overrides: str) -> Inputs:
+    small = ["learner.batch_samples=8", "sampler.concurrency=3", "teacher.batch_samples=4", "eval.samples=1"]
+    run = [f"learner.steps={STEPS}", "eval.every=9", "task.eval_prompts=8", "checkpoint.keep=99"]
+    parsed = load_recipe(ROOT / "recipes" / "quickstart.yaml", [*small, *run, *overrides])
+    return load_inputs(parsed, place(parsed, 0))
+
+
+class Learner(Pretend):
+    """Publishes and writes: weights that are the version's number, and a file with the step. `full`: steps at
+    which the disk is.
+    """
+
+    def __init__(self, channel: WeightChannel, full: Sequence[int]) -> None:
+        super().__init__()
+        self.channel, self.full, self.version = channel, full, 0
+        self.saves: list[m.SaveCommand] = []
+        self.publish(0)
+
+    def publish(self, version: int) -> None:
+        self.version = version
+        weights = ((name, torch.full(shape, float(version))) for name, shape, _ in self.channel.layout)
+        self.channel.write(version, weights)
+
+    def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
+        answers = super().do(engine, command)
+        if isinstance(command, m.TrainCommand):
+            self.publish(command.step + 1)
+        if isinstance(command, m.SaveCommand):
+            self.saves.append(command)
+            command.folder.mkdir()
+            file = command.folder / "state"
+            file.write_text(str(self.version))
+            saved = m.Saved({"version": self.version}, answers[1].span, files={"state": described(file)})
+            if self.version in self.full:
+                saved = m.Saved({}, answers[1].span, FULL)
+            return [answers[0], saved]
+        return answers
+
+
+class Slow:
+    """A save takes `save` after `Staged`; everything else as long as it happens to."""
+
+    def __init__(self, save: float) -> None:
+        self.save, self.rng = save, random.Random(0)
+
+    def ends(
+        self, now: float, engine: Engine, command: m.Command, answers: Sequence[m.Answer]
+    ) -> list[float]:
+        if isinstance(command, m.SaveCommand):
+            return [now + 1, now + 1 + self.save]
+        return [now + self.rng.uniform(1, 3) for _ in answers]
+
+    def stopped(self, now: float, engine: Engine) -> None: ...
+
+
+class Run:
+    """A whole run with checkpoints; `log` says in which order things happened to the learner."""
+
+    def __init__(self, folder: Path, found: Inputs, save: float, full: Sequence[int] = ()) -> None:
+        self.state, self.records, self.log = State(found), Recorded(), list[tuple[str, int]]()
+        channel = WeightChannel.create(found.published)
+        self.learner = Learner(channel, full)
+        self.crew = InProcess(self.learner, Slow(save))
+        self.run_dir, self.store = RunDir(folder), CheckpointStore(folder / "checkpoints")
+        self.journal = Journal(found.recipe, found.tokenizer, lambda *_: self.records, quiet=True)
+        self.saver = Saver(self.state, self.run_dir, self.journal, channel, torch.float32)
+        self.conductor: Any = Conductor(
+            self.state, self.crew, self.journal, self.saver, Signals(self.journal.say)
+        )
+        self._listen()
+
+    def _listen(self) -> None:
+        send, handle = self.crew.send, self.conductor._handle
+
+        def noted(engine: Engine, command: m.Command) -> None:
+            if isinstance(command, m.TrainCommand | m.SaveCommand):
+                self.log.append((type(command).__name__, self.state.schedule.step))
+            send(engine, command)
+
+        def heard(engine: Engine, event: m.Event) -> None:
+            if isinstance(event, m.Saved):
+                self.log.append(("Saved", self.state.schedule.step))
+            handle(engine, event)
+
+        self.crew.send, self.conductor._handle = noted, heard  # type: ignore[method-assign]
+
+    def run(self) -> Run:
+        with self.journal:
+            self.conductor.run()
+        return self
+
+    def checkpoint(self, step: int) -> dict[str, Any]:
+        assert verify(self.store.path(step)) is None
+        return self.store.state(step)
+
+
+def test_the_run_goes_on_while_a_save_is_written_and_the_next_one_waits_for_it(tmp_path: Path) -> None:
+    run = Run(tmp_path, inputs("schedule.max_lag=2", "checkpoint.every=3"), save=60).run()
+    assert [e for e in run.log if e[0] != "TrainCommand"][:5] == [
+        ("SaveCommand", 3),
+        ("Saved", 6),
+        ("SaveCommand", 6),
+        ("Saved", 9),
+        ("SaveCommand", 9),
+    ]
+    assert [c.staged for c in run.learner.saves] == [True, True, False], "nothing goes on beside the last one"
+    assert run.store.steps() == [3, 6, 9]
+    for step in run.store.steps():
+        found = run.checkpoint(step)
+        assert found["learner"] == {"version": step}
+        assert found["schedule"]["step"] == step, "as of its own step, not of when it was completed"
+    assert [r["step"] for r in run.records.metrics.kind("step")] == list(range(1, STEPS + 1))
+
+
+def test_a_save_is_a_checkpoint_only_when_all_of_it_is_there(tmp_path: Path) -> None:
+    """Killed while one is under way, at any time before the learner has reported: the one before stands."""
+    run = Run(tmp_path, inputs("schedule.max_lag=2", "checkpoint.every=3"), save=60)
+    reached: list[list[int]] = []
+
+    class Killed(Exception):
+        pass
+
+    def kill(engine: Engine, event: m.Event) -> None:
+        reached.append(run.store.steps())
+        if isinstance(event, m.Saved) and run.state.schedule.step == 9:
+            raise Killed
+        heard(engine, event)
+
+    heard, run.conductor._handle = run.conductor._handle, kill
+    with pytest.raises(Killed):
+        run.run()
+    assert (tmp_path / "checkpoints" / "step-000006.tmp").is_dir()
+    assert run.store.newest_sound() == (3, [])
+    assert [] in reached
+    assert [3] in reached
+    CheckpointStore(tmp_path / "checkpoints").open(3)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_published_weights_of_before_are_kept_as_they_were(tmp_path: Path) -> None:
+    """Under a fixed lag a checkpoint may hold the version before its step, whose slot is overwritten long
+    before the save is complete.
+    """
+    run = Run(tmp_path, inputs("schedule.lag=2", "checkpoint.every=2"), save=11).run()
+    held = []
+    for step in run.store.steps():
+        version = run.checkpoint(step)["schedule"]["resume_version"]
+        if version < step:
+            data = (run.store.path(step) / "published.bin").read_bytes()
+            channel = run.learner.channel
+            restored = WeightChannel.create(channel.layout)
+            restored.load(version, run.store.path(step) / "published.bin", [d for _, _, d in channel.layout])
+            assert len(data) == channel.slot_bytes
+            assert all(bool((tensor == version).all()) for _, tensor in restored.read(version))
+            held.append(step)
+    assert held, "at some step the samplers were still at the version before"
+
+
+def test_a_disk_that_is_full_in_the_background_is_said_and_loses_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, inputs("schedule.max_lag=2", "checkpoint.every=3"), save=5, full=[6]).run()
+    (warning,) = (r for r in run.records.warnings if "NO CHECKPOINT" in r["text"])
+    assert warning["step"] == 6
+    assert FULL in warning["text"]
+    assert "older checkpoints are intact" in warning["text"]
+    assert run.store.steps() == [3, 9]
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_only_the_last_save_must_succeed(tmp_path: Path) -> None:
+    run = Run(tmp_path, inputs("schedule.max_lag=0", "checkpoint.every=6"), save=5, full=[9])
+    with pytest.raises(UserError, match=r"cannot save step 9: .*No space left.* \(from step 6\)"):
+        run.run()
+    assert run.store.steps() == [6]
+
+
+def test_without_copies_the_learner_waits_for_the_disk(tmp_path: Path) -> None:
+    found = inputs("schedule.max_lag=2", "checkpoint.every=3", "checkpoint.asynchronous=false")
+    run = Run(tmp_path, found, save=0).run()
+    assert [c.staged for c in run.learner.saves] == [False] * 3
+    assert run.store.steps() == [3, 6, 9]
+
+
+# ---- a rank's writer ---------------------------------------------------------------------------------------
+
+
+class Gated:
+    """A snapshot whose writing waits, or fails."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.open, self.error, self.extra = threading.Event(), error, {"version": 4}
+
+    @classmethod
+    def opened(cls) -> Gated:
+        gated = cls()
+        gated.open.set()
+        return gated
+
+    def write(self, folder: Path) -> list[Path]:
+        assert self.open.wait(30)
+        if self.error is not None:
+            raise self.error
+        (folder / "part").write_bytes(b"weights")
+        return [folder / "part"]
+
+
+def posted(folder: Path, snapshot: Gated, meanwhile: Callable[[list[Any]], None]) -> Any:
+    """What a writer posts for a staged snapshot; `meanwhile` is called once it has returned."""
+    found: list[Any] = []
+    writer = Writer(found.append)
+    writer.write(snapshot, m.SaveCommand(folder, staged=True))
+    meanwhile(found)
+    snapshot.open.set()
+    writer.write(Gated.opened(), m.SaveCommand(folder, staged=False))  # waits for the one before
+    return found[0]
+
+
+def test_a_rank_reports_what_it_wrote_once_it_is_written(tmp_path: Path) -> None:
+    def nothing_yet(found: list[Any]) -> None:
+        assert not found
+
+    saved = posted(tmp_path, Gated(), nothing_yet)
+    assert (saved.extra, saved.error) == ({"version": 4}, None)
+    assert saved.files == {"part": described(tmp_path / "part")}
+    assert json.loads(json.dumps(saved.files)) == saved.files
+
+
+def test_a_full_disk_is_no_failure_and_anything_else_is(tmp_path: Path) -> None:
+    full = posted(tmp_path, Gated(OSError(errno.ENOSPC, "No space left on device")), len)
+    assert full.error == FULL
+    assert full.files == {}
+    assert posted(tmp_path, Gated(ValueError("odd")), len) == m.Failed("worker", "ValueError: odd")
