@@ -1,4 +1,4 @@
-"""What people do with runs that are there: report, runs, diff, fork. One real run, which all of it reads."""
+"""What people do with existing runs: report, runs, diff, fork. One real run, which all tests read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fopd_cli.runtime.journal.rundir import RunDir
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Iterator[Path]:
-    """It holds the run `first`: four steps, evaluated and saved every two."""
+    """A folder with the run `first`: four steps, evaluated and saved every two."""
     path = tmp_path_factory.mktemp("after")
     command = Fopd(path)
     tracked = {"MLFLOW_TRACKING_URI": (path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Iterator[Pat
 
 @pytest.fixture
 def here(folder: Path) -> Iterator[Fopd]:
-    """The command, where the run is."""
+    """The command, in the run's folder."""
     command = Fopd(folder)
     yield command
     command.stop_all()
@@ -60,7 +60,7 @@ def test_a_table_of_the_runs_that_are_here(here: Fopd, tmp_path: Path) -> None:
 def test_trackers_have_the_curves_and_one_that_fails_stops_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow, in a directory, has all of it; nobody is logged in to wandb. TensorBoard was not asked for."""
+    """MLflow, in a directory, has everything; wandb has no login. TensorBoard was not requested."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = pytest.importorskip("mlflow").MlflowClient((folder / "mlruns").as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name("fopd").experiment_id])
@@ -89,7 +89,7 @@ def test_the_report_of_a_real_run(here: Fopd) -> None:
 
 
 def test_a_fork_is_the_run_up_to_a_step_and_its_own_from_there(here: Fopd) -> None:
-    """With nothing changed it is bitwise the run itself; `first` stays as it was."""
+    """With nothing changed it is bitwise the run itself; `first` is left unchanged."""
     first, fork = here.folder / "first", here.folder / "first-fork-2"
     before = {p: p.read_bytes() for p in first.rglob("*") if p.is_file()}
     here("fork", "first", "--step", "2")
@@ -153,7 +153,7 @@ def test_chat_shows_how_far_the_teacher_is_from_each_token(here: Fopd, pair: Pat
     told = re.fullmatch(r"student, (\d+\.\d+) nats per token from the teacher:", head)
     assert told is not None
     assert float(told[1]) == pytest.approx(float(kl.mean()), abs=1e-3)
-    shown = re.findall(r"\[(\d+\.\d\d)\]", said)  # bytes that make no character stand together
+    shown = re.findall(r"\[(\d+\.\d\d)\]", said)  # bytes that are not a character are grouped
     assert sum(map(float, shown)) == pytest.approx(float(kl.sum()), abs=0.04)
     assert answer.strip() == tokenizer.decode(theirs[0, length:], skip_special_tokens=True).strip()
 
@@ -195,7 +195,7 @@ def test_a_browser_draws_all_curves_and_complains_of_nothing(here: Fopd, tmp_pat
 
 
 def test_an_export_has_a_card_and_goes_to_the_hub(here: Fopd, tmp_path: Path) -> None:
-    """A real upload through the real client, to a hub on this machine: what arrives is what was exported."""
+    """A real upload with the real client, to a hub on this machine, which receives what was exported."""
     out, offline = tmp_path / "out", {**here.environment, "HF_HOME": str(tmp_path / "home")}
     here.environment |= {"HF_HOME": offline["HF_HOME"]}
     assert "--license: a model" in here("export", "first", out, "--push", "me/small", code=2).err

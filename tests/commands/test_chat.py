@@ -1,4 +1,4 @@
-"""How `fopd chat` shows what was said."""
+"""How `fopd chat` shows text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_colours_begin_where_the_two_are_apart() -> None:
 
 
 def test_tokens_that_only_together_make_a_character_are_one_piece(pair: Path) -> None:
-    """The tokenizer of the tiny pair is one of bytes."""
+    """The tiny pair has a byte tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(pair / "student")
     ids = np.asarray(tokenizer("aü€b", add_special_tokens=False)["input_ids"])
     assert len(ids) == 7

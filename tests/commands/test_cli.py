@@ -1,4 +1,4 @@
-"""The command line: every mistake is one clear line and exit code 2, before anything is started or lost."""
+"""The command line: every mistake gives one clear line and exit code 2, before anything starts or is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, Fopd, make_pair, small_recipe
 
 
 def refuse(fopd: Fopd, content: dict[str, Any], *args: str) -> str:
-    """`fopd run` must refuse this recipe; returns its one line."""
+    """`fopd run` must refuse this recipe; returns the one line it prints."""
     err = fopd("run", fopd.recipe(content), "--run-dir", fopd.folder / "run", *args, code=2).err
     found = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(found) == 1, err
@@ -35,7 +35,7 @@ def test_a_model_directory_that_is_none(fopd: Fopd, pair: Path, tmp_path: Path) 
 
 
 def test_weights_that_cannot_be_read(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
-    """Found before a worker starts, in one line."""
+    """They are detected before a worker starts, and reported in one line."""
     broken = tmp_path / "broken"
     shutil.copytree(pair / "student", broken)
     (broken / "model.safetensors").write_bytes(b"junk")

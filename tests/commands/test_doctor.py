@@ -1,6 +1,4 @@
-"""What is looked at before a run: lengths, ends, tokenizers, templates; each finding blames what is to
-blame.
-"""
+"""The checks before a run: lengths, ends, tokenizers, templates; each finding blames the right thing."""
 
 from __future__ import annotations
 
@@ -81,7 +79,7 @@ def test_prompts_that_stay_keep_their_random_numbers(tmp_path: Path) -> None:
 
 
 def test_a_context_that_is_too_long_is_not_blamed_on_the_student(tmp_path: Path) -> None:
-    """It is the teacher's prompt that it makes longer; the student's own length is its own."""
+    """It only makes the teacher's prompt longer, not the student's."""
     rows = questions(tmp_path, "held out", "a", "b", hint="h" * 1500)
     task = {"name": "math", "train": rows, "eval": rows, "eval_prompts": 1, "solution": "hint"}
     told = {"model": str(TINY / "teacher"), "context": "{question} {solution}"}
@@ -101,7 +99,7 @@ def test_a_context_that_is_too_long_is_not_blamed_on_the_student(tmp_path: Path)
 
 
 def test_the_same_wrong_end_in_both_models_is_said(tmp_path: Path) -> None:
-    """Every response would be cut off, and the pair agrees about it."""
+    """Every response would be cut off, although both models agree."""
     pair = [
         changed(tmp_path, n, generation_config=lambda c: c.update(eos_token_id=7))
         for n in ("student", "teacher")
@@ -128,7 +126,7 @@ def test_a_model_that_is_told_more_teaches_itself(tmp_path: Path) -> None:
 
 
 def renamed(old: str, new: str) -> Any:
-    """Of a tokenizer.json: the token has another name at the same id."""
+    """Change a tokenizer.json: the token gets another name at the same id."""
 
     def change(content: dict[str, Any]) -> None:
         vocabulary = content["model"]["vocab"]
@@ -141,7 +139,7 @@ def renamed(old: str, new: str) -> Any:
 
 
 def in_config(old: str, new: str) -> Any:
-    """Of a tokenizer_config.json."""
+    """Change a tokenizer_config.json."""
 
     def change(content: dict[str, Any]) -> None:
         text = json.dumps(content).replace(json.dumps(old), json.dumps(new))
@@ -187,8 +185,8 @@ def test_ordinary_tokens_that_differ_are_refused(tmp_path: Path, first: str, sec
 
 
 def test_a_teachers_own_template_frames_what_it_judges(tmp_path: Path) -> None:
-    """The student's prompt as ever; the teacher's in its own frame, plain text as a user's message, ids in
-    the student's numbers.
+    """The student's prompt is unchanged. The teacher's is in its own frame, with plain text as a user message
+    and ids in the student's numbering.
     """
     teacher = changed(tmp_path, "teacher", tokenizer=exchanged("<user>", "<assistant>"))
     template = "{% for m in messages %}<assistant>{{ m['content'] }}<user>{% endfor %}"
@@ -242,7 +240,7 @@ def test_a_teacher_with_its_own_frame_judges_one_turn_only(tmp_path: Path) -> No
 
 
 def test_a_template_that_does_not_show_what_a_tool_answers(tmp_path: Path) -> None:
-    """Found before anything runs, not at the first call."""
+    """Detected before anything runs, not at the first call."""
     student = changed(tmp_path, "student")
     (student / "chat_template.jinja").write_text(
         "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif "

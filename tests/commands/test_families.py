@@ -1,6 +1,4 @@
-"""Families that differ from Llama in their heads, windows, states and experts, from the first command to the
-last.
-"""
+"""Model families that differ from Llama in heads, windows, states and experts, from first command to last."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ FAMILIES = {"gemma3_text": True, "qwen3_5_text": False, "granite": True, "qwen3_
 
 @torch.no_grad()
 def kl(student: Path, teacher: Path) -> float:
-    """Mean over random ids of KL(student || teacher), by plain transformers, one sequence at a time."""
+    """Mean KL(student || teacher) over random ids, with plain transformers, one sequence at a time."""
     models = [
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (student, teacher)
     ]
@@ -43,7 +41,7 @@ def test_a_family_goes_from_doctor_to_export(family: str, fopd: Fopd) -> None:
     run = fopd.run(content)
     first, found = metrics(run), summary(run)
     steps = [record for record in first if record["kind"] == "step"]
-    assert all(record["drift_roll"] < 1e-5 for record in steps)  # sampler and learner are one model
+    assert all(record["drift_roll"] < 1e-5 for record in steps)  # sampler and learner are the same model
     assert found["kl_last"] < found["kl_first"]
     fopd("resume", run, "--step", "2")
     assert metrics(run) == first  # the second half again, to the bit

@@ -1,4 +1,4 @@
-"""What doctor and run say of numbers, sizes and prompts that do not go together."""
+"""What doctor and run say about numbers, sizes and prompts that do not fit together."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_plain_prompts_of_a_task_of_ones_own_are_asked_about(tmp_path: Path) -> 
 
 
 def test_one_thing_is_said_once(tmp_path: Path) -> None:
-    """Three teachers of one model: what is wrong with it is one finding."""
+    """Three teachers with the same model: a problem with it is one finding."""
     teachers = [{"model": str(TINY / "student"), "name": f"t{i}"} for i in range(3)]
     recipe = small_recipe(TINY)
     recipe["teacher"] = teachers
@@ -107,8 +107,8 @@ def test_one_thing_is_said_once(tmp_path: Path) -> None:
 def test_a_device_is_held_against_the_sum_of_all_that_a_role_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gigabytes: float, level: str | None
 ) -> None:
-    """Time-sliced on one device a learner of 0.3 million parameters has little of its own: what fills it is
-    what CUDA, its libraries and the loss's chunks take, and the others, asleep.
+    """Time-sliced on one device, a learner of 0.3 million parameters holds little itself. CUDA, its
+    libraries, the loss's chunks and the sleeping roles fill the device.
     """
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(small_recipe(TINY, placement={"mode": "timeslice"})))

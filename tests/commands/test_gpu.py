@@ -1,6 +1,4 @@
-"""What only a CUDA device can show; skipped elsewhere. `scripts/gpu` runs it with the benchmarks in one
-call.
-"""
+"""What only a CUDA device can show; skipped elsewhere. `scripts/gpu` runs it together with the benchmarks."""
 
 from __future__ import annotations
 
@@ -49,7 +47,7 @@ def test_the_sampler_gives_the_models_logprobs(pair: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_learner_is_plain_pytorch(pair: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """Also through a sleep in between, which moves everything to the host and back."""
+    """Even with a sleep in between, which moves everything to the host and back."""
     samples = kit.make_samples(pair)
     cfg = kit.config(compute_dtype=dtype)
     if dtype == torch.bfloat16 and not dist.is_initialized():
@@ -146,7 +144,7 @@ def test_a_time_sliced_run_on_one_gpu(fopd: Fopd, compute: str) -> None:
 
 @pytest.mark.skipif(vllm_engine.problem() is not None, reason=str(vllm_engine.problem()))
 def test_a_time_sliced_run_on_one_gpu_with_vllm(fopd: Fopd) -> None:
-    """vLLM sleeps and wakes beside the learner and a vLLM teacher on the same device."""
+    """vLLM sleeps and wakes on the same device as the learner and a vLLM teacher."""
     vllm = {"engine": "vllm", "vllm": {"gpu_memory": 0.3}}
     recipe: dict[str, Any] = small_recipe(
         TINY,

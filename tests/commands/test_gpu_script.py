@@ -1,4 +1,4 @@
-"""`scripts/gpu`: its code is executed on a CPU, in tiny sizes; and what it does where there is no GPU."""
+"""`scripts/gpu`: its code runs on a CPU, in tiny sizes; and what it does without a GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_part_that_fails_is_told_with_its_last_word(tmp_path: Path) -> None:
 
 
 def test_a_part_that_is_stopped_leaves_nothing_running(tmp_path: Path) -> None:
-    """What it started would hold the device's memory, and the next part would find it full."""
+    """Leftover processes would hold the device's memory, and the next part would find it full."""
     state, lines = gpu_report._run("timeslice", "cpu", tmp_path, 6.0)
     assert state == "failed"
     assert "It was stopped after 6 s" in lines[-1]
@@ -52,7 +52,7 @@ def test_a_part_that_is_stopped_leaves_nothing_running(tmp_path: Path) -> None:
 
 @SLOW
 def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
-    """What needs a package that is not installed is skipped."""
+    """Parts that need a missing package are skipped."""
     code, section = run(tmp_path, "--device", "cpu")
     states = dict(re.findall(r"^### (\w+): (\w+)$", section, re.M))
     assert list(states) == list(gpu_report.PARTS)

@@ -1,4 +1,4 @@
-"""The image has what the shipped recipes need: read off the Dockerfile, as building it takes a daemon."""
+"""The image has what the shipped recipes need. Read from the Dockerfile, as building it takes a daemon."""
 
 from __future__ import annotations
 

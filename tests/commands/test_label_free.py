@@ -1,4 +1,4 @@
-"""Distillation without answers: the KL to the teacher is the measure, everywhere, and nothing says nan."""
+"""Distillation without answers: the KL to the teacher is the metric everywhere, and nothing says nan."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ def test_a_model_of_another_tokenizer_gets_no_kl(tmp_path: Path) -> None:
 @SLOW
 @pytest.mark.parametrize("support", ["full", "topk"])
 def test_a_teacher_with_exchanged_ids_teaches_the_same(fopd: Fopd, support: str) -> None:
-    """Tokenizer and embeddings of the copy are moved alike, so that it is the same teacher in other
-    numbers.
-    """
+    """The copy's tokenizer and embeddings are permuted alike, so it is the same teacher with other ids."""
     table = np.arange(260, dtype=np.int32)
     table[[2, 3]] = [3, 2]
     other = changed(fopd.folder, "teacher", tokenizer=exchanged("<user>", "<assistant>"))
@@ -135,7 +133,7 @@ def test_a_teacher_with_exchanged_ids_teaches_the_same(fopd: Fopd, support: str)
     plain = recipe(fopd.folder, loss={"support": support})
     moved = {**plain, "teacher": {**plain["teacher"], "model": str(other)}}
     first, second = fopd.run(plain, "plain"), fopd.run(moved, "moved")
-    # The tail class's mass is 1 less the others', so that the last bits of log-probs show in it.
+    # The tail class's mass is 1 minus the others', so it shows the last bits of log-probs.
     tolerance = {"full": 1e-4, "topk": 1e-2}[support]
     for a, b in zip(metrics(first), metrics(second), strict=True):
         assert b["kl"] == pytest.approx(a["kl"], rel=tolerance)
@@ -143,7 +141,7 @@ def test_a_teacher_with_exchanged_ids_teaches_the_same(fopd: Fopd, support: str)
 
 @SLOW
 def test_a_teacher_in_its_own_frame_judges_the_same_response(fopd: Fopd) -> None:
-    """With the student's template under its own name nothing changes; with another one the labels do, the
+    """If its own template equals the student's, nothing changes; with another one, labels change but
     responses do not.
     """
     plain = recipe(fopd.folder)

@@ -1,4 +1,4 @@
-"""`fopd new`: a recipe for what is at hand, which runs, or one line that says why there is none."""
+"""`fopd new`: a working recipe for the user's models and data, or one line that says why there is none."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_columns_that_are_named_or_unclear(tmp_path: Path) -> None:
 
 
 def test_lengths_come_from_the_data(tmp_path: Path) -> None:
-    """The tiny tokenizer has a token per byte: a response of 100 bytes asks for 150, rounded up to 192."""
+    """The tiny tokenizer has a token per byte: a 100-byte response needs 150, rounded up to 192."""
     talks = [
         {"messages": [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y" * 100}]}
         for n in (10, 20, 30)
@@ -135,7 +135,7 @@ def test_the_command_without_a_terminal(fopd: Fopd, tmp_path: Path) -> None:
 
 
 def test_what_flags_leave_open_is_asked(tmp_path: Path) -> None:
-    """At a terminal, with models and data beside it: Enter takes the smallest model, the largest, the
+    """At a terminal, with models and data in the folder: Enter takes the smallest model, the largest, and the
     file.
     """
     for name in ("student", "teacher"):

@@ -70,7 +70,7 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shipped(pair: Path, **changes: Any) -> dict[str, Any]:
-    """recipes/real-cpu.yaml with the pair where this test has it, and changes to its sections."""
+    """recipes/real-cpu.yaml with this test's pair, and changes to its sections."""
     recipe = yaml.safe_load((ROOT / "recipes" / "real-cpu.yaml").read_text())
     recipe["student"]["model"], recipe["teacher"]["model"] = str(pair / "student"), str(pair / "teacher")
     recipe["task"] |= {name: str(ROOT / "recipes" / "questions.jsonl") for name in ("train", "eval")}
@@ -80,12 +80,12 @@ def shipped(pair: Path, **changes: Any) -> dict[str, Any]:
 
 
 def english(text: str) -> int:
-    """How many different common words a text holds."""
+    """How many different common words a text contains."""
     return len(COMMON & set(re.findall(r"[a-z']+", text.lower())))
 
 
 def answers(model: Path) -> str:
-    """Greedy, by plain transformers, to questions that nobody was trained on."""
+    """Greedy answers from plain transformers, to questions that were never trained on."""
     tokenizer, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     said = []
     for question in QUESTIONS:
@@ -102,11 +102,11 @@ def answers(model: Path) -> str:
 
 
 def test_thirty_steps_teach_it_to_speak_again(fopd: Fopd, real_pair: Path) -> None:
-    """Killed in the middle and resumed: the KL to half, every prompt accounted for, an export that answers in
+    """Killed midway and resumed: the KL is halved, every prompt is accounted for, and the export answers in
     English.
 
-    The KL alone would not do: a student that says "A" for ever is soon agreed with (docs/real-pair.md). There
-    only the beginning of an answer stays far from the teacher.
+    The KL is not enough: the teacher soon agrees with a student that says "A" forever (docs/real-pair.md).
+    Then only the beginning of an answer stays far from the teacher.
     """
     run = fopd.folder / "run"
     process = fopd.start("run", fopd.recipe(shipped(real_pair)), "--run-dir", run)
@@ -133,7 +133,9 @@ def test_thirty_steps_teach_it_to_speak_again(fopd: Fopd, real_pair: Path) -> No
 def test_every_engine_and_dtype_runs_it(
     fopd: Fopd, real_pair: Path, engine: str, dtype: str, depth: int
 ) -> None:
-    """A few steps: packing on, the noise floor small against the drift that training makes, KL falling."""
+    """A few steps: packing on, a noise floor that is small next to the drift from training, and a falling
+    KL.
+    """
     if engine == "vllm":
         pytest.importorskip("vllm")
     recipe = shipped(

@@ -1,6 +1,4 @@
-"""Interruptions of every kind, for real: nothing is lost, nothing is left behind, the error names the
-culprit.
-"""
+"""Real interruptions of every kind: nothing is lost, nothing is left behind, the error names the culprit."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def slow(pair: Path, depth: int, steps: int = 12, **changes: Any) -> dict[str, A
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
-    """SIGKILL the command alone; everything that it started must follow by itself."""
+    """SIGKILL only the command; everything that it started must die on its own."""
     family = descendants(process.pid)
     process.kill()
     process.communicate()
@@ -56,7 +54,7 @@ def shared_memory_left() -> set[str]:
 
 
 def same_run(run: Path, whole: Path) -> None:
-    """Nothing tells them apart but the clock."""
+    """They differ only in the clock."""
     assert metrics(run) == metrics(whole)
     assert lines(run / "ledger.jsonl") == lines(whole / "ledger.jsonl")
     assert check_accounts(run) == check_accounts(whole)
@@ -133,7 +131,7 @@ def test_killed_while_a_checkpoint_is_written(fopd: Fopd, pair: Path) -> None:
 @SLOW
 @pytest.mark.parametrize("step", range(1, 9))
 def test_every_checkpoint_of_a_fixed_lag_goes_on_bitwise(fopd: Fopd, pair: Path, step: int) -> None:
-    """Whatever the sampler was at when it was written."""
+    """Whatever the sampler was doing when it was written."""
     recipe = small_recipe(
         pair,
         sampler={"max_new_tokens": 10, "concurrency": 3},
@@ -187,8 +185,8 @@ def test_accounts_survive_kills_at_random_moments(
 def test_a_signal_to_all_writes_a_checkpoint_and_resume_goes_on(
     fopd: Fopd, pair: Path, number: signal.Signals
 ) -> None:
-    """To the command and then to every process of its group, as `timeout` does; a terminal and SLURM do the
-    latter alone.
+    """To the command and then to every process in its group, as `timeout` does; a terminal and SLURM do only
+    the latter.
     """
     process, run = start(fopd, slow(pair, 2, steps=60, checkpoint={"every": 0}))
     reach(process, run, 3)
@@ -279,8 +277,8 @@ def test_the_last_one_lost_ends_the_run_with_a_checkpoint(fopd: Fopd, pair: Path
 
 @SLOW
 def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -> None:
-    """max_lag 0: sampler, teacher and grader killed or stopped in the middle; the metrics are those of a
-    quiet run.
+    """max_lag 0: sampler, teacher and grader are killed or stopped midway; the metrics are those of an
+    undisturbed run.
     """
     quiet = fopd.run(slow(pair, 0), "quiet")
     process, run = start(fopd, slow(pair, 0, runtime={"timeout_s": 8.0}))
@@ -299,7 +297,7 @@ def test_a_lost_engine_is_replaced_and_nothing_changes(fopd: Fopd, pair: Path) -
 
 @SLOW
 def test_other_replicas_take_over(fopd: Fopd, pair: Path) -> None:
-    """Of two samplers one dies for good; the other does its work, and every sample is accounted for."""
+    """One of two samplers dies for good; the other does its work, and every sample is accounted for."""
     recipe = slow(pair, 2, steps=24, placement={"sampler": 2}, runtime={"restarts": 0})
     process, run = start(fopd, recipe)
     reach(process, run, 3)
@@ -316,7 +314,9 @@ def test_other_replicas_take_over(fopd: Fopd, pair: Path) -> None:
 @SLOW
 @pytest.mark.parametrize("role", ["sampler-0", "teacher-0"])
 def test_an_engine_lost_on_a_time_sliced_box(fopd: Fopd, pair: Path, role: str) -> None:
-    """At work, asleep, or (stopped first, so that the others wait for it to wake) in a change of turns."""
+    """At work, asleep, or during a change of turns (stopped first, so that the others wait for it to
+    wake).
+    """
     recipe = slow(pair, 1, steps=16, placement={"mode": "timeslice"}, runtime={"restarts": 4})
     process, run = start(fopd, recipe)
     for step, stopped_s in ((2, 0.0), (4, 2.0), (6, 2.0), (8, 0.0)):
@@ -370,8 +370,8 @@ def test_a_run_directory_in_use_is_refused(fopd: Fopd, pair: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
 def test_a_full_disk_loses_nothing(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
-    """A run directory on a file system that fills up: training goes on, it is said, only the last save must
-    succeed.
+    """A run directory on a file system that fills up: training goes on with a warning; only the last save
+    must succeed.
     """
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -1,5 +1,5 @@
-"""`fopd resume` with other settings: what is set stands, what was is remembered, what cannot be is refused by
-its key.
+"""`fopd resume` with other settings: what is set takes effect, old values are recorded, and what cannot
+change is refused by key.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fopd_cli.runtime.journal.checkpoint import CheckpointStore, Rhythm
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """All files of a run but the lock, in which the number of the process stands, and what workers print."""
+    """All files of a run except the lock, which holds the process id, and the workers' logs."""
     files = (p for p in run.rglob("*") if p.is_file() and p.name != "run.lock" and p.parent.name != "logs")
     return {str(p.relative_to(run)): p.read_bytes() for p in files}
 
 
 def written_by_an_older_version(run: Path, step: int) -> None:
-    """Give the keys of a run's recipe, and of the one in its checkpoint, the names that they used to have."""
+    """Give the keys in a run's recipe, and in its checkpoint's, their old names."""
     at = run / "checkpoints" / f"step-{step:06d}"
     recipe, state = (
         yaml.safe_load((run / "recipe.yaml").read_text()),
@@ -55,7 +55,7 @@ def rates(run: Path) -> dict[int, float]:
 
 
 def test_what_a_resume_sets_stands_from_then_on(fopd: Fopd, pair: Path) -> None:
-    """The next plain resume uses it, and the history says since when; also after keys were renamed."""
+    """The next plain resume uses it, and the history says since when, even after keys were renamed."""
     run = fopd.run(small_recipe(pair))
     assert not (run / "recipe-history.jsonl").exists()
     fopd("resume", run, "--set", "learner.steps=6", "--set", "learner.lr=5e-6")
@@ -81,8 +81,8 @@ def test_what_a_resume_sets_stands_from_then_on(fopd: Fopd, pair: Path) -> None:
 
 
 def test_an_older_checkpoint_goes_on_with_the_recipe_of_then(fopd: Fopd, pair: Path) -> None:
-    """What was changed after it is put aside, as its metrics are; later checkpoints no longer pass for the
-    run's own.
+    """Later changes are set aside, and so are their metrics; later checkpoints no longer count as the run's
+    own.
     """
     run = fopd.run(small_recipe(pair, checkpoint={"every": 1, "keep": 10}))
     whole = metrics(run)
@@ -154,7 +154,7 @@ def test_a_resume_that_is_refused_writes_nothing(fopd: Fopd, pair: Path) -> None
 def test_settings_on_which_samples_in_flight_depend(
     fopd: Fopd, pair: Path, override: str, message: str
 ) -> None:
-    """They are sampled again; none is lost, none is older than it may be."""
+    """They are sampled again; none is lost, none is too old."""
     recipe = small_recipe(
         pair, schedule={"max_lag": 3}, learner={"steps": 8}, checkpoint={"every": 4, "keep": 9}
     )
@@ -244,8 +244,8 @@ def test_checkpoints_are_due_by_steps_and_by_minutes() -> None:
 
 
 def test_the_rhythm_of_checkpoints_changes_nothing_else(fopd: Fopd, pair: Path) -> None:
-    """Under a fixed lag: one after each step (next to no minutes), or only at the end, the metrics are
-    bitwise the same.
+    """Under a fixed lag, metrics are bitwise the same with a checkpoint after each step (almost no minutes)
+    or only at the end.
     """
     often, never = (
         fopd.run(

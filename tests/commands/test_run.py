@@ -1,4 +1,4 @@
-"""`fopd run` for real: processes, queues, shared memory, tiny models."""
+"""Real runs of `fopd run`: processes, queues, shared memory, tiny models."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def overlap(some: list[tuple[float, float]], others: list[tuple[float, float]]) 
 
 
 def test_with_depth_the_teacher_and_the_learner_work_at_the_same_time(fopd: Fopd, pair: Path) -> None:
-    """A slow teacher: at max_lag 0 nobody works beside the learner, at max_lag 2 the teacher does, and the
-    sampler.
-    """
+    """A slow teacher: at max_lag 0 nothing works beside the learner; at max_lag 2 teacher and sampler do."""
     found = {}
     for depth in (0, 2):
         recipe = small_recipe(
@@ -197,7 +195,7 @@ def test_losses(fopd: Fopd, pair: Path, name: str) -> None:
 def test_a_llama_pair_on_questions_from_a_file(
     fopd: Fopd, llama_pair: Path, tmp_path: Path, dtype: str
 ) -> None:
-    """Two local model directories, a chat template, a jsonl of questions: KL falls, the student loads
+    """Two local model directories, a chat template, a jsonl of questions: the KL falls, and the student loads
     elsewhere.
     """
     rows = [{"question": f"What is {i} plus {i + 1}?", "answer": f"#### {2 * i + 1}"} for i in range(60)]
@@ -285,7 +283,7 @@ def test_eval_prints_the_score_that_the_run_reports(fopd: Fopd, tmp_path: Path) 
     assert out["score"] == summary(run)["score_last"] > 0
     assert out["score_error"] == pytest.approx(summary(run)["score_last_error"])
     file = tmp_path / "generations.jsonl"
-    rows = lines(file)[1:]  # a header stands first
+    rows = lines(file)[1:]  # a header comes first
     assert len(rows) == 80
     assert np.mean([r["score"] for r in rows]) == pytest.approx(out["score"])
     # Cut off in the middle of a row: what is missing is done, by two processes.
@@ -322,7 +320,7 @@ def test_students_that_differ_from_their_teacher_in_padding(fopd: Fopd, tmp_path
 
 @SLOW
 def test_quickstart_learns(fopd: Fopd) -> None:
-    """The recipe that the README promises something of."""
+    """The recipe that the README makes promises about."""
     fopd("run", TINY.parent / "quickstart.yaml", "--run-dir", fopd.folder / "q")
     s = summary(fopd.folder / "q")
     assert s["score_first"] < 0.3

@@ -35,7 +35,7 @@ from fopd_cli.runtime.crew.warm import STOPPING
 
 
 def end(process: subprocess.Popen[str], family: list[psutil.Process]) -> str:
-    """It ends as after Ctrl-C, and nothing is left; returns what it said."""
+    """Check that it ends as after Ctrl-C and leaves nothing behind; returns its output."""
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 130, err
     assert "Traceback" not in err
@@ -50,9 +50,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 def test_while_workers_start(fopd: Fopd, pair: Path) -> None:
-    """They are born with the signal blocked: none is killed in the seconds before it can say that it ignores
-    it.
-    """
+    """They start with the signal blocked, so none is killed in the seconds before it can ignore it."""
     process, run = start(fopd, small_recipe(pair))
     wait_for(lambda: (run / "logs").is_dir() and len(descendants(process.pid)) > 2, "the first workers")
     family = descendants(process.pid)
@@ -91,7 +89,7 @@ def test_wherever_python_is(tmp_path: Path, place: str) -> None:
 
 
 def test_during_an_evaluation(fopd: Fopd, pair: Path) -> None:
-    """It is done again after the resume, and what follows is what it would have been."""
+    """It is redone after the resume, and the rest is what it would have been."""
     recipe = small_recipe(
         pair,
         task={"name": "arithmetic", "horizon": 2, "eval_prompts": 40},
@@ -114,7 +112,7 @@ def test_during_an_evaluation(fopd: Fopd, pair: Path) -> None:
 
 @SLOW
 def test_a_terminal_that_closes(fopd: Fopd, pair: Path) -> None:
-    """SIGHUP, and nothing can be said any more: still a checkpoint."""
+    """SIGHUP, after which nothing can be printed: there is still a checkpoint."""
     run, recipe = (
         fopd.folder / "run",
         fopd.recipe(small_recipe(pair, learner={"steps": 200}, checkpoint={"every": 0})),
@@ -155,7 +153,7 @@ def test_with_nohup_a_terminal_that_closes_is_nothing(fopd: Fopd, pair: Path) ->
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_during_an_evaluation_of_its_own(fopd: Fopd, pair: Path, jobs: int) -> None:
-    """Finished rows stand; the same command goes on to the same figures."""
+    """Finished rows are kept; the same command continues to the same figures."""
     recipe = fopd.recipe(
         small_recipe(
             pair,
@@ -177,7 +175,7 @@ def test_during_an_evaluation_of_its_own(fopd: Fopd, pair: Path, jobs: int) -> N
 
 
 def test_two_signals_a_moment_apart_stop_at_once(fopd: Fopd, pair: Path) -> None:
-    """The second may come to all processes, too; the running step never ends here, because the learner is
+    """The second may also go to all processes; the running step never ends, because the learner is
     stopped.
     """
     process, run = start(fopd, small_recipe(pair, learner={"steps": 500}))
@@ -196,7 +194,7 @@ def test_two_signals_a_moment_apart_stop_at_once(fopd: Fopd, pair: Path) -> None
 
 @SLOW
 def test_tools_that_are_killed_with_it_leave_no_trace(fopd: Fopd) -> None:
-    """systemd sends SIGTERM to sandboxes, too. What they then say must not become part of an episode."""
+    """systemd also sends SIGTERM to sandboxes. Their output after it must not become part of an episode."""
     content = {
         "student": {"model": str(ROOT / "recipes/tiny-tool/student")},
         "teacher": {"model": str(ROOT / "recipes/tiny-tool/teacher")},
@@ -221,7 +219,7 @@ def test_tools_that_are_killed_with_it_leave_no_trace(fopd: Fopd) -> None:
 
 
 def sleeper(spec: WorkerSpec, mailbox: Mailbox) -> None:
-    """Starts a program, as graders do; says how it ended when all signals have come and gone."""
+    """Starts a program, as graders do; reports how it ended after all signals have passed."""
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     mailbox.send(Ready({"child": child.pid}))
     while not isinstance(mailbox.receive(block=True), StopCommand):
@@ -232,9 +230,7 @@ def sleeper(spec: WorkerSpec, mailbox: Mailbox) -> None:
 def test_workers_leave_signals_alone_and_what_they_start_knows_them(
     tmp_path: Path, role: str, dies: bool
 ) -> None:
-    """Whoever runs programs of others hands them the signals as they always are: `timeout` in a sandbox
-    works.
-    """
+    """Programs that workers start get the usual signal handling, so `timeout` works in a sandbox."""
     with Fleet(tmp_path, 60, 60) as fleet:
         worker = fleet.start(WorkerSpec(role, 0, 1, (), 1), sleeper)
         for number in STOPPING:  # while it is being born

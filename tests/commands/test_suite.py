@@ -1,4 +1,4 @@
-"""`fopd eval --suite`: the harness itself, on a task from our own files, without any network."""
+"""`fopd eval --suite`: the real harness, on a task from our own files, without a network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TASK = ROOT / "examples" / "suite" / "arithmetic.yaml"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that has ended, as far as its student goes: that of the tiny pair, as if of step 4."""
+    """Just enough of a finished run: the tiny pair's student, as if from step 4."""
     folder = tmp_path / "run"
     shutil.copytree(TINY / "student", folder / "student")
     (folder / "student" / "fopd.json").write_text(json.dumps({"run": str(folder), "step": 4}))

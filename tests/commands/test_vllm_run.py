@@ -1,6 +1,4 @@
-"""Whole runs on vLLM, the real command: learning, updates in the middle of rollouts, losses of engines,
-remote teachers.
-"""
+"""Whole runs on vLLM with the real command: learning, updates mid-rollout, lost engines, remote teachers."""
 
 from __future__ import annotations
 
@@ -48,8 +46,8 @@ def vllm_recipe(pair: Path, **changes: Any) -> dict[str, Any]:
 
 @SLOW
 def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
-    """The quickstart on vLLM, both sides, top-k targets; rollouts cross weight updates; the noise floor is
-    reported.
+    """The quickstart with sampler and teacher on vLLM and top-k targets; rollouts cross weight updates, and
+    the noise floor is reported.
     """
     recipe = small_recipe(
         TINY,
@@ -80,7 +78,7 @@ def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
 
 @SLOW
 def test_adapters_alone_are_published(fopd: Fopd, pair: Path) -> None:
-    """A LoRA student: vLLM keeps the base that it has, and every step sends it A and B."""
+    """A LoRA student: vLLM keeps its base, and every step sends it A and B."""
     recipe = vllm_recipe(pair, learner={"steps": 8, "lr": 1e-2}, schedule={"max_lag": 1})
     recipe["student"]["lora"] = {"rank": 4, "alpha": 8, "publish": "adapter"}
     run = fopd.run(recipe)
@@ -126,7 +124,7 @@ def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fo
     for name in ("sampler-0", "teacher-0"):
         worker(run, name, process.pid).kill()
         reached = steps_done(run)
-        # More than what was under way already can give.
+        # More than the work already in flight can give.
         wait_for(lambda reached=reached: steps_done(run) >= reached + 6, f"steps after {name} was replaced")
     family = descendants(process.pid)
     process.kill()
@@ -139,8 +137,8 @@ def test_killed_engines_are_replaced_and_kill_minus_nine_leaves_nothing(fopd: Fo
 
 @SLOW
 def test_sigterm_to_all_processes_ends_with_a_checkpoint(fopd: Fopd, pair: Path) -> None:
-    """As systemd and SLURM send it, to what vLLM has started, too: the running step ends, nothing is called
-    lost.
+    """As systemd and SLURM send it, also to processes of vLLM: the running step ends, and nothing is reported
+    as lost.
     """
     recipe = vllm_recipe(
         pair,
@@ -153,7 +151,7 @@ def test_sigterm_to_all_processes_ends_with_a_checkpoint(fopd: Fopd, pair: Path)
     process = fopd.start("run", fopd.recipe(recipe), "--run-dir", run)
     reach(process, run, 2)
     family = descendants(process.pid)
-    for one in reversed(family):  # the conductor last: what it hears of the others comes before its own
+    for one in reversed(family):  # the conductor last: it learns about the others before its own
         one.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
@@ -239,7 +237,7 @@ class Server:
             return False
 
     def stop(self) -> None:
-        """End it and all that it started."""
+        """End it and everything it started."""
         family = descendants(self.process.pid)
         self.process.terminate()
         try:
@@ -269,7 +267,7 @@ def remote(server: Server, **changes: Any) -> dict[str, Any]:
 def test_a_remote_teacher_says_what_a_local_one_says(
     fopd: Fopd, pair: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same run, the same samples; top-k targets over HTTP, and from the transformers engine."""
+    """The same run and samples, with top-k targets over HTTP and from the transformers engine."""
     monkeypatch.setitem(fopd.environment, "TEACHER_KEY", KEY)
     recipe = small_recipe(pair, loss={"support": "topk"})
     ours = {"model": str(pair / "teacher"), "k": 8, "batch_samples": 8}
@@ -315,7 +313,7 @@ def test_what_is_wrong_with_a_remote_teacher_is_one_line(
 @SLOW
 @needs_sandbox
 def test_episodes_on_vllm(fopd: Fopd) -> None:
-    """Turns go back into the continuous batch, new weights arrive in the middle of episodes."""
+    """Turns go back into the continuous batch, and new weights arrive mid-episode."""
     recipe = tool_recipe(
         sampler={"engine": "vllm", "max_new_tokens": 120, "concurrency": 16},
         schedule={"max_lag": 2},

@@ -1,6 +1,4 @@
-"""docs/models.md against the engines: each architecture is what its row says, and the table is what the
-script writes.
-"""
+"""docs/models.md against the engines: each architecture matches its row, and the script writes that table."""
 
 from __future__ import annotations
 

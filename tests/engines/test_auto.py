@@ -1,4 +1,4 @@
-"""`engine: auto`: which engine that is, and what is said of it."""
+"""`engine: auto`: which engine it chooses, and what it reports."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_several_teachers_are_resolved_each_under_its_name(pair: Path) -> None:
 
 
 def test_the_choice_stands_in_the_runs_recipe(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is recorded is chosen already: a resume, on whatever machine, goes on with the same engines."""
+    """The record holds the choice, so a resume on any machine continues with the same engines."""
     first = with_engines(recipe(pair))
     assert "engine: auto -> " in capsys.readouterr().err
     assert "engine: auto" not in dump_recipe(first)

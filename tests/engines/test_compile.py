@@ -1,7 +1,7 @@
-"""What `learner.compile` compiles, also where activations are checkpointed, and on the path that a GPU takes.
+"""What `learner.compile` compiles, also with activation checkpointing, and on the path that a GPU takes.
 
 PyTorch's variable-length attention is two operators without CPU kernels. Here they get some, one sequence at
-a time, so that what is traced, compiled and differentiated is the code that runs on CUDA, with real numbers.
+a time, so that we trace, compile and differentiate the code that runs on CUDA, with real numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def samples(pair: Path) -> list[Sample]:
 
 
 def weights_of(q: Tensor, k: Tensor, scale: float, window: Any) -> Tensor:
-    """Of attention within one sequence, `(heads, tokens, tokens)`."""
+    """Attention weights within one sequence, `(heads, tokens, tokens)`."""
     ago = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])[None]
     seen = (ago >= 0) & ((ago <= window[0]) | (window[0] < 0))
     return torch.softmax((q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf), -1)
@@ -67,7 +67,7 @@ def backward_kernel(*given: Any) -> tuple[Tensor, ...]:
 
 @functools.cache
 def give_kernels() -> None:
-    """To the operators, for the CPU."""
+    """Give the operators CPU kernels."""
     from torch.nn.attention import varlen
 
     varlen._varlen_attn.register_kernel("cpu", forward_kernel)
@@ -76,8 +76,8 @@ def give_kernels() -> None:
 
 @pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Packed rows take the variable-length kernel; graphs are traced and differentiated, and then run as they
-    are: to make C++ of them says nothing here, and takes a minute.
+    """Packed rows take the variable-length kernel. Graphs are traced and differentiated, then run directly:
+    compiling them to C++ would prove nothing here, and takes a minute.
     """
     give_kernels()
     monkeypatch.setattr(token_batch, "_varlen_fits", lambda query, value: True)
@@ -92,8 +92,8 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_block_is_one_graph_with_its_attention(
     pair: Path, samples: list[Sample], as_on_cuda: None, checkpointing: bool
 ) -> None:
-    """Under checkpointing as well. Its gradients are plain PyTorch's. Another row needs a second graph, of
-    any length, and a third one needs none.
+    """Also under checkpointing. Its gradients are plain PyTorch's. A second row needs a second graph, which
+    fits any length, so a third row needs none.
     """
     cfg = kit.config(activation_checkpointing=checkpointing, compile=True, micro_tokens=30)
     loss, expected = kit.reference(pair, samples, cfg)

@@ -1,4 +1,4 @@
-"""Attention by way of float32 against PyTorch's own in float64."""
+"""Attention through float32 against PyTorch's own in float64."""
 
 from __future__ import annotations
 

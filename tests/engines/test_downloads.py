@@ -1,4 +1,4 @@
-"""Models are here before any worker starts; what cannot be had is one line. The network is never asked."""
+"""Models are downloaded before any worker starts; a missing one is one line. The network is never used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put(cache: Path, *names: str) -> Path:
-    """Files of the tiny student as the cache keeps those of a model."""
+    """Put files of the tiny student into the cache, in its own layout."""
     snapshot = cache / "models--maker--small" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     refs = cache / "models--maker--small" / "refs"
@@ -79,7 +79,7 @@ def test_half_a_download_is_no_model(cache: Path) -> None:
 def test_the_size_is_said_before_it_is_downloaded_and_must_have_room(
     cache: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """The hub is a stand-in: what it answers to a dry run, and a cache that is full afterwards."""
+    """The hub is a stand-in: its answer to a dry run, and a cache that is full afterwards."""
     real, said, order = huggingface_hub.snapshot_download, list[str](), list[str]()
 
     def hub(model: str, **how: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The transformers engines on tiny real models: what they compute is what the model says."""
+"""The transformers engines on tiny real models: they compute what the model computes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def drain(sampler: Any) -> dict[int, Rollout]:
 
 
 def model_logprobs(model: Any, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
-    """log pi(y) of every response token by one plain forward of the unpadded sequence."""
+    """log pi(y) of every response token, from one plain forward pass over the unpadded sequence."""
     with torch.no_grad():
         logits = model(torch.from_numpy(rollout.token_ids).long()[None]).logits[0].double() / temperature
     predicted = torch.log_softmax(logits, -1)[rollout.prompt_length - 1 : -1]
@@ -142,7 +142,7 @@ def test_top_p_and_greedy_are_renormalised() -> None:
 
 
 def test_draws_beside_the_response(student: str) -> None:
-    """They change nothing of the response, have the log-probs of the policy that drew, and are its draws."""
+    """They leave the response unchanged, follow the policy's distribution, and have its log-probs."""
     rollouts = []
     for draws in (1, 65):
         sampler = on_weights(student, torch.float32, CPU, concurrency=8)
@@ -206,9 +206,7 @@ def test_teacher_targets_are_the_models(student: str, request: pytest.FixtureReq
 
 @pytest.mark.parametrize("keep", [4, -1])
 def test_the_students_likeliest_tokens_join_the_teachers(student: str, keep: int) -> None:
-    """Of k classes the first are the student's own, the others the teacher's likeliest that are not among
-    them.
-    """
+    """The first of the k classes are the student's own, the others the teacher's likeliest among the rest."""
     sampler = on_weights(student, torch.float32, CPU, 3)
     sampler.submit(requests(3, SamplingParams(max_new_tokens=6, keep_topk=keep)))
     rollouts = list(drain(sampler).values())
@@ -237,7 +235,7 @@ def test_the_students_likeliest_tokens_join_the_teachers(student: str, keep: int
 
 
 def test_the_published_layout_is_what_models_load(student: str) -> None:
-    """Names, shapes and tying: the layout made without weights is the real model's."""
+    """Names, shapes and tying: the layout made without weights matches the real model."""
     layout = hf.weight_layout(hf.load_config(student, "m"), torch.float32)
     model = hf.load_model(student, "m", torch.float32)
     sampler = TransformersSampler(model, hf.TokenRules(frozenset({1}), 0), CPU, 1)

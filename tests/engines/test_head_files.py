@@ -1,6 +1,6 @@
-"""A learner needs of a teacher its head alone: of a model on a hub no other file is fetched for it.
+"""A learner needs only the teacher's head: for a model on a hub, no other file is fetched for it.
 
-The hub is a server of this test's own, which the real client talks to.
+The hub is this test's own server, which the real client talks to.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIZES = {
 
 @pytest.fixture
 def model(tmp_path: Path) -> Any:
-    """In several files."""
+    """A model in several files."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES, tie_word_embeddings=False))
     model.save_pretrained(tmp_path / "model", max_shard_size="24KB")
@@ -42,7 +42,7 @@ def model(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def fetched(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of the files that were asked for with their contents."""
+    """Names of the files whose contents were requested."""
     asked: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):

@@ -1,5 +1,5 @@
-"""Logits that change after the head: found in an architecture's own code, and applied by teacher, learner and
-vLLM alike.
+"""Logits that change after the head: detected from an architecture's own code, and applied by teacher,
+learner and vLLM alike.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def test_logits_from_hidden_states_are_the_models_own(architecture: str) -> None
 
 
 def test_a_cap_that_is_hardly_felt_is_found_all_the_same() -> None:
-    """Small logits, as a checkpoint's at first: a probe of the model's own would not show it."""
+    """Logits are small, as in a fresh checkpoint, so a probe of the model itself would not show it."""
     rule = hf.head_rule(tiny_models.tiny_model("gemma2", logits=0.01).config, "m")
     assert rule.cap == pytest.approx(6.0, rel=1e-6)
     assert rule.scale == 1
@@ -65,7 +65,7 @@ def test_a_cap_that_is_hardly_felt_is_found_all_the_same() -> None:
 
 
 class Squared(torch.nn.Module):
-    """Something after the head that no rule describes."""
+    """Does something after the head that no rule describes."""
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         return logits + 1e-3 * logits.square()
@@ -110,7 +110,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> dict[str, Pat
 
 @pytest.mark.parametrize("student", ["gemma2", "phi", "cohere"])
 def test_the_learners_step_is_plain_pytorch(pairs: dict[str, Path], student: str) -> None:
-    """All gradients, the head's bias included, and drifts of 0 where the weights are those that sampled."""
+    """All gradients, including the head's bias, and drifts of 0 if the weights are those that sampled."""
     folder = pairs[student]
     samples = kit.make_samples(folder, count=4, width=64)
     cfg = kit.config(policy="reweight+anchor", anchor=1.0)

@@ -1,6 +1,4 @@
-"""Remote teachers that are not what they should be: real sockets on this machine, and the check at a run's
-start.
-"""
+"""Misbehaving remote teachers: real sockets on this machine, and the check at a run's start."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ class Tokenizer:
 
 @pytest.fixture
 def listening() -> Iterator[Callable[[Serve], str]]:
-    """Starts a server that treats every connection as told; returns its url. It ends with the test."""
+    """Starts a server that handles every connection with `Serve`; returns its URL. It ends with the test."""
     sockets: list[socket.socket] = []
 
     def start(serve: Serve) -> str:
@@ -97,7 +95,7 @@ def silent(connection: socket.socket) -> None:
 
 
 def drip(text: bytes) -> Serve:
-    """A byte now and then, never all."""
+    """Send a byte now and then, never all of them."""
 
     def serve(connection: socket.socket) -> None:
         request(connection)
@@ -155,7 +153,7 @@ PAGE = "<!doctype html><html><body>Welcome</body></html>"
 def test_the_check_at_the_start_says_which_server_and_what_happened(
     listening: Callable[[Serve], str], monkeypatch: pytest.MonkeyPatch, serve: Serve, message: str
 ) -> None:
-    """At the defaults, five retries of two minutes: the check has time-outs of its own."""
+    """The defaults are five retries of two minutes; the check has its own timeouts."""
     assert re.search(message, said := verdict(listening(serve), monkeypatch)), said
 
 
@@ -170,7 +168,7 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_waits_for_the_whole_of_an_answer_no_longer_than_its_timeout(
     listening: Callable[[Serve], str],
 ) -> None:
-    """Each byte of a dripping answer comes in time; all of them never would."""
+    """Each byte of a dripping answer comes in time; the whole answer never would."""
     url = listening(drip(HEAD + b'\r\n{"choices": ['))
     with pytest.raises(Unreachable, match="failed 2 times"):
         HttpTeacher(server(url, timeout_s=0.3, retries=1), 256)._post({"prompt": "x"})
@@ -195,7 +193,7 @@ def test_a_sound_server_passes_and_what_can_pass_is_tried_again(listening: Calla
 
 
 def judged(asked: dict[str, object]) -> bytes:
-    """What a sound server answers: of every token but the first its log-prob."""
+    """A correct server's answer: the log-prob of every token but the first."""
     ids: list[int] = asked["prompt"]  # type: ignore[assignment]
     entries = [None, *({str(i): {"logprob": -1.5, "rank": 1}} for i in ids[1:])]
     return json.dumps({"choices": [{"prompt_logprobs": entries}]}).encode()

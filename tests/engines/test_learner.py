@@ -20,7 +20,7 @@ from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.samples import Sample, StepReport, TeacherTargets
 
-# fp32, sums in another order; gradients here are of the order of 0.1.
+# fp32, sums in a different order; gradients here are around 0.1.
 RTOL, ATOL = 1e-4, 2e-6
 
 
@@ -79,7 +79,7 @@ def test_packed_padded_and_one_by_one_are_the_same(
 
 
 def test_a_sample_without_any_loss_counts_and_weighs_nothing(pair: Path, samples: list[Sample]) -> None:
-    """An episode that broke off before the student said a word still is one of the batch."""
+    """An episode that broke off before the student said a word still counts in the batch."""
     silent = replace(samples[3].rollout, loss_mask=np.zeros(samples[3].rollout.response_length, dtype=bool))
     given = [*samples[:3], replace(samples[3], rollout=silent)]
     cfg = kit.config()
@@ -99,7 +99,7 @@ def test_activation_checkpointing_and_chunks_change_nothing(pair: Path, samples:
 
 @pytest.mark.slow
 def test_compiling_changes_nothing(pair: Path, samples: list[Sample]) -> None:
-    """Several shapes, so that dynamic ones are compiled as well."""
+    """Several shapes, so that dynamic ones are also compiled."""
     cfg = kit.config(micro_tokens=30)
     report, expected = step(pair, samples, cfg)
     compiled, found = step(pair, samples, kit.changed(cfg, compile=True))
@@ -140,7 +140,7 @@ def test_two_ranks_are_plain_pytorch(pair: Path, samples: list[Sample], tmp_path
 
 
 def rank_memory(rank: int, world: int, pair: Path, samples: list[Sample], cfg: LearnerConfig) -> Any:
-    """Gradients after a step of several micro-batches, and the bytes of whole ones that FSDP held before
+    """Gradients after a step of several micro-batches, and the bytes of whole gradients that FSDP held before
     each.
     """
     learner, held = kit.make_learner(pair, cfg, rank, world), []
@@ -156,7 +156,7 @@ def rank_memory(rank: int, world: int, pair: Path, samples: list[Sample], cfg: L
 
 
 def _sharded_parameters(student: Any) -> list[Any]:
-    """FSDP's own record of each."""
+    """FSDP's own record of each parameter."""
     states = [m._get_fsdp_state() for m in student.modules() if isinstance(m, FSDPModule)]
     return [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
 
@@ -219,9 +219,7 @@ def test_offloading_changes_nothing(pair: Path, samples: list[Sample], tmp_path:
 
 
 def test_optimizer_states_may_rest_in_bf16(pair: Path, samples: list[Sample], tmp_path: Path) -> None:
-    """The first update is the same to the bit, later ones nearly; saved and read again they are what they
-    were.
-    """
+    """The first update is the same to the bit, later ones nearly so; saving and reading changes nothing."""
     cfg = kit.config()
     whole, narrow = (
         kit.make_learner(pair, cfg),
@@ -256,7 +254,7 @@ def test_step_scale_multiplies_the_learning_rate(pair: Path, samples: list[Sampl
 
 
 def test_the_anchor_pulls_towards_the_policy_that_sampled(pair: Path) -> None:
-    """With no loss to follow but the anchor, drift falls; without it, it grows."""
+    """With only the anchor to follow, drift falls; without it, drift grows."""
     fresh = kit.make_samples(pair, drifted=False)
     end = {}
     for anchor in (0.0, 100.0):
@@ -277,7 +275,7 @@ def test_when_everything_is_gated_nothing_is_updated(pair: Path, samples: list[S
 
 
 def test_a_cached_label_stands_where_the_current_context_is_gone(pair: Path, samples: list[Sample]) -> None:
-    """As if the second half of each sample were no longer found: cached labels still teach it, current ones
+    """As if the second half of each sample could not be found: cached labels still teach it, current ones
     cannot.
     """
     halves = []
@@ -367,7 +365,7 @@ def test_state_saved_by_any_number_of_ranks_goes_on_with_one(
 
 
 def test_saving_before_the_first_step_is_no_step(pair: Path, samples: list[Sample], tmp_path: Path) -> None:
-    """AdamW corrects its first moments by the count of steps: one too many changes every weight."""
+    """AdamW corrects its moments by the step count: one too many changes every weight."""
     whole, saved, resumed = (kit.make_learner(pair, kit.config()) for _ in range(3))
     resumed.restore(tmp_path / "saved", kit.save(saved, tmp_path / "saved"))
     for learner in (whole, saved, resumed):
@@ -381,7 +379,7 @@ def test_saving_before_the_first_step_is_no_step(pair: Path, samples: list[Sampl
 def test_a_restored_learner_goes_by_the_recipe_of_today(
     pair: Path, samples: list[Sample], tmp_path: Path
 ) -> None:
-    """A checkpoint holds what AdamW has gathered, not how it is to be used."""
+    """A checkpoint holds what AdamW has accumulated, not how to use it."""
     before = kit.make_learner(pair, kit.config())
     before.train(0, samples)
     extra = kit.save(before, tmp_path / "saved")
@@ -406,8 +404,8 @@ def test_learning_rate_schedule() -> None:
 @pytest.mark.parametrize("warmup", [0, 1, 5, 9, 10, 30])
 @pytest.mark.parametrize("steps", [1, 2, 6, 10, 11])
 def test_the_last_step_is_at_the_smallest_rate(decay: Any, warmup: int, steps: int) -> None:
-    """Exactly, however short the run; the warm-up is as steep as ever, and more steps later change nothing
-    before them.
+    """Exactly, however short the run; the warm-up is just as steep, and adding steps changes no earlier
+    rate.
     """
     cfg = kit.config(warmup_steps=warmup, steps=steps, decay=decay, min_lr_ratio=0.25)
     factors = [lr_factor(cfg.learner, i) for i in range(steps)]
@@ -432,7 +430,7 @@ def test_steps_out_of_order_are_refused(pair: Path, samples: list[Sample]) -> No
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_kl_of_every_token_that_the_student_sampled(pair: Path, samples: list[Sample], packing: bool) -> None:
-    """In the order of the samples, whatever micro-batches they were measured in; a step keeps none."""
+    """In the order of the samples, whatever the micro-batches; a training step keeps none."""
     learner = kit.make_learner(pair, kit.config(packing=packing))
     some = [replace(s, rollout=replace(s.rollout, loss_mask=s.rollout.loss_mask.copy())) for s in samples]
     some[1].rollout.loss_mask[1:-1:2] = False  # as where a tool wrote
@@ -466,7 +464,7 @@ def test_kl_by_quarter_of_the_response(pair: Path, samples: list[Sample]) -> Non
 
 
 def two_teachers(pair: Path, samples: list[Sample]) -> list[Sample]:
-    """Every other sample is judged by the student itself, which is narrower than the teacher."""
+    """Every other sample is judged by the student's model, which is narrower than the teacher."""
     student = hf.load_model(str(pair / "student"), "m", torch.float32)
     targets = [
         TeacherTargets("hidden", hidden=torch.empty(s.rollout.response_length, 96), teacher=1)
@@ -513,7 +511,7 @@ def _score_unevenly(rank: int, world: int, pair: Path, samples: list[Sample], co
 def test_a_sharded_teacher_scores_uneven_shares(
     pair: Path, samples: list[Sample], tmp_path: Path, count: int
 ) -> None:
-    """One rank has nothing to score, or fewer batches, and must join in all the same."""
+    """One rank has nothing to score, or fewer batches, but must still join in."""
     found = kit.on_ranks(2, tmp_path, _score_unevenly, pair, samples, count)
     for ours, sample in zip(found, samples[:count:2], strict=True):
         np.testing.assert_allclose(ours, sample.targets.hidden.numpy(), rtol=1e-4, atol=1e-5)

@@ -87,7 +87,7 @@ def test_adapters_get_the_gradients_of_plain_autograd(pair: Path, samples: list[
 
 
 def _before(parameter: torch.Tensor, learner: FsdpLearner) -> torch.Tensor:
-    """The weights as they were before AdamW's first step, which is -lr sign(gradient) but for epsilon."""
+    """The weights before AdamW's first step, which is -lr sign(gradient) up to epsilon."""
     group, state = learner.optimizer.param_groups[0], learner.optimizer.state[parameter]
     m = state["exp_avg"] / (1 - group["betas"][0])
     v = state["exp_avg_sq"] / (1 - group["betas"][1])
@@ -152,7 +152,7 @@ def test_a_target_that_the_model_lacks_is_named(pair: Path) -> None:
 
 @SLOW
 def test_a_run_with_adapters_stopped_and_resumed(fopd: Fopd, pair: Path) -> None:
-    """Bitwise the metrics of a run in one go; what it leaves is a plain model, whatever the learner held."""
+    """Bitwise the metrics of an uninterrupted run; it leaves a plain model, whatever the learner held."""
     recipe = small_recipe(pair, learner={"steps": 6, "lr": 1e-2, "activation_checkpointing": True})
     recipe["student"]["lora"] = {"rank": 4, "alpha": 8}
     whole = fopd.run(recipe, "whole")

@@ -1,6 +1,4 @@
-"""Adapters of mixtures of experts: experts are adapted and published merged, routers only if the recipe says
-so.
-"""
+"""Adapters on mixtures of experts: experts are adapted and published merged, routers only on request."""
 
 from __future__ import annotations
 
@@ -62,7 +60,7 @@ def test_what_is_published_is_what_base_and_adapters_compute(name: str, router: 
 
 @torch.no_grad()
 def test_experts_are_merged_by_the_formula(tmp_path: Path) -> None:
-    """W_e + (alpha / rank) B_e A_e for every expert, from the adapters' numbers as they are laid out."""
+    """W_e + (alpha / rank) B_e A_e for every expert, computed from the adapters' stored layout."""
     lm = adapted(saved("qwen3_moe", tmp_path), ["down_proj"])
     published = dict(lora.merged(lm))
     base = hf.load_model(str(tmp_path), "m", torch.float32).state_dict()

@@ -1,6 +1,4 @@
-"""A model's files: what they lack is named before anything is trained, and a trained student is always
-written.
-"""
+"""A model's files: what they lack is named before training, and a trained student is always written."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def changed(source: Path, folder: Path, change: Callable[[Tensors], Any], **conf
 
 
 def both(model: str) -> tuple[str, str]:
-    """What loading the weights says, and what the files' headers say."""
+    """The problems found by loading the weights, and by reading the files' headers."""
     with pytest.raises(UserError) as loading:
         hf.load_model(model, "student.model", torch.float32)
     report = hf.load_report(model, hf.load_config(model, "m"), "student.model")
@@ -93,7 +91,7 @@ def test_experts_that_are_not_all_there_are_named(pair: Path, tmp_path: Path) ->
 
 
 def test_embeddings_that_are_tied_and_differ_are_named(pair: Path, tmp_path: Path) -> None:
-    """Tied by configuration, while the file holds a head of its own: which one is meant, nobody can know."""
+    """Tied by configuration, but the file holds a separate head: it is unclear which one is meant."""
 
     def own_head(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
@@ -130,7 +128,7 @@ def test_doctor_and_run_name_what_is_wrong_with_the_weights(fopd: Fopd, pair: Pa
 
 
 def shards(folder: Path) -> None:
-    """The one file as two and their index."""
+    """Split the one file into two and an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -200,7 +198,7 @@ def test_files_that_are_broken_are_named(what: str, pair: Path, tmp_path: Path) 
 
 
 def test_an_adapter_is_no_model(pair: Path, tmp_path: Path) -> None:
-    """transformers would load the base model that it names, and say nothing."""
+    """transformers would silently load the base model that it names."""
     model = changed(pair / "student", tmp_path / "m", lambda t: None)
     (tmp_path / "m" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/other"}')
     with pytest.raises(UserError, match=r"student\.model: .* is a LoRA adapter; merge it"):
@@ -208,7 +206,7 @@ def test_an_adapter_is_no_model(pair: Path, tmp_path: Path) -> None:
 
 
 def test_a_checkpoints_own_code_is_not_run(pair: Path, tmp_path: Path) -> None:
-    """And nobody is asked at the terminal whether it may be."""
+    """And the terminal does not ask whether to run it."""
     own = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "configuration.Own"}}
     model = changed(pair / "student", tmp_path / "m", lambda t: None, **own)
     (tmp_path / "m" / "configuration.py").write_text("raise SystemExit('was run')")
@@ -244,7 +242,7 @@ def test_any_generation_config_is_kept_as_it_stands(pair: Path, tmp_path: Path) 
 def test_what_transformers_does_not_save_is_written_without_it(
     pair: Path, llama_pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Tied and untied; the weights are in the dtype that they are asked for in, and load in it."""
+    """Tied and untied; the weights are written in the requested dtype, and load in it."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ValueError("GenerationConfig is invalid")
@@ -320,7 +318,7 @@ def test_what_stays_in_fp32_is_published_and_exported_in_it(
 
 
 def hidden_states(rank: int, world: int, path: str, ids: torch.Tensor) -> torch.Tensor:
-    """Of a learner that computes in bf16."""
+    """Hidden states of a learner that computes in bf16."""
     cfg = kit.config(compute_dtype=torch.bfloat16, packing=False)
     learner = FsdpLearner(hf.load_model(path, "m", torch.float32), [], cfg, kit.CPU, rank, world)
     with torch.no_grad():
@@ -331,7 +329,7 @@ def hidden_states(rank: int, world: int, path: str, ids: torch.Tensor) -> torch.
 def test_a_learner_in_bf16_computes_as_the_sampler_does(
     architecture: str, pair: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit: a router in another precision would choose other experts now and then."""
+    """Bit for bit: a router in another precision would sometimes choose other experts."""
     path = str(tiny_models.save(tiny_models.tiny_model(architecture), tmp_path / "m", pair / "student"))
     ids = torch.randint(2, 200, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

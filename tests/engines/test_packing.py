@@ -161,7 +161,7 @@ def test_packed_is_each_alone(name: str) -> None:
         found = hidden(lm, sequences, packed)
         torch.stack(
             [h.pow(3).mean() for h in found]
-        ).sum().backward()  # (squares are what the last norm keeps constant)
+        ).sum().backward()  # (the last norm keeps squares constant)
         gradients.append([p.grad.clone() for p in lm.parameters() if p.grad is not None])
         if packed:
             for one, other, ours in zip(alone, padded, found, strict=True):
@@ -180,7 +180,7 @@ def test_a_row_holds_no_padding() -> None:
 
 
 def test_an_architecture_with_a_running_state_is_refused() -> None:
-    """LFM2's short convolutions would run on from one sample into the next."""
+    """LFM2's short convolutions would carry over from one sample into the next."""
     layers = ["conv", "full_attention"]
     lm = model(Lfm2Config(**SIZES, num_key_value_heads=2, layer_types=layers, initializer_range=0.2))
     enable_packing(lm)
@@ -191,7 +191,7 @@ def test_an_architecture_with_a_running_state_is_refused() -> None:
 
 
 def test_rounding_is_no_reason_to_refuse() -> None:
-    """Thirty layers in bfloat16 and in float32, wide enough that rows of another length run other kernels."""
+    """Thirty layers in bfloat16 and float32, wide enough that rows of different lengths use other kernels."""
     for dtype in (torch.float32, torch.bfloat16):
         config = LlamaConfig(
             vocab_size=512,
@@ -207,9 +207,7 @@ def test_rounding_is_no_reason_to_refuse() -> None:
 
 
 def test_a_neighbour_whose_length_becomes_a_samples_own_is_found() -> None:
-    """transformers' longrope takes the longest position in the row for every sample's, if nobody sees to
-    it.
-    """
+    """transformers' longrope would use the row's longest position for every sample, unless prevented."""
     config = Phi3Config(**SIZES, **LONGROPE, num_key_value_heads=2)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32).eval()
     enable_packing(lm)

@@ -1,4 +1,4 @@
-"""Micro-batches on their way to the device, in the order in which that happens."""
+"""Micro-batches on their way to the device, and the order of events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Watched(Lane):
-    """Notes what passes."""
+    """Records what passes."""
 
     def __init__(self, log: list[str]) -> None:
         super().__init__(CPU)
@@ -35,9 +35,7 @@ class Watched(Lane):
 def test_the_next_micro_batch_leaves_before_anybody_waits_for_the_one_before(
     pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its copies are asked for when the backward pass of the one before has been, and before the first look
-    at a figure.
-    """
+    """Its copies are queued after the previous one's backward pass, and before a figure is first read."""
     samples, log = kit.make_samples(pair, 4), []  # type: list[Any], list[str]
     learner = kit.make_learner(pair, kit.config(micro_tokens=1))
     learner.lane = Watched(log)
@@ -65,7 +63,7 @@ def test_at_most_one_is_under_way() -> None:
 
 
 def test_all_tensors_of_a_batch_go(pair: Path) -> None:
-    """To the meta device here, with what a packed row needs beside its ids."""
+    """Here to the meta device, with what a packed row needs besides its ids."""
     batch = learner_module.MicroBatch.of(kit.make_samples(pair, 3), True)
     moved = each_tensor(batch, lambda t: t.to("meta"))
     left: list[torch.Tensor] = []

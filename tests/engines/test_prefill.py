@@ -1,4 +1,4 @@
-"""The transformers sampler: how much it computes at once, and who joins a batch that runs."""
+"""The transformers sampler: how much it computes at once, and which requests join a running batch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model_of(name: str, seed: int = 0) -> Any:
 
 
 def sampler_of(model: Any, batch: int, **changes: Any) -> tuple[TransformersSampler, list[int]]:
-    """With the tokens of every forward pass, padding included."""
+    """A sampler, and the tokens of each of its forward passes, padding included."""
     engine = TransformersSampler(model, hf.TokenRules(frozenset(), 0), CPU, batch, **changes)
     passes: list[int] = []
     model.register_forward_pre_hook(lambda _, a, k: passes.append(k["input_ids"].numel()), with_kwargs=True)
@@ -66,7 +66,7 @@ def requests(lengths: list[int], new: list[int], first: int = 0) -> list[Request
 
 
 def expected(model: Any, rollout: Rollout) -> np.ndarray:
-    """log pi of every response token; each as the last one of what was there when it was sampled."""
+    """log pi of every response token, each as the last token of its own prefix."""
     found = []
     for end in range(rollout.prompt_length, len(rollout.token_ids)):
         with torch.no_grad():
@@ -81,7 +81,7 @@ def others(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["full attention", "a window"])
 def test_no_forward_pass_is_over_more_tokens_than_allowed(name: str) -> None:
-    """Neither at the start nor after an update, when all rows are computed anew."""
+    """Neither at the start nor after an update, when all rows are recomputed."""
     model, old, new = model_of(name), model_of(name), model_of(name, 1)
     engine, passes = sampler_of(model, 4, prefill_tokens=BUDGET)
     engine.submit(requests([30, 3, 17, 1], [12] * 4))
@@ -100,8 +100,8 @@ def test_no_forward_pass_is_over_more_tokens_than_allowed(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_requests_join_a_batch_that_runs(name: str) -> None:
-    """At once, where the cache is plain keys and values; else when it is made anew, or when the batch is
-    done. Prompts are shorter and longer than what runs, and of one token.
+    """At once if the cache is plain keys and values; otherwise when it is rebuilt, or when the batch is done.
+    Prompts are shorter and longer than the running rows, and one token long.
     """
     model, reference = model_of(name), model_of(name)
     engine, _ = sampler_of(model, 3, prefill_tokens=BUDGET)
@@ -125,7 +125,7 @@ def test_requests_join_a_batch_that_runs(name: str) -> None:
 
 
 def test_rows_that_join_make_room_for_their_prompts_alone() -> None:
-    """A batch is as wide as its longest row, not as all that it ever held."""
+    """A batch is as wide as its longest current row, not its longest ever."""
     engine, _ = sampler_of(model_of("full attention"), 2)
     engine.submit(requests([30, 2], [2, 40]))
     engine.submit(requests([3] * 12, [3] * 12, first=10))
@@ -138,8 +138,8 @@ def test_rows_that_join_make_room_for_their_prompts_alone() -> None:
 
 
 def test_stale_keys_and_values_are_kept_if_so_told() -> None:
-    """Nothing is computed anew; tokens after the update are those of the new weights over what the old ones
-    left, and are counted.
+    """Nothing is recomputed; tokens after the update come from the new weights over the old keys and values,
+    and are counted.
     """
     model, old, new = (model_of("full attention", seed) for seed in (0, 0, 1))
     engine, passes = sampler_of(model, 2, stale_kv=True)

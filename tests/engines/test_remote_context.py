@@ -1,5 +1,5 @@
-"""What a server can be wrong in: a context that is too short, and values that are no log-probs. A real server
-over loopback.
+"""What can be wrong with a server: a context that is too short, or values that are not log-probs. A real
+server on loopback.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ VOCAB = 260
 
 
 class Server:
-    """The tiny teacher behind the part of the API that we use. `tells` its context or not; `scale` and
-    `shift` spoil its values.
+    """The tiny teacher behind the part of the API that we use. `tells`: whether it reports its context;
+    `scale` and `shift` corrupt its values.
     """
 
     def __init__(self) -> None:

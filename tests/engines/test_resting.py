@@ -1,4 +1,4 @@
-"""Sleep and wake without a GPU: the tensors go to other memory and back, as they do there."""
+"""Sleep and wake without a GPU: the tensors move to other memory and back, as on a GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_frozen_weights_have_one_copy_that_is_never_copied_back() -> None:
         assert module.second.weight is module.first.weight
         torch.testing.assert_close(module.first.weight, weight, rtol=0, atol=0)
         with torch.no_grad():
-            module.first.weight.fill_(9)  # nobody does that to a frozen weight: it shows what is copied
+            module.first.weight.fill_(9)  # never happens to a frozen weight: it shows what is copied
     assert at_rest[0] == at_rest[1] == at_rest[2]
     assert resting.copied == 64 + 3 * 12  # the weight once, the buffer each time
 
@@ -102,7 +102,7 @@ def trained(rank: int, world: int, pair: str, adapters: bool, sleeps: bool) -> A
 
 
 def test_a_sharded_learner_that_slept_is_bitwise_the_one_that_did_not(pair: Path, tmp_path: Path) -> None:
-    """Two ranks, with shards of uneven size, which FSDP pads again as it takes note of new memory."""
+    """Two ranks with shards of uneven size, which FSDP pads again when it sees new memory."""
     found = [
         kit.on_ranks(2, _folder(tmp_path, str(sleeps)), trained, str(pair), False, sleeps)
         for sleeps in (False, True)

@@ -1,5 +1,5 @@
-"""Rotary embeddings that depend on a sequence's length: each sequence has those of its own, whoever lies
-beside it.
+"""Rotary embeddings that depend on a sequence's length: each sequence gets its own, whatever is next to
+it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LENGTHS = (5, SWITCH, SWITCH + 1, 30, 3)
 
 
 def model(name: str, folder: Path) -> tuple[Any, Any]:
-    """One that fopd loads, and the same as transformers makes it."""
+    """A model loaded by fopd, and the same one loaded by transformers."""
     config = architectures.ARCHITECTURES[name]()
     architectures.make(config, hf._auto(config)).save_pretrained(folder)
     return hf.load_model(str(folder), "m", torch.float32), hf._auto(config).from_pretrained(folder).eval()
 
 
 def frequencies(name: str, length: int) -> torch.Tensor:
-    """By the papers' formulas, not by transformers' code."""
+    """From the papers' formulas, not transformers' code."""
     base = 10000.0 ** (torch.arange(0, 8, 2) / 8)
     if name == "phi3 longrope":
         factors = [2.0, 4.0, 6.0, 9.0] if length > SWITCH else [1.0, 1.1, 1.2, 1.3]
@@ -85,7 +85,7 @@ def test_where_vllm_samples_all_have_the_factors_of_the_runs_longest_sample(tmp_
 
 
 def test_a_piece_of_a_sequence_is_refused(tmp_path: Path) -> None:
-    """Positions that begin in the middle do not say how long their sequence is."""
+    """Positions that start midway do not say how long their sequence is."""
     lm, _ = model("phi3 longrope", tmp_path)
     for positions in ([[4, 5, 6]], [[0, 1, 2, 3, 2, 3]]):
         with pytest.raises(ValueError, match="a piece of it"):
@@ -93,7 +93,7 @@ def test_a_piece_of_a_sequence_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_beginning_that_is_shared_is_refused(tmp_path: Path) -> None:
-    """It would have the lengths of all sequences that begin with it."""
+    """It would have the lengths of all sequences that start with it."""
     lm, _ = model("phi3 longrope", tmp_path)
     enable_packing(lm)
     sequences = [np.concatenate([np.arange(3, 30), np.array(own)]) for own in ([30, 31], [40])]

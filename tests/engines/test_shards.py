@@ -1,4 +1,4 @@
-"""Weights read straight into shards: what is read, and how much of it lies in a rank's memory."""
+"""Weights read straight into shards: what is read, and how much of it is in a rank's memory."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def anonymous_bytes() -> int:
-    """Of this process: not the pages of files that it only looks at."""
+    """This process's anonymous memory, without pages of mapped files."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")))
 
 
 def peak_of(load: Callable[[], Any]) -> tuple[Any, int]:
-    """What it made, and by how many bytes the process grew meanwhile."""
+    """What `load` returned, and by how many bytes the process grew."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before, done, seen = anonymous_bytes(), threading.Event(), [0]
@@ -88,8 +88,8 @@ def teacher_of(path: str, world: int, in_shards: bool) -> Any:
 
 
 def rank_loads(rank: int, world: int, path: str) -> tuple[list[str], dict[str, int]]:
-    """Names of what differs between the two ways, and the peaks: of a model without its weights, of reading
-    each rank's own, and of a model that is loaded whole.
+    """Names of what differs between the two ways, and the peaks: for a model without weights, for each rank
+    reading its own, and for a model loaded whole.
     """
     differ, peaks, fill = [], {}, shards.Unread.fill
     kept, peaks["whole"] = peak_of(lambda: hf.load_model(path, "m", torch.float32))
@@ -111,7 +111,7 @@ def rank_loads(rank: int, world: int, path: str) -> tuple[list[str], dict[str, i
 
 
 def test_each_rank_reads_its_own_part(model: Path, tmp_path: Path) -> None:
-    """The same bits as of a model that was loaded whole, buffers as well, in half of its memory."""
+    """The same bits as a model loaded whole, including buffers, in half the memory."""
     differ, peaks = kit.on_ranks(2, tmp_path, rank_loads, str(model))
     assert differ == []
     size = sum(4 * t.numel() for t in hf.load_model(str(model), "m", torch.float32).parameters())
@@ -123,7 +123,7 @@ def test_each_rank_reads_its_own_part(model: Path, tmp_path: Path) -> None:
 
 
 def test_what_transformers_has_to_put_together_is_loaded_whole(tmp_path: Path) -> None:
-    """A mixture's file has its experts one by one; the model has them in one."""
+    """A mixture's file has its experts one by one; the model has them in one tensor."""
     config = Qwen3MoeConfig(**{**SIZES, "vocab_size": 64}, num_experts=4, moe_intermediate_size=16)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert shards.empty(str(tmp_path), "m", torch.float32) is None

@@ -1,6 +1,4 @@
-"""What cannot be distilled, or not in this way, is said in one line before weights are loaded and workers
-started.
-"""
+"""What cannot be distilled, or not this way, is reported in one line before weights load or workers start."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from fopd_cli.errors import UserError
 
 
 def folder_of(config: Any, pair: Path, out: Path) -> str:
-    """A model directory that holds a configuration and a tokenizer, and no weights."""
+    """A model directory with a configuration and a tokenizer, but no weights."""
     shutil.copytree(pair / "student", out)
     (out / "model.safetensors").unlink()
     (out / "config.json").write_text(json.dumps(config.to_dict()))
@@ -89,7 +87,7 @@ def test_what_transformers_does_not_know_as_a_language_model_is_named() -> None:
     ("name", "asks"), [("deepseek_v32", True), ("hy_v4", True), ("llama", False), ("gpt2", False)]
 )
 def test_what_asks_for_its_attention_by_name_is_given_none_of_ours(name: str, asks: bool) -> None:
-    """Sparse attention leaves out its choice of keys where the name is not PyTorch's, and says nothing."""
+    """Sparse attention silently skips its choice of keys if the name is not PyTorch's."""
     config = architectures.ARCHITECTURES[name]()
     model = hf.empty_model(config)
     assert hf.asks_which_attention(model) == asks

@@ -1,6 +1,4 @@
-"""Chat templates of real models, as far as their frames go: what they put around turns, and what they
-refuse.
-"""
+"""The frames of real models' chat templates: what they put around turns, and what they refuse."""
 
 from __future__ import annotations
 
@@ -91,8 +89,8 @@ U, A = {"role": "user", "content": "question"}, {"role": "assistant", "content":
 
 @pytest.mark.parametrize("name", MODELS)
 def test_turns_and_observations_are_what_the_template_renders(name: str) -> None:
-    """Prompt, the sampled turn with its end, the observation: together the template's own rendering, no token
-    twice.
+    """Prompt, sampled turn with its end, and observation together are the template's own rendering, with no
+    token twice.
     """
     tokenizer = tokenizer_of(name)
     end = tokenizer.convert_tokens_to_ids(MODELS[name][3])
@@ -107,7 +105,7 @@ def test_turns_and_observations_are_what_the_template_renders(name: str) -> None
 
 
 def test_another_end_than_the_templates_leaves_the_frame_whole() -> None:
-    """A student that ends with <|endoftext|> has not said what opens the next message."""
+    """A student that ends with <|endoftext|> has not emitted the token that opens the next message."""
     for name, frame in (
         ("glm", "<|user|>\nx<|assistant|>"),
         ("phi4-mini", "<|end|><|user|>x<|end|><|assistant|>"),

@@ -1,6 +1,4 @@
-"""A vision-language checkpoint distilled as text: its language model learns, its tower stays, and both are
-saved.
-"""
+"""A vision-language model distilled as text: the language model learns, the tower stays, both are saved."""
 
 from __future__ import annotations
 

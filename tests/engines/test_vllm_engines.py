@@ -1,4 +1,4 @@
-"""vLLM for real, on the CPU: log-probs, seeds, continuous batching, and live weights, against plain
+"""The real vLLM on the CPU: log-probs, seeds, continuous batching and live weights, against plain
 transformers models.
 """
 
@@ -49,7 +49,7 @@ def new_host(folder: Path, ahead: bool = False) -> kit.Host:
 
 @pytest.fixture(scope="module", params=["in step", pytest.param("ahead", marks=pytest.mark.slow)])
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Host]:
-    """Engines that schedule a batch when the one before is done, and engines that schedule one ahead."""
+    """Engines that schedule a batch when the previous one is done, and engines that schedule one ahead."""
     server = new_host(tmp_path_factory.mktemp("vllm"), request.param == "ahead")
     yield server
     server.close()
@@ -75,7 +75,7 @@ def requests(count: int, params: SamplingParams, longest: int = 9, seed: int = 0
 
 
 def model_logprobs(model: Any, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
-    """float64 (n, V): log pi of all tokens at every response position, by one plain forward."""
+    """float64 (n, V): log pi of all tokens at every response position, from one plain forward pass."""
     with torch.no_grad():
         logits = model(torch.from_numpy(rollout.token_ids).long()[None]).logits[0].double() / temperature
     return torch.log_softmax(logits, -1)[rollout.prompt_length - 1 : -1].numpy()
@@ -86,7 +86,7 @@ def of_sampled(logprobs: np.ndarray, rollout: Rollout) -> np.ndarray:
 
 
 def renormalised(logprobs: np.ndarray, vocab: int) -> np.ndarray:
-    """Over the ids below `vocab` alone."""
+    """Over only the ids below `vocab`."""
     kept = logprobs[:, :vocab]
     return kept - np.logaddexp.reduce(kept, -1, keepdims=True)
 
@@ -153,7 +153,7 @@ def test_topk_and_full_behaviour_distributions(host: kit.Host, student: str) -> 
 
 
 def test_sampling_follows_the_distribution(host: kit.Host, student: str) -> None:
-    """First tokens of 3,000 seeds against the model's probabilities: chi-squared over the likely ones."""
+    """First tokens for 3,000 seeds against the model's probabilities: chi-squared over the likely ones."""
     wanted = [
         Request(i, np.array([9, 8], np.int32), i, SamplingParams(max_new_tokens=1)) for i in range(3000)
     ]
@@ -169,7 +169,7 @@ def test_sampling_follows_the_distribution(host: kit.Host, student: str) -> None
 
 
 def adapted(student: str, seed: int) -> Any:
-    """The student with adapters of rank 12 (not one of vLLM's sizes) that say something."""
+    """The student with nonzero adapters of rank 12 (not one of vLLM's sizes)."""
     model = hf.load_model(student, "m", torch.float32)
     lora.add_adapters(model, 12, 24.0, "all-linear", seed, torch.float32)
     torch.manual_seed(seed)
@@ -192,9 +192,7 @@ def _with_adapters(student: str, wanted: list[Request]) -> dict[int, Rollout]:
 
 
 def test_an_adapter_alone_is_the_merged_model(host: kit.Host, student: str) -> None:
-    """Also after one has replaced another in the middle of requests, with prompts of more than a cache
-    block.
-    """
+    """Also after one replaced another mid-request, with prompts longer than a cache block."""
     wanted = requests(6, SamplingParams(max_new_tokens=20), longest=200)
     rollouts = host(_with_adapters, student, wanted)
     models = {}
@@ -278,7 +276,7 @@ def test_no_batch_barrier(host: kit.Host, pair: Path) -> None:
 
 
 def perturbed(student: str, seed: int) -> dict[str, torch.Tensor]:
-    """A whole other model of the same shape, tying kept."""
+    """A completely different model of the same shape, still tied."""
     model = hf.load_model(student, "m", torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -294,7 +292,7 @@ def fresh(student: str, weights: dict[str, torch.Tensor]) -> Any:
 
 
 def through_shared_memory(student: str, version: int, weights: dict[str, torch.Tensor]) -> Any:
-    """Exactly what a run does: written into a slot by the learner, read from it by the sampler."""
+    """Exactly as in a run: written into a slot by the learner, read from it by the sampler."""
     channel = WeightChannel.create(hf.weight_layout(hf.load_config(student, "m"), torch.float32))
     channel.write(version, iter(kit.published(weights, student)))
     return channel.read(version)
@@ -340,7 +338,7 @@ def _update_in_the_middle(student: str, prompt: int) -> list[Rollout]:
 
 @pytest.mark.parametrize("prompt", [5, 290])
 def test_an_update_in_the_middle_opens_a_span_and_is_whole(host: kit.Host, student: str, prompt: int) -> None:
-    """Every token has the log-prob of the version that its span names, given all that stands before it."""
+    """Every token has the log-prob of the version that its span names, given everything before it."""
     models = {0: hf.load_model(student, "m", torch.float32)}
     models |= {v: fresh(student, perturbed(student, v)) for v in (3, 4)}
     rollouts = host(_update_in_the_middle, student, prompt)
@@ -353,7 +351,7 @@ def test_an_update_in_the_middle_opens_a_span_and_is_whole(host: kit.Host, stude
 
 
 def _over_stale_keys(student: str) -> tuple[list[Rollout], list[Rollout]]:
-    """What an update met in the middle, and what began after it with the same prompts."""
+    """Rollouts that an update interrupted, and rollouts that began after it with the same prompts."""
     engine = kit.original(kit.sampler(student, stale_kv=True), student)
     wanted = requests(4, SamplingParams(max_new_tokens=14), longest=300)
     engine.submit(wanted)
@@ -365,8 +363,8 @@ def _over_stale_keys(student: str) -> tuple[list[Rollout], list[Rollout]]:
 
 
 def test_stale_keys_and_values_are_kept_if_so_told_and_never_shared(host: kit.Host, pair: Path) -> None:
-    """Tokens after the update are those of the new weights over what the old ones left; whoever begins after
-    it has nothing of theirs.
+    """Tokens after the update come from the new weights over the old keys and values; later requests use none
+    of those.
     """
     student = str(pair / "student")
     old, new = hf.load_model(student, "m", torch.float32), fresh(student, perturbed(student, 3))
@@ -405,7 +403,7 @@ def _partial(student: str) -> str:
 
 
 def test_a_partial_update_is_refused(tmp_path: Path, pair: Path) -> None:
-    """In an engine of its own, for it is of no use afterwards."""
+    """In a separate engine, which is useless afterwards."""
     host = new_host(tmp_path)
     try:
         assert "lacks weights" in host(_partial, str(pair / "student"))
@@ -428,7 +426,7 @@ def test_abort_forgets_everything(host: kit.Host, pair: Path) -> None:
 
 
 def _turns(student: str) -> tuple[list[list[Rollout]], list[int]]:
-    """An episode's turns under one key: ended, aborted, and ended by an update; batches left under way."""
+    """An episode's turns under one key: ended, aborted, and ended by an update; batches left in flight."""
     engine, turns, under_way = kit.original(kit.sampler(student), student), [], []
     core = engine.engine._core
 
@@ -454,7 +452,7 @@ LONG = SamplingParams(max_new_tokens=6)
 
 
 def test_the_next_turn_under_the_same_key_begins_anew(tmp_path: Path, pair: Path) -> None:
-    """Where vLLM schedules ahead, the batch under way when a turn ends holds one more token of it."""
+    """Where vLLM schedules ahead, the batch in flight when a turn ends holds one more token of it."""
     student, host = str(pair / "student"), new_host(tmp_path, ahead=True)
     try:
         turns, under_way = host(_turns, student)
@@ -474,9 +472,7 @@ def test_the_next_turn_under_the_same_key_begins_anew(tmp_path: Path, pair: Path
 
 
 def _split(model: str) -> tuple[list[Rollout], list[Rollout], list[int]]:
-    """Two processes, an update in the middle of requests; returns rollouts, and the processes of vLLM's
-    own.
-    """
+    """Two processes, with an update mid-request; returns rollouts, and vLLM's own processes."""
     import psutil
 
     from fopd_cli.engines.vllm.sampler import VllmSampler
@@ -490,14 +486,14 @@ def _split(model: str) -> tuple[list[Rollout], list[Rollout], list[int]]:
     children = [
         p.pid for p in psutil.Process().children(recursive=True) if "from_parent" not in " ".join(p.cmdline())
     ]
-    for child in children:  # as systemd does: they go on with what they are at
+    for child in children:  # as systemd does: they go on with their work
         os.kill(child, signal.SIGTERM)
         os.kill(child, signal.SIGINT)
     return early + list(kit.drain(engine).values()), [], children
 
 
 def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(tmp_path: Path, pair: Path) -> None:
-    model = str(pair / "teacher")  # it has heads enough
+    model = str(pair / "teacher")  # it has enough heads
     host = new_host(tmp_path)
     try:
         rollouts, _, children = host(_split, model)
@@ -523,7 +519,7 @@ def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(tmp_path
 def _generated_by(
     options: dict[str, Any], model: str, updates: list[list[tuple[str, torch.Tensor]]]
 ) -> list[Rollout]:
-    """By an engine of its own, once it was given these weights one after the other."""
+    """By a separate engine, after it loaded these weights one after another."""
     from fopd_cli.engines.vllm.sampler import VllmSampler
 
     config, tokenizer = hf.load_config(model, "m"), hf.load_tokenizer(model, "m")
@@ -541,7 +537,7 @@ def _generated_by(
 
 @pytest.mark.parametrize("updates", [0, 2])
 def test_ids_past_the_shared_ones_are_never_sampled(tmp_path: Path, student: str, updates: int) -> None:
-    """Log-probs are those of what is left, after live updates as well."""
+    """Log-probs are normalized over the remaining ids, even after live updates."""
     host, vocab = new_host(tmp_path), 130
     model = hf.load_model(student, "m", torch.float32)
     try:
@@ -629,7 +625,7 @@ def _hidden(teacher: str, rollouts: list[Rollout]) -> list[TeacherTargets]:
 
 
 def test_hidden_states_are_the_models(host: kit.Host, student: str) -> None:
-    """Of prompts in one piece and in several, post-norm, as the learner's teacher head takes them."""
+    """For prompts in one chunk and in several, post-norm, as the learner's teacher head expects them."""
     wanted = requests(9, SamplingParams(max_new_tokens=20), longest=90)
     rollouts = list(host(generate, student, wanted).values())
     path = str(Path(student).parent / "teacher")

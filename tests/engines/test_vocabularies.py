@@ -1,4 +1,4 @@
-"""Tokenizers that differ in special tokens alone: paired, and the teacher's numbers exchanged on its side."""
+"""Tokenizers that differ only in special tokens: they are paired, and the teacher's side swaps its ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU, VOCAB = torch.device("cpu"), 260
 
 
 class Names:
-    """What is asked of a tokenizer: the names of its ids, and which of them are special."""
+    """The part of a tokenizer that is used: the names of its ids, and which are special."""
 
     def __init__(self, *tokens: str) -> None:
         self.tokens = tokens
@@ -71,7 +71,7 @@ def test_ids_that_only_one_knows_are_counted() -> None:
 
 
 def permuted(table: np.ndarray) -> Any:
-    """The tiny teacher as it would be if its tokens had other ids: rows of both embeddings moved."""
+    """The tiny teacher with other token ids: rows of both embeddings are moved."""
     model: Any = hf.load_model(str(TINY / "teacher"), "m", torch.float32)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A pair whose vocabularies differ: what one of the two does not have is never sampled, and bears no mass."""
+"""A pair whose vocabularies differ: ids that one model lacks are never sampled, and carry no mass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def padded(source: Path, folder: Path, rows: int, loud: float) -> Path:
-    """A copy with `rows` more rows of vocabulary, which would be likely if they were let."""
+    """A copy with `rows` more rows of vocabulary, which would be likely if allowed."""
     model: Any = hf.load_model(str(source), "m", torch.float32)
     own = hf.vocab_size(model.config)
     model.resize_token_embeddings(own + rows, mean_resizing=False)
@@ -62,7 +62,7 @@ def test_ids_past_the_shared_ones_are_never_sampled(llama_pair: Path, tmp_path: 
 
 @pytest.mark.parametrize("larger", ["student", "teacher"])
 def test_a_run_with_a_larger_vocabulary_on_either_side(fopd: Fopd, llama_pair: Path, larger: str) -> None:
-    """It trains, its drifts are those of one policy, and `fopd eval` finds its scores."""
+    """It trains, its drifts are those of one policy, and `fopd eval` reproduces its scores."""
     other = "teacher" if larger == "student" else "student"
     models = {
         larger: {"model": str(padded(llama_pair / larger, fopd.folder / larger, rows=28, loud=2.0))},
@@ -76,7 +76,7 @@ def test_a_run_with_a_larger_vocabulary_on_either_side(fopd: Fopd, llama_pair: P
 
 
 def test_prompts_and_ends_that_the_teacher_cannot_read(fopd: Fopd, llama_pair: Path) -> None:
-    """A teacher of so few ids that the prompts' own characters are past them, and the end as well."""
+    """A teacher with so few ids that the prompts' characters, and the end token, are past them."""
     model: Any = hf.load_model(str(llama_pair / "teacher"), "m", torch.float32)
     model.resize_token_embeddings(1, mean_resizing=False)
     model.save_pretrained(fopd.folder / "teacher")

@@ -1,4 +1,4 @@
-"""The best student and the end of patience."""
+"""Keeping the best student, and patience."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_weights_are_kept_as_published_and_as_long_as_a_checkpoint_may_go_back_t
     tensors = load_file(best.file(2))
     assert torch.equal(tensors["a"], torch.full((2, 3), 2.0, dtype=torch.bfloat16))
     now = evaluations(v0=0.1, v2=0.3, v4=0.4)
-    best.tidy([now, evaluations(v0=0.1, v2=0.3)])  # a checkpoint that does not know of version 4
+    best.tidy([now, evaluations(v0=0.1, v2=0.3)])  # a checkpoint that does not know version 4
     assert best.kept() == [2, 4]
     assert best.of_kept(now) == 4
     assert best.of_kept(evaluations(v0=0.9, v2=0.3)) == 2  # version 0 was better; its weights are gone
@@ -87,9 +87,7 @@ def test_what_cannot_be_chosen_by(tmp_path: Path, overrides: list[str], message:
 
 @pytest.mark.slow
 def test_a_run_that_only_gets_worse_ends_early_with_its_best_student(fopd: Fopd, pair: Path) -> None:
-    """At such a rate the KL is best before the first step: student/ is what the run began with, and a resume
-    goes on.
-    """
+    """At this rate the KL is best before step 1: student/ is the initial student, and a resume continues."""
     recipe = small_recipe(
         pair,
         learner={"steps": 20, "lr": 0.5, "clip": 0},

@@ -1,6 +1,4 @@
-"""Samples at hand: one entry each, whose memory is given back, and which a checkpoint brings back as they
-were.
-"""
+"""The sample buffer: one entry per sample. It returns memory, and a checkpoint restores it unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def test_room_is_for_all_of_a_group_or_for_none() -> None:
     assert buffer[2].region is None
     assert buffer.arena.used_bytes == 2 * 64
     buffer.forget(0)
-    buffer.forget(0)  # whoever hears of it second
+    buffer.forget(0)  # the second one to forget it
     assert buffer.reserve((2, 3))
     assert 0 not in buffer
     assert len(buffer) == 3

@@ -1,5 +1,5 @@
-"""The conductor with engines that do no work, on a virtual clock: whatever ends when, and whoever is lost,
-every sample is accounted for and none is too old.
+"""The conductor with engines that do no work, on a virtual clock: whenever things end and whichever engines
+are lost, every sample is accounted for and none is too old.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 
 
 class Random:
-    """Everything takes as long as it happens to."""
+    """Everything takes a random time."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -49,7 +49,7 @@ class Random:
 
 
 class Unreliable(InProcess):
-    """Now and then an engine is lost, with all that it had under way, and is back later."""
+    """Now and then an engine is lost with all its work in progress, and comes back later."""
 
     def __init__(self, rng: random.Random, losses: float) -> None:
         super().__init__(Pretend(), Random(rng))
@@ -87,7 +87,7 @@ def inputs(recipe: Path, *overrides: str) -> Inputs:
 
 
 def conducted(found: Inputs, seed: int, losses: float = 0.0) -> tuple[State, Recorded]:
-    """A whole run; what has to hold of any is checked."""
+    """A whole run; checks what must hold for any run."""
     state, records = State(found), Recorded()
     crew = Unreliable(random.Random(seed), losses)
     with Journal(found.recipe, found.tokenizer, lambda *_: records, quiet=True) as journal:
@@ -109,7 +109,7 @@ def check_ledger(state: State, records: Recorded) -> None:
 
 
 def check_buffer(state: State) -> None:
-    """What is left belongs to samples in flight, and so does the memory."""
+    """The remaining entries and memory belong to samples in flight."""
     entries = state.buffer.entries
     assert entries.keys() <= state.schedule.tickets.keys()
     sizes = [
@@ -167,7 +167,7 @@ def test_at_a_fixed_lag_the_order_of_arrival_says_nothing(ahead: Inputs) -> None
 
 
 def test_what_nobody_knows_is_refused(ahead: Inputs) -> None:
-    """An action, an event or a command that was added and forgotten is not taken for another one."""
+    """An action, event or command that was added but not handled is not mistaken for another one."""
     journal = Journal(ahead.recipe, ahead.tokenizer, lambda *_: Recorded(), quiet=True)
     crew = InProcess(Pretend(), Random(random.Random(0)))
     conductor: Any = Conductor(State(ahead), crew, journal, Unsaved(), Signals(journal.say))

@@ -1,4 +1,4 @@
-"""Who gets how many threads while others compute, too."""
+"""How many threads each role gets while others compute, too."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_everyone_keeps_one_thread() -> None:
 
 
 def test_others_may_write_while_it_is_read() -> None:
-    """As many threads as there are rows busy at some moment, whatever the others do meanwhile."""
+    """As many threads as rows were busy at some moment, whatever the others do in the meantime."""
     busy = cores.table()
     mine, done = Cores(busy, 0, total=8), threading.Event()
     mine.compute()

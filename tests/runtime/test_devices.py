@@ -1,6 +1,6 @@
-"""Devices as they were handed to this command: entries of `CUDA_VISIBLE_DEVICES`, never ordinals over it.
+"""Devices as this command received them: entries of `CUDA_VISIBLE_DEVICES`, never ordinals into it.
 
-No GPU is needed: how many CUDA finds, and what NVML says of them, is pretended; the list, the placement, the
+No GPU is needed: the number that CUDA finds, and NVML's answers, are faked; the list, the placement, the
 environments and the workers are real.
 """
 
@@ -38,7 +38,7 @@ Box = Callable[[str | None, int], None]
 
 @pytest.fixture
 def box(monkeypatch: pytest.MonkeyPatch) -> Box:
-    """`box(list, found)`: what is inherited, and how many of them CUDA finds."""
+    """`box(list, found)`: the inherited list, and how many of its devices CUDA finds."""
 
     def pretend(value: str | None, found: int) -> None:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
@@ -58,7 +58,7 @@ def box(monkeypatch: pytest.MonkeyPatch) -> Box:
         (" 3 , 1", 2, ["3", "1"]),
         ("", 0, []),
         ("-1", 0, []),
-        ("2,-1,3", 1, ["2"]),  # CUDA stops at the first that means nothing
+        ("2,-1,3", 1, ["2"]),  # CUDA stops at the first invalid entry
         ("0,9", 1, ["0"]),
         (f"{UUID},{OTHER}", 2, [UUID, OTHER]),
         ("GPU-8932,GPU-1111", 2, ["GPU-8932", "GPU-1111"]),  # a UUID may be cut short
@@ -80,7 +80,7 @@ def test_workers_get_entries_of_the_inherited_list(
 
 @pytest.mark.parametrize("value", ["4,5,4", "0, 0", f"{UUID},{UUID}", f"{UUID},GPU-8932f937", "1,01"])
 def test_a_device_that_stands_twice_is_refused(box: Box, value: str) -> None:
-    """CUDA then shows none, and the run would have been one on the CPU, without a word."""
+    """CUDA then shows no devices, and the run would silently have been on the CPU."""
     box(value, 0)
     with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES: .* twice, .* name each once"):
         cuda_devices()
@@ -108,8 +108,8 @@ def test_a_worker_sees_its_own_device_and_so_does_one_that_is_started_again(box:
 def test_shipped_recipes_use_the_devices_that_were_handed_out_each_by_its_name(
     box: Box, path: Path, count: int
 ) -> None:
-    """The real placement and environments: every role has devices, one process a device and role, no name
-    that is not on the list; what does not go says which key is to blame.
+    """The real placement and environments: every role has devices, with one process per device and role, and
+    only names on the list. What cannot be placed names the key to blame.
     """
     names = [str(9 - i) for i in range(count)]
     box(",".join(names), count)
@@ -158,7 +158,7 @@ def test_a_job_of_fopd_eval_has_the_devices_that_its_replica_is_split_over(box: 
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answers of a driver with three devices, one of them split by MIG, where no driver can be."""
+    """The answers of a driver with three devices, one of them split by MIG, without a real driver."""
     devices = ["GPU-aaaa-1", "GPU-bbbb-2", "GPU-cccc-3"]
     sizes = {"GPU-aaaa-1": 81559 << 20, "GPU-bbbb-2": 40960 << 20, "MIG-dddd": 39 << 30}
 

@@ -43,8 +43,8 @@ def turn(request: Request, ids: list[int], version: int, finish: str = "stop", k
 
 
 def test_turns_and_observations_become_one_rollout(tmp_path: Path) -> None:
-    """What was sampled and observed is only ever appended; observations bear no loss and belong to the
-    version before.
+    """What was sampled and observed is only ever appended; observations carry no loss and have the version of
+    the turn before.
     """
     episodes = Episodes()
     first = Request(7, np.array([1, 2, 3], np.int32), 11, SamplingParams(max_new_tokens=20))
@@ -84,7 +84,7 @@ def test_the_budget_is_for_the_whole_episode() -> None:
     episodes.on_observed(0, one.number, np.array([9, 9, 9], np.int32), [])
     assert episodes.next_turn(one) is None
     rollout = episodes.finish(one)
-    assert rollout.token_ids.tolist() == [1, 5, 6, 7]  # an observation that nobody answers is no part of it
+    assert rollout.token_ids.tolist() == [1, 5, 6, 7]  # an unanswered observation is not part of it
     assert rollout.turns == [(0, 3)]
 
 
@@ -239,9 +239,7 @@ def test_native_calls_come_with_the_tools_description(tmp_path: Path) -> None:
 @SLOW
 @needs_sandbox
 def test_two_synchronous_runs_with_tools_are_bitwise_the_same(fopd: Fopd) -> None:
-    """Although tools answer in any order; and one that was killed in the middle of episodes and resumed is,
-    too.
-    """
+    """Even though tools answer in any order; the same holds for one killed mid-episode and resumed."""
     first, second = (fopd.run(tool_recipe(), name) for name in ("a", "b"))
     assert metrics(first) == metrics(second)
     prompts = check_accounts(first)
@@ -273,10 +271,10 @@ def test_killed_in_the_middle_of_episodes(fopd: Fopd) -> None:
 @SLOW
 @needs_sandbox
 def test_asynchronous_episodes_and_a_lost_environment(fopd: Fopd) -> None:
-    """Its episodes are done again in a new one; when that may not be started, the run ends with a checkpoint.
+    """Its episodes start over in a new one. If no new one may be started, the run ends with a checkpoint.
 
-    The sampler stands still meanwhile, so that it ends a token, and with many at work some turn, after it was
-    told to abort them: nothing of that may get into the episodes' second try.
+    The sampler is paused in the meantime, so that it finishes a token, and in a large batch some turn, after
+    it was told to abort them. None of that may get into the second attempt of the episodes.
     """
     recipe = tool_recipe(
         schedule={"max_lag": 2},

@@ -1,4 +1,4 @@
-"""Several held-out sets by name: each has its own figures, everywhere; one of them is the run's own."""
+"""Several named held-out sets: each has its own figures everywhere; one of them is the run's main set."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fopd_cli.tasks.arithmetic import worked
 
 
 def questions(path: Path, horizon: int, count: int) -> str:
-    """Questions of the tiny pair's own task, each with the whole response as its answer."""
+    """Questions from the tiny pair's task, each with the whole response as its answer."""
     made = load_task("arithmetic", {"horizon": horizon, "train_prompts": count, "eval_prompts": 1})
     asked = [str(p.text) for p in made.prompts("train")]
     path.write_text("".join(json.dumps({"question": q, "answer": worked(q)}) + "\n" for q in asked))

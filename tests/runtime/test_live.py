@@ -1,4 +1,4 @@
-"""`--live`: what stands in a terminal, what stands where there is none, and that a run outlives its view."""
+"""`--live`: what is shown with and without a terminal, and that a run survives a broken view."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EVALUATION = {
 
 
 class Terminal:
-    """A real one: what is written to `file` is collected."""
+    """A real terminal: what is written to `file` is collected."""
 
     def __init__(self) -> None:
         self.master, slave = pty.openpty()
@@ -54,14 +54,14 @@ class Terminal:
                 return
 
     def text(self) -> str:
-        """All that was shown, once the writer has closed it."""
+        """Everything shown, once the writer has closed it."""
         self.file.close()
         self._reader.join(timeout=20)
         return CODES.sub("", self._seen.decode())
 
 
 def terminal_of(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Standard error is a terminal until the test ends."""
+    """Make standard error a terminal until the test ends."""
     made = Terminal()
     monkeypatch.setattr(sys, "stderr", made.file)
     monkeypatch.setenv("TERM", "xterm-256color")

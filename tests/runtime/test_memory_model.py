@@ -1,4 +1,4 @@
-"""The memory model against measured bytes: shards and their states, what a block keeps, real processes."""
+"""The memory model against measured bytes: shards and their states, what a block saves, real processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config(kind: str, **changes: Any) -> Any:
 # ---- shapes ------------------------------------------------------------------------------------------------
 
 
-PUBLISHED = {  # parameters in billions, as the models' pages on the hub say
+PUBLISHED = {  # parameters in billions, from the models' pages on the hub
     "Qwen/Qwen2.5-Math-1.5B-Instruct": 1.54,
     "Qwen/Qwen2.5-7B-Instruct": 7.62,
     "Qwen/Qwen2.5-Math-7B-Instruct": 7.62,
@@ -55,7 +55,7 @@ PUBLISHED = {  # parameters in billions, as the models' pages on the hub say
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
 def test_published_models_have_the_parameters_that_their_makers_name(name: str, parameters: float) -> None:
-    """With the configurations from which docs/gpus.md is made."""
+    """Uses the configurations that docs/gpus.md is made from."""
     found = gpus_page.published(name)
     counted = shapes(found)
     assert counted.parameters / 1e9 == pytest.approx(parameters, rel=0.004)
@@ -120,9 +120,7 @@ def test_shards_weigh_what_the_model_says(
 
 
 class Kept:
-    """Bytes of the distinct tensors that are saved for the backward pass while it is entered, parameters left
-    out.
-    """
+    """Bytes of the distinct tensors saved for the backward pass inside this context, without parameters."""
 
     def __init__(self, model: Any) -> None:
         self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -146,7 +144,7 @@ class Kept:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_block_keeps_what_the_model_says(kind: str, dtype: torch.dtype) -> None:
-    """Between a model of three layers and one of five the difference is two blocks."""
+    """The difference between a three-layer and a five-layer model is two blocks."""
     tokens, sizes = 96, []
     for layers in (3, 5):
         made: Any = hf._transformers().AutoModelForCausalLM.from_config(
@@ -185,7 +183,7 @@ def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_real_role_takes_what_the_model_says(real_pair: Path, role: str, how: str) -> None:
-    """Largest resident memory of a process that does a step of its role's work, within 15%."""
+    """Peak resident memory of a process that does a step of its role's work, within 15%."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, ROOT / "tests" / "memory_kit.py", real_pair, role, how]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
@@ -216,7 +214,7 @@ def test_a_shipped_recipe_for_gpus_leaves_a_tenth_of_every_device(name: str) -> 
 
 
 def test_the_page_is_what_the_script_makes() -> None:
-    """Not the figures, which the tests above hold: that nobody typed any."""
+    """This does not test the figures (the tests above do), only that none was edited by hand."""
     assert "{" not in (page := gpus_page.PAGE.read_text()), "a value that the script does not know"
     assert "<!-- MEMORY" not in page
     for name in gpus_page.ON_GPUS:

@@ -1,4 +1,4 @@
-"""When a run will end, said after a tenth of it."""
+"""The predicted end of a run, after a tenth of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fopd_cli.runtime.journal.pace import Pace, readable
 
 
 def told(steps: int, every: int, seed: int) -> tuple[float, float]:
-    """A run of uneven steps, slow evaluations and a pipeline to fill; what was said at a tenth, and the
+    """A run with uneven steps, slow evaluations and a pipeline to fill: the prediction at a tenth, and the
     truth.
     """
     rng = random.Random(seed)

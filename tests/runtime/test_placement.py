@@ -1,4 +1,4 @@
-"""Who gets which device."""
+"""Which role gets which device."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ GB = 10**9
 
 
 def shapes(billions: float, width: int = 2048, layers: int = 24) -> Shapes:
-    """A model of so many parameters, in round numbers."""
+    """A model with this many parameters, in round numbers."""
     count = int(billions * GB)
     head = 32_000 * width
     return Shapes(
@@ -149,7 +149,7 @@ def sized(
 
 
 def test_auto_colocates_where_a_device_holds_every_role_at_once(tmp_path: Path) -> None:
-    """1.5B learning takes 16 bytes a parameter, 24 GB; a 7B judge 14 GB; vLLM has what is left."""
+    """A 1.5B learner takes 16 bytes per parameter, 24 GB; a 7B teacher 14 GB; vLLM gets the rest."""
     small, fit = sized(tmp_path, 1.5, 7, 80)
     for count in (1, 2):
         plan = place(small, count, 8, fit)
@@ -161,14 +161,14 @@ def test_auto_colocates_where_a_device_holds_every_role_at_once(tmp_path: Path) 
     (share,) = {s.share for s in plan.samplers}
     taken = {w.spec.role: w.use.peak for w in memory.workers(small, plan, fit.models, fit.device_bytes)}
     assert share is not None
-    assert sum(taken.values()) <= 0.9 * 80 * GB  # an update on its way included
+    assert sum(taken.values()) <= 0.9 * 80 * GB  # including an update in transit
     assert taken["learner"] > 24 * GB
     assert taken["teacher"] > 14 * GB
     assert taken["sampler"] == pytest.approx(share * 80 * GB, rel=0.1)
     assert all(w.share is None for w in (*plan.learners, *plan.teachers[0]))
     assert place(small, 8, 64, fit).mode == "partition"
     assert place(*_one(sized(tmp_path, 1.5, 7, 40))).mode == "timeslice"
-    assert place(small, 1, 8).mode == "timeslice"  # nothing is known of the device
+    assert place(small, 1, 8).mode == "timeslice"  # nothing is known about the device
 
 
 def _others(tmp_path: Path) -> float:
@@ -187,7 +187,7 @@ def shared_by(made: tuple[Recipe, Fit]) -> float:
 def test_a_colocated_sampler_takes_what_its_requests_can_need_or_what_is_left_or_what_the_recipe_says(
     tmp_path: Path,
 ) -> None:
-    """A sample of 576 tokens takes 576 x 2 bytes x the width of keys and values x layers."""
+    """A 576-token sample takes 576 x 2 bytes x the width of keys and values x layers."""
     row = 576 * 2 * shapes(1.5).keys * shapes(1.5).layers
     few, more = (shared_by(sized(tmp_path, 1.5, 7, 80, f"sampler.concurrency={n}")) for n in (16, 48))
     assert more - few == pytest.approx(32 * row / (80 * GB), rel=0.01)
@@ -237,7 +237,7 @@ def test_a_teacher_is_replicated_where_a_device_holds_it_and_sharded_where_not(t
         plan = place(*_eight(sized(tmp_path, 1.5, billions, 80, **two)))
         assert [rank.whole for rank in plan.teachers[0]] == [whole, whole]
     alone = sized(tmp_path, 1.5, 14, 80, mode="partition", sampler=3, teacher=1, learner=4)
-    assert not place(*_eight(alone)).teachers[0][0].whole  # one rank has nobody to wait for
+    assert not place(*_eight(alone)).teachers[0][0].whole  # a single rank waits for no other
 
 
 def _eight(made: tuple[Recipe, Fit]) -> tuple[Recipe, int, int, Fit]:
@@ -245,7 +245,7 @@ def _eight(made: tuple[Recipe, Fit]) -> tuple[Recipe, int, int, Fit]:
 
 
 def test_the_share_that_is_left_is_what_vllm_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The share of the worker's place reaches vLLM's own arguments; without one its section's stands."""
+    """The worker's share reaches vLLM's own arguments; without one, its section's value is used."""
     orders = list[SamplerOrder | TeacherOrder]()
     monkeypatch.setattr(vllm_build, "sampler", orders.append)
     monkeypatch.setattr(vllm_build, "teacher", orders.append)

@@ -1,6 +1,4 @@
-"""Supervision drift: contexts rebuilt from today's environment, judged again; and what only the teacher is
-told.
-"""
+"""Supervision drift: contexts rebuilt from today's environment and judged again; and teacher-only context."""
 
 from __future__ import annotations
 
@@ -104,7 +102,7 @@ def test_a_replay_executes_the_turns_again_or_asks_the_task() -> None:
 
 @pytest.mark.parametrize(("kind", "width"), [("hidden", 128), ("topk", 4), ("topk", VOCAB), ("sampled", 1)])
 def test_supervision_drift_against_float64(kind: Any, width: int) -> None:
-    """Exact from hidden states, and from a top-k of the whole vocabulary; a lower bound from less."""
+    """Exact from hidden states, or with k as large as the vocabulary; a lower bound otherwise."""
     model = hf.load_model(str(TOOL / "teacher"), "teacher", torch.float32)
     teacher = TransformersTeacher(model, CPU, 1, 4096, VOCAB, 64, packing=False)
     tokenizer = hf.load_tokenizer(str(TOOL / "teacher"), "teacher")
@@ -146,7 +144,7 @@ def test_supervision_drift_against_float64(kind: Any, width: int) -> None:
     else:
         assert (found <= exact + 1e-5).all()
         assert found[first:].max() > 0.1
-    # The labels themselves are those of the new context: what a fresh scoring of it alone gives.
+    # The labels themselves are those of the new context, as from a fresh scoring of only that.
     m = len(changed) - len(asked)
     alone = rollout([(0, m)], changed.tolist(), len(asked))
     again = targets_at(shared_bytes(spec.nbytes(m)), 0, spec, m)
@@ -157,7 +155,7 @@ def test_supervision_drift_against_float64(kind: Any, width: int) -> None:
         labels, getattr(again, name)[positions[own] - len(asked)], atol=1e-4, rtol=1e-4
     )
     assert not torch.equal(labels, getattr(before, name)[own])
-    # With cached labels the same drift stands beside those of the context that the student has read.
+    # With cached labels, the same drift comes with the labels of the context that the student has read.
     kept = targets_at(shared_bytes(spec.nbytes(n)), 0, spec, n)
     score(teacher, [r], [kept])
     score(teacher, [later], [kept], again="cached")
@@ -202,7 +200,7 @@ def supervision(run: Path) -> list[float]:
 
 
 def cost(run: Path, name: str) -> float:
-    """Of a whole run: which step a re-execution is booked on depends on the clock."""
+    """A whole run's total: which step a re-execution is booked on depends on the clock."""
     return sum(r["timing"][name] for r in lines(run / "metrics.jsonl") if r["kind"] == "step")
 
 
@@ -230,7 +228,7 @@ def test_a_tool_that_drifts_is_measured_and_one_that_does_not_is_not(fopd: Fopd)
 @SLOW
 @needs_sandbox
 def test_reexecutions_of_an_asynchronous_run(fopd: Fopd) -> None:
-    """No fixed lag: samples are reexecuted as they get ready, and the accounts stay exact."""
+    """No fixed lag: samples are reexecuted as they become ready, and the accounts stay exact."""
     recipe = drifting(0, 0.5)
     recipe["schedule"] = {"max_lag": 3}
     recipe["learner"]["steps"] = 8
@@ -243,7 +241,7 @@ def test_reexecutions_of_an_asynchronous_run(fopd: Fopd) -> None:
 @SLOW
 @needs_sandbox
 def test_a_drifted_sample_teaches_what_the_student_has_read_unless_told_otherwise(fopd: Fopd) -> None:
-    """The student is the teacher: on the context that both have read there is nothing to learn."""
+    """The student is the teacher: on the context that both have read, there is nothing to learn."""
     all_of_it = {"share": 1.0}
     kept, current = (
         [

@@ -1,4 +1,4 @@
-"""A directory that holds something: what may take its place, and what is advised where nothing may."""
+"""A run directory that is not empty: when it may be replaced, and the advice when it may not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 
 def test_a_start_that_came_to_nothing_does_not_block_the_next(tmp_path: Path, recipe: Recipe) -> None:
-    """It leaves a recipe, a lock and logs; so does a run that was killed while its models were loading."""
+    """It leaves a recipe, a lock and logs, as does a run killed while loading its models."""
     path = tmp_path / "run"
     first = RunDir.create(path, recipe)
     (first.logs / "learner-0.log").write_text("no memory")

@@ -125,12 +125,12 @@ class Simulator:
         self.order += 1
 
     def from_engine(self, role: str, index: int, what: str, call: Any) -> None:
-        """An answer that comes only if its engine lives till then."""
+        """An answer that comes only if its engine lives that long."""
         life = self.lives[role, index]
         self.after(what, lambda: call() if self.lives[role, index] == life else None)
 
     def fault(self) -> None:
-        """One sampler or teacher dies; it is back after a while."""
+        """One sampler or teacher dies; it comes back after a while."""
         s = self.schedule
         role, engines = self.rng.choice(
             [("sampler", s.replicas), ("teacher", s.teachers), ("environment", [])]
@@ -221,7 +221,7 @@ class Simulator:
                 s.on_leased(waker)
 
     def account(self, key: int) -> Any:
-        """How a sample came about: all that its bits depend on."""
+        """A sample's history: everything that its bits depend on."""
         ticket = self.schedule.tickets[key]
         return (
             str(ticket.sample),
@@ -326,8 +326,8 @@ def test_lag_is_bounded_and_accounts_are_exact(
     less: bool,
     seed: int,
 ) -> None:
-    """Whatever the durations, whoever dies, however far ahead: it ends, no sample is older than max_lag,
-    none is trained twice or lost.
+    """For all durations, deaths and run-aheads: it ends, no sample is older than max_lag, and none is trained
+    twice or lost.
     """
     cfg = config(
         max_lag=max_lag,
@@ -433,7 +433,7 @@ def test_fixed_lag_is_exact_and_ends(
     ahead: bool,
     seed: int,
 ) -> None:
-    """Whatever the durations, whoever dies, and with the smallest arena that there is."""
+    """For all durations and deaths, and with the smallest possible arena."""
     cfg = config(
         lag=lag,
         batch=batch,
@@ -462,13 +462,11 @@ def test_fixed_lag_is_exact_and_ends(
 
 
 class Killed(Exception):
-    """The process is gone; what the last checkpoint held is all there is."""
+    """The process is gone; only the last checkpoint is left."""
 
 
 class KilledSimulator(Simulator):
-    """Saves at some steps and, as Ctrl-C does, in between; dies at one event, and goes on from what was
-    saved.
-    """
+    """Saves at some steps and, like Ctrl-C, in between; dies at one event, and continues from the save."""
 
     def __init__(self, cfg: ScheduleConfig, seed: int, die_at: int, **options: Any) -> None:
         super().__init__(cfg, seed, **options)
@@ -552,7 +550,7 @@ def test_killed_at_any_moment_it_computes_the_same(
     seed: int,
 ) -> None:
     """max_lag 0 or a fixed lag: every step takes the same samples, of the same versions, sampled and scored
-    beside the same others.
+    in the same groups.
     """
     cfg = config(
         max_lag=0,
@@ -579,7 +577,7 @@ def test_killed_at_any_moment_it_computes_the_same(
 
 @pytest.mark.parametrize("lag", [None, 4])
 def test_reexecutions_ahead_do_not_hold_the_learner(lag: int | None) -> None:
-    """A learner that is the slowest: its next batch is reexecuted while it works."""
+    """The learner is slowest: its next batch is reexecuted while it works."""
     times = {
         "sample": (0.1, 0.5),
         "score": (0.1, 0.1),
@@ -619,7 +617,7 @@ def test_deterministic_modes_form_the_same_batches_whatever_the_durations(lag: i
 
 
 def test_deterministic_teacher_groups() -> None:
-    """At max_lag 0 the teacher's groups too are the same, whatever the order of arrival."""
+    """At max_lag 0 the teacher's groups are also the same, whatever the order of arrival."""
     groups = []
     for seed in range(4):
         sim = Simulator(config(max_lag=0, concurrency=3, score_batch=(4,), batch=10, steps=2), seed)
@@ -717,7 +715,7 @@ def test_a_restart_plans_what_was_in_flight_again_without_drawing_it_twice() -> 
 
 
 def test_a_restart_repeats_reexecutions_that_ran_ahead() -> None:
-    """Whatever became of them: their labels stand, nothing is scored for the first time again."""
+    """Whatever their outcome, their labels are kept, and no first scoring is repeated."""
     cfg = config(max_lag=2, batch=2, steps=9, reexecutions=2, reexecute_ahead=True, score_batch=(6,))
     s = Schedule(cfg, stream, [])
     s.on_learner_ready()

@@ -1,4 +1,4 @@
-"""Shared memory: committed as it is written, refused where it would not fit, page-locked without a trace."""
+"""Shared memory: committed as it is written, refused if it would not fit, page-locked without a trace."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ int launch(void) { kernels++; return cudaGetLastError(); }  /* as torch checks a
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A stand-in for CUDA's runtime library, with its rule that an error stays until it is asked for."""
+    """A stand-in for CUDA's runtime library, in which an error also persists until it is read."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler")

@@ -1,4 +1,4 @@
-"""The first signal asks for an end, what comes at once with it is the same, the next one ends the run."""
+"""The first signal requests an end, signals right after it count as the same, the next one ends the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes for people: whole at any moment, and the same after a resume."""
+"""What a run writes for people: complete at any moment, and the same after a resume."""
 
 from __future__ import annotations
 

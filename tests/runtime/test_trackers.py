@@ -1,4 +1,4 @@
-"""Trackers for real, offline; and those that are down, slow, or raise, which stop nothing."""
+"""Real trackers, offline; those that are down, slow, or raise stop nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = {"learner": {"lr": 1e-4, "steps": 3}, "seed": 0}
 
 
 class Kept:
-    """A tracker that keeps what it is told, once `go` is set."""
+    """A tracker that keeps what it receives, once `go` is set."""
 
     def __init__(self, go: threading.Event) -> None:
         self.seen: list[tuple[Mapping[str, float], int]] = []

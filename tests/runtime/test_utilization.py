@@ -17,7 +17,7 @@ PEAK = 989e12
 
 
 def test_a_role_is_measured_by_its_tokens_over_the_seconds_in_which_it_computed() -> None:
-    """Whoever has no known peak has no MFU; what idles between spans does not count."""
+    """Roles without a known peak have no MFU; idle time between spans does not count."""
     found = Utilization({"learner-0": 1e-3, "teacher-0": 1e-4, "teacher-1": 1e-4})
     found.worked("learner-0", Span("train", 100.0, 102.0, {"tokens": 1000}))
     found.worked("learner-0", Span("publish", 102.0, 102.5))
@@ -38,7 +38,7 @@ def test_a_sampler_computes_its_prompts_and_a_token_of_each_row_in_each_pass() -
 
 
 def test_the_peak_is_that_of_all_devices_of_a_worker(tmp_path: Path) -> None:
-    """Of three learners the first speaks for all; recomputation under checkpointing is no model FLOP."""
+    """The first of three learners stands for all; recomputation in checkpointing is not model FLOP."""
     split = {"mode": "partition", "sampler": 4, "teacher": 1, "learner": 3}
     wanted = recipe(tmp_path, "sampler.engine=vllm", "sampler.vllm.tensor_parallel=2", **split)
     models = Models(shapes(1.5), {"teacher": shapes(7, 4096, 40)}, 64, 576, 576)

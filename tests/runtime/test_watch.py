@@ -1,4 +1,4 @@
-"""What is said while a run goes wrong."""
+"""Warnings while a run goes wrong."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_kl_that_climbs_is_told_and_noise_is_not() -> None:
 
 
 def test_a_student_that_falls_silent_is_told_from_one_that_learns() -> None:
-    """The quarters of two runs of the real pair, see docs/real-pair.md; the figures of toys that are nearly
+    """KL by quarter of two runs of the real pair (docs/real-pair.md), and figures of toy runs that are nearly
     done.
     """
     for quarters, uneven in (

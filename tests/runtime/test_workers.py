@@ -39,9 +39,7 @@ def heard(fleet: Fleet, count: int) -> list[tuple[Worker, object]]:
 
 
 def test_a_lost_worker_is_reported_after_its_last_words_and_sent_nothing_more(tmp_path: Path) -> None:
-    """Whoever handles the messages in order sends before coming to the one that says so: no error, and no
-    answer.
-    """
+    """A caller that handles messages in order may send before it reaches the report: no error, no answer."""
     with Fleet(tmp_path, 60, 60) as fleet:
         worker = fleet.start(SPEC, echo, replaceable=True)
         heard(fleet, 1)
@@ -103,7 +101,7 @@ NO_ROOM = (
 
 
 def out_of_device_memory(spec: WorkerSpec, mailbox: Mailbox) -> None:
-    """As PyTorch says it, and as vLLM's kernels do (seen on an H200)."""
+    """In PyTorch's words, and in those of vLLM's kernels (seen on an H200)."""
     if spec.role != "sampler":
         raise torch.OutOfMemoryError(NO_ROOM)
     print(f"[rank0]:[E1126 11:22:03 shim.cpp:523] Exception in aoti_torch: {NO_ROOM}", file=sys.stderr)
@@ -171,7 +169,7 @@ def breathing(spec: WorkerSpec, mailbox: Mailbox) -> None:
 
 
 def test_the_time_to_start_counts_from_a_workers_first_breath(tmp_path: Path) -> None:
-    """Not from when its process was asked for: its imports may come over a slow disk."""
+    """Not from when its process was requested: its imports may come from a slow disk."""
     with Fleet(tmp_path, 60, 60) as fleet:
         worker = fleet.start(SPEC, breathing)
         asked_for = float(worker.pulse[0])
@@ -180,7 +178,7 @@ def test_the_time_to_start_counts_from_a_workers_first_breath(tmp_path: Path) ->
 
 
 def allocating(spec: WorkerSpec, mailbox: Mailbox) -> None:
-    """With a device that is pretended: what its allocator says."""
+    """What the allocator of a fake device says."""
     torch.cuda.is_initialized = lambda: spec.rank == 0
     torch.cuda.max_memory_allocated = lambda *_: 7 * 10**9
     torch.cuda.max_memory_reserved = lambda *_: 9 * 10**9
