@@ -56,7 +56,7 @@ def test_what_dev_shm_cannot_hold_is_refused_at_once() -> None:
     with pytest.raises(
         UserError, match=r"shared memory: 1000000.00 GB are needed, /dev/shm has .*--ipc=host"
     ):
-        Arena(10**15)
+        _ = Arena(10**15).memory
 
 
 RUNTIME = """
