@@ -12,4 +12,6 @@ LossKind = Literal["forward_kl", "reverse_kl", "jsd"]  # each has a formula in `
 Support = Literal["full", "topk", "sampled", "mc"]
 Advantage = Literal["cached", "recomputed"]
 DriftKind = Literal["sampled", "quadratic", "topk", "exact"]
+EngineRole = Literal["sampler", "teacher", "learner", "grader", "environment"]  # in a run
+WorkerRole = Literal[EngineRole, "eval", "judge"]  # of a process; the last two are other commands'
 TargetKind = Literal["hidden", "topk", "sampled"]  # what a teacher hands over for each token

@@ -122,7 +122,14 @@ ALLOWED: dict[str, set[str]] = {
         "tasks",
     },
     "runtime.devices": {"errors"},
-    "runtime.placement": {"engines.registry", "errors", "recipe", "runtime.crew.fleet", "runtime.devices"},
+    "runtime.placement": {
+        "engines.registry",
+        "errors",
+        "names",
+        "recipe",
+        "runtime.crew.fleet",
+        "runtime.devices",
+    },
     "runtime.build": {
         "engines",
         "errors",
@@ -143,6 +150,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.text",
         "errors",
         "freshness.supervision",
+        "names",
         "recipe",
         "engines.preload",
         "runtime.build",

@@ -71,10 +71,7 @@ def spans(run: Path, plan: Plan) -> list[Span]:
         events = read_trace((run / "trace.json").read_text(encoding="utf-8", errors="replace"))
     except OSError:
         events = []
-    engines: dict[str, Engine] = {}
-    for spec in plan.everyone:
-        index = spec.rank if spec.role == "sampler" else spec.index
-        engines[spec.name] = Engine(spec.role, index)  # type: ignore[arg-type]
+    engines = {spec.name: Engine.of(spec) for spec in plan.everyone}
     names = {e["tid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
     found = [
         Span(

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from fopd_cli.engines.registry import engine_of, teacher_facts
 from fopd_cli.errors import UserError
+from fopd_cli.names import WorkerRole
 from fopd_cli.recipe import Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices as visible
 from fopd_cli.runtime.crew.fleet import WorkerSpec
@@ -255,7 +256,7 @@ def _plan(recipe: Recipe, mode: Mode, groups: _Groups, cores: int) -> Plan:
     workers = len(groups.samplers) + sum(map(len, busy)) + len(groups.learners)
 
     def specs(
-        role: str,
+        role: WorkerRole,
         engine: Sampler | Teacher | None,
         devices: list[Devices],
         wanted: int | None,

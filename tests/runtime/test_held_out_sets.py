@@ -87,7 +87,8 @@ def test_fopd_eval_finds_for_each_set_what_the_run_found(run: Path, tmp_path: Pa
     assert found["score"] == found["sets"]["long"]["score"]
     again = evaluate(str(TINY / "student"), load_recipe(run / "recipe.yaml"), tmp_path / "rows.jsonl")
     assert (again["set"], again["already_done"], again["sets"]) == ("short", 12, found["sets"])
-    task = recipe.task.model_copy(update={"eval": dict(reversed(recipe.task.eval.items()))})  # type: ignore[union-attr]
+    named: Any = recipe.task
+    task = named.model_copy(update={"eval": dict(reversed(named.eval.items()))})
     with pytest.raises(UserError, match="of another model, task"):  # row 0 would be another prompt
         evaluate(str(TINY / "student"), recipe.model_copy(update={"task": task}), tmp_path / "rows.jsonl")
 

@@ -100,11 +100,11 @@ def test_step_figures_time_left_busy_roles_and_the_newest_answer(monkeypatch: py
 
 def test_a_terminal_that_closes_ends_only_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_of(monkeypatch)
+    monkeypatch.setattr(live, "EVERY_S", 0.0)  # every step tries to draw
     view = live.view(10, 0)
     view.step(1, FIGURES, {"sampler": 0.8})
     os.close(terminal.master)
     for step in range(2, 11):
-        view._drawn = 0.0  # type: ignore[attr-defined]
         view.step(step, FIGURES, {})
         view.say("unheard")
     view.evaluated(EVALUATION)

@@ -8,7 +8,7 @@ import errno
 import json
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,25 @@ class Slow:
     def stopped(self, now: float, engine: Engine) -> None: ...
 
 
+class Overheard(InProcess):
+    """A crew whose commands to the learner and answers to a save are noted."""
+
+    def __init__(self, engines: Pretend, cost: Slow, note: Callable[[str], None]) -> None:
+        super().__init__(engines, cost)
+        self._note = note
+
+    def send(self, engine: Engine, command: m.Command) -> None:
+        if isinstance(command, m.TrainCommand | m.SaveCommand):
+            self._note(type(command).__name__)
+        super().send(engine, command)
+
+    def receive(self) -> Iterator[tuple[Engine, m.Event]]:
+        for engine, event in super().receive():
+            if isinstance(event, m.Saved):
+                self._note("Saved")
+            yield engine, event
+
+
 class Run:
     """A whole run with checkpoints; `log` says in which order things happened to the learner."""
 
@@ -101,29 +120,16 @@ class Run:
         self.state, self.records, self.log = State(found), Recorded(), list[tuple[str, int]]()
         channel = WeightChannel.create(found.published)
         self.learner = Learner(channel, full)
-        self.crew = InProcess(self.learner, Slow(save))
+        self.crew = Overheard(self.learner, Slow(save), self._note)
         self.run_dir, self.store = RunDir(folder), CheckpointStore(folder / "checkpoints")
         self.journal = Journal(found.recipe, found.tokenizer, lambda *_: self.records, quiet=True)
         self.saver = Saver(self.state, self.run_dir, self.journal, channel, torch.float32)
         self.conductor: Any = Conductor(
             self.state, self.crew, self.journal, self.saver, Signals(self.journal.say)
         )
-        self._listen()
 
-    def _listen(self) -> None:
-        send, handle = self.crew.send, self.conductor._handle
-
-        def noted(engine: Engine, command: m.Command) -> None:
-            if isinstance(command, m.TrainCommand | m.SaveCommand):
-                self.log.append((type(command).__name__, self.state.schedule.step))
-            send(engine, command)
-
-        def heard(engine: Engine, event: m.Event) -> None:
-            if isinstance(event, m.Saved):
-                self.log.append(("Saved", self.state.schedule.step))
-            handle(engine, event)
-
-        self.crew.send, self.conductor._handle = noted, heard  # type: ignore[method-assign]
+    def _note(self, what: str) -> None:
+        self.log.append((what, self.state.schedule.step))
 
     def run(self) -> Run:
         with self.journal:

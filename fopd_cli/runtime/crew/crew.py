@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
+from fopd_cli.names import EngineRole
 from fopd_cli.runtime.crew import messages as m
+from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.scheduling.tickets import Role
 
 
@@ -24,8 +26,21 @@ class Engine:
     environment.
     """
 
-    role: Literal["sampler", "teacher", "learner", "grader", "environment"]
+    role: EngineRole
     index: int = 0
+
+    @classmethod
+    def of(cls, spec: WorkerSpec) -> Self:
+        """The engine that a process belongs to."""
+        match spec.role:
+            case "sampler":
+                return cls("sampler", spec.rank)
+            case "teacher":
+                return cls("teacher", spec.index)
+            case "learner" | "grader" | "environment" as role:
+                return cls(role)
+            case _:
+                raise ValueError(f"{spec.name} does not work for a run")
 
 
 LEARNER, GRADER, ENVIRONMENT = Engine("learner"), Engine("grader"), Engine("environment")

@@ -35,6 +35,7 @@ import torch
 import torch.multiprocessing as mp
 
 from fopd_cli.errors import UserError, WorkerError
+from fopd_cli.names import WorkerRole
 from fopd_cli.runtime import devices
 from fopd_cli.runtime.crew import cores, out_of_memory, warm
 from fopd_cli.runtime.crew.cores import Cores
@@ -59,7 +60,7 @@ class WorkerSpec:
     another.
     """
 
-    role: str
+    role: WorkerRole
     rank: int
     world: int
     devices: tuple[int, ...]

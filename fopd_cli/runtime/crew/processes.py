@@ -210,7 +210,7 @@ class Processes:
 
     def _events(self, worker: Worker, message: m.Message) -> Iterator[tuple[Engine, m.Event]]:
         """The events that the conductor gets for a worker's message."""
-        engine = _engine_of(worker.spec)
+        engine = Engine.of(worker.spec)
         if isinstance(message, m.Lost):
             yield from self._lost(worker.spec, message)
             return
@@ -251,7 +251,7 @@ class Processes:
         """
         if self._restarts.known(spec):
             return
-        engine = _engine_of(spec)
+        engine = Engine.of(spec)
         for rank in self._restarts.ranks(spec):
             if rank.name in self.fleet.workers:
                 self.fleet.remove(rank.name)
@@ -302,11 +302,6 @@ def _engines(plan: Plan, reexecutable: bool) -> dict[Engine, tuple[WorkerSpec, .
     if reexecutable:
         engines[ENVIRONMENT] = (WorkerSpec("environment", 0, 1, (), 1),)
     return engines
-
-
-def _engine_of(spec: WorkerSpec) -> Engine:
-    index = {"sampler": spec.rank, "teacher": spec.index}.get(spec.role, 0)
-    return Engine(spec.role, index)  # type: ignore[arg-type]  # a plan's roles are these
 
 
 def _spans(message: m.Message) -> list[m.Span]:
