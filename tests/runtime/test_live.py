@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -43,15 +44,22 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         self.file: TextIO = os.fdopen(slave, "w", buffering=1)
         self._seen = bytearray()
+        self._woken, self._wake = os.pipe()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        while True:
+        while self.master in select.select([self.master, self._woken], [], [])[0]:
             try:
                 self._seen += os.read(self.master, 1 << 16)
             except OSError:
                 return
+
+    def hang_up(self) -> None:
+        """Close it under the writer. The reader ends first: the next terminal may get the same descriptor."""
+        os.write(self._wake, b"x")
+        self._reader.join(timeout=20)
+        os.close(self.master)
 
     def text(self) -> str:
         """Everything shown, once the writer has closed it."""
@@ -103,7 +111,7 @@ def test_a_terminal_that_closes_ends_only_the_view(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(live, "EVERY_S", 0.0)  # every step tries to draw
     view = live.view(10, 0)
     view.step(1, FIGURES, {"sampler": 0.8})
-    os.close(terminal.master)
+    terminal.hang_up()
     for step in range(2, 11):
         view.step(step, FIGURES, {})
         view.say("unheard")
