@@ -27,7 +27,7 @@ def plan(
     run: Path | None = None,
 ) -> tuple[Forecast, str | None]:
     """A forecast of the recipe's run, and what `engine: auto` became. Raises `UserError`."""
-    there = hardware.chosen(device, devices, gigabytes)
+    there = hardware.chosen(device, devices, gigabytes, recipe.learner.dtype == "bf16")
     check_model_name(recipe.student.model, "student.model")
     for teacher in recipe.teachers:
         if not engine_of(teacher).remote:
@@ -54,5 +54,6 @@ def before_a_run(inputs: Inputs) -> str:
     """The one-line plan of a run that is about to start here."""
     recipe, prompts = inputs.recipe, of_stream(inputs.stream)
     models = models_of(recipe, prompts.lengths.most)
-    setting = Setting(hardware.here(), models, guessed(recipe), prompts, here=True)
+    there = hardware.here(recipe.learner.dtype == "bf16")
+    setting = Setting(there, models, guessed(recipe), prompts, here=True)
     return line(forecast(recipe, setting, inputs.plan, SHORT))

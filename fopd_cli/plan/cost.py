@@ -75,7 +75,7 @@ def by_arithmetic(
     recipe: Recipe, plan: Plan, models: Models, hardware: Hardware, responses: Lengths, prompts: Lengths
 ) -> Costs:
     """Costs by arithmetic only."""
-    s, rates, size = models.student, hardware.rates, 4 if hardware.cpu else 2
+    s, rates, size = models.student, hardware.rates, hardware.size
     launch = hardware.launch
     found = workers(recipe, plan, models, hardware.nbytes)
     split = max(1, len(plan.samplers[0].devices))

@@ -33,7 +33,9 @@ QWEN = ROOT / "recipes" / "qwen-7b-from-32b.yaml"
 def on(recipe: Recipe, devices: int, kind: str = "h100") -> Setting:
     """A recipe of hub models, from their published configurations."""
     prompts = Prompts(log_normal(256, 512, "test"), 500)
-    return Setting(hardware.chosen(kind, devices, None), models_of(recipe), guessed(recipe), prompts)
+    return Setting(
+        hardware.chosen(kind, devices, None, bf16=False), models_of(recipe), guessed(recipe), prompts
+    )
 
 
 @pytest.fixture(scope="module")

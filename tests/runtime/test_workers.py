@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from conftest import wait_for
 
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.crew import fleet as workers
-from fopd_cli.runtime.crew import warm
+from fopd_cli.runtime.crew import out_of_memory, warm
 from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, Worker, WorkerSpec
 from fopd_cli.runtime.crew.messages import Lost, Ready, StopCommand
 
@@ -133,6 +134,50 @@ def test_a_worker_that_ran_out_of_memory_is_told_what_takes_less(
     assert cause in lost.reason
     assert advice in lost.reason
     assert "Process 4788" not in lost.reason
+
+
+def waiting(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    mailbox.send(Ready())
+    mailbox.receive(block=True)
+
+
+def test_a_worker_that_the_kernel_killed_for_memory_is_told_from_one_that_someone_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel counts what it kills; its count stands in a file here."""
+    count = tmp_path / "vmstat"
+    monkeypatch.setattr(out_of_memory, "VMSTAT", count)
+    reasons = []
+    for after in (7, 8):
+        count.write_text("pgfault 5\noom_kill 7\n")
+        with Fleet(tmp_path, 60, 60) as fleet:
+            worker = fleet.start(SPEC, waiting, replaceable=True)
+            heard(fleet, 1)
+            count.write_text(f"pgfault 9\noom_kill {after}\n")
+            worker.process.kill()
+            ((_, lost),) = heard(fleet, 1)
+        assert isinstance(lost, Lost)
+        reasons.append(lost.reason)
+    assert "memory" not in reasons[0]
+    assert "SIGKILL, as the kernel does when main memory runs out; lower sampler.concurrency" in reasons[1]
+
+
+def out_of_memory_once(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    if spec.restarts == 0:
+        out_of_device_memory(spec, mailbox)
+    raise RuntimeError("another fault")
+
+
+def test_what_a_log_says_of_a_process_before_is_not_said_of_this_one(tmp_path: Path) -> None:
+    with Fleet(tmp_path, 60, 60) as fleet:
+        found = []
+        for restarts in (0, 1):
+            fleet.start(replace(SPEC, restarts=restarts), out_of_memory_once, replaceable=True)
+            ((_, lost),) = heard(fleet, 1)
+            assert isinstance(lost, Lost)
+            found.append(lost.reason)
+    assert "CUDA out of memory" in found[0]
+    assert found[1].startswith("sampler-0 failed: RuntimeError: another fault")
 
 
 def describe(spec: WorkerSpec, mailbox: Mailbox) -> None:

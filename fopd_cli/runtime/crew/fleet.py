@@ -162,6 +162,7 @@ class Fleet:
         # which workers compute, and each worker's row
         self._computing, self._rows = (cores.table(), dict[str, int]())
         self._context: Any = warm.context()
+        self._kills = out_of_memory.kills()
         warm.track()
 
     def __enter__(self) -> Fleet:
@@ -281,6 +282,8 @@ class Fleet:
             if code is not None and code < 0
             else f"exited with {code}"
         )
+        if code == -signal.SIGKILL and out_of_memory.kills() > self._kills:
+            how += f", as the kernel does when main memory runs out; {out_of_memory.advice(worker.spec.role)}"
         if code == -signal.SIGBUS:  # the kernel's answer to memory that it cannot commit
             how += ", as when /dev/shm is full"
         return f"{worker.name} (pid {worker.process.pid}) {how}; its log: {worker.log}"
@@ -451,7 +454,7 @@ def _main(
     mailbox.beat()  # its first beat: start_timeout_s counts from here
     where = f"CUDA devices {ours[devices.VISIBLE]}" if spec.devices else "the CPU"
     _log(
-        f"{spec.name} starts: pid {os.getpid()}, on {where}, "
+        f"{spec.name}{out_of_memory.STARTS}{os.getpid()}, on {where}, "
         f"{spec.threads or 'up to ' + str(cores.here())} threads"
     )
     try:

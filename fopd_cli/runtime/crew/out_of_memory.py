@@ -6,6 +6,7 @@ An engine's own error does not always say it. vLLM's kernels call PyTorch throug
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 DEVICE = "CUDA out of memory"
@@ -16,6 +17,8 @@ LESS = {
     "sampler": "lower sampler.concurrency or sampler.max_new_tokens (engine vllm: sampler.vllm.gpu_memory)",
 }
 TAIL = 1 << 16  # bytes of the log
+STARTS = " starts: pid "  # in the first line of each process in a log
+VMSTAT = Path("/proc/vmstat")
 
 
 def explained(role: str, said: str, log: Path) -> str:
@@ -25,16 +28,32 @@ def explained(role: str, said: str, log: Path) -> str:
         cause = cause[cause.index(DEVICE) :].split(" Process ")[0].split(" Including ")[0]
     elif any(sign in said for sign in HOST):
         cause = f"out of main memory ({said})"
-    if cause is None:
-        return said
-    return f"{cause.rstrip('. ')}; {LESS.get(role, 'make its work smaller')}; fopd doctor adds up what fits"
+    return said if cause is None else f"{cause.rstrip('. ')}; {advice(role)}"
 
 
-def _last_lines(log: Path) -> list[str]:
-    """The last line first; none if there is no log."""
+def advice(role: str) -> str:
+    """What takes less memory."""
+    return f"{LESS.get(role, 'make its work smaller')}; fopd doctor adds up what fits"
+
+
+def kills() -> int:
+    """How many processes the kernel has killed for want of main memory since it started."""
+    try:
+        counts = dict(line.split() for line in VMSTAT.read_text().splitlines())
+    except OSError:
+        return 0
+    return int(counts.get("oom_kill", 0))
+
+
+def _last_lines(log: Path) -> Iterator[str]:
+    """The last line first, back to where this process started; none if there is no log."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL))
-            return file.read().decode(errors="replace").splitlines()[::-1]
+            lines = file.read().decode(errors="replace").splitlines()
     except OSError:
-        return []
+        return
+    for line in reversed(lines):
+        if STARTS in line:
+            return
+        yield line
