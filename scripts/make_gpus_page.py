@@ -21,11 +21,15 @@ from fopd_cli.engines.learner import lora  # noqa: E402
 from fopd_cli.engines.models import hf  # noqa: E402
 from fopd_cli.engines.models.shapes import Shapes, shapes  # noqa: E402
 from fopd_cli.errors import UserError  # noqa: E402
+from fopd_cli.plan import hardware  # noqa: E402
+from fopd_cli.plan.forecast import Setting, forecast, guessed  # noqa: E402
+from fopd_cli.plan.lengths import log_normal  # noqa: E402
+from fopd_cli.plan.prompts import Prompts  # noqa: E402
 from fopd_cli.recipe import Recipe, load_recipe  # noqa: E402
 from fopd_cli.runtime.build import add_adapters  # noqa: E402
 from fopd_cli.runtime.memory import model as memory  # noqa: E402
 from fopd_cli.runtime.placement import Plan, place  # noqa: E402
-from fopd_cli.runtime.time_model import Device, Pace, pace  # noqa: E402
+from fopd_cli.runtime.time_model import Device  # noqa: E402
 
 PAGE = ROOT / "docs" / "gpus.md"
 DEVICE_BYTES = 80 * 10**9
@@ -103,11 +107,15 @@ def seconds(chosen: dict[str, tuple[Recipe, memory.Models, Plan]]) -> list[str]:
         "| recipe | tokens a response | sampling | judging | learning | publishing | a step | 400 steps |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    prompts = Prompts(log_normal(PROMPT / 2, PROMPT, "assumed"), held_out=0)
     for name, (recipe, models, plan) in chosen.items():
-        response = recipe.sampler.max_new_tokens // 2
-        p: Pace = pace(recipe, plan, models, response, DEVICE_BYTES)
-        roles = " | ".join(f"{s:.1f} s" for s in (p.sampler, p.teacher, p.learner, p.publish, p.step))
-        lines.append(f"| {name} | {response:,} | {roles} | {400 * p.step / 3600:.1f} h |")
+        box = hardware.chosen("h100", BOXES.get(name, 8), DEVICE_BYTES / memory.GB, bf16=True)
+        found = forecast(recipe, Setting(box, models, guessed(recipe), prompts), plan)
+        o = found.outcome
+        busy = [o.busy[role] * o.seconds for role in ("sampler", "teacher", "learner")]
+        cells = [f"{s:.1f} s" for s in (*busy, found.costs.publish, o.seconds)]
+        response = f"{found.setting.responses.mean:,.0f}"
+        lines.append(f"| {name} | {response} | {' | '.join(cells)} | {400 * o.seconds / 3600:.1f} h |")
     return lines
 
 
