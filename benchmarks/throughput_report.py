@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from throughput_trace import STAGES
 
 Row = dict[str, Any]
+BEGIN, END = "<!-- tables of throughput.py -->", "<!-- end of them -->"
 
 
 def read(path: Path) -> dict[str, Row]:
@@ -33,6 +35,14 @@ def line(row: Row) -> str:
             return (
                 f"{row['key']}: {row['seconds']:.3f} s a step, conductor {row['conductor']:.1%}, idle: {idle}"
             )
+
+
+def filled(page: str, tables: str) -> str:
+    """A page with the tables between its two marks."""
+    if BEGIN not in page or END not in page:
+        sys.exit(f"--into: the page has no place for tables; it is between {BEGIN} and {END}")
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
 
 
 def spread(values: Sequence[float], shown: str) -> str:
