@@ -314,7 +314,9 @@ def main() -> None:
 def run_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
     # Before torch is imported: no driver is touched, so workers can be forked.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Workers are forked from a server that is a Python of its own.
     sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     from fopd_cli.runtime.crew import warm
 
     warm.begin()
