@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fopd_cli.runtime.journal.trace import read_trace
-
 STAGES = {"sampler": "generate", "teacher": "score", "learner": "train"}  # with what each is there for
 
 
@@ -49,6 +47,8 @@ BESIDE = "learner beside"
 
 def timeline(run: Path) -> Timeline:
     """The spans of a run's only sampler, teacher and learner."""
+    from fopd_cli.runtime.journal.trace import read_trace
+
     events = read_trace((run / "trace.json").read_text(encoding="utf-8"))
     tracks = {e["tid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
     names = {f"{stage}-0": stage for stage in STAGES}
