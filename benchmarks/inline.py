@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 import torch
+import torch.distributed as dist
 
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.inputs import load_inputs
@@ -199,6 +200,8 @@ class Inline:
         signals = Signals(self.journal.say)  # never entered: the process keeps its own handlers
         with self.journal:
             Conductor(self.state, self.crew, self.journal, Unsaved(), signals).run()
+        if dist.is_initialized() and self.recipe.sampler.engine != "vllm":  # which shares it, and ends it
+            dist.destroy_process_group()
         metrics, refreshes = self.records.metrics, self.state.schedule.refreshes
         steps, evaluations = metrics.kind("step"), metrics.kind("eval")
         return Outcome(steps, evaluations, refreshes, self.crew.now, self.timed.spent, self.timed.work)

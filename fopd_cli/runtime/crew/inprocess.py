@@ -16,8 +16,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol, Self, assert_never
 
-import torch.distributed as dist
-
 from fopd_cli.runtime.build import Setup
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.crew import Engine
@@ -139,8 +137,6 @@ class LocalEngines:
 
     def close(self) -> None:
         self._open.close()
-        if dist.is_initialized():  # the learner's, which the next run in this process makes again
-            dist.destroy_process_group()
 
     def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
         match command:
