@@ -228,6 +228,17 @@ IDEAS: list[tuple[str, ...]] = [
 ]
 
 
+def promising(seed: int) -> Iterator[Cell]:
+    """Ideas that held in a pilot at lag 16, on all tasks."""
+    for lag in ("32", "16", "2"):
+        for task in TASKS:
+            yield Cell(task, "pg_cached", PACE, lag, seed, ("@clip=3",))
+            yield Cell(task, "pg_cached", DEFAULT, lag, seed, (*EIGHT, "@newest=8"))
+    for lag in ("32", "16"):
+        for extra in (("@clip=3", "loss.importance=false"), ("@clip=1",), ("@newest=8",)):
+            yield Cell("short", "pg_cached", PACE, lag, seed, extra)
+
+
 def ideas(seed: int) -> Iterator[Cell]:
     """What else might hold at lag 16, on the defaults and on an anchor with the importance ratio."""
     for extra in IDEAS:
@@ -340,6 +351,7 @@ STUDIES = {
         lags,
         far,
         beyond,
+        promising,
         paces,
         ideas,
         confirm,
