@@ -38,6 +38,7 @@ TASKS = {
     "long": ["learner.lr=3e-4"],
     TEXT: [],  # a real pair, at the rate of docs/real-pair.md; judged by its KL
 }
+TOYS = [task for task in TASKS if task != TEXT]
 LOSSES = {
     "pg_cached": ["loss.support=sampled", "loss.advantage=cached"],
     "pg_ratio": ["loss.support=sampled", "loss.advantage=cached", "loss.importance=true"],
@@ -73,7 +74,10 @@ OURS = {
     BEST: [*ANCHORED, *TOPK],
     DEFAULT: ["freshness.policy=fopd"],
 }
-POLICIES = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
+HEADLINE = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
+# An anchor that weakens with the lag (freshness/pace.py), by its pace in optimizer steps.
+PACED = {f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}"] for n in (32, 64, 128, 256)}
+POLICIES = {**HEADLINE, **PACED}
 MIXED = "0..8"
 UP_TO = "<="  # before the bound of a lag that the clock decides
 RATES = ("1e-4", "3e-4", "3e-3")  # and the short task's own, 1e-3
@@ -83,7 +87,7 @@ LAMBDAS = ("0.3", "3", "10")  # and 1
 @dataclass(frozen=True)
 class Cell:
     """One run. `lag` is exact ("8"), mixed ("0..8") or up to a bound ("<=8"); `extra` are further overrides
-    of the recipe.
+    of the recipe, or, with an "@", variants (`staleness_variants.py`).
     """
 
     task: str
@@ -110,18 +114,23 @@ class Cell:
         else:
             lag = [f"schedule.lag={self.lag}"]
         own = [*TASKS[self.task], *LOSSES[self.loss], *POLICIES[self.policy], *lag, f"seed={self.seed}"]
-        return [*own, *self.extra]
+        return [*own, *(e for e in self.extra if not e.startswith("@"))]
+
+    @property
+    def variants(self) -> dict[str, float]:
+        pairs = (e[1:].split("=") for e in self.extra if e.startswith("@"))
+        return {name: float(value) for name, value in pairs}
 
 
 def headline(seed: int) -> Iterator[Cell]:
     """Every policy on the most fragile loss at lag 8: the paper's comparison."""
-    for policy in POLICIES:
+    for policy in HEADLINE:
         yield Cell("short", "pg_cached", policy, "0" if policy == "sync" else "8", seed)
 
 
 def defaults(seed: int) -> Iterator[Cell]:
     """The claim itself, with few enough runs for ten seeds: the recipe's defaults, beside sync."""
-    for task in TASKS:
+    for task in TOYS:
         yield Cell(task, "pg_cached", "sync", "0", seed)
         yield Cell(task, "pg_cached", DEFAULT, "8", seed)
     yield Cell("short", "pg_cached", DEFAULT, "16", seed)
@@ -169,6 +178,83 @@ def horizons(seed: int) -> Iterator[Cell]:
                     yield Cell(task, loss, policy, "8", seed)
         for loss in ("reverse_kl", "forward_kl"):
             yield Cell(task, loss, BEST, "8", seed)
+
+
+PACE = "fopd, pace 128"
+
+
+def beyond(seed: int) -> Iterator[Cell]:
+    """Lag 16 and 32 on all tasks: an anchor with a pace beside the defaults, and whether it costs anything at
+    lag 2 and 8.
+    """
+    for lag in ("32", "16", "2"):
+        for task in TOYS:
+            for policy in (PACE, DEFAULT, "fopd, pace 64"):
+                yield Cell(task, "pg_cached", policy, lag, seed)
+    for task in TOYS:
+        yield Cell(task, "pg_cached", PACE, "8", seed)
+
+
+def paces(seed: int) -> Iterator[Cell]:
+    """How much the pace matters, what else it helps, and what lag 32 does without any control."""
+    for lag in ("32", "16"):
+        for policy in ("fopd, pace 32", "fopd, pace 256"):
+            yield Cell("short", "pg_cached", policy, lag, seed)
+    for lag in ("32", "16", "8", "2"):
+        yield Cell("short", "pg_recomputed", PACE, lag, seed)
+    for lag in ("4", MIXED):
+        yield Cell("short", "pg_cached", PACE, lag, seed)
+    for lag in ("32", "16", "8"):
+        yield Cell(
+            "short", "pg_cached", PACE, lag, seed, ("freshness.drift=quadratic", "freshness.anchor=10")
+        )
+    for task in TOYS:
+        yield Cell(task, "pg_cached", "async", "32", seed)
+
+
+RATIO = ("loss.importance=true", "freshness.pace=null")
+EIGHT = (*RATIO, "freshness.anchor=8")  # a pace of 128 at lag 16
+IDEAS: list[tuple[str, ...]] = [
+    ("freshness.anchor=40",),
+    ("freshness.drift_k=64",),
+    ("@newest=4",),
+    ("@clip=3",),
+    ("@trust=0.5",),
+    ("@dual=0.03",),
+    ("@slow=0.01",),
+    (*EIGHT, "freshness.drift=quadratic"),
+    (*EIGHT, "@dual=0.03"),
+    (*EIGHT, "@newest=8"),
+    (*EIGHT, "@clip=3"),
+    (*EIGHT, "@trust=0.5"),
+    (*EIGHT, "@baseline=1"),
+    (*EIGHT, "loss.max_ratio=2"),
+]
+
+
+def promising(seed: int) -> Iterator[Cell]:
+    """Ideas that held in a pilot at lag 16, on all tasks."""
+    for lag in ("32", "16", "2"):
+        for task in TOYS:
+            yield Cell(task, "pg_cached", PACE, lag, seed, ("@clip=3",))
+            yield Cell(task, "pg_cached", DEFAULT, lag, seed, (*EIGHT, "@newest=8"))
+    for lag in ("32", "16"):
+        for extra in (("@clip=3", "loss.importance=false"), ("@clip=1",), ("@newest=8",)):
+            yield Cell("short", "pg_cached", PACE, lag, seed, extra)
+
+
+def ideas(seed: int) -> Iterator[Cell]:
+    """What else might hold at lag 16, on the defaults and on an anchor with the importance ratio."""
+    for extra in IDEAS:
+        yield Cell("short", "pg_cached", DEFAULT, "16", seed, extra)
+
+
+def confirm(seed: int) -> Iterator[Cell]:
+    """The claim itself at long lags, with few enough runs for ten seeds."""
+    for lag in ("32", "16", "2"):
+        for task in TOYS:
+            yield Cell(task, "pg_cached", PACE, lag, seed)
+    yield Cell("short", "pg_cached", DEFAULT, "2", seed)
 
 
 def mixed(seed: int) -> Iterator[Cell]:
@@ -254,7 +340,7 @@ def anchored_kl(seed: int) -> Iterator[Cell]:
 
 def weights(seed: int) -> Iterator[Cell]:
     """Whether weights that shrink the whole batch cost anything where their ranking hardly matters."""
-    for task in TASKS:
+    for task in TOYS:
         for loss in ("pg_cached", "reverse_kl", "forward_kl", "jsd", "topk"):
             yield Cell(task, loss, DEFAULT, "8", seed, (RAW,))
     yield Cell("short", "pg_cached", DEFAULT, "16", seed, (RAW,))
@@ -312,6 +398,11 @@ STUDIES = {
         anchored_kl,
         lags,
         far,
+        beyond,
+        promising,
+        paces,
+        ideas,
+        confirm,
         horizons,
         losses,
         sweep,
@@ -333,6 +424,7 @@ def measure(
     """Run one cell, with further keys of the recipe that are not part of its name."""
     import torch
     from inline import Inline
+    from staleness_variants import install
 
     from fopd_cli.collapse import collapse
     from fopd_cli.recipe import load_recipe
@@ -341,7 +433,9 @@ def measure(
     began = time.monotonic()
     short = [] if steps is None else [f"learner.steps={steps}", f"eval.every={steps}"]
     recipe = load_recipe(RECIPES / f"{cell.task}.yaml", [*cell.overrides, *sets, *short])
-    outcome = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd", cuda=cuda).run()
+    race = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd", cuda=cuda)
+    install(race.engines.learner.engine, cell.variants)
+    outcome = race.run()
     curve = [(int(e["step"]), float(e["score"])) for e in outcome.evaluations]
     found = collapse(curve, recipe.learner.steps)
 

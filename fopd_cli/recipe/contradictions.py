@@ -111,7 +111,7 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
             f"loss.teacher_temperature: {recipe.targets} log-probs come at temperature 1; set "
             "teacher.targets: hidden, or teacher_temperature: one"
         )
-    if loss.max_ratio is not None and not (support == "mc" or (support == "sampled" and loss.importance)):
+    if loss.max_ratio is not None and not (support == "mc" or (support == "sampled" and recipe.importance)):
         yield (
             f"loss.max_ratio: loss.support {support} has no importance ratio here; leave it out, or use "
             "mc, or sampled with importance: true"

@@ -94,6 +94,7 @@ def learner_config(
     spec = LossSpec.of(
         loss,
         support=recipe.support,
+        importance=recipe.importance,
         trust=fresh.trust if POLICIES[fresh.policy].trust else None,
         drift=recipe.drift,
         sampling_temperature=recipe.sampler.temperature,
