@@ -369,7 +369,7 @@ def text(seed: int) -> Iterator[Cell]:
     for loss in exact:
         yield Cell(TEXT, loss, "sync", "0", seed)
         for lag in ("8", "4", "16"):
-            for policy in ("async", DEFAULT):
+            for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
                 yield Cell(TEXT, loss, policy, lag, seed)
     for bound in ("4", "2", "8"):
         yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
@@ -384,10 +384,14 @@ def text(seed: int) -> Iterator[Cell]:
             yield Cell(TEXT, loss, "sync", "0", seed)
             for policy in ("async", DEFAULT):
                 yield Cell(TEXT, loss, policy, "8", seed)
-    for other in (("learner.lr=3e-5",), ("learner.dtype=fp32", "sampler.dtype=fp32", "teacher.dtype=fp32")):
-        yield Cell(TEXT, "reverse_kl", "sync", "0", seed, other)
+    slow, fp32 = (
+        ("learner.lr=3e-5",),
+        tuple(f"{role}.dtype=fp32" for role in ("learner", "sampler", "teacher")),
+    )
+    for loss, other in (("reverse_kl", slow), ("pg_cached", slow), ("reverse_kl", fp32)):
+        yield Cell(TEXT, loss, "sync", "0", seed, other)
         for lag in ("4", "8"):
-            yield Cell(TEXT, "reverse_kl", "async", lag, seed, other)
+            yield Cell(TEXT, loss, "async", lag, seed, other)
 
 
 STUDIES = {
