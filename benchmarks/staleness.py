@@ -384,14 +384,16 @@ def text(seed: int) -> Iterator[Cell]:
             yield Cell(TEXT, loss, "sync", "0", seed)
             for policy in ("async", DEFAULT):
                 yield Cell(TEXT, loss, policy, "8", seed)
-    slow, fp32 = (
-        ("learner.lr=3e-5",),
-        tuple(f"{role}.dtype=fp32" for role in ("learner", "sampler", "teacher")),
-    )
-    for loss, other in (("reverse_kl", slow), ("pg_cached", slow), ("reverse_kl", fp32)):
-        yield Cell(TEXT, loss, "sync", "0", seed, other)
-        for lag in ("4", "8"):
-            yield Cell(TEXT, loss, "async", lag, seed, other)
+    for loss in exact:
+        yield from _others(loss, "learner.lr=3e-5")
+    yield from _others("reverse_kl", "learner.dtype=fp32", "sampler.dtype=fp32", "teacher.dtype=fp32")
+
+
+def _others(loss: str, *extra: str) -> Iterator[Cell]:
+    """What a lag does to text at other settings."""
+    yield Cell(TEXT, loss, "sync", "0", 0, extra)
+    for lag in ("4", "8"):
+        yield Cell(TEXT, loss, "async", lag, 0, extra)
 
 
 STUDIES = {
