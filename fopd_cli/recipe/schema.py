@@ -740,6 +740,13 @@ class Placement(Section):
     """Devices (on a CPU: ranks) for the teacher. Default: a quarter; on a CPU 1."""
     learner: Processes | None = None
     """Devices (on a CPU: ranks) for the learner. Default: the rest; on a CPU 1."""
+    transport: Literal["auto", "shared", "broadcast", "ipc"] = "auto"
+    """How new weights get from the learner to the samplers. shared: through shared memory of the host; works
+    everywhere. broadcast: packed, from the learner's device to the samplers' over NCCL (on a CPU gloo), where
+    these are different devices. ipc: the sampler copies from the learner's memory on the same device
+    (colocate). Both save the way through the host, and keep two copies of the weights in the samplers' dtype
+    on the learner's device. auto: shared, until the others have been run on GPUs.
+    """
     threads: Threads = Threads()
 
 
