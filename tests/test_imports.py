@@ -130,6 +130,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.crew.fleet",
         "runtime.devices",
     },
+    "runtime.weights": {"errors", "recipe", "runtime.crew.fleet", "runtime.memory", "runtime.placement"},
     "runtime.build": {
         "engines",
         "errors",
@@ -140,6 +141,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.memory",
         "runtime.placement",
         "runtime.scheduling.params",
+        "runtime.weights.transport",
         "samples",
     },
     "runtime.crew": {
@@ -160,6 +162,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.placement",
         "runtime.scheduling",  # roles and conversations, which know no worker
         "runtime.signals",
+        "runtime.weights.transport",
         "samples",
         "tasks",
     },

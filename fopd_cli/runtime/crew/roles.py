@@ -25,7 +25,7 @@ from fopd_cli.runtime.crew.environment import Environments
 from fopd_cli.runtime.crew.fleet import Mailbox, WorkerSpec
 from fopd_cli.runtime.crew.writer import Writer
 from fopd_cli.runtime.memory.arena import targets_at
-from fopd_cli.runtime.memory.weights import WeightChannel
+from fopd_cli.runtime.weights.transport import Outlet
 from fopd_cli.samples import Prompt, Rollout, Sample, TeacherTargets
 from fopd_cli.tasks import load_task
 from fopd_cli.tasks.base import Grade
@@ -73,7 +73,8 @@ class Sampling:
     """Takes commands between tokens; finished rollouts leave at once."""
 
     def __init__(self, spec: WorkerSpec, setup: Setup) -> None:
-        self.engine, self.channel = build_sampler(spec, setup), setup.channel
+        self.engine = build_sampler(spec, setup)
+        self.weights = setup.weights.inlet(spec, sampler_facts(setup.recipe.sampler).copies)
         self._began: float | None = None  # start of the open span
         self._work = _Work()
         self._running = self._aborts = 0
@@ -121,10 +122,10 @@ class Sampling:
 
     def _load(self, version: int) -> m.Loaded:
         start = time.time()
-        self.engine.load(version, self.channel.read(version))
-        self.channel.check(version)
+        self.engine.load(version, self.weights.read(version))
+        self.weights.check(version)
         end = time.time()
-        gb_per_s = self.channel.slot_bytes / 1e9 / max(end - start, 1e-9)
+        gb_per_s = self.weights.slot_bytes / 1e9 / max(end - start, 1e-9)
         found = {"version": version, "ms": 1e3 * (end - start), "gb_per_s": gb_per_s}
         return m.Loaded(version, m.Span("load", start, end, found))
 
@@ -132,8 +133,6 @@ class Sampling:
 def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """A sampler replica's process."""
     role = Sampling(spec, setup)
-    if spec.devices and sampler_facts(setup.recipe.sampler).copies:
-        setup.channel.page_lock()
     mailbox.send(m.Ready())
     while not isinstance(command := mailbox.receive(block=not role.busy), m.StopCommand):
         answer = role.step() if command is None else role.do(command)
@@ -221,9 +220,8 @@ class Learning:
     ) -> None:
         self.engine, self.spec, self.setup = build_learner(spec, setup, breathe), spec, setup
         self.writer = Writer(post)
-        if spec.devices and spec.rank == 0:
-            setup.channel.page_lock()
-        publish(spec, self.engine, setup.channel)
+        self.weights = setup.weights.outlet(spec)
+        publish(self.engine, self.weights)
 
     def do(self, command: m.LearnerCommand | m.RestCommand) -> m.Message:
         start = time.time()
@@ -244,7 +242,7 @@ class Learning:
     def _train(self, start: float, step: int, samples: list[Sample]) -> m.Trained:
         report = self.engine.train(step, samples)
         trained = time.time()
-        report.publish_bytes = publish(self.spec, self.engine, self.setup.channel)
+        report.publish_bytes = publish(self.engine, self.weights)
         report.publish_seconds = time.time() - trained
         spans = [
             m.Span("train", start, trained, {"step": step, "tokens": report.tokens}),
@@ -264,9 +262,11 @@ def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
         dist.destroy_process_group()
 
 
-def publish(spec: WorkerSpec, engine: Learner, channel: WeightChannel) -> int:
-    """Write the learner's weights into their slot; all ranks gather, rank 0 writes."""
-    return channel.write(engine.version, engine.publish(channel.dtypes), keep=spec.rank == 0)
+def publish(engine: Learner, weights: Outlet) -> int:
+    """Write the learner's weights into their slot; all ranks gather, and those write that are to keep them.
+    Returns this rank's bytes.
+    """
+    return weights.write(engine.version, engine.publish(weights.dtypes))
 
 
 # ---- grader

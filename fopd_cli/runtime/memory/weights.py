@@ -59,13 +59,16 @@ class WeightChannel:
     """
 
     layout: Layout
-    memory: Tensor
+    memory: Tensor  # uint8 (2 * slot_bytes): of the host, or a device's
     stamps: Tensor  # int64 (2 slots, 2): version when writing began, version when it was complete
 
     @classmethod
-    def create(cls, layout: Layout) -> WeightChannel:
-        channel = cls(layout, torch.empty(0), torch.full((2, 2), -1, dtype=torch.int64).share_memory_())
-        channel.memory = shared_bytes(max(2 * channel.slot_bytes, ALIGNMENT))
+    def create(cls, layout: Layout, memory: bool = True) -> WeightChannel:
+        """`memory=False`: layout and stamps alone; the slots are elsewhere, or not used."""
+        stamps = torch.full((2, 2), -1, dtype=torch.int64).share_memory_()
+        channel = cls(layout, torch.empty(0, dtype=torch.uint8), stamps)
+        if memory:
+            channel.memory = shared_bytes(max(2 * channel.slot_bytes, ALIGNMENT))
         return channel
 
     @property
@@ -96,21 +99,22 @@ class WeightChannel:
 
         Ranks that only take part in gathering the weights pass `keep=False`.
         """
-        stamps, views, written = self.stamps[version % 2], dict(self._slot(version)), 0
+        stamps, missing, written = self.stamps[version % 2], set(self.dtypes), 0
+        views = dict(self.slot_of(version)) if keep else {}
         if keep:
             stamps[0] = version
         streams = set()
         for name, tensor in weights:
-            slot = views.pop(name)
+            missing.remove(name)
             if keep:
+                slot = views[name]
                 slot.copy_(tensor, non_blocking=True)
                 written += slot.nbytes
-                if tensor.is_cuda:
-                    streams.add(torch.cuda.current_stream(tensor.device))
+                streams |= {torch.cuda.current_stream(t.device) for t in (tensor, slot) if t.is_cuda}
         for stream in streams:
             stream.synchronize()
-        if views:
-            raise RuntimeError(f"version {version} lacks the weights {sorted(views)[:3]}")
+        if missing:
+            raise RuntimeError(f"version {version} lacks the weights {sorted(missing)[:3]}")
         if keep:
             stamps[1] = version
         return written
@@ -118,7 +122,7 @@ class WeightChannel:
     def read(self, version: int) -> SharedWeights:
         """All weights of one version, in place; call `check` when done with them."""
         self.check(version)
-        return self._slot(version)
+        return self.slot_of(version)
 
     def check(self, version: int) -> None:
         """Raises if the slot does not hold all of this version (any more)."""
@@ -128,12 +132,21 @@ class WeightChannel:
                 f"weights of version {version} were overwritten while they were read (stamps {found})"
             )
 
+    @property
+    def held(self) -> list[int]:
+        """The versions that are here as a whole."""
+        return [begun for begun, complete in self.stamps.tolist() if begun == complete >= 0]
+
+    def slot(self, version: int) -> Tensor:
+        """uint8 `(slot_bytes,)`: the slot that a version has, whatever is in it."""
+        start = (version % 2) * self.slot_bytes
+        return self.memory[start : start + self.slot_bytes]
+
     def save(self, version: int, path: Path) -> None:
         """Write one version's slot to a file, byte for byte."""
         self.check(version)
-        start = (version % 2) * self.slot_bytes
         with path.open("wb") as file:
-            file.write(self.memory[start : start + self.slot_bytes].numpy().data)
+            file.write(self.slot(version).numpy().data)
 
     def load(self, version: int, path: Path, dtypes: Sequence[torch.dtype]) -> None:
         """Load what `save` wrote; `dtypes` are those that the tensors had at the time."""
@@ -141,5 +154,6 @@ class WeightChannel:
         memory = torch.from_file(str(path), shared=False, size=layout_bytes(saved), dtype=torch.uint8)
         self.write(version, iter(SharedWeights(memory, 0, saved)))
 
-    def _slot(self, version: int) -> SharedWeights:
+    def slot_of(self, version: int) -> SharedWeights:
+        """The weights in the slot that a version has, whatever it holds."""
         return SharedWeights(self.memory, (version % 2) * self.slot_bytes, self.layout)
