@@ -93,8 +93,11 @@ def _grouped(runs: Iterable[Row]) -> dict[tuple[int, str], list[Row]]:
 
 def _speeds(runs: Sequence[Row], alone: dict[int, Row]) -> str:
     lines = [
-        "| max_lag | policy | steps/s | of the bound | of async | mean lag | conductor, of a core |",
-        "|---|---|---|---|---|---|---|",
+        (
+            "| max_lag | policy | steps/s | of the bound | of async | mean lag | conductor, of a core | ms a "
+            "step |"
+        ),
+        "|---|---|---|---|---|---|---|---|",
     ]
     groups = _grouped(runs)
     for (depth, policy), found in groups.items():
@@ -104,7 +107,8 @@ def _speeds(runs: Sequence[Row], alone: dict[int, Row]) -> str:
         lines.append(
             f"| {depth} | {policy} | {spread([1 / r['seconds'] for r in found], '.2f')} | "
             f"{spread(of_bound, '.0%')} | {'' if policy == 'async' else spread(of_async, '.0%')} | "
-            f"{median(r['lag_mean'] for r in found):.1f} | {spread([r['conductor'] for r in found], '.1%')} |"
+            f"{median(r['lag_mean'] for r in found):.1f} | {spread([r['conductor'] for r in found], '.1%')} | "
+            f"{1e3 * median(r['conductor'] * r['seconds'] for r in found):.1f} |"
         )
     return "\n".join(lines)
 
