@@ -102,12 +102,13 @@ def _speeds(runs: Sequence[Row], alone: dict[int, Row]) -> str:
     groups = _grouped(runs)
     for (depth, policy), found in groups.items():
         asyncs = {r["round"]: r for r in groups.get((depth, "async"), [])}
+        conductor = spread([r["conductor"] for r in found], ".1%")
         of_bound = [alone[r["round"]]["bound"] / r["seconds"] for r in found]
         of_async = [asyncs[r["round"]]["seconds"] / r["seconds"] for r in found if r["round"] in asyncs]
         lines.append(
             f"| {depth} | {policy} | {spread([1 / r['seconds'] for r in found], '.2f')} | "
             f"{spread(of_bound, '.0%')} | {'' if policy == 'async' else spread(of_async, '.0%')} | "
-            f"{median(r['lag_mean'] for r in found):.1f} | {spread([r['conductor'] for r in found], '.1%')} | "
+            f"{median(r['lag_mean'] for r in found):.1f} | {conductor} | "
             f"{1e3 * median(r['conductor'] * r['seconds'] for r in found):.1f} |"
         )
     return "\n".join(lines)
