@@ -4,15 +4,17 @@ and none lets anybody hang on a process that is gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transport_kit as kit
-from conftest import small_recipe
+from conftest import SLOW, small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,7 +28,7 @@ from fopd_cli.runtime.placement import place
 from fopd_cli.runtime.weights.broadcast import Broadcast, pieces
 from fopd_cli.runtime.weights.choice import chosen, conductor_reads
 from fopd_cli.runtime.weights.ipc import Ipc
-from fopd_cli.runtime.weights.transport import Inlet, Outlet, Shared, Transport
+from fopd_cli.runtime.weights.transport import Inlet, Shared, Transport
 
 LAYOUT: Layout = [
     ("embedding", (50, 40), torch.bfloat16),
@@ -81,6 +83,7 @@ def same(found: dict[str, Tensor], version: int) -> bool:
 def test_two_versions_are_there_and_no_third(tmp_path: Path, name: str) -> None:
     made = transport(name, tmp_path)
     outlet, inlet = made.outlet(LEARNER), made.inlet(SAMPLER, True)
+    assert inlet.slot_bytes == layout_bytes(LAYOUT)
     for version in (0, 1):
         assert outlet.write(version, weights(version)) == sum(t.nbytes for t in expected(0).values())
     assert all(same(loaded(inlet, version), version) for version in (1, 0, 1))
@@ -135,6 +138,30 @@ def test_a_rank_that_only_takes_part_in_gathering_keeps_nothing(tmp_path: Path, 
     assert outlet.write(0, weights(0)) == 0
     with pytest.raises(RuntimeError, match="version 0"):
         made.inlet(SAMPLER, True).check(0)
+
+
+def test_a_replica_that_gives_up_midway_leaves_the_others_and_its_successor_alone(tmp_path: Path) -> None:
+    made = transport("broadcast", tmp_path)
+    outlet, other = made.outlet(LEARNER), made.inlet(replace(SAMPLER, rank=1, world=2), True)
+    outlet.write(0, weights(0))
+    assert same(loaded(other, 0), 0)
+    arriving = iter(made.inlet(SAMPLER, True).read(0))
+    next(arriving)
+    assert isinstance(arriving, Generator)
+    arriving.close()
+    assert same(loaded(other, 0), 0)
+    assert same(loaded(made.inlet(replace(SAMPLER, restarts=1), True), 0), 0)
+
+
+def test_processes_that_are_not_ours_get_nothing(tmp_path: Path) -> None:
+    made = transport("broadcast", tmp_path)
+    assert isinstance(made, Broadcast)
+    outlet, inlet = made.outlet(LEARNER), made.inlet(SAMPLER, True)
+    outlet.write(0, weights(0))
+    with pytest.raises(AuthenticationError):
+        Client(made.meeting.address, "AF_UNIX", authkey=b"guessed")
+    Client(made.meeting.address, "AF_UNIX", authkey=made.meeting.key).close()  # dies before it has spoken
+    assert same(loaded(inlet, 0), 0)
 
 
 SHAPES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=20)
@@ -211,6 +238,7 @@ def load(folder: Path, *overrides: str) -> Any:
 # ---- between processes -------------------------------------------------------------------------------------
 
 
+@SLOW
 def test_two_learner_ranks_and_two_samplers_and_one_dies_midway(pair: Path, tmp_path: Path) -> None:
     """Sharded ranks gather, both samplers end up with the bits that shared memory gives them. One of them is
     killed between two pieces: the other one and the learner go on, and a process in its place gets all.
@@ -254,10 +282,3 @@ def test_two_learner_ranks_and_two_samplers_and_one_dies_midway(pair: Path, tmp_
 def layout_size(layout: Layout) -> int:
     """Bytes of the tensors alone."""
     return sum(torch.empty(shape, dtype=dtype, device="meta").nbytes for _, shape, dtype in layout)
-
-
-def test_outlets_and_inlets_are_what_the_roles_ask_for(tmp_path: Path) -> None:
-    for name in TRANSPORTS:
-        made = transport(name, tmp_path)
-        assert isinstance(made.outlet(LEARNER), Outlet)
-        assert made.inlet(SAMPLER, True).slot_bytes == layout_bytes(LAYOUT)
