@@ -4,7 +4,7 @@ and none lets anybody hang on a process that is gone.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
@@ -14,19 +14,22 @@ from typing import Any
 import pytest
 import torch
 import transport_kit as kit
+import yaml
 from conftest import SLOW, small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import load_recipe
+from fopd_cli.recipe import Recipe, load_recipe
+from fopd_cli.runtime import placing
 from fopd_cli.runtime.crew.fleet import Fleet, WorkerSpec
 from fopd_cli.runtime.crew.messages import Lost
+from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.weights import Layout, WeightChannel, layout_bytes
 from fopd_cli.runtime.placement import place
 from fopd_cli.runtime.weights.broadcast import Broadcast, pieces
-from fopd_cli.runtime.weights.choice import chosen, conductor_reads
+from fopd_cli.runtime.weights.choice import chosen, conductor_reads, host_bytes
 from fopd_cli.runtime.weights.ipc import Ipc
 from fopd_cli.runtime.weights.transport import Inlet, Shared, Transport
 
@@ -150,6 +153,8 @@ def test_a_replica_that_gives_up_midway_leaves_the_others_and_its_successor_alon
     assert isinstance(arriving, Generator)
     arriving.close()
     assert same(loaded(other, 0), 0)
+    with pytest.raises(RuntimeError, match="sends no more weights"):
+        list(made.inlet(SAMPLER, True).read(0))
     assert same(loaded(made.inlet(replace(SAMPLER, restarts=1), True), 0), 0)
 
 
@@ -227,12 +232,37 @@ def test_it_is_known_whether_the_conductor_reads_weights(tmp_path: Path, overrid
     assert conductor_reads(load(tmp_path, override, "eval.every=1")) is reads
 
 
-def load(folder: Path, *overrides: str) -> Any:
-    import yaml
+@pytest.mark.parametrize(
+    ("wanted", "learners", "sampler", "host"),
+    [("shared", (0, 0), 0, 2), ("broadcast", (2, 0), 1, 0), ("ipc", (2, 2), 0, 0)],
+)
+def test_memory_is_counted_where_the_versions_are(
+    pair: Path, tmp_path: Path, wanted: str, learners: tuple[int, int], sampler: int, host: int
+) -> None:
+    """In versions; a small one arrives in a single piece."""
+    plain = load_recipe(load_path(tmp_path, pair))
+    recipe = load_recipe(load_path(tmp_path, pair), [f"placement.transport={wanted}"])
+    layout = kit.layout(pair, torch.float32)
+    version, models = layout_size(layout), placing.models(plain)
 
+    def grown(parts: Callable[[Recipe], memory.Parts]) -> float:
+        return (memory.total(parts(recipe)) - memory.total(parts(plain))) / version
+
+    ranks = [WorkerSpec("learner", rank, 2, (), 1) for rank in range(2)]
+    found = [grown(lambda r, spec=spec: memory.of_learner(r, spec, models).always) for spec in ranks]
+    assert found == pytest.approx(learners)
+    assert grown(lambda r: memory.of_sampler(r, SAMPLER, models, 0).phases["update"]) == sampler
+    assert host_bytes(recipe, layout) == host * layout_bytes(layout)
+
+
+def load(folder: Path, *overrides: str) -> Any:
+    return load_recipe(load_path(folder, folder), list(overrides))
+
+
+def load_path(folder: Path, pair: Path) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(small_recipe(folder)))
-    return load_recipe(path, list(overrides))
+    path.write_text(yaml.safe_dump(small_recipe(pair)))
+    return path
 
 
 # ---- between processes -------------------------------------------------------------------------------------

@@ -198,15 +198,13 @@ class Link:
     def __init__(self, meeting: Meeting, hello: Hello, device: torch.device) -> None:
         self._meeting, self._device = meeting, device
         self._learner = Client(meeting.address, "AF_UNIX", authkey=meeting.key)
-        self._learner.send(hello)
-        path: Path = self._heard()
+        path: Path = self._asked(hello)
         self._group = Group(path, 1 + hello.rank, 1 + hello.world, device, [self._learner], meeting.timeout_s)
         atexit.register(self.close)
 
     def receive(self, version: int, layout: Layout) -> Iterator[tuple[str, Tensor]]:
         """Each tensor on this process's device, in memory of its own piece."""
-        self._learner.send(version)
-        if (refusal := self._heard()) is not None:
+        if (refusal := self._asked(version)) is not None:
             raise RuntimeError(refusal)
         coming: deque[tuple[Piece, Tensor, Any]] = deque()
         left = deque(pieces(layout, self._meeting.piece))
@@ -232,14 +230,15 @@ class Link:
         self._learner.close()
         self._group.close()
 
-    def _heard(self) -> Any:
-        """What the learner says next."""
-        if not self._learner.poll(self._meeting.timeout_s):
-            raise RuntimeError(f"the learner has sent no weights for {self._meeting.timeout_s:.0f} s")
+    def _asked(self, message: Hello | int) -> Any:
+        """The learner's answer."""
         try:
-            return self._learner.recv()
+            self._learner.send(message)
+            if self._learner.poll(self._meeting.timeout_s):
+                return self._learner.recv()
         except (EOFError, OSError):
             raise RuntimeError("the learner sends no more weights; its log says why") from None
+        raise RuntimeError(f"the learner has not answered for {self._meeting.timeout_s:.0f} s")
 
 
 _links: dict[tuple[str, Hello], Link] = {}  # of this process
