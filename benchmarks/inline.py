@@ -200,11 +200,14 @@ class Inline:
         signals = Signals(self.journal.say)  # never entered: the process keeps its own handlers
         with self.journal:
             Conductor(self.state, self.crew, self.journal, Unsaved(), signals).run()
-        if dist.is_initialized() and self.recipe.sampler.engine != "vllm":  # which shares it, and ends it
-            dist.destroy_process_group()
         metrics, refreshes = self.records.metrics, self.state.schedule.refreshes
         steps, evaluations = metrics.kind("step"), metrics.kind("eval")
         return Outcome(steps, evaluations, refreshes, self.crew.now, self.timed.spent, self.timed.work)
+
+    def close(self) -> None:
+        """Leave the learner's process group, so that another run in this process can make its own."""
+        if dist.is_initialized() and self.recipe.sampler.engine != "vllm":  # which shares it, and ends it
+            dist.destroy_process_group()
 
 
 def _on_one_gpu(plan: Plan) -> Plan:

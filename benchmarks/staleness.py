@@ -370,16 +370,16 @@ def text(seed: int) -> Iterator[Cell]:
         yield Cell(TEXT, loss, "sync", "0", seed)
         for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
             yield Cell(TEXT, loss, policy, "8", seed)
-    for bound in ("4", "2", "8"):
-        yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
-    for loss in exact:
-        for lag in ("4", "16"):
-            for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
-                yield Cell(TEXT, loss, policy, lag, seed)
     for policy in ("lag_weight", "fopd"):
         for loss in exact:
             yield Cell(TEXT, loss, policy, "8", seed)
     yield Cell(TEXT, "pg_cached", "recomputed, ratio", "8", seed)
+    for loss in exact:
+        for lag in ("16", "4"):
+            for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
+                yield Cell(TEXT, loss, policy, lag, seed)
+    for bound in ("4", "2", "8"):
+        yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
     if seed:
         return
     for loss in LOSSES:
@@ -433,6 +433,7 @@ def measure(
     """Run one cell, with further keys of the recipe that are not part of its name."""
     import torch
     from inline import Inline
+    from staleness_text import kl_on_answers
     from staleness_variants import install
 
     from fopd_cli.collapse import collapse
@@ -445,6 +446,8 @@ def measure(
     race = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd", cuda=cuda)
     install(race.engines.learner.engine, cell.variants)
     outcome = race.run()
+    on_answers = kl_on_answers(race) if cell.task == TEXT else None
+    race.close()
     curve = [(int(e["step"]), float(e["score"])) for e in outcome.evaluations]
     found = collapse(curve, recipe.learner.steps)
 
@@ -463,6 +466,8 @@ def measure(
         "kl": outcome.evaluations[-1]["kl"],
         "kl_curve": [(int(e["step"]), float(e["kl"])) for e in outcome.evaluations],
         "kl_training": statistics.fmean(s["kl"] for s in outcome.steps[-max(1, len(outcome.steps) // 10) :]),
+        "kl_on_answers": on_answers,
+        "length": outcome.evaluations[-1]["response_length"],
         "lag_mean": mean("lag_mean"),
         "lag_max": max(s["lag_max"] for s in outcome.steps),
         "freshness": mean("freshness"),

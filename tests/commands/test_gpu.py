@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transport_kit
 from conftest import TINY, Fopd, check_accounts, lines, small_recipe, summary
 
-from fopd_cli.engines.learner.learner import FsdpLearner
+from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
 from fopd_cli.engines.transformers.build import on_weights
@@ -89,16 +89,22 @@ def test_packed_rows_are_each_sequence_alone(pair: Path, dtype: torch.dtype) -> 
     assert all(torch.isfinite(p.grad).all() for p in packing.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"compile": True}, {"offload": True}, {"optimizer_dtype": torch.bfloat16}], ids=str
-)
+SAVINGS: list[dict[str, Any]] = [{"compile": True}, {"offload": True}, {"optimizer_dtype": "bf16"}]
+
+
+def saving(cfg: LearnerConfig, changes: dict[str, Any]) -> LearnerConfig:
+    """The configuration as a recipe with these keys of its learner makes it."""
+    other = kit.changed(cfg, **changes)
+    return replace(other, loss=replace(other.loss, compile=other.learner.compile))
+
+
+@pytest.mark.parametrize("changes", SAVINGS, ids=str)
 def test_what_saves_time_or_memory_changes_no_loss(
     pair: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     samples = kit.make_samples(pair)
     cfg = kit.config(compute_dtype=torch.bfloat16)
-    other = replace(cfg, **changes)
-    other = replace(other, loss=replace(other.loss, compile=other.compile))
+    other = saving(cfg, changes)
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
