@@ -80,8 +80,8 @@ PACED = {f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}"] for
 POLICIES = {**HEADLINE, **PACED}
 MIXED = "0..8"
 UP_TO = "<="  # before the bound of a lag that the clock decides
-RATES = ("1e-4", "3e-4", "3e-3")  # and the short task's own, 1e-3
-LAMBDAS = ("0.3", "3", "10")  # and 1
+RATES = ("3e-4", "1e-4", "3e-3", "1e-3")
+LAMBDAS = ("10", "3", "0.3")  # and 1
 
 
 @dataclass(frozen=True)
@@ -350,17 +350,27 @@ def regions(seed: int) -> Iterator[Cell]:
     """Learning rate by lag: where nothing is needed, where the published method helps, where only a strong
     anchor holds, where nothing does.
     """
-    for task, loss in (("short", "pg_cached"), ("long", "pg_cached"), ("short", "reverse_kl")):
+    parts = (
+        ("short", "pg_cached", ("8", "2", "16")),
+        ("short", "reverse_kl", ("16", "2")),
+        ("long", "pg_cached", ("8", "2", "16")),
+        ("short", "pg_cached", ("4",)),
+        ("long", "pg_cached", ("4",)),
+        ("short", "reverse_kl", ("8", "4")),
+    )
+    for task, loss, lags in parts:
         own = TASKS[task][0]
-        for rate in (own, *(f"learner.lr={rate}" for rate in RATES if f"learner.lr={rate}" != own)):
+        for rate in (own, *(f"learner.lr={rate}" for rate in RATES)):
             at = () if rate == own else (rate,)
             yield Cell(task, loss, "sync", "0", seed, at)
-            for lag in ("8", "2", "16", "4"):
-                for policy in ("async", DEFAULT, "fopd", "trust"):
-                    if loss == "pg_cached" or policy in ("async", DEFAULT):
-                        yield Cell(task, loss, policy, lag, seed, at)
-                for strength in LAMBDAS if loss == "pg_cached" else ():
-                    yield Cell(task, loss, "fopd", lag, seed, (*at, f"freshness.anchor={strength}"))
+            for lag in lags:
+                yield Cell(task, loss, "async", lag, seed, at)
+                yield Cell(task, loss, DEFAULT, lag, seed, at)
+                if loss == "pg_cached":
+                    yield Cell(task, loss, "fopd", lag, seed, at)
+                    for strength in LAMBDAS:
+                        yield Cell(task, loss, "fopd", lag, seed, (*at, f"freshness.anchor={strength}"))
+                    yield Cell(task, loss, "trust", lag, seed, at)
 
 
 def text(seed: int) -> Iterator[Cell]:
