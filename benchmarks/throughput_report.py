@@ -94,8 +94,8 @@ def _grouped(runs: Iterable[Row]) -> dict[tuple[int, str], list[Row]]:
 def _speeds(runs: Sequence[Row], alone: dict[int, Row]) -> str:
     lines = [
         (
-            "| max_lag | policy | steps/s | of the bound | at most | of async | mean lag | conductor, of a core "
-            "| ms a step |"
+            "| max_lag | policy | steps/s | of the bound | at most | of async | mean lag | conductor, of a "
+            "core | ms a step |"
         ),
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -108,7 +108,7 @@ def _speeds(runs: Sequence[Row], alone: dict[int, Row]) -> str:
         of_async = [asyncs[r["round"]]["seconds"] / r["seconds"] for r in found if r["round"] in asyncs]
         lines.append(
             f"| {depth} | {policy} | {spread([1 / r['seconds'] for r in found], '.2f')} | "
-            f"{spread(of_bound, '.0%')} | {median(at_most):.0%} | {'' if policy == 'async' else spread(of_async, '.0%')} | "
+            f"{spread(of_bound, '.0%')} | {median(at_most):.0%} | {spread(of_async, '.0%')} | "
             f"{median(r['lag_mean'] for r in found):.1f} | {conductor} | "
             f"{1e3 * median(r['conductor'] * r['seconds'] for r in found):.1f} |"
         )
