@@ -451,6 +451,19 @@ def _run_of(mode: str, device: str, out: Path) -> Iterator[str]:
     yield "```"
 
 
+def publish(device: str, out: Path) -> Iterator[str]:
+    """Weights from the learner to a sampler, by transport."""
+    import torch
+
+    real = ROOT / "recipes" / "real-pair"
+    pair = real if device == "cuda" and (real / "student").exists() else _pair(out)
+    command = ["benchmarks/publish.py", "--pair", str(pair), "--device", device, "--samplers", "1"]
+    yield from _benchmark(*command)
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        yield ""
+        yield from _benchmark(*command, "--apart")
+
+
 def timeslice(device: str, out: Path) -> Iterator[str]:
     """A run whose roles take turns."""
     yield from _run_of("timeslice", device, out)
@@ -463,7 +476,7 @@ def colocate(device: str, out: Path) -> Iterator[str]:
 
 PARTS: dict[str, Callable[[str, Path], Iterator[str]]] = {
     part.__name__: part
-    for part in (tests, vllm, sleep, varlen, memory, ranks, loss, learner, timeslice, colocate)
+    for part in (tests, vllm, sleep, varlen, memory, ranks, loss, learner, publish, timeslice, colocate)
 }
 
 if __name__ == "__main__":

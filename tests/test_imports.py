@@ -97,6 +97,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.crew.fleet",
         "runtime.memory.sizes",
         "runtime.placement",
+        "runtime.weights.broadcast",
     },
     "runtime.time_model": {"recipe", "runtime.memory.model", "runtime.placement"},
     "runtime.placing": {

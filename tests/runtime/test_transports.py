@@ -4,29 +4,34 @@ and none lets anybody hang on a process that is gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transport_kit as kit
-from conftest import small_recipe
+import yaml
+from conftest import SLOW, small_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import load_recipe
+from fopd_cli.recipe import Recipe, load_recipe
+from fopd_cli.runtime import placing
 from fopd_cli.runtime.crew.fleet import Fleet, WorkerSpec
 from fopd_cli.runtime.crew.messages import Lost
+from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.weights import Layout, WeightChannel, layout_bytes
 from fopd_cli.runtime.placement import place
 from fopd_cli.runtime.weights.broadcast import Broadcast, pieces
-from fopd_cli.runtime.weights.choice import chosen, conductor_reads
+from fopd_cli.runtime.weights.choice import chosen, conductor_reads, host_bytes
 from fopd_cli.runtime.weights.ipc import Ipc
-from fopd_cli.runtime.weights.transport import Inlet, Outlet, Shared, Transport
+from fopd_cli.runtime.weights.transport import Inlet, Shared, Transport
 
 LAYOUT: Layout = [
     ("embedding", (50, 40), torch.bfloat16),
@@ -81,6 +86,7 @@ def same(found: dict[str, Tensor], version: int) -> bool:
 def test_two_versions_are_there_and_no_third(tmp_path: Path, name: str) -> None:
     made = transport(name, tmp_path)
     outlet, inlet = made.outlet(LEARNER), made.inlet(SAMPLER, True)
+    assert inlet.slot_bytes == layout_bytes(LAYOUT)
     for version in (0, 1):
         assert outlet.write(version, weights(version)) == sum(t.nbytes for t in expected(0).values())
     assert all(same(loaded(inlet, version), version) for version in (1, 0, 1))
@@ -135,6 +141,32 @@ def test_a_rank_that_only_takes_part_in_gathering_keeps_nothing(tmp_path: Path, 
     assert outlet.write(0, weights(0)) == 0
     with pytest.raises(RuntimeError, match="version 0"):
         made.inlet(SAMPLER, True).check(0)
+
+
+def test_a_replica_that_gives_up_midway_leaves_the_others_and_its_successor_alone(tmp_path: Path) -> None:
+    made = transport("broadcast", tmp_path)
+    outlet, other = made.outlet(LEARNER), made.inlet(replace(SAMPLER, rank=1, world=2), True)
+    outlet.write(0, weights(0))
+    assert same(loaded(other, 0), 0)
+    arriving = iter(made.inlet(SAMPLER, True).read(0))
+    next(arriving)
+    assert isinstance(arriving, Generator)
+    arriving.close()
+    assert same(loaded(other, 0), 0)
+    with pytest.raises(RuntimeError, match="sends no more weights"):
+        list(made.inlet(SAMPLER, True).read(0))
+    assert same(loaded(made.inlet(replace(SAMPLER, restarts=1), True), 0), 0)
+
+
+def test_processes_that_are_not_ours_get_nothing(tmp_path: Path) -> None:
+    made = transport("broadcast", tmp_path)
+    assert isinstance(made, Broadcast)
+    outlet, inlet = made.outlet(LEARNER), made.inlet(SAMPLER, True)
+    outlet.write(0, weights(0))
+    with pytest.raises(AuthenticationError):
+        Client(made.meeting.address, "AF_UNIX", authkey=b"guessed")
+    Client(made.meeting.address, "AF_UNIX", authkey=made.meeting.key).close()  # dies before it has spoken
+    assert same(loaded(inlet, 0), 0)
 
 
 SHAPES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=20)
@@ -200,17 +232,43 @@ def test_it_is_known_whether_the_conductor_reads_weights(tmp_path: Path, overrid
     assert conductor_reads(load(tmp_path, override, "eval.every=1")) is reads
 
 
-def load(folder: Path, *overrides: str) -> Any:
-    import yaml
+@pytest.mark.parametrize(
+    ("wanted", "learners", "sampler", "host"),
+    [("shared", (0, 0), 0, 2), ("broadcast", (2, 0), 1, 0), ("ipc", (2, 2), 0, 0)],
+)
+def test_memory_is_counted_where_the_versions_are(
+    pair: Path, tmp_path: Path, wanted: str, learners: tuple[int, int], sampler: int, host: int
+) -> None:
+    """In versions; a small one arrives in a single piece."""
+    plain = load_recipe(load_path(tmp_path, pair))
+    recipe = load_recipe(load_path(tmp_path, pair), [f"placement.transport={wanted}"])
+    layout = kit.layout(pair, torch.float32)
+    version, models = layout_size(layout), placing.models(plain)
 
+    def grown(parts: Callable[[Recipe], memory.Parts]) -> float:
+        return (memory.total(parts(recipe)) - memory.total(parts(plain))) / version
+
+    ranks = [WorkerSpec("learner", rank, 2, (), 1) for rank in range(2)]
+    found = [grown(lambda r, spec=spec: memory.of_learner(r, spec, models).always) for spec in ranks]
+    assert found == pytest.approx(learners)
+    assert grown(lambda r: memory.of_sampler(r, SAMPLER, models, 0).phases["update"]) == sampler
+    assert host_bytes(recipe, layout) == host * layout_bytes(layout)
+
+
+def load(folder: Path, *overrides: str) -> Any:
+    return load_recipe(load_path(folder, folder), list(overrides))
+
+
+def load_path(folder: Path, pair: Path) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(small_recipe(folder)))
-    return load_recipe(path, list(overrides))
+    path.write_text(yaml.safe_dump(small_recipe(pair)))
+    return path
 
 
 # ---- between processes -------------------------------------------------------------------------------------
 
 
+@SLOW
 def test_two_learner_ranks_and_two_samplers_and_one_dies_midway(pair: Path, tmp_path: Path) -> None:
     """Sharded ranks gather, both samplers end up with the bits that shared memory gives them. One of them is
     killed between two pieces: the other one and the learner go on, and a process in its place gets all.
@@ -254,10 +312,3 @@ def test_two_learner_ranks_and_two_samplers_and_one_dies_midway(pair: Path, tmp_
 def layout_size(layout: Layout) -> int:
     """Bytes of the tensors alone."""
     return sum(torch.empty(shape, dtype=dtype, device="meta").nbytes for _, shape, dtype in layout)
-
-
-def test_outlets_and_inlets_are_what_the_roles_ask_for(tmp_path: Path) -> None:
-    for name in TRANSPORTS:
-        made = transport(name, tmp_path)
-        assert isinstance(made.outlet(LEARNER), Outlet)
-        assert made.inlet(SAMPLER, True).slot_bytes == layout_bytes(LAYOUT)

@@ -16,6 +16,7 @@ replaces it connects as any other, and gets a group of its own.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import secrets
 import sys
@@ -34,11 +35,12 @@ from torch import Tensor
 
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory.weights import Layout, SharedWeights, WeightChannel, layout_bytes
-from fopd_cli.runtime.weights.groups import Gone, Group
+from fopd_cli.runtime.weights.groups import Gone, Group, hang_up
 from fopd_cli.runtime.weights.transport import Inlet, Outlet
 
 PIECE = 256 << 20  # bytes; one tensor may be larger
 AHEAD = 2  # pieces under way at once
+CLOSING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Server:
     def __init__(self, meeting: Meeting, slots: WeightChannel) -> None:
         self.meeting, self.slots = meeting, slots
         self._groups = itertools.count()
+        self._serving: dict[threading.Thread, list[Connection]] = {}
+        atexit.register(self.close)
         self._listener = Listener(meeting.address, "AF_UNIX", backlog=64, authkey=meeting.key)
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -119,7 +123,9 @@ class Server:
             if len(ranks) == hello.world:
                 del arrived[hello.replica, hello.restarts]
                 callers = [ranks[rank] for rank in range(hello.world)]
-                threading.Thread(target=self._serve, args=(hello.replica, callers), daemon=True).start()
+                thread = threading.Thread(target=self._serve, args=(hello.replica, callers), daemon=True)
+                self._serving[thread] = callers
+                thread.start()
 
     def _serve(self, replica: str, callers: list[Connection]) -> None:
         """One replica, as long as it lives."""
@@ -140,10 +146,20 @@ class Server:
         except Exception as error:
             print(f"weights for {replica}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
+            if group is not None:
+                group.close()
             for caller in callers:
                 caller.close()
-            if group is not None:
-                group.abort()
+            self._serving.pop(threading.current_thread(), None)
+
+    def close(self) -> None:
+        """Serve nobody any more."""
+        serving = dict(self._serving)
+        for callers in serving.values():
+            for caller in callers:
+                hang_up(caller)
+        for thread in serving:
+            thread.join(CLOSING_S)
 
     def _send(self, version: int, callers: list[Connection], group: Group) -> None:
         slot = self.slots.slot(version)
@@ -182,14 +198,13 @@ class Link:
     def __init__(self, meeting: Meeting, hello: Hello, device: torch.device) -> None:
         self._meeting, self._device = meeting, device
         self._learner = Client(meeting.address, "AF_UNIX", authkey=meeting.key)
-        self._learner.send(hello)
-        path: Path = self._heard()
+        path: Path = self._asked(hello)
         self._group = Group(path, 1 + hello.rank, 1 + hello.world, device, [self._learner], meeting.timeout_s)
+        atexit.register(self.close)
 
     def receive(self, version: int, layout: Layout) -> Iterator[tuple[str, Tensor]]:
         """Each tensor on this process's device, in memory of its own piece."""
-        self._learner.send(version)
-        if (refusal := self._heard()) is not None:
+        if (refusal := self._asked(version)) is not None:
             raise RuntimeError(refusal)
         coming: deque[tuple[Piece, Tensor, Any]] = deque()
         left = deque(pieces(layout, self._meeting.piece))
@@ -209,17 +224,21 @@ class Link:
             raise RuntimeError(f"version {version} did not arrive from the learner: {error}") from None
         finally:
             if not complete:  # the learner must not wait for us
-                self._learner.close()
-                self._group.abort()
+                self.close()
 
-    def _heard(self) -> Any:
-        """What the learner says next."""
-        if not self._learner.poll(self._meeting.timeout_s):
-            raise RuntimeError(f"the learner has sent no weights for {self._meeting.timeout_s:.0f} s")
+    def close(self) -> None:
+        self._learner.close()
+        self._group.close()
+
+    def _asked(self, message: Hello | int) -> Any:
+        """The learner's answer."""
         try:
-            return self._learner.recv()
+            self._learner.send(message)
+            if self._learner.poll(self._meeting.timeout_s):
+                return self._learner.recv()
         except (EOFError, OSError):
             raise RuntimeError("the learner sends no more weights; its log says why") from None
+        raise RuntimeError(f"the learner has not answered for {self._meeting.timeout_s:.0f} s")
 
 
 _links: dict[tuple[str, Hello], Link] = {}  # of this process

@@ -68,9 +68,13 @@ class Group:
         except RuntimeError as error:  # gloo's, for a connection that broke
             raise Gone(str(error).splitlines()[0]) from None
 
-    def abort(self) -> None:
-        """End whatever is under way. A kernel of NCCL would wait for its peer for good."""
-        self._group.abort()
+    def close(self) -> None:
+        """End whatever is under way (a kernel of NCCL would wait for its peer for good), and the group's
+        threads: where they outlive the interpreter, they abort the process.
+        """
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
 
 
 def _closed(connection: Connection) -> bool:
@@ -82,6 +86,12 @@ def _closed(connection: Connection) -> bool:
         return False
     except OSError:
         return True
+
+
+def hang_up(connection: Connection) -> None:
+    """End a connection from any thread: one that waits at either end hears of it."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.shutdown(socket.SHUT_RDWR)
 
 
 def _gloo(store: Any, rank: int, world: int, limit: timedelta) -> Any:
