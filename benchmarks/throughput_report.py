@@ -101,7 +101,7 @@ def _speeds(runs: Sequence[Row], alone: dict[int, Row]) -> str:
     ]
     groups = _grouped(runs)
     for (depth, policy), found in groups.items():
-        asyncs = {r["round"]: r for r in groups.get((depth, "async"), [])}
+        asyncs = {r["round"]: r for r in groups.get((depth, "async"), []) if policy != "async"}
         conductor = spread([r["conductor"] for r in found], ".1%")
         at_most = [limit(alone[r["round"]], depth) for r in found]
         of_bound = [alone[r["round"]]["bound"] / r["seconds"] for r in found]
