@@ -368,11 +368,14 @@ def text(seed: int) -> Iterator[Cell]:
     exact = ("reverse_kl", "pg_cached")
     for loss in exact:
         yield Cell(TEXT, loss, "sync", "0", seed)
-        for lag in ("8", "4", "16"):
-            for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
-                yield Cell(TEXT, loss, policy, lag, seed)
+        for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
+            yield Cell(TEXT, loss, policy, "8", seed)
     for bound in ("4", "2", "8"):
         yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
+    for loss in exact:
+        for lag in ("4", "16"):
+            for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
+                yield Cell(TEXT, loss, policy, lag, seed)
     for policy in ("lag_weight", "fopd"):
         for loss in exact:
             yield Cell(TEXT, loss, policy, "8", seed)
@@ -451,6 +454,7 @@ def measure(
     return {
         **asdict(cell),
         "key": cell.key,
+        "sets": sets,
         "score": curve[-1][1],
         "peak": found.peak,
         "drop": found.drop,

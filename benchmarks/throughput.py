@@ -2,7 +2,8 @@
 """How close runs come to their slowest stage alone: wall time of real runs, with all their processes.
 
     python benchmarks/throughput.py [--quick] [--rounds 3] [--seconds 300] [--only WORD ...]
-        [--pair recipes/real-pair] [--threads N] [--out docs/throughput/results.jsonl] [--report]
+        [--pair recipes/real-pair] [--threads N] [--out docs/throughput/results.jsonl]
+        [--report] [--into docs/benchmarks.md]
 
 In every round, each stage is measured by itself (`throughput_alone.py`: the sampler on the same prompts, the
 teacher on its rollouts, the learner on batches of them), and then one run follows another: each depth, each
@@ -11,7 +12,8 @@ alone. Speed is that of the optimizer steps between warm-up and the last `max_la
 is sampled; batches that were in the buffer before and not after do not count.
 
 What matters most comes first, and rows that are there are not measured again, so that a benchmark which was
-stopped goes on, and `--seconds` fits it into a time. `--report` prints the tables of a results file.
+stopped goes on, and `--seconds` fits it into a time. `--report` only prints the tables of a results file;
+`--into` puts them into a page.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ TINY_WORKLOADS = (
     Workload("balanced", TINY, (), teacher=1.0),
     Workload("uneven lengths", TINY, UNEVEN, teacher=1.0),
     Workload("slow teacher", TINY, (), teacher=3.0),
-    Workload("tools", "recipes/tool-tiny.yaml", TOOLS, steps=0.5),
+    Workload("tools", "recipes/tool-tiny.yaml", TOOLS, steps=0.25),
 )
 
 
@@ -297,18 +299,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="cores of each stage; default 1, with --pair a third")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", action="store_true", help="print the tables, measure nothing")
+    parser.add_argument("--into", type=Path, help="a page whose tables these become")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     results = report.read(args.out)
     if not args.report:
         run_all(args, results)
-    print(report.markdown(list(results.values())))
+    tables = report.markdown(list(results.values()))
+    print(tables)
+    if args.into is not None:
+        args.into.write_text(report.filled(args.into.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 def run_all(args: argparse.Namespace, results: dict[str, Any]) -> None:
     # Before torch is imported: no driver is touched, so workers can be forked.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Workers are forked from a server that is a Python of its own.
     sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     from fopd_cli.runtime.crew import warm
 
     warm.begin()

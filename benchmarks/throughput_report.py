@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from throughput_trace import STAGES
 
 Row = dict[str, Any]
+BEGIN, END = "<!-- tables of throughput.py -->", "<!-- end of them -->"
 
 
 def read(path: Path) -> dict[str, Row]:
@@ -33,6 +35,14 @@ def line(row: Row) -> str:
             return (
                 f"{row['key']}: {row['seconds']:.3f} s a step, conductor {row['conductor']:.1%}, idle: {idle}"
             )
+
+
+def filled(page: str, tables: str) -> str:
+    """A page with the tables between its two marks."""
+    if BEGIN not in page or END not in page:
+        sys.exit(f"--into: the page has no place for tables; it is between {BEGIN} and {END}")
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
 
 
 def spread(values: Sequence[float], shown: str) -> str:
@@ -83,18 +93,23 @@ def _grouped(runs: Iterable[Row]) -> dict[tuple[int, str], list[Row]]:
 
 def _speeds(runs: Sequence[Row], alone: dict[int, Row]) -> str:
     lines = [
-        "| max_lag | policy | steps/s | of the bound | of async | mean lag | conductor, of a core |",
-        "|---|---|---|---|---|---|---|",
+        (
+            "| max_lag | policy | steps/s | of the bound | of async | mean lag | conductor, of a core | ms a "
+            "step |"
+        ),
+        "|---|---|---|---|---|---|---|---|",
     ]
     groups = _grouped(runs)
     for (depth, policy), found in groups.items():
         asyncs = {r["round"]: r for r in groups.get((depth, "async"), [])}
+        conductor = spread([r["conductor"] for r in found], ".1%")
         of_bound = [alone[r["round"]]["bound"] / r["seconds"] for r in found]
         of_async = [asyncs[r["round"]]["seconds"] / r["seconds"] for r in found if r["round"] in asyncs]
         lines.append(
             f"| {depth} | {policy} | {spread([1 / r['seconds'] for r in found], '.2f')} | "
             f"{spread(of_bound, '.0%')} | {'' if policy == 'async' else spread(of_async, '.0%')} | "
-            f"{median(r['lag_mean'] for r in found):.1f} | {spread([r['conductor'] for r in found], '.1%')} |"
+            f"{median(r['lag_mean'] for r in found):.1f} | {conductor} | "
+            f"{1e3 * median(r['conductor'] * r['seconds'] for r in found):.1f} |"
         )
     return "\n".join(lines)
 

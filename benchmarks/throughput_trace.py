@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fopd_cli.runtime.journal.trace import read_trace
-
 STAGES = {"sampler": "generate", "teacher": "score", "learner": "train"}  # with what each is there for
 
 
@@ -42,20 +40,25 @@ class Window:
         return self.end - self.start
 
 
-Timeline = dict[str, list[Span]]  # of each stage, ordered by start
+# Of each stage, and of what the learner does beside its steps (`learner beside`), ordered by start.
+Timeline = dict[str, list[Span]]
+BESIDE = "learner beside"
 
 
 def timeline(run: Path) -> Timeline:
     """The spans of a run's only sampler, teacher and learner."""
+    from fopd_cli.runtime.journal.trace import read_trace
+
     events = read_trace((run / "trace.json").read_text(encoding="utf-8"))
     tracks = {e["tid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
     names = {f"{stage}-0": stage for stage in STAGES}
-    found: Timeline = {stage: [] for stage in STAGES}
+    names |= {name: BESIDE for name in tracks.values() if name.startswith("learner-0-")}
+    found: Timeline = {track: [] for track in (*STAGES, BESIDE)}
     for e in events:
-        if e.get("ph") == "X" and (stage := names.get(tracks[e["tid"]])):
+        if e.get("ph") == "X" and (track := names.get(tracks[e["tid"]])):
             start = e["ts"] / 1e6
-            found[stage].append(Span(e["name"], start, start + e["dur"] / 1e6, e.get("args", {})))
-    return {stage: sorted(spans, key=lambda s: (s.start, s.end)) for stage, spans in found.items()}
+            found[track].append(Span(e["name"], start, start + e["dur"] / 1e6, e.get("args", {})))
+    return {track: sorted(spans, key=lambda s: (s.start, s.end)) for track, spans in found.items()}
 
 
 def window(found: Timeline, first: int, steps: int) -> Window:
@@ -109,7 +112,8 @@ def sampler_waits(found: Timeline, within: Window) -> dict[str, float]:
     """Seconds in which the sampler was idle: until the weights that it loads next were published
     (`weights`), from then until it loads them (`handover`), and for anything else (`other`).
     """
-    published = {s.args["version"]: s.end for s in found["learner"] if s.kind == "publish"}
+    learner = [*found["learner"], *found[BESIDE]]
+    published = {s.args["version"]: s.end for s in learner if s.kind == "publish"}
     spans = found["sampler"]
     starts = [s.start for s in spans]
     waits = dict.fromkeys(("weights", "handover", "other"), 0.0)

@@ -90,12 +90,16 @@ class Conductor:
     def _advance(self, act: bool = True) -> None:
         """Start all that can start; handle what happened."""
         self._save_if_due()
-        while act and (actions := self.schedule.actions()):
-            for action in actions:
-                self._start(action)
+        if act:
+            self._start_all()
         for engine, event in self.crew.receive():
             self._handle(engine, event)
         self.saver.settle(wait=False)
+
+    def _start_all(self) -> None:
+        while actions := self.schedule.actions():
+            for action in actions:
+                self._start(action)
 
     def _come_to_rest(self) -> None:
         """Let the running step finish; samples in flight go into the checkpoint."""
@@ -316,7 +320,8 @@ class Conductor:
         self.reexecutions.hold()
 
     def _on_trained(self, report: StepReport) -> None:
-        """An optimizer step and its publication are done; unblocks samplers, which load the new version.
+        """An optimizer step and its publication are done; unblocks samplers, which load the new version, and
+        the learner: they go on before the step is written down.
 
         Its samples are recorded and forgotten; the buffer is dropped if it is stale.
         """
@@ -325,19 +330,33 @@ class Conductor:
         outcomes = {k: records.outcome(w) for k, w in zip(keys, report.stats.weight, strict=True)}
         ahead, self.schedule.ahead = self.schedule.ahead, self.state.control.learned(report)
         self.schedule.on_trained(report.step, outcomes)
-        self.journal.trained(
-            report, batch, {"ahead": ahead, **self._clock_metrics(), **self.reexecutions.cost()}
-        )
+        runtime = {
+            "seconds": self.journal.step_seconds,
+            "ahead": ahead,
+            **self._clock_metrics(),
+            **self.reexecutions.cost(),
+        }
         for key in keys:
             self._forget(key)
         step = self.schedule.step
-        if (reason := self.state.control.stale(step, report.stats)) is not None:
-            self._refresh(step, reason)
-        if self.saver.due(step):
+        stale, saving = self.state.control.stale(step, report.stats), self.saver.due(step)
+        if not saving:
+            self.reexecutions.hold()
+        if stale is None and not saving and self._may_go_on:
+            self._start_all()
+        self.journal.trained(report, batch, runtime)
+        if stale is not None:
+            self._refresh(step, stale)
+        if saving:  # what is saved includes the record of this step
             self._save_due = self.schedule.learner_busy = True
             self._save_if_due()
-        else:
-            self.reexecutions.hold()
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether new work may start in the middle of handling what happened: not where roles change turns,
+        and not if the run is about to end.
+        """
+        return not (self.schedule.config.exclusive or self.signals.received or self._fatal is not None)
 
     def _clock_metrics(self) -> dict[str, Any]:
         """Metrics from right after a step; they depend on the clock."""

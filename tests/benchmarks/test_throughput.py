@@ -42,11 +42,11 @@ FOUND: trace.Timeline = {
     "learner": spans(
         ("train", 9.6, 10.0, {}),
         ("publish", 10.0, 10.2, {"version": 1}),
-        ("train", 11.0, 13.0, {}),
-        ("publish", 13.0, 13.2, {"version": 2}),
+        ("train", 11.0, 13.2, {}),
         ("train", 17.0, 20.0, {}),
         ("publish", 20.0, 20.1, {"version": 3}),
     ),
+    trace.BESIDE: spans(("publish", 12.0, 13.2, {"version": 2})),
 }
 
 
@@ -54,7 +54,7 @@ def test_shares_of_a_stage_add_up_and_inner_work_counts_once() -> None:
     shares = trace.shares(FOUND, WINDOW)
     assert shares["sampler"] == pytest.approx({"generate": 0.60, "load": 0.15, "idle": 0.25})
     assert shares["teacher"] == pytest.approx({"score": 0.64, "idle": 0.36})
-    assert shares["learner"] == pytest.approx({"train": 0.5, "publish": 0.04, "idle": 0.46})
+    assert shares["learner"] == pytest.approx({"train": 0.52, "publish": 0.02, "idle": 0.46})
     assert trace.window(FOUND, 1, 2) == WINDOW
 
 
@@ -84,6 +84,15 @@ def test_what_the_learner_waits_for() -> None:
     # 10.2 .. 10.6 samples, .. 11 handover; 13.2 .. 14 samples, .. 16 stragglers, .. 17 handover
     assert waits == pytest.approx({"samples": 1.2, "stragglers": 2.0, "handover": 1.4})
     assert trace.drawn_down(FOUND, WINDOW, 4) == pytest.approx(7 / 4 - 2)
+
+
+def test_tables_go_to_their_place_in_a_page() -> None:
+    page = f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+    filled = report.filled(page, "| new |")
+    assert filled == f"before\n\n{report.BEGIN}\n\n| new |\n\n{report.END}\n\nafter\n"
+    assert report.filled(filled, "| new |") == filled
+    with pytest.raises(SystemExit, match="throughput"):
+        report.filled("no such place", "| new |")
 
 
 def row(policy: str, depth: int, seconds: float, number: int = 0) -> dict[str, Any]:
