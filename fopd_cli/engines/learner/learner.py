@@ -76,6 +76,7 @@ class LearnerConfig:
     compute_dtype: torch.dtype
     vocab: int
     longest: int  # tokens in the longest possible sample
+    pace: float | None = None  # of the anchor, in optimizer steps
     adapter_only: bool = False  # publish only the adapters of a LoRA student
 
     @property
@@ -391,14 +392,11 @@ class FsdpLearner:
 
         total = sum(int(s.rollout.loss_mask.sum()) for s in samples)
         share = shares(lengths, config.average, len(samples), total) * bool(indices)
+        pull = pace.strength(lag, config.anchor, config.pace)
+        batch = replace(batch, at=replace(batch.at, paced=(pull < config.anchor)[sample]))
         # FSDP averages gradients over ranks, but shares are of the whole batch: hence the factor.
         coefficients = weighting(
-            sample,
-            mask,
-            aligned,
-            share * self.world,
-            pace.strength(lag, config.anchor, config.freshness.pace),
-            None if config.policy.weights == "one" else weigh,
+            sample, mask, aligned, share * self.world, pull, None if config.policy.weights == "one" else weigh
         )
         teacher_head = (
             self.teacher_heads[samples[indices[0] if indices else 0].targets.teacher]
