@@ -132,7 +132,7 @@ class Inputs:
             context_tokens(self.recipe, self.stream, judged=False),
             context_tokens(self.recipe, self.stream, judged=True),
             arena,
-            WeightChannel.create(self.published),
+            WeightChannel.create(self.published, len(self.plan.learners)),
             folder / f".rendezvous-{uuid.uuid4().hex[:8]}",
         )
 

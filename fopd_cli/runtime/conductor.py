@@ -90,12 +90,20 @@ class Conductor:
     def _advance(self, act: bool = True) -> None:
         """Start all that can start; handle what happened."""
         self._save_if_due()
-        while act and (actions := self.schedule.actions()):
-            for action in actions:
-                self._start(action)
+        if act:
+            self._start_all()
         for engine, event in self.crew.receive():
             self._handle(engine, event)
+            # Samplers are told at once: if the next step has already ended, nobody may load during its own
+            # publication, and so on with those after it.
+            if act and isinstance(event, m.Published):
+                self._start_all()
         self.saver.settle(wait=False)
+
+    def _start_all(self) -> None:
+        while actions := self.schedule.actions():
+            for action in actions:
+                self._start(action)
 
     def _come_to_rest(self) -> None:
         """Let the running step finish; samples in flight go into the checkpoint."""
@@ -104,8 +112,12 @@ class Conductor:
         if exclusive:
             self.schedule.abandon()
             self._abort_all()
-        while self.schedule.learner_busy or (exclusive and self.schedule.lease != "learner"):
+        while self._learning or (exclusive and self.schedule.lease != "learner"):
             self._advance()
+
+    @property
+    def _learning(self) -> bool:
+        return self.schedule.learner_busy or self.schedule.publishing
 
     def _leave(self) -> None:
         """After a signal, or a loss that the run cannot survive: save and end."""
@@ -124,10 +136,10 @@ class Conductor:
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
-        """Begin the save for which the learner waits, unless the one before is still being written. From
-        `Staged` on the learner takes steps again.
+        """Begin the save for which the learner waits, unless the one before is still being written, or its
+        version is still being published. From `Staged` on the learner takes steps again.
         """
-        if self._save_due and not self.saver.writing:
+        if self._save_due and not self.saver.writing and not self.schedule.publishing:
             self._save_due = False
             self.saver.settle(wait=True)
             staged = self.recipe.checkpoint.staged
@@ -230,6 +242,9 @@ class Conductor:
                 self._on_reexecuted(event)
             case m.Trained(report):
                 self._on_trained(report)
+            case m.Published(version, nbytes, span):
+                self.journal.published(nbytes, span)
+                self.schedule.on_published(version)
             case m.Evaluated(stats):
                 self._on_evaluated(stats)
             case m.Staged():
@@ -316,7 +331,7 @@ class Conductor:
         self.reexecutions.hold()
 
     def _on_trained(self, report: StepReport) -> None:
-        """An optimizer step and its publication are done; unblocks samplers, which load the new version.
+        """An optimizer step is done; unblocks the next one. (Its publication unblocks samplers.)
 
         Its samples are recorded and forgotten; the buffer is dropped if it is stale.
         """

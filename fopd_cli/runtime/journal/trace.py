@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from fopd_cli.runtime.crew.messages import Span
 
 
+def publisher(worker: str) -> str:
+    """The track of a learner's publications, which go on beside its steps."""
+    return f"{worker}-publisher"
+
+
 class Trace:
     """Chrome trace events, a JSON list that is complete at any moment: each event is written together with
     the list's end, over the previous end. A resumed run adds to it, and each worker keeps its track.

@@ -1,6 +1,6 @@
 """Learner weights -> samplers: two slots in shared memory, each one whole version under Hugging Face names.
 
-    learner: gather, cast, write slot (t + 1) % 2  ->  conductor: Load  ->  sampler: read it, all or nothing
+    learner: cast, write slot (t + 1) % 2  ->  conductor: Load  ->  sampler: read it, all or nothing
 
 The memory belongs to the conductor, is inherited by the workers, and has no name in the file system. A
 sampler that splits its model over processes of its own (vLLM, tensor parallel) hands them the slot by the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,18 @@ def layout_bytes(layout: Layout) -> int:
 @dataclass
 class WeightChannel:
     """The two slots. The schedule never lets a slot be overwritten while a sampler may still read it; the
-    version stamped before and after the copy proves it, and a mismatch raises.
+    version that each rank of the learner stamps before and after its copy proves it, and a mismatch raises.
     """
 
     layout: Layout
     memory: Tensor
-    stamps: Tensor  # int64 (2 slots, 2): version when writing began, version when it was complete
+    stamps: Tensor  # int64 (2 slots, ranks, 2): version when writing began, version when it was complete
 
     @classmethod
-    def create(cls, layout: Layout) -> WeightChannel:
-        channel = cls(layout, torch.empty(0), torch.full((2, 2), -1, dtype=torch.int64).share_memory_())
+    def create(cls, layout: Layout, ranks: int = 1) -> WeightChannel:
+        """For a learner of so many ranks."""
+        stamps = torch.full((2, ranks, 2), -1, dtype=torch.int64).share_memory_()
+        channel = cls(layout, torch.empty(0), stamps)
         channel.memory = shared_bytes(max(2 * channel.slot_bytes, ALIGNMENT))
         return channel
 
@@ -90,16 +93,29 @@ class WeightChannel:
                 file=sys.stderr,
             )
 
-    def write(self, version: int, weights: Iterator[tuple[str, Tensor]], keep: bool = True) -> int:
+    @contextmanager
+    def writing(self, version: int, rank: int | None = None) -> Iterator[SharedWeights]:
+        """The slot, for a rank to write its part of this version into, which is complete when it leaves
+        without an error; None: all parts.
+        """
+        stamps = self.stamps[version % 2, slice(None) if rank is None else rank]
+        stamps[..., 0] = version
+        yield self._slot(version)
+        stamps[..., 1] = version
+
+    def write(self, version: int, weights: Iterator[tuple[str, Tensor]], rank: int | None = None) -> int:
         """Copy all weights into the version's slot, each cast to its dtype in the layout; returns bytes
         written. Copies from a device are queued, and awaited once at the end.
 
-        Ranks that only take part in gathering the weights pass `keep=False`.
+        Of several ranks that gather the weights together, and each stamp for themselves, the first writes.
         """
-        stamps, views, written = self.stamps[version % 2], dict(self._slot(version)), 0
-        if keep:
-            stamps[0] = version
-        streams = set()
+        with self.writing(version, rank) as slot:
+            return self._write(version, weights, dict(slot), keep=not rank)
+
+    def _write(
+        self, version: int, weights: Iterator[tuple[str, Tensor]], views: dict[str, Tensor], keep: bool
+    ) -> int:
+        written, streams = 0, set()
         for name, tensor in weights:
             slot = views.pop(name)
             if keep:
@@ -111,8 +127,6 @@ class WeightChannel:
             stream.synchronize()
         if views:
             raise RuntimeError(f"version {version} lacks the weights {sorted(views)[:3]}")
-        if keep:
-            stamps[1] = version
         return written
 
     def read(self, version: int) -> SharedWeights:
@@ -122,8 +136,8 @@ class WeightChannel:
 
     def check(self, version: int) -> None:
         """Raises if the slot does not hold all of this version (any more)."""
-        found = self.stamps[version % 2].tolist()
-        if found != [version, version]:
+        found = self.stamps[version % 2].flatten().tolist()
+        if set(found) != {version}:
             raise RuntimeError(
                 f"weights of version {version} were overwritten while they were read (stamps {found})"
             )
