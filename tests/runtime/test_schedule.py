@@ -602,6 +602,7 @@ def test_reexecutions_ahead_do_not_hold_the_learner(lag: int | None) -> None:
         "sample": (0.1, 0.5),
         "score": (0.1, 0.1),
         "train": (4.0, 4.0),
+        "publish": (0.0, 0.0),
         "load": (0.0, 0.0),
         "reexecute": (1.0, 2.0),
     }
@@ -792,8 +793,9 @@ def test_a_restart_repeats_reexecutions_that_ran_ahead() -> None:
     (train,) = s.actions()
     assert isinstance(train, Train)
     s.on_published(1)
-    assert Load(0, 1) in s.actions()
-    found = [a for a in s.actions() if isinstance(a, Reexecute)]
+    actions = s.actions()
+    assert Load(0, 1) in actions
+    found = [a for a in actions if isinstance(a, Reexecute)]
     assert [a.now for a in found] == [1]
     first, second = found[0].keys
     s.on_reexecuted(first, True)

@@ -655,7 +655,8 @@ class Schedule:
 
     def _admissible(self, replica: _Replica) -> tuple[list[int], int]:
         """(held-out samples, number of training samples) that the replica may be given now."""
-        draining = self.config.lag is None and self.config.inflight == "wait" and replica.loaded < self.step
+        waiting = self.config.lag is None and self.config.inflight == "wait"
+        draining = waiting and replica.loaded < self.published
         outdated = replica.blank or (replica.stale and replica.loaded < self.step)
         if not replica.up or replica.loading is not None or outdated or draining:
             return [], 0
