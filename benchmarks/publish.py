@@ -9,9 +9,9 @@ The same optimizer step, with its publication in three ways, one after another w
     by shards  every rank copies what it holds; the next step waits
     beside     the same while the next step computes (as in a run)
 
-Prints the median of a step with a publication and of one without (`none`), of the publication by shards alone,
-and what it costs a step beside which it goes on. Several ranks are processes on the CPU's cores, over gloo; on
-a CUDA device there is one rank, in bf16.
+Prints the median of a step with a publication and of one without (`none`), of the publication by shards
+alone, and what it costs a step beside which it goes on. Several ranks are processes on the CPU's cores, over
+gloo; on a CUDA device there is one rank, in bf16.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ class Learner(Protocol):
         """
 
     def pieces(self) -> Sequence[Piece] | None:
-        """This rank's part of what `publish` gives, as it is now; no other rank is asked. None if there is no
-        such part, and `publish` must be used.
+        """This rank's part of what `publish` gives, as it is now; no other rank is asked. None if `publish`
+        must be used, before the next step.
         """
 
     def snapshot(self, staged: bool) -> Snapshot:

@@ -90,7 +90,7 @@ def by_arithmetic(
     graphs = hardware.cpu or engine_of(recipe.sampler).claims
     sent = models.trainable if recipe.student.lora and recipe.student.lora.publish == "adapter" else None
     moved = size * (s.parameters if sent is None else sent) / rates.host
-    # each rank writes its own shards, unless adapters are merged into weights that are gathered for it
+    # each rank writes its own shards, unless adapters are merged into weights that are made whole for it
     gathered = models.trainable is not None and sent is None
     writers = 1 if gathered else len(plan.learners)
     a_pass = size * s.parameters / reading + s.layers * launch * (1 if graphs else NO_GRAPHS)

@@ -491,7 +491,7 @@ class FsdpLearner:
 
     @torch.no_grad()
     def pieces(self) -> list[Piece] | None:
-        return pieces(self.student.lm, self.config.adapter_only, self.rank, self.world)
+        return pieces(self.student.lm, self.config.adapter_only, self.rank)
 
     def snapshot(self, staged: bool) -> dcp.Snapshot:
         if self.world > 1 and self._writers is None:

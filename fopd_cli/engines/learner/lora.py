@@ -91,7 +91,7 @@ def merged(lm: nn.Module, dtypes: Mapping[str, torch.dtype] = MappingProxyType({
     """
     for name, tensor, layer in base(lm):
         if layer is not None:
-            yield name, whole(tensor).float() + delta(layer, *factors(layer))
+            yield name, whole(tensor).float() + _delta(layer)
         else:
             dtype = dtypes.get(name, tensor.dtype)
             yield name, whole(tensor.to(dtype) if dtype.itemsize < tensor.dtype.itemsize else tensor)
@@ -167,14 +167,8 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True))
 
 
-def factors(layer: Any) -> tuple[Tensor, Tensor]:
-    """A and B of an adapted layer, whole; a collective if they are sharded."""
-    return whole(layer.lora_A[ADAPTER].weight), whole(layer.lora_B[ADAPTER].weight)
-
-
-def delta(layer: Any, a: Tensor, b: Tensor) -> Tensor:
-    """What these factors add to the layer's weight, in fp32."""
-    a, b = a.float(), b.float()
+def _delta(layer: Any) -> Tensor:
+    a, b = whole(layer.lora_A[ADAPTER].weight).float(), whole(layer.lora_B[ADAPTER].weight).float()
     experts = getattr(layer, "num_experts", 1)
     if experts == 1:
         product = b @ a

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -31,17 +30,17 @@ class Piece:
     read: Callable[[], Tensor]
 
 
-def pieces(lm: nn.Module, adapter_only: bool, rank: int, world: int) -> list[Piece] | None:
-    """This rank's part of what `lora.merged` (or `lora.adapters`) gives, in that order. None if a rank alone
-    cannot make its part: adapters are added to whole weights.
+def pieces(lm: nn.Module, adapter_only: bool, rank: int) -> list[Piece] | None:
+    """This rank's part of what `lora.merged` (or `lora.adapters`) gives, in that order. None if adapters are
+    to be merged: that takes whole weights, and memory that a step has no use for only when it is over.
     """
     if adapter_only:
         return [_held(name, tensor, rank) for name, tensor in lora.held_adapters(lm)]
     found = []
     for name, tensor, layer in lora.base(lm):
-        if layer is not None and world > 1:
+        if layer is not None:
             return None
-        found.append(_held(name, tensor, rank) if layer is None else _merged(name, tensor, layer))
+        found.append(_held(name, tensor, rank))
     return found
 
 
@@ -54,9 +53,3 @@ def _held(name: str, tensor: Tensor, rank: int) -> Piece:
     if shape[1:] != tuple(tensor.shape)[1:]:
         raise RuntimeError(f"{name} is not sharded along its first dimension")
     return Piece(name, offset[0] * prod(shape[1:]), lambda: local)
-
-
-def _merged(name: str, tensor: Tensor, layer: Any) -> Piece:
-    # The adapter's factors are looked up now: a sharded layer has others while it computes.
-    weight, factors = lora.whole(tensor), lora.factors(layer)
-    return Piece(name, 0, lambda: weight.float() + lora.delta(layer, *factors))

@@ -21,7 +21,7 @@ from fopd_cli.runtime.crew.crew import ENVIRONMENT, GRADER, LEARNER, Engine
 from fopd_cli.runtime.crew.fleet import STARTERS, Fleet, Worker, WorkerSpec
 from fopd_cli.runtime.crew.ranks import Calls
 from fopd_cli.runtime.crew.restarts import REPLACEABLE, Restarts
-from fopd_cli.runtime.journal.trace import publisher
+from fopd_cli.runtime.journal.trace import beside
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.scheduling.tickets import Role
 from fopd_cli.runtime.signals import Signals
@@ -318,9 +318,9 @@ def track(worker: str, message: m.Message) -> str:
     """
     match message:
         case m.Saved():
-            return f"{worker}-writer"
+            return beside(worker, "writer")
         case m.Published():
-            return publisher(worker)
+            return beside(worker, "publisher")
         case _:
             return worker
 

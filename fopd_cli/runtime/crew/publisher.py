@@ -42,9 +42,7 @@ class Publisher:
         self._read: Any = None  # the event behind the last of them, on a device
 
     def publish(self, engine: Learner) -> None:
-        """Begin to publish the learner's version. Returns at once, or when it is done if the ranks have to
-        gather it together.
-        """
+        """Begin to publish the learner's version. Returns at once, or when it is done if it has no pieces."""
         self.finish()
         pieces, version = engine.pieces(), engine.version
         if pieces is None:
