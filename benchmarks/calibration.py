@@ -72,7 +72,7 @@ class Kept(Inline):
         self.teacher, self.sampler = self.engines.teachers[0].engine, self.engines.samplers[0].engine
 
     def _watched(self, engines: LocalEngines) -> Keeping:
-        keeping = Keeping(engines, self.setup.channel)
+        keeping = Keeping(engines, self.setup.weights.host)
         self.versions = keeping.versions
         return keeping
 

@@ -18,11 +18,12 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, assert_never
 
 import torch
+import torch.distributed as dist
 
 from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.inputs import load_inputs
@@ -30,11 +31,12 @@ from fopd_cli.recipe import Recipe, load_recipe
 from fopd_cli.runtime.conductor import Conductor
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.crew import Engine
+from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.crew.inprocess import InProcess, LocalEngines
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.saving import Unsaved
 from fopd_cli.runtime.journal.sinks import Recorded
-from fopd_cli.runtime.placement import place
+from fopd_cli.runtime.placement import Plan, place
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
 
@@ -161,14 +163,20 @@ class Outcome:
 class Inline:
     """One run. Engines are made new for each, so that nothing passes from one to the next.
 
-    `sgd`: plain SGD instead of AdamW, for the control experiment.
+    `sgd`: plain SGD instead of AdamW, for the control experiment. `cuda`: all engines on the first GPU.
     """
 
     def __init__(
-        self, recipe: Recipe, costs: Costs = Costs(), uneven: bool = False, sgd: bool = False
+        self,
+        recipe: Recipe,
+        costs: Costs = Costs(),
+        uneven: bool = False,
+        sgd: bool = False,
+        cuda: bool = False,
     ) -> None:
         self.recipe = recipe
-        self.inputs = load_inputs(recipe, place(recipe, 0))
+        plan = place(recipe, 0)
+        self.inputs = load_inputs(recipe, _on_one_gpu(plan) if cuda else plan)
         self.state = State(self.inputs)
         arena = self.state.buffer.arena.memory
         self.setup = self.inputs.setup(arena, Path(tempfile.gettempdir()))
@@ -191,9 +199,26 @@ class Inline:
         signals = Signals(self.journal.say)  # never entered: the process keeps its own handlers
         with self.journal:
             Conductor(self.state, self.crew, self.journal, Unsaved(), signals).run()
+        if dist.is_initialized() and self.recipe.sampler.engine != "vllm":  # which shares it, and ends it
+            dist.destroy_process_group()
         metrics, refreshes = self.records.metrics, self.state.schedule.refreshes
         steps, evaluations = metrics.kind("step"), metrics.kind("eval")
         return Outcome(steps, evaluations, refreshes, self.crew.now, self.timed.spent, self.timed.work)
+
+
+def _on_one_gpu(plan: Plan) -> Plan:
+    """The same engines on one device, none of which ever sleeps."""
+
+    def there(spec: WorkerSpec) -> WorkerSpec:
+        return replace(spec, devices=(0,))
+
+    return replace(
+        plan,
+        mode="colocate",
+        samplers=tuple(map(there, plan.samplers)),
+        teachers=tuple(tuple(map(there, ranks)) for ranks in plan.teachers),
+        learners=tuple(map(there, plan.learners)),
+    )
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,13 +29,16 @@ import staleness_report as report
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
+TEXT = "text"
 # Each task has the highest learning rate of 1e-4, 3e-4, 1e-3 at which the synchronous run learns well with
 # the cached policy gradient.
 TASKS = {
     "short": ["learner.lr=1e-3"],
     "middle": ["learner.lr=3e-4", "learner.steps=120", "eval.every=15"],
     "long": ["learner.lr=3e-4"],
+    TEXT: [],  # a real pair, at the rate of docs/real-pair.md; judged by its KL
 }
+TOYS = [task for task in TASKS if task != TEXT]
 LOSSES = {
     "pg_cached": ["loss.support=sampled", "loss.advantage=cached"],
     "pg_ratio": ["loss.support=sampled", "loss.advantage=cached", "loss.importance=true"],
@@ -70,13 +74,21 @@ OURS = {
     BEST: [*ANCHORED, *TOPK],
     DEFAULT: ["freshness.policy=fopd"],
 }
-POLICIES = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
+HEADLINE = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
+# An anchor that weakens with the lag (freshness/pace.py), by its pace in optimizer steps.
+PACED = {f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}"] for n in (32, 64, 128, 256)}
+POLICIES = {**HEADLINE, **PACED}
 MIXED = "0..8"
+UP_TO = "<="  # before the bound of a lag that the clock decides
+RATES = ("1e-4", "3e-4", "3e-3")  # and the short task's own, 1e-3
+LAMBDAS = ("0.3", "3", "10")  # and 1
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `lag` is exact ("8") or mixed ("0..8"); `extra` are further overrides of the recipe."""
+    """One run. `lag` is exact ("8"), mixed ("0..8") or up to a bound ("<=8"); `extra` are further overrides
+    of the recipe, or, with an "@", variants (`staleness_variants.py`).
+    """
 
     task: str
     loss: str
@@ -94,29 +106,31 @@ class Cell:
 
     @property
     def overrides(self) -> list[str]:
-        lag = (
-            [
-                "schedule.max_lag=8",
-                "schedule.inflight=keep",
-                "sampler.concurrency=96",
-                "freshness.max_drift=null",
-            ]
-            if self.lag == MIXED
-            else [f"schedule.lag={self.lag}"]
-        )
+        if self.lag == MIXED:
+            lag = ["schedule.max_lag=8", "schedule.inflight=keep", "sampler.concurrency=96"]
+            lag.append("freshness.max_drift=null")
+        elif self.lag.startswith(UP_TO):
+            lag = [f"schedule.max_lag={self.lag.removeprefix(UP_TO)}", "schedule.inflight=keep"]
+        else:
+            lag = [f"schedule.lag={self.lag}"]
         own = [*TASKS[self.task], *LOSSES[self.loss], *POLICIES[self.policy], *lag, f"seed={self.seed}"]
-        return [*own, *self.extra]
+        return [*own, *(e for e in self.extra if not e.startswith("@"))]
+
+    @property
+    def variants(self) -> dict[str, float]:
+        pairs = (e[1:].split("=") for e in self.extra if e.startswith("@"))
+        return {name: float(value) for name, value in pairs}
 
 
 def headline(seed: int) -> Iterator[Cell]:
     """Every policy on the most fragile loss at lag 8: the paper's comparison."""
-    for policy in POLICIES:
+    for policy in HEADLINE:
         yield Cell("short", "pg_cached", policy, "0" if policy == "sync" else "8", seed)
 
 
 def defaults(seed: int) -> Iterator[Cell]:
     """The claim itself, with few enough runs for ten seeds: the recipe's defaults, beside sync."""
-    for task in TASKS:
+    for task in TOYS:
         yield Cell(task, "pg_cached", "sync", "0", seed)
         yield Cell(task, "pg_cached", DEFAULT, "8", seed)
     yield Cell("short", "pg_cached", DEFAULT, "16", seed)
@@ -164,6 +178,83 @@ def horizons(seed: int) -> Iterator[Cell]:
                     yield Cell(task, loss, policy, "8", seed)
         for loss in ("reverse_kl", "forward_kl"):
             yield Cell(task, loss, BEST, "8", seed)
+
+
+PACE = "fopd, pace 128"
+
+
+def beyond(seed: int) -> Iterator[Cell]:
+    """Lag 16 and 32 on all tasks: an anchor with a pace beside the defaults, and whether it costs anything at
+    lag 2 and 8.
+    """
+    for lag in ("32", "16", "2"):
+        for task in TOYS:
+            for policy in (PACE, DEFAULT, "fopd, pace 64"):
+                yield Cell(task, "pg_cached", policy, lag, seed)
+    for task in TOYS:
+        yield Cell(task, "pg_cached", PACE, "8", seed)
+
+
+def paces(seed: int) -> Iterator[Cell]:
+    """How much the pace matters, what else it helps, and what lag 32 does without any control."""
+    for lag in ("32", "16"):
+        for policy in ("fopd, pace 32", "fopd, pace 256"):
+            yield Cell("short", "pg_cached", policy, lag, seed)
+    for lag in ("32", "16", "8", "2"):
+        yield Cell("short", "pg_recomputed", PACE, lag, seed)
+    for lag in ("4", MIXED):
+        yield Cell("short", "pg_cached", PACE, lag, seed)
+    for lag in ("32", "16", "8"):
+        yield Cell(
+            "short", "pg_cached", PACE, lag, seed, ("freshness.drift=quadratic", "freshness.anchor=10")
+        )
+    for task in TOYS:
+        yield Cell(task, "pg_cached", "async", "32", seed)
+
+
+RATIO = ("loss.importance=true", "freshness.pace=null")
+EIGHT = (*RATIO, "freshness.anchor=8")  # a pace of 128 at lag 16
+IDEAS: list[tuple[str, ...]] = [
+    ("freshness.anchor=40",),
+    ("freshness.drift_k=64",),
+    ("@newest=4",),
+    ("@clip=3",),
+    ("@trust=0.5",),
+    ("@dual=0.03",),
+    ("@slow=0.01",),
+    (*EIGHT, "freshness.drift=quadratic"),
+    (*EIGHT, "@dual=0.03"),
+    (*EIGHT, "@newest=8"),
+    (*EIGHT, "@clip=3"),
+    (*EIGHT, "@trust=0.5"),
+    (*EIGHT, "@baseline=1"),
+    (*EIGHT, "loss.max_ratio=2"),
+]
+
+
+def promising(seed: int) -> Iterator[Cell]:
+    """Ideas that held in a pilot at lag 16, on all tasks."""
+    for lag in ("32", "16", "2"):
+        for task in TOYS:
+            yield Cell(task, "pg_cached", PACE, lag, seed, ("@clip=3",))
+            yield Cell(task, "pg_cached", DEFAULT, lag, seed, (*EIGHT, "@newest=8"))
+    for lag in ("32", "16"):
+        for extra in (("@clip=3", "loss.importance=false"), ("@clip=1",), ("@newest=8",)):
+            yield Cell("short", "pg_cached", PACE, lag, seed, extra)
+
+
+def ideas(seed: int) -> Iterator[Cell]:
+    """What else might hold at lag 16, on the defaults and on an anchor with the importance ratio."""
+    for extra in IDEAS:
+        yield Cell("short", "pg_cached", DEFAULT, "16", seed, extra)
+
+
+def confirm(seed: int) -> Iterator[Cell]:
+    """The claim itself at long lags, with few enough runs for ten seeds."""
+    for lag in ("32", "16", "2"):
+        for task in TOYS:
+            yield Cell(task, "pg_cached", PACE, lag, seed)
+    yield Cell("short", "pg_cached", DEFAULT, "2", seed)
 
 
 def mixed(seed: int) -> Iterator[Cell]:
@@ -249,10 +340,63 @@ def anchored_kl(seed: int) -> Iterator[Cell]:
 
 def weights(seed: int) -> Iterator[Cell]:
     """Whether weights that shrink the whole batch cost anything where their ranking hardly matters."""
-    for task in TASKS:
+    for task in TOYS:
         for loss in ("pg_cached", "reverse_kl", "forward_kl", "jsd", "topk"):
             yield Cell(task, loss, DEFAULT, "8", seed, (RAW,))
     yield Cell("short", "pg_cached", DEFAULT, "16", seed, (RAW,))
+
+
+def regions(seed: int) -> Iterator[Cell]:
+    """Learning rate by lag: where nothing is needed, where the published method helps, where only a strong
+    anchor holds, where nothing does.
+    """
+    for task, loss in (("short", "pg_cached"), ("long", "pg_cached"), ("short", "reverse_kl")):
+        own = TASKS[task][0]
+        for rate in (own, *(f"learner.lr={rate}" for rate in RATES if f"learner.lr={rate}" != own)):
+            at = () if rate == own else (rate,)
+            yield Cell(task, loss, "sync", "0", seed, at)
+            for lag in ("8", "2", "16", "4"):
+                for policy in ("async", DEFAULT, "fopd", "trust"):
+                    if loss == "pg_cached" or policy in ("async", DEFAULT):
+                        yield Cell(task, loss, policy, lag, seed, at)
+                for strength in LAMBDAS if loss == "pg_cached" else ():
+                    yield Cell(task, loss, "fopd", lag, seed, (*at, f"freshness.anchor={strength}"))
+
+
+def text(seed: int) -> Iterator[Cell]:
+    """The comparison on a real pair; whole for three seeds only where it matters most."""
+    exact = ("reverse_kl", "pg_cached")
+    for loss in exact:
+        yield Cell(TEXT, loss, "sync", "0", seed)
+        for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
+            yield Cell(TEXT, loss, policy, "8", seed)
+    for bound in ("4", "2", "8"):
+        yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
+    for loss in exact:
+        for lag in ("4", "16"):
+            for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
+                yield Cell(TEXT, loss, policy, lag, seed)
+    for policy in ("lag_weight", "fopd"):
+        for loss in exact:
+            yield Cell(TEXT, loss, policy, "8", seed)
+    yield Cell(TEXT, "pg_cached", "recomputed, ratio", "8", seed)
+    if seed:
+        return
+    for loss in LOSSES:
+        if loss not in exact:
+            yield Cell(TEXT, loss, "sync", "0", seed)
+            for policy in ("async", DEFAULT):
+                yield Cell(TEXT, loss, policy, "8", seed)
+    for loss in exact:
+        yield from _others(loss, "learner.lr=3e-5")
+    yield from _others("reverse_kl", "learner.dtype=fp32", "sampler.dtype=fp32", "teacher.dtype=fp32")
+
+
+def _others(loss: str, *extra: str) -> Iterator[Cell]:
+    """What a lag does to text at other settings."""
+    yield Cell(TEXT, loss, "sync", "0", 0, extra)
+    for lag in ("4", "8"):
+        yield Cell(TEXT, loss, "async", lag, 0, extra)
 
 
 STUDIES = {
@@ -263,6 +407,11 @@ STUDIES = {
         anchored_kl,
         lags,
         far,
+        beyond,
+        promising,
+        paces,
+        ideas,
+        confirm,
         horizons,
         losses,
         sweep,
@@ -271,15 +420,20 @@ STUDIES = {
         coverage,
         sgd,
         weights,
+        regions,
+        text,
     )
 }
-QUICK, FULL = (("headline",), 3), (tuple(STUDIES), 5)
+QUICK, FULL = (("headline",), 3), (tuple(set(STUDIES) - {TEXT}), 5)
 
 
-def measure(cell: Cell, steps: int | None = None) -> dict[str, Any]:
-    """Run one cell."""
+def measure(
+    cell: Cell, steps: int | None = None, sets: tuple[str, ...] = (), cuda: bool = False
+) -> dict[str, Any]:
+    """Run one cell, with further keys of the recipe that are not part of its name."""
     import torch
     from inline import Inline
+    from staleness_variants import install
 
     from fopd_cli.collapse import collapse
     from fopd_cli.recipe import load_recipe
@@ -287,8 +441,10 @@ def measure(cell: Cell, steps: int | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     began = time.monotonic()
     short = [] if steps is None else [f"learner.steps={steps}", f"eval.every={steps}"]
-    recipe = load_recipe(RECIPES / f"{cell.task}.yaml", [*cell.overrides, *short])
-    outcome = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd").run()
+    recipe = load_recipe(RECIPES / f"{cell.task}.yaml", [*cell.overrides, *sets, *short])
+    race = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd", cuda=cuda)
+    install(race.engines.learner.engine, cell.variants)
+    outcome = race.run()
     curve = [(int(e["step"]), float(e["score"])) for e in outcome.evaluations]
     found = collapse(curve, recipe.learner.steps)
 
@@ -298,12 +454,15 @@ def measure(cell: Cell, steps: int | None = None) -> dict[str, Any]:
     return {
         **asdict(cell),
         "key": cell.key,
+        "sets": sets,
         "score": curve[-1][1],
         "peak": found.peak,
         "drop": found.drop,
         "collapsed": found.collapsed,
         "curve": curve,
         "kl": outcome.evaluations[-1]["kl"],
+        "kl_curve": [(int(e["step"]), float(e["kl"])) for e in outcome.evaluations],
+        "kl_training": statistics.fmean(s["kl"] for s in outcome.steps[-max(1, len(outcome.steps) // 10) :]),
         "lag_mean": mean("lag_mean"),
         "lag_max": max(s["lag_max"] for s in outcome.steps),
         "freshness": mean("freshness"),
@@ -328,6 +487,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "staleness")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the engines are")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe, for every cell"
+    )
     args = parser.parse_args()
     studies, seeds = FULL if args.full else QUICK
     studies, seeds = args.study or studies, args.seeds or seeds
@@ -338,23 +501,36 @@ def main() -> None:
     results = {r["key"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
     todo = [cell for key, cell in wanted.items() if key not in results]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(args.jobs, maxtasksperchild=8) as pool, path.open("a") as file:
-        pending = pool.imap_unordered(_measure, [(cell, args.steps) for cell in todo])
+    how = (args.steps, tuple(args.set), args.device == "cuda")
+    reuse = 1 if args.device == "cuda" else 8  # vLLM never gives back all that it takes
+    with context.Pool(args.jobs, maxtasksperchild=reuse) as pool, path.open("a") as file:
+        pending = pool.imap_unordered(_measure, [(cell, *how) for cell in todo])
         for number, result in enumerate(pending, 1):
+            if "error" in result:
+                print(
+                    f"{number}/{len(todo)}  {result['key']}: {result['error']}", file=sys.stderr, flush=True
+                )
+                continue
             results[result["key"]] = result
             file.write(json.dumps(result) + "\n")
             file.flush()
-            print(
-                f"{number}/{len(todo)}  {result['key']}: {result['score']:.3f} in {result['wall_seconds']} s",
-                flush=True,
-            )
+            found = f"score {result['score']:.3f}, KL {result['kl']:.3f} in {result['wall_seconds']} s"
+            print(f"{number}/{len(todo)}  {result['key']}: {found}", flush=True)
     report.write(args.out, list(results.values()))
-    shown = report.rows([results[key] for key in wanted])
+    done = [results[key] for key in wanted if key in results]
+    shown = report.rows(done)
     print(report.markdown([r for r in shown if r["study"] == "headline"] or shown))
+    print(report.text_markdown(done))
+    if len(done) < len(wanted):
+        sys.exit(f"{len(wanted) - len(done)} cells failed")
 
 
-def _measure(job: tuple[Cell, int | None]) -> dict[str, Any]:
-    return measure(*job)
+def _measure(job: tuple[Cell, int | None, tuple[str, ...], bool]) -> dict[str, Any]:
+    """A cell that fails does not take the others with it."""
+    try:
+        return measure(*job)
+    except Exception as error:
+        return {"key": job[0].key, "error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 Result = dict[str, Any]
 ASYNC_LAG = "8"
+TEXT = "text"  # judged by its KL, in a table of its own
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     same task and loss.
     """
     groups: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
-    for r in results:
+    for r in (r for r in results if r["task"] != TEXT):
         groups[r["task"], r["loss"], r["lag"], r["policy"], tuple(r["extra"]), r["optimizer"]].append(r)
     found = []
     for (task, loss, lag, policy, extra, optimizer), runs in groups.items():
@@ -109,6 +110,32 @@ def _at(curve: list[list[float]], step: float) -> float:
     return curve[-1][1]
 
 
+def text_markdown(results: Sequence[Result]) -> str:
+    """The runs on the real pair: held-out KL to the teacher (nats per token), and the share of the
+    synchronous run's gain; nothing if there are none.
+    """
+    groups: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
+    for r in (r for r in results if r["task"] == TEXT):
+        groups[r["loss"], tuple(r["extra"]), r["lag"], r["policy"]].append(r)
+    if not groups:
+        return ""
+    lines = [
+        "| loss | lag | policy | seeds | KL at first | KL at last | lowest | of sync's gain | D_roll | lag |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (loss, extra, lag, policy), runs in sorted(groups.items(), key=lambda group: str(group[0])):
+        base = groups.get((loss, extra, "0", "sync"), [])
+        first, last = (statistics.fmean(r["kl_curve"][at][1] for r in runs) for at in (0, -1))
+        end = statistics.fmean(r["kl"] for r in base) if base else float("nan")
+        error = statistics.stdev(r["kl"] for r in runs) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
+        lowest = statistics.fmean(min(kl for _, kl in r["kl_curve"]) for r in runs)
+        drift, mean_lag = (statistics.fmean(r[key] for r in runs) for key in ("drift_roll", "lag_mean"))
+        name = " ".join([policy, *extra])
+        kl = f"{first:.3f} | {last:.3f} ± {error:.3f} | {lowest:.3f} | {(first - last) / (first - end):.0%}"
+        lines.append(f"| {loss} | {lag} | {name} | {len(runs)} | {kl} | {drift:.3f} | {mean_lag:.1f} |")
+    return "\n".join(lines).replace("nan%", "-").replace("nan", "-")
+
+
 def markdown(found: Sequence[dict[str, Any]]) -> str:
     lines = [
         (
@@ -132,6 +159,10 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
 def write(out: Path, results: Sequence[Result]) -> None:
     """table.csv, table.md and the figures."""
     found = rows(results)
+    if text := text_markdown(results):
+        (out / "text.md").write_text(text + "\n")
+    if not found:
+        return
     with (out / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(found[0]))
         writer.writeheader()

@@ -34,10 +34,10 @@ from fopd_cli.runtime.build import resolve_dtype
 from fopd_cli.runtime.journal import trackers
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.sizes import arena_bytes, available_memory, free_shared_memory
-from fopd_cli.runtime.memory.weights import layout_bytes
 from fopd_cli.runtime.placement import SPARE
 from fopd_cli.runtime.scheduling.lengths import tells
 from fopd_cli.runtime.scheduling.prompts import SPLITS, context_tokens
+from fopd_cli.runtime.weights.choice import host_bytes, misfit
 from fopd_cli.samples import Prompt
 
 GB = 1e9
@@ -93,6 +93,7 @@ def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from _servers(inputs)
     yield from _temperatures(inputs.recipe)
     yield from _disk(inputs, disk)
+    yield from _transport(inputs)
     yield from _memory(inputs)
 
 
@@ -499,9 +500,14 @@ def _disk(inputs: Inputs, folder: Path) -> Iterator[Finding]:
         )
 
 
+def _transport(inputs: Inputs) -> Iterator[Finding]:
+    if (wrong := misfit(inputs.recipe, inputs.plan)) is not None:
+        yield Finding("error", *wrong)
+
+
 def _memory(inputs: Inputs) -> Iterator[Finding]:
     recipe, plan = inputs.recipe, inputs.plan
-    shared = arena_bytes(recipe, inputs.target_specs) + 2 * layout_bytes(inputs.published)
+    shared = arena_bytes(recipe, inputs.target_specs) + host_bytes(recipe, inputs.published)
     if shared > free_shared_memory():
         yield Finding(
             "error",

@@ -34,10 +34,11 @@ from fopd_cli.runtime.build import (
     student_frame,
     task_arguments,
 )
-from fopd_cli.runtime.memory.weights import Layout, WeightChannel
+from fopd_cli.runtime.memory.weights import Layout
 from fopd_cli.runtime.placement import Plan, cuda_devices
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
 from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, check_followed, context_tokens
+from fopd_cli.runtime.weights import choice as transport
 from fopd_cli.samples import TargetSpec
 from fopd_cli.tasks import load_task
 
@@ -124,6 +125,7 @@ class Inputs:
         """What workers get when they start. `arena`: the memory of teacher targets. `folder`: where their
         ranks meet.
         """
+        rendezvous = folder / f".rendezvous-{uuid.uuid4().hex[:8]}"
         return Setup(
             self.recipe,
             self.vocab,
@@ -132,8 +134,8 @@ class Inputs:
             context_tokens(self.recipe, self.stream, judged=False),
             context_tokens(self.recipe, self.stream, judged=True),
             arena,
-            WeightChannel.create(self.published, len(self.plan.learners)),
-            folder / f".rendezvous-{uuid.uuid4().hex[:8]}",
+            transport.made(self.recipe, self.plan, self.published, rendezvous),
+            rendezvous,
         )
 
 

@@ -172,7 +172,7 @@ class _Run:
         self.journal = Journal(inputs.recipe, inputs.tokenizer, self._open_sinks, False, display, rates)
         self.signals = Signals(self.journal.say)
         dtype = sampler_dtype(inputs.recipe, inputs.plan)
-        self.saver = Saver(self.state, run_dir, self.journal, self.setup.channel, dtype)
+        self.saver = Saver(self.state, run_dir, self.journal, self.setup.weights.host, dtype)
         reexecutable, say = inputs.stream.reexecutable, self.journal.say
         crew = Processes(inputs.plan, self.setup, run_dir.logs, reexecutable, self.signals, say)
         self.conductor = Conductor(self.state, crew, self.journal, self.saver, self.signals)

@@ -15,6 +15,7 @@ each). Large ones (teacher targets, weights) are torch views into shared memory,
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -192,7 +193,7 @@ class TargetSpec:
         return found
 
     def nbytes(self, positions: int) -> int:
-        return sum(dtype.itemsize * int(np.prod(shape)) for _, dtype, shape in self.fields(positions))
+        return sum(dtype.itemsize * math.prod(shape) for _, dtype, shape in self.fields(positions))
 
 
 @dataclass

@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class Backend(NamedTuple):
 
 def _of_vllm(sampler: Sampler) -> dict[str, Any]:
     section = sampler.vllm
-    return {"tensor_parallel_size": section.tensor_parallel, "gpu_memory_utilization": section.gpu_memory}
+    found = {"tensor_parallel_size": section.tensor_parallel, "gpu_memory_utilization": section.gpu_memory}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 BACKENDS = {"hf": Backend("transformers", lambda _: {}), "vllm": Backend("vllm", _of_vllm)}
@@ -170,14 +172,18 @@ def _of_file(path: Path, manager: Any) -> Any:
 
 def _measured(subject: Subject, tasks: list[Any], terms: Terms) -> Iterator[Record]:
     from lm_eval import simple_evaluate
+    from lm_eval.api.registry import get_model
 
+    if not terms.cuda:  # vLLM would pin its threads to cores, which a container may refuse
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
+        model = get_model(terms.backend).create_from_arg_obj(
+            {"pretrained": subject.model, "dtype": terms.dtype, **dict(terms.engine)},
+            {"batch_size": "auto" if terms.cuda else CPU_BATCH, "device": "cuda" if terms.cuda else "cpu"},
+        )
         found = simple_evaluate(
-            model=terms.backend,
-            model_args={"pretrained": subject.model, "dtype": terms.dtype, **dict(terms.engine)},
+            model=model,
             tasks=tasks,
-            batch_size="auto" if terms.cuda else CPU_BATCH,
-            device="cuda" if terms.cuda else "cpu",
             limit=terms.limit,
             log_samples=False,
             apply_chat_template=terms.chat,
@@ -188,9 +194,18 @@ def _measured(subject: Subject, tasks: list[Any], terms: Terms) -> Iterator[Reco
         )
     except Exception as error:
         raise WorkerError(f"--suite: the harness failed on {subject.model}: {_first_line(error)}") from error
-    gc.collect()  # the model, before the next one is loaded
+    _end(model)
+    del model
+    gc.collect()  # before the next one is loaded
     assert found is not None  # there is only one process
     yield from _records(subject, terms, found)
+
+
+def _end(model: Any) -> None:
+    """vLLM's engine is a process that holds its memory until it is told to end."""
+    engine = getattr(getattr(model, "model", None), "llm_engine", None)
+    if engine is not None:
+        engine.engine_core.shutdown()
 
 
 def _records(subject: Subject, terms: Terms, found: Any) -> Iterator[Record]:

@@ -26,6 +26,7 @@ from fopd_cli.runtime.memory.arena import targets_at
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import cuda_devices, place
 from fopd_cli.runtime.scheduling.prompts import PromptStream, context_tokens
+from fopd_cli.runtime.weights.transport import Shared
 from fopd_cli.samples import Rollout, Sample, SampleId
 from fopd_cli.tasks.replay import judged_context
 
@@ -89,7 +90,7 @@ def judging_main(
         context_tokens(recipe, stream, judged=False),
         context_tokens(recipe, stream, judged=True),
         torch.empty(0),
-        WeightChannel.create([]),
+        Shared(WeightChannel.create([])),
         folder / "rendezvous",
     )
     engines: list[Any] = []

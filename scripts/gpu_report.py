@@ -410,11 +410,11 @@ def learner(device: str, out: Path) -> Iterator[str]:
     )
 
 
-def publish(device: str, out: Path) -> Iterator[str]:
+def beside(device: str, out: Path) -> Iterator[str]:
     """What the publication of a version of 1.6 GB costs the next step."""
     tiny = ["--hidden", "128", "--layers", "2", "--samples", "4", "--tokens", "128", "--repeats", "2"]
     large = ["--hidden", "2048", "--layers", "16", "--samples", "16", "--tokens", "8192"]
-    yield from _benchmark("benchmarks/publish.py", *(tiny if device == "cpu" else large))
+    yield from _benchmark("benchmarks/beside.py", *(tiny if device == "cpu" else large))
 
 
 def _run_of(mode: str, device: str, out: Path) -> Iterator[str]:
@@ -458,6 +458,19 @@ def _run_of(mode: str, device: str, out: Path) -> Iterator[str]:
     yield "```"
 
 
+def publish(device: str, out: Path) -> Iterator[str]:
+    """Weights from the learner to a sampler, by transport."""
+    import torch
+
+    real = ROOT / "recipes" / "real-pair"
+    pair = real if device == "cuda" and (real / "student").exists() else _pair(out)
+    command = ["benchmarks/publish.py", "--pair", str(pair), "--device", device, "--samplers", "1"]
+    yield from _benchmark(*command)
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        yield ""
+        yield from _benchmark(*command, "--apart")
+
+
 def timeslice(device: str, out: Path) -> Iterator[str]:
     """A run whose roles take turns."""
     yield from _run_of("timeslice", device, out)
@@ -470,7 +483,10 @@ def colocate(device: str, out: Path) -> Iterator[str]:
 
 PARTS: dict[str, Callable[[str, Path], Iterator[str]]] = {
     part.__name__: part
-    for part in (tests, vllm, sleep, varlen, memory, ranks, loss, learner, publish, timeslice, colocate)
+    for part in (
+        *(tests, vllm, sleep, varlen, memory, ranks, loss, learner),
+        *(publish, beside, timeslice, colocate),
+    )
 }
 
 if __name__ == "__main__":

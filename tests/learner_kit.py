@@ -164,7 +164,10 @@ def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[fl
             f = np.exp(-cfg.freshness.alpha * np.sqrt(max(0.0, drift.item()))) / (sample.lag + 1)
             weight = max(0.0, f - cfg.freshness.xi)
         share = len(y) / all_tokens if cfg.average == "token" else 1 / len(samples)
-        total = total + weight * share * (loss + cfg.anchor * drift)
+        pull = cfg.anchor
+        if cfg.freshness.pace is not None and sample.lag > 0:
+            pull = min(pull, max(1.0, cfg.freshness.pace / sample.lag))
+        total = total + weight * share * (loss + pull * drift)
     total.backward()
     return total.item(), {
         n: q.grad.numpy().copy() for n, q in student.named_parameters() if q.grad is not None

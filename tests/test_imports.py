@@ -97,6 +97,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.crew.fleet",
         "runtime.memory.sizes",
         "runtime.placement",
+        "runtime.weights.broadcast",
     },
     "runtime.time_model": {"recipe", "runtime.memory.model", "runtime.placement"},
     "runtime.placing": {
@@ -130,6 +131,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.crew.fleet",
         "runtime.devices",
     },
+    "runtime.weights": {"errors", "recipe", "runtime.crew.fleet", "runtime.memory", "runtime.placement"},
     "runtime.build": {
         "engines",
         "errors",
@@ -140,6 +142,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.memory",
         "runtime.placement",
         "runtime.scheduling.params",
+        "runtime.weights.transport",
         "samples",
     },
     "runtime.crew": {
@@ -160,6 +163,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.placement",
         "runtime.scheduling",  # roles and conversations, which know no worker
         "runtime.signals",
+        "runtime.weights.transport",
         "samples",
         "tasks",
     },

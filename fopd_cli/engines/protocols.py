@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fopd_cli.losses.head import Head
 from fopd_cli.samples import Request, Rollout, Sample, SampleStats, StepReport, TeacherTargets
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """Weights that every process of an engine gets by itself, not from the sampler's process. Picklable."""
+
+    def within(self, rank: int, world: int, device: torch.device) -> Iterable[tuple[str, Tensor]]:
+        """For one of `world` processes, which all call this, on its device."""
 
 
 class Sampler(Protocol):

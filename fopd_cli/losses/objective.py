@@ -34,11 +34,11 @@ def weighting(
     loss_bearing: Tensor,
     aligned: Tensor,
     share: Tensor,
-    anchor: float,
+    anchor: float | Tensor,
     weigh: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> Weighting:
     """Each position's coefficients. `sample`, `loss_bearing`, `aligned` `(N,)`; `share` `(n,)`; `anchor` is
-    lambda.
+    lambda, or each sample's own `(n,)`.
     """
     used = aligned & loss_bearing
 
@@ -48,6 +48,7 @@ def weighting(
         return ones / count.clamp(min=1)[sample]
 
     in_drift = mean(used)
+    pull = anchor[sample] if isinstance(anchor, Tensor) else anchor
     return Weighting(
-        sample, mean(loss_bearing) * share[sample], in_drift * share[sample] * anchor, in_drift, weigh
+        sample, mean(loss_bearing) * share[sample], in_drift * share[sample] * pull, in_drift, weigh
     )

@@ -28,7 +28,7 @@ class LossSpec:
     beta: float = DEFAULT.beta
     temperature: float = DEFAULT.temperature
     advantage: Advantage = DEFAULT.advantage
-    importance: bool = DEFAULT.importance
+    importance: bool = False
     max_ratio: float | None = DEFAULT.max_ratio
     trust: float | None = None  # width of the token's trust region in nats; sampled and mc support
     drift: DriftKind = "sampled"

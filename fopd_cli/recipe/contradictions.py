@@ -51,6 +51,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             "set loss.kind: reverse_kl"
         )
     yield from _of_sampler(recipe)
+    yield from _of_placement(recipe)
     yield from _of_supports(recipe)
     if support in ("full", "mc") and recipe.targets != "hidden":
         yield (
@@ -91,6 +92,26 @@ def _of_sampler(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _of_placement(recipe: Recipe) -> Iterator[str]:
+    """A transport of weights that no machine could use in this mode."""
+    mode, transport = recipe.placement.mode, recipe.placement.transport
+    if transport in ("broadcast", "ipc") and mode == "timeslice":
+        yield (
+            f"placement.transport: {transport} reads from a learner that is awake, and with placement.mode "
+            "timeslice it sleeps while samplers load; set transport: shared"
+        )
+    if transport == "broadcast" and mode == "colocate":
+        yield (
+            "placement.transport: broadcast needs learner and samplers on different devices, and with "
+            "placement.mode colocate they share them; set transport: ipc or shared"
+        )
+    if transport == "ipc" and mode in ("cpu", "partition"):
+        yield (
+            "placement.transport: ipc needs learner and samplers on the same CUDA device, which "
+            f"placement.mode {mode} excludes; set transport: broadcast or shared"
+        )
+
+
 def _of_supports(recipe: Recipe) -> Iterator[str]:
     """Keys that only some supports use."""
     loss, support = recipe.loss, recipe.support
@@ -111,7 +132,7 @@ def _of_supports(recipe: Recipe) -> Iterator[str]:
             f"loss.teacher_temperature: {recipe.targets} log-probs come at temperature 1; set "
             "teacher.targets: hidden, or teacher_temperature: one"
         )
-    if loss.max_ratio is not None and not (support == "mc" or (support == "sampled" and loss.importance)):
+    if loss.max_ratio is not None and not (support == "mc" or (support == "sampled" and recipe.importance)):
         yield (
             f"loss.max_ratio: loss.support {support} has no importance ratio here; leave it out, or use "
             "mc, or sampled with importance: true"

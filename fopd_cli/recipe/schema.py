@@ -541,8 +541,10 @@ class Loss(Section):
     """The tail class of topk support. Without it the student can hide mass, so false is refused."""
     advantage: Advantage = "recomputed"
     """For sampled support: log p - log pi, with pi at sampling time (cached) or now (recomputed)."""
-    importance: bool = False
-    """For sampled support: multiply by pi_now/pi_sampled. mc support always does so."""
+    importance: bool | Literal["auto"] = "auto"
+    """For sampled support: multiply by pi_now/pi_sampled. mc support always does so. auto: true where an
+    anchor has a pace (freshness.pace), which needs it; else false.
+    """
     student_k: NonNegative = 0
     """For topk support: how many of the k classes are the student's own likeliest tokens; the others are the
     teacher's. Needs teacher.engine transformers.
@@ -630,6 +632,10 @@ class Freshness(Section):
     """lambda: weight of the rollout anchor, relative to the loss. auto: for losses from sampled tokens
     (sampled, mc), 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which
     an anchor only slows down (docs/staleness.md).
+    """
+    pace: PositiveFactor | None = None
+    """In optimizer steps: a sample that lags by tau is anchored by pace/tau (at most anchor, at least 1), so
+    that the student may move as fast at a long lag as at a short one. null: by anchor at every lag.
     """
     drift: Literal["auto", DriftKind] = "auto"
     """Estimator of D_roll: from the sampled token (sampled is unbiased; quadratic pulls harder as an anchor),
@@ -734,6 +740,13 @@ class Placement(Section):
     """Devices (on a CPU: ranks) for the teacher. Default: a quarter; on a CPU 1."""
     learner: Processes | None = None
     """Devices (on a CPU: ranks) for the learner. Default: the rest; on a CPU 1."""
+    transport: Literal["auto", "shared", "broadcast", "ipc"] = "auto"
+    """How new weights get from the learner to the samplers. shared: through shared memory of the host; works
+    everywhere. broadcast: packed, from the learner's device to the samplers' over NCCL (on a CPU gloo), where
+    these are different devices. ipc: the sampler copies from the learner's memory on the same device
+    (colocate). Both save the way through the host, and keep two copies of the weights in the samplers' dtype
+    on the learner's device. auto: shared, until the others have been run on GPUs.
+    """
     threads: Threads = Threads()
 
 
@@ -799,6 +812,13 @@ class Recipe(Section):
         if self.freshness.anchor != "auto":
             return self.freshness.anchor
         return ANCHORS[self._anchors_drift] if self.support in ("sampled", "mc") else 0.0
+
+    @property
+    def importance(self) -> bool:
+        """loss.importance, resolved."""
+        if self.loss.importance != "auto":
+            return self.loss.importance
+        return self.support == "sampled" and self.anchor > 0 and self.freshness.pace is not None
 
     @property
     def drift(self) -> DriftKind:

@@ -26,9 +26,9 @@ from fopd_cli.freshness.policies import POLICIES
 from fopd_cli.losses.terms import LossSpec
 from fopd_cli.recipe import Lora, PluginTask, Prompts, Recipe
 from fopd_cli.runtime.crew.fleet import WorkerSpec
-from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.scheduling.params import sampling_params
+from fopd_cli.runtime.weights.transport import Transport
 from fopd_cli.samples import TargetSpec
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Setup:
     context: int  # tokens of the longest possible sample, as the student has it
     judged: int  # the same, as teachers judge it
     arena: torch.Tensor
-    channel: WeightChannel
+    weights: Transport
     rendezvous: Path  # a fresh file name; each group of ranks adds its role
     restore: tuple[Path, dict[str, Any]] | None = None  # learner state to resume from
 
@@ -94,6 +94,7 @@ def learner_config(
     spec = LossSpec.of(
         loss,
         support=recipe.support,
+        importance=recipe.importance,
         trust=fresh.trust if POLICIES[fresh.policy].trust else None,
         drift=recipe.drift,
         sampling_temperature=recipe.sampler.temperature,

@@ -94,10 +94,6 @@ class Conductor:
             self._start_all()
         for engine, event in self.crew.receive():
             self._handle(engine, event)
-            # Samplers are told at once: if the next step has already ended, nobody may load during its own
-            # publication, and so on with those after it.
-            if act and isinstance(event, m.Published):
-                self._start_all()
         self.saver.settle(wait=False)
 
     def _start_all(self) -> None:
@@ -243,8 +239,7 @@ class Conductor:
             case m.Trained(report):
                 self._on_trained(report)
             case m.Published(version, nbytes, span):
-                self.journal.published(nbytes, span)
-                self.schedule.on_published(version)
+                self._on_published(version, nbytes, span)
             case m.Evaluated(stats):
                 self._on_evaluated(stats)
             case m.Staged():
@@ -331,7 +326,8 @@ class Conductor:
         self.reexecutions.hold()
 
     def _on_trained(self, report: StepReport) -> None:
-        """An optimizer step is done; unblocks the next one. (Its publication unblocks samplers.)
+        """An optimizer step is done; unblocks the next one, which begins before this one is written down.
+        (Samplers wait for its publication.)
 
         Its samples are recorded and forgotten; the buffer is dropped if it is stale.
         """
@@ -340,19 +336,42 @@ class Conductor:
         outcomes = {k: records.outcome(w) for k, w in zip(keys, report.stats.weight, strict=True)}
         ahead, self.schedule.ahead = self.schedule.ahead, self.state.control.learned(report)
         self.schedule.on_trained(report.step, outcomes)
-        self.journal.trained(
-            report, batch, {"ahead": ahead, **self._clock_metrics(), **self.reexecutions.cost()}
-        )
+        runtime = {
+            "seconds": self.journal.step_seconds,
+            "ahead": ahead,
+            **self._clock_metrics(),
+            **self.reexecutions.cost(),
+        }
         for key in keys:
             self._forget(key)
         step = self.schedule.step
-        if (reason := self.state.control.stale(step, report.stats)) is not None:
-            self._refresh(step, reason)
-        if self.saver.due(step):
+        stale, saving = self.state.control.stale(step, report.stats), self.saver.due(step)
+        if not saving:
+            self.reexecutions.hold()
+        if stale is None and not saving and self._may_go_on:
+            self._start_all()
+        self.journal.trained(report, batch, runtime)
+        if stale is not None:
+            self._refresh(step, stale)
+        if saving:  # what is saved includes the record of this step
             self._save_due = self.schedule.learner_busy = True
             self._save_if_due()
-        else:
-            self.reexecutions.hold()
+
+    def _on_published(self, version: int, nbytes: int, span: m.Span) -> None:
+        """A step's version is in its slot; unblocks samplers, and a save. They are told at once: if the next
+        step has already ended, none may load during its own publication, and so on with those after it.
+        """
+        self.schedule.on_published(version)
+        if self._may_go_on:
+            self._start_all()
+        self.journal.published(nbytes, span)
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether new work may start in the middle of handling what happened: not where roles change turns,
+        and not if the run is about to end.
+        """
+        return not (self.schedule.config.exclusive or self.signals.received or self._fatal is not None)
 
     def _clock_metrics(self) -> dict[str, Any]:
         """Metrics from right after a step; they depend on the clock."""

@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY, Fopd, check_accounts, small_recipe, summary
+import transport_kit
+from conftest import TINY, Fopd, check_accounts, lines, small_recipe, summary
 
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
 from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.vllm import engine as vllm_engine
-from fopd_cli.runtime.crew.fleet import WorkerSpec
+from fopd_cli.runtime.crew.fleet import Fleet, WorkerSpec
+from fopd_cli.runtime.crew.messages import Lost
 from fopd_cli.runtime.crew.publisher import Publisher
 from fopd_cli.runtime.memory.weights import WeightChannel
+from fopd_cli.runtime.weights.ipc import Ipc
+from fopd_cli.runtime.weights.transport import Shared, Transport
 from fopd_cli.samples import Request, Rollout, SamplingParams
 
 pytestmark = [
@@ -140,9 +144,9 @@ def test_a_version_is_published_beside_the_next_step_and_its_update_waits_on_the
     model = hf.load_model(str(pair / "student"), "m", torch.float32)
     learner = FsdpLearner(model, [head], kit.config(compute_dtype=dtype), cuda, 0, 1)
     channel = WeightChannel.create([(n, tuple(t.shape), torch.bfloat16) for n, t in learner.publish()])
-    channel.page_lock()
     posted: list[Any] = []
-    publisher = Publisher(WorkerSpec("learner", 0, 1, (0,), 1), channel, posted.append)
+    outlet = Shared(channel).outlet(WorkerSpec("learner", 0, 1, (0,), 1))
+    publisher = Publisher(outlet, True, posted.append)
     for step in (0, 1):  # all kernels are loaded and all memory is allocated
         learner.train(step, samples)
     before = {name: tensor.to(torch.bfloat16).cpu() for name, tensor in learner.publish()}
@@ -172,6 +176,76 @@ def test_a_version_is_published_beside_the_next_step_and_its_update_waits_on_the
     found = dict(channel.read(2))
     assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
     assert not all(torch.equal(found[name], tensor) for name, tensor in after.items())
+
+
+def test_weights_by_handle_are_those_through_the_host(pair: Path, tmp_path: Path) -> None:
+    """Learner and sampler processes on one device, with the environment of a run's (the learner's memory is
+    in expandable segments). A process in the sampler's place opens the same memory.
+    """
+    layout = transport_kit.layout(pair, torch.bfloat16)
+    transports: dict[str, Transport] = {
+        "shared": Shared(WeightChannel.create(layout)),
+        "ipc": Ipc.create(layout, [0], tmp_path / ".rendezvous-i", mirrored=True),
+    }
+    learner, sampler = WorkerSpec("learner", 0, 1, (0,), 1), WorkerSpec("sampler", 0, 1, (0,), 1)
+    with Fleet(tmp_path, 120, 300) as fleet:
+        fleet.start(learner, transport_kit.learner, transports, pair, tmp_path / "ranks")
+        fleet.start(sampler, transport_kit.sampler, transports, pair, replaceable=True)
+        transport_kit.answers(fleet, ["learner-0", "sampler-0"], 300)
+        digests = []
+        for version in range(4):
+            held = []
+            for by in transports:
+                ((published, _),) = transport_kit.ask(
+                    fleet, ["learner-0"], transport_kit.Publish(by)
+                ).values()
+                found = transport_kit.ask(fleet, ["sampler-0"], transport_kit.LoadBy(by, version))
+                held.append(found["sampler-0"])
+                print(
+                    f"version {version} by {by}: published in {published:.4f} s, "
+                    f"loaded in {held[-1].seconds:.4f} s"
+                )
+            assert held[0].digest == held[1].digest
+            for one, other in zip(held[0].logprobs, held[1].logprobs, strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-5)
+            digests.append(held[0].digest)
+            transport_kit.ask(fleet, ["learner-0"], transport_kit.Learn(version))
+        assert len(set(digests)) == 4
+        lost = transport_kit.ask(fleet, ["sampler-0"], transport_kit.LoadBy("ipc", 3, dies=5))
+        assert isinstance(lost["sampler-0"], Lost)
+        fleet.start(replace(sampler, restarts=1), transport_kit.sampler, transports, pair, replaceable=True)
+        transport_kit.answers(fleet, ["sampler-0"], 300)
+        again = transport_kit.ask(fleet, ["sampler-0"], transport_kit.LoadBy("ipc", 3))
+        assert again["sampler-0"].digest == digests[3]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "transformers",
+        pytest.param(
+            "vllm",
+            marks=pytest.mark.skipif(vllm_engine.problem() is not None, reason=str(vllm_engine.problem())),
+        ),
+    ],
+)
+def test_a_colocated_run_by_handles(fopd: Fopd, engine: str) -> None:
+    """The sampler has the learner's weights: at max_lag 0 nothing drifts but by rounding."""
+    recipe: dict[str, Any] = small_recipe(
+        TINY,
+        task={"horizon": 3, "eval_prompts": 16},
+        sampler={"engine": engine, "max_new_tokens": 32, "concurrency": 64, "dtype": "fp32"},
+        learner={"steps": 6, "batch_samples": 64, "lr": 2e-3, "dtype": "fp32"},
+        schedule={"max_lag": 0},
+        placement={"mode": "colocate", "transport": "ipc"},
+        eval={"every": 2, "keep_best": "kl"},
+    )
+    recipe["teacher"]["dtype"] = "fp32"
+    run = fopd.run(recipe)
+    steps = [r for r in lines(run / "metrics.jsonl") if r["kind"] == "step"]
+    assert len(steps) == 6
+    assert max(r["drift_roll"] for r in steps) < 1e-3
+    check_accounts(run)
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

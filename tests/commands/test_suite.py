@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import yaml
 from conftest import ROOT, SLOW, TINY, lines, small_recipe
 
 from fopd_cli import cli, suite
+from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.errors import UserError
 from fopd_cli.evaluation import evaluate
 from fopd_cli.recipe import load_recipe
@@ -63,6 +68,28 @@ def test_student_and_teacher_side_by_side(run: Path, capsys: pytest.CaptureFixtu
     text = page([read(run)])
     assert "student, step 4" in text
     assert "only the first 24 samples" in text
+
+
+@needs_harness
+@SLOW
+@pytest.mark.skipif(vllm_engine.problem() is not None, reason=str(vllm_engine.problem()))
+def test_the_harness_on_vllm(run: Path, tmp_path: Path) -> None:
+    """Two models in turn, in a process of their own: the first engine has ended before the second starts."""
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    if not any(True for _ in importlib.metadata.distributions(name="vllm")):
+        # vLLM's CPU build has another name in the registry; the harness asks for the version of this one
+        named = tmp_path / "site" / "vllm-0.32.0.dist-info"
+        named.mkdir(parents=True)
+        (named / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+        environment["PYTHONPATH"] = os.pathsep.join([str(named.parent), os.environ.get("PYTHONPATH", "")])
+    options = ["--backend", "vllm", "--beside", "teacher", "--limit", "24"]
+    command = [sys.executable, "-m", "fopd_cli", "eval", run, "--suite", TASK, *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    records = {r["who"]: r for r in lines(run / suites.FILE)}
+    assert {r["backend"] for r in records.values()} == {"vllm"}
+    assert records["teacher"]["value"] > 0.9 > records["student"]["value"]
 
 
 @needs_harness

@@ -48,6 +48,7 @@ CASES = {
     "by token": {"average": "token"},
     "reweight": {"policy": "reweight"},
     "anchored": {"policy": "reweight+anchor", "anchor": 2.0},
+    "paced": {"policy": "reweight+anchor", "anchor": 2.0, "pace": 3.3},
 }
 
 

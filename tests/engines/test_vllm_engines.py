@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import pytest
 import tiny_models
 import torch
 import vllm_kit as kit
-from conftest import wait_for
+from conftest import SLOW, wait_for
 
 from fopd_cli.engines.learner import lora
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.vllm import engine as vllm_engine
+from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory.weights import WeightChannel
+from fopd_cli.runtime.weights.broadcast import Broadcast
 from fopd_cli.samples import Request, Rollout, SamplingParams, TargetSpec, TeacherTargets
 
 PROBLEM = vllm_engine.problem()
@@ -298,20 +301,25 @@ def through_shared_memory(student: str, version: int, weights: dict[str, torch.T
     return channel.read(version)
 
 
-def _updates(student: str, count: int, longest: int) -> list[tuple[int, list[Rollout]]]:
+def _updates(student: str, count: int, longest: int, transport: str) -> list[tuple[int, list[Rollout]]]:
+    carried = {"shared": through_shared_memory, "broadcast": by_broadcast}[transport]
     engine, out = kit.original(kit.sampler(student), student), []
     for version in range(1, count + 1):
-        engine.load(version, through_shared_memory(student, version, perturbed(student, version)))
+        engine.load(version, carried(student, version, perturbed(student, version)))
         engine.submit(requests(4, SamplingParams(max_new_tokens=6), longest))
         out.append((version, list(kit.drain(engine).values())))
     return out
 
 
 @pytest.mark.parametrize(
-    ("count", "longest"), [(10, 9), (2, 300)], ids=["ten in a row", "prompts over a cache block"]
+    ("count", "longest", "transport"),
+    [(10, 9, "shared"), (2, 300, "shared"), (2, 9, "broadcast")],
+    ids=["ten in a row", "prompts over a cache block", "by broadcast"],
 )
-def test_an_updated_engine_is_the_new_model(host: kit.Host, student: str, count: int, longest: int) -> None:
-    for version, rollouts in host(_updates, student, count, longest):
+def test_an_updated_engine_is_the_new_model(
+    host: kit.Host, student: str, count: int, longest: int, transport: str
+) -> None:
+    for version, rollouts in host(_updates, student, count, longest, transport):
         model = fresh(student, perturbed(student, version))
         for rollout in rollouts:
             expected = of_sampled(model_logprobs(model, rollout), rollout)
@@ -471,8 +479,21 @@ def test_the_next_turn_under_the_same_key_begins_anew(tmp_path: Path, pair: Path
 # ---- tensor parallelism ------------------------------------------------------------------------------------
 
 
-def _split(model: str) -> tuple[list[Rollout], list[Rollout], list[int]]:
+def by_broadcast(student: str, version: int, weights: dict[str, torch.Tensor]) -> Any:
+    """As in a run with `placement.transport: broadcast`, in pieces that no layer fits into; the learner's end
+    is in this process.
+    """
+    layout = hf.weight_layout(hf.load_config(student, "m"), torch.float32)
+    meeting = Path(tempfile.mkdtemp()) / ".rendezvous"
+    transport = Broadcast.create(layout, meeting, 60.0, mirrored=False, piece=1 << 12)
+    outlet = transport.outlet(WorkerSpec("learner", 0, 1, (), 1))
+    outlet.write(version, iter(kit.published(weights, student)))
+    return transport.inlet(WorkerSpec("sampler", 0, 1, (), 1), False).read(version)
+
+
+def _split(model: str, transport: str) -> tuple[list[Rollout], list[Rollout], list[int]]:
     """Two processes, with an update mid-request; returns rollouts, and vLLM's own processes."""
+    carried = {"shared": through_shared_memory, "broadcast": by_broadcast}[transport]
     import psutil
 
     from fopd_cli.engines.vllm.sampler import VllmSampler
@@ -482,7 +503,7 @@ def _split(model: str) -> tuple[list[Rollout], list[Rollout], list[int]]:
     engine = VllmSampler(kit.options(model, tensor_parallel=2), rules, hf.tied_names(config))
     engine.submit(requests(4, SamplingParams(max_new_tokens=10)))
     early = [r for _ in range(5) for r in engine.step()]
-    engine.load(7, through_shared_memory(model, 7, perturbed(model, 7)))
+    engine.load(7, carried(model, 7, perturbed(model, 7)))
     children = [
         p.pid for p in psutil.Process().children(recursive=True) if "from_parent" not in " ".join(p.cmdline())
     ]
@@ -492,11 +513,14 @@ def _split(model: str) -> tuple[list[Rollout], list[Rollout], list[int]]:
     return early + list(kit.drain(engine).values()), [], children
 
 
-def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(tmp_path: Path, pair: Path) -> None:
+@pytest.mark.parametrize("transport", ["shared", pytest.param("broadcast", marks=SLOW)])
+def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(
+    tmp_path: Path, pair: Path, transport: str
+) -> None:
     model = str(pair / "teacher")  # it has enough heads
     host = new_host(tmp_path)
     try:
-        rollouts, _, children = host(_split, model)
+        rollouts, _, children = host(_split, model, transport)
     finally:
         host.close()  # SIGKILL
     models = {0: hf.load_model(model, "m", torch.float32), 7: fresh(model, perturbed(model, 7))}

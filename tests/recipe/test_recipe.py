@@ -84,6 +84,23 @@ def test_anchor_and_drift_follow_the_loss(
 
 
 @pytest.mark.parametrize(
+    ("overrides", "ratio"),
+    [
+        (["freshness.pace=64"], True),
+        (["freshness.pace=null"], False),
+        (["freshness.pace=64", "freshness.policy=async"], False),
+        (["freshness.pace=64", "freshness.anchor=0"], False),
+        (["freshness.pace=64", "loss.importance=false"], False),
+        (["freshness.pace=null", "loss.importance=true"], True),
+    ],
+)
+def test_an_anchor_with_a_pace_brings_the_importance_ratio(
+    recipe: Path, overrides: list[str], ratio: bool
+) -> None:
+    assert load_recipe(recipe, ["loss.support=sampled", *overrides]).importance is ratio
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (

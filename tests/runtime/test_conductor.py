@@ -24,7 +24,7 @@ from fopd_cli.runtime.crew.ranks import Calls
 from fopd_cli.runtime.crew.roles import Grading
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.saving import Unsaved
-from fopd_cli.runtime.journal.sinks import Recorded
+from fopd_cli.runtime.journal.sinks import Recorded, Records
 from fopd_cli.runtime.memory.arena import aligned
 from fopd_cli.runtime.placement import place
 from fopd_cli.runtime.signals import Signals
@@ -135,6 +135,50 @@ def ahead() -> Inputs:
 def test_whoever_is_lost_every_sample_is_trained_on_once(ahead: Inputs, seed: int) -> None:
     conducted(ahead, seed)
     conducted(ahead, seed, losses=0.2)
+
+
+class SlowLearner(Random):
+    """Nothing else takes any time, so that a next batch is there whenever a step ends."""
+
+    def ends(
+        self, now: float, engine: Engine, command: m.Command, answers: Sequence[m.Answer]
+    ) -> list[float]:
+        return [now + (engine.role == "learner") for _ in answers]
+
+
+class Noted(InProcess):
+    """Notes who was told to go on, and with which version."""
+
+    def __init__(self, notes: list[tuple[str, int]]) -> None:
+        super().__init__(Pretend(), SlowLearner(random.Random(0)))
+        self.notes = notes
+
+    def send(self, engine: Engine, command: m.Command) -> None:
+        if isinstance(command, m.TrainCommand):
+            self.notes.append(("learner", command.step))
+        elif isinstance(command, m.LoadCommand):
+            self.notes.append((f"sampler {engine.index}", command.version))
+        super().send(engine, command)
+
+
+def test_at_the_end_of_a_step_everyone_goes_on_before_it_is_written_down(ahead: Inputs) -> None:
+    notes: list[tuple[str, int]] = []
+
+    class Metrics(Records):
+        def write(self, record: dict[str, Any]) -> None:
+            notes.append((record["kind"], record["step"]))
+            super().write(record)
+
+    records = Recorded()
+    records.metrics = Metrics()
+    with Journal(ahead.recipe, ahead.tokenizer, lambda *_: records, quiet=True) as journal:
+        Conductor(State(ahead), Noted(notes), journal, Unsaved(), Signals(journal.say)).run()
+    for step in range(1, STEPS):
+        written = notes.index(("step", step))
+        assert notes.index(("sampler 0", step)) < written
+        assert notes.index(("sampler 1", step)) < written
+        if step % 4:  # else the learner evaluates first
+            assert notes.index(("learner", step)) < written
 
 
 def test_a_refresh_lets_go_of_all_that_is_not_trained_on() -> None:

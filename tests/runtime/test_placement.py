@@ -21,6 +21,7 @@ from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.model import Fit, Models
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import Plan, place
+from fopd_cli.runtime.weights.transport import Shared
 from fopd_cli.samples import TargetSpec
 
 
@@ -258,7 +259,7 @@ def test_the_share_that_is_left_is_what_vllm_is_told(tmp_path: Path, monkeypatch
         64,
         64,
         torch.empty(0),
-        WeightChannel.create([]),
+        Shared(WeightChannel.create([])),
         tmp_path / "r",
     )
     for share in (None, 0.31):

@@ -42,6 +42,9 @@ from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import place
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
+from fopd_cli.runtime.weights.broadcast import Broadcast
+from fopd_cli.runtime.weights.ipc import Ipc
+from fopd_cli.runtime.weights.transport import Outlet, Shared, Transport
 from fopd_cli.samples import Sample
 
 ALONE = WorkerSpec("learner", 0, 1, (), 1)
@@ -53,8 +56,13 @@ def samples(pair: Path) -> list[Sample]:
     return kit.make_samples(pair, 4)
 
 
-def channel_for(learner: FsdpLearner, dtype: torch.dtype, ranks: int = 1) -> WeightChannel:
-    return WeightChannel.create([(n, tuple(t.shape), dtype) for n, t in learner.publish()], ranks)
+def channel_for(learner: FsdpLearner, dtype: torch.dtype) -> WeightChannel:
+    return WeightChannel.create([(n, tuple(t.shape), dtype) for n, t in learner.publish()])
+
+
+def outlet(channel: WeightChannel) -> Outlet:
+    """Of a learner with one rank."""
+    return Shared(channel).outlet(ALONE)
 
 
 def copies(learner: FsdpLearner, channel: WeightChannel) -> dict[str, torch.Tensor]:
@@ -95,7 +103,7 @@ def test_forward_and_backward_go_on_beside_a_publication_and_the_update_waits_fo
 ) -> None:
     learner, log = kit.make_learner(pair, kit.config(micro_tokens=1)), list[str]()
     channel, posted = channel_for(learner, torch.bfloat16), list[Any]()
-    publisher = Publisher(ALONE, channel, posted.append)
+    publisher = Publisher(outlet(channel), False, posted.append)
     learner.train(0, samples)
     expected = copies(learner, channel)
     waits, updated = threading.Event(), threading.Event()
@@ -133,7 +141,7 @@ def test_the_first_micro_batch_is_sent_while_the_version_before_is_published(
 ) -> None:
     """Whoever waits for the publication has time to pack and to copy."""
     learner, sent = kit.make_learner(pair, kit.config()), threading.Event()
-    publisher = Publisher(ALONE, channel_for(learner, torch.float32), list[Any]().append)
+    publisher = Publisher(outlet(channel_for(learner, torch.float32)), False, list[Any]().append)
     send = learner.lane.send
 
     def noted(batch: Any) -> Any:
@@ -153,13 +161,37 @@ def assert_(true: bool) -> None:
 def test_a_publication_that_fails_is_said_and_holds_up_nobody(pair: Path, samples: list[Sample]) -> None:
     learner, posted = kit.make_learner(pair, kit.config()), list[Any]()
     channel = channel_for(learner, torch.float32)
-    publisher = Publisher(ALONE, channel, posted.append)
+    publisher = Publisher(outlet(channel), False, posted.append)
     publisher.publish(Held(learner, lambda: assert_(False)))  # type: ignore[arg-type]
     learner.train(0, samples, publisher.let_update)
     publisher.finish()
     assert [(type(p), p.kind) for p in posted] == [(m.Failed, "worker")]
     with pytest.raises(RuntimeError, match="version 0"):
         channel.read(0)
+
+
+@pytest.mark.parametrize("by", ["broadcast", "ipc"])
+def test_slots_in_the_learners_own_memory_are_written_beside_the_next_step_too(
+    pair: Path, samples: list[Sample], tmp_path: Path, by: str
+) -> None:
+    """And the host's after them, where the conductor reads."""
+    learner, said = kit.make_learner(pair, kit.config()), list[Any]()
+    layout = channel_for(learner, torch.bfloat16).layout
+    transport: Transport = (
+        Broadcast.create(layout, tmp_path / ".rendezvous", HERE, mirrored=True)
+        if by == "broadcast"
+        else Ipc.create(layout, [], tmp_path / ".rendezvous", mirrored=True)
+    )
+    ours, begun = transport.outlet(ALONE), threading.Event()
+    publisher = Publisher(ours, False, said.append)
+    expected = copies(learner, ours.slots)
+    learner.student.register_forward_hook(lambda *_: begun.set())
+    publisher.publish(Held(learner, lambda: assert_(begun.wait(HERE))))  # type: ignore[arg-type]
+    learner.train(0, samples, publisher.let_update)
+    publisher.finish()
+    assert [type(message) for message in said] == [m.Published]
+    check(ours.slots, 0, expected)
+    check(transport.host, 0, expected)
 
 
 # ---- the learner's process ---------------------------------------------------------------------------------
@@ -202,7 +234,7 @@ def test_a_step_is_reported_before_its_version_and_that_before_the_next_step(
     assert [type(message) for message in learner.said] == [m.Trained, m.Published] * 3
     assert [p.version for p in learner.said[1::2]] == [1, 2, 3]
     assert [(t.report.step, t.span.name) for t in learner.said[::2]] == [(s, "train") for s in range(3)]
-    check(learner.setup.channel, 3, copies(learner.role.engine, learner.setup.channel))  # type: ignore[arg-type]
+    check(learner.setup.weights.host, 3, copies(learner.role.engine, learner.setup.weights.host))  # type: ignore[arg-type]
 
 
 def test_a_learner_goes_to_sleep_when_its_version_is_published(
@@ -290,7 +322,8 @@ def overlapped(learner: FsdpLearner, samples: list[Sample], folder: Path) -> Ove
     world, rank = learner.world, learner.rank
     layout = [(n, tuple(t.shape), torch.bfloat16) for n, t in learner.publish()]
     channel, said = shared_by_all(folder, layout, world), list[Any]()
-    publisher = Publisher(WorkerSpec("learner", rank, world, (), 1), channel, said.append)
+    outlet = Shared(channel).outlet(WorkerSpec("learner", rank, world, (), 1))
+    publisher = Publisher(outlet, False, said.append)
     wrong, expected = list[str](), dict[str, torch.Tensor]()
     for step in range(3):
         learner.train(step, samples, publisher.let_update)
@@ -356,7 +389,7 @@ class Weights:
 
 
 def publish_and_die(channel: WeightChannel) -> None:
-    publisher = Publisher(ALONE, channel, list[Any]().append)
+    publisher = Publisher(outlet(channel), False, list[Any]().append)
     for version in (1, 2, 3):
         publisher.publish(Weights(version, killed=version == 3))  # type: ignore[arg-type]
     publisher.finish()

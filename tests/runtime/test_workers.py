@@ -209,6 +209,21 @@ def test_forked_workers_have_their_own_environment_and_die_with_their_server(
         forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
+def test_workers_are_forked_beside_a_driver_only_if_no_device_is_visible(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(warm, "DRIVERS", (str(tmp_path),))
+    for devices, forked in ((None, False), ("0", False), ("", True)):
+        if devices is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+        assert warm.may_fork() is forked
+    monkeypatch.setattr(warm, "DRIVERS", (str(tmp_path / "missing"),))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert warm.may_fork()
+
+
 def breathing(spec: WorkerSpec, mailbox: Mailbox) -> None:
     time.sleep(60)
 

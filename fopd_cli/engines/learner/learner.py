@@ -52,7 +52,7 @@ from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.batching import balanced_shares, by_token_budget
 from fopd_cli.engines.tokens.packing import check_looks_back, check_packing
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
-from fopd_cli.freshness import drift, score
+from fopd_cli.freshness import drift, pace, score
 from fopd_cli.freshness.policies import POLICIES, Policy
 from fopd_cli.losses.chunked import Weighting, chunked_objective
 from fopd_cli.losses.head import Head
@@ -73,7 +73,7 @@ class LearnerConfig:
     freshness: Freshness
     loss: LossSpec
     average: Literal["sample", "token"]
-    anchor: float  # lambda; 0: none
+    anchor: float  # lambda, at most; 0: none
     compute_dtype: torch.dtype
     vocab: int
     longest: int  # tokens in the longest possible sample
@@ -399,7 +399,7 @@ class FsdpLearner:
             mask,
             aligned,
             share * self.world,
-            config.anchor,
+            pace.strength(lag, config.anchor, config.freshness.pace),
             None if config.policy.weights == "one" else weigh,
         )
         teacher_head = (

@@ -21,7 +21,7 @@ def register() -> None:
 
     if "fopd" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
-            "fopd", "fopd_cli.engines.vllm.weights", "SharedMemoryEngine"
+            "fopd", "fopd_cli.engines.vllm.weights", "LiveWeightEngine"
         )
 
 

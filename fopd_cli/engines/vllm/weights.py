@@ -1,4 +1,4 @@
-"""The receiving end of live weight updates inside vLLM: its weight-transfer API over our shared memory.
+"""The receiving end of live weight updates inside vLLM: its weight-transfer API over our transports.
 
 It is driven by the same three calls as vLLM's NCCL and IPC engines (start, update, finish). vLLM's layerwise
 reload takes weights in checkpoint format and repacks, fuses and shards them as it did at start.
@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from fopd_cli.engines.models.checkpoint_format import in_checkpoint_format
+from fopd_cli.engines.protocols import Spread
 
 
 @dataclass
@@ -36,6 +37,12 @@ class WithAliases:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return in_checkpoint_format(self.model, self._named())
+
+    def within(self, rank: int, world: int, device: torch.device) -> WithAliases:
+        """As one of `world` processes that all load them gets them."""
+        if not isinstance(self.weights, Spread):
+            return self
+        return replace(self, weights=self.weights.within(rank, world, device))
 
     def known_to(self, model: Any) -> WithAliases:
         """Drop names of modules that vLLM's model does not have; some models have no separate tied head."""
@@ -61,7 +68,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     weights: Iterable[tuple[str, Tensor]]
 
 
-class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+class LiveWeightEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Loads one whole version per update. Raises if a parameter of the model got no new value."""
 
     init_info_cls = InitInfo
@@ -81,8 +88,11 @@ class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         model: Any = self.model
         weights = update_info.weights
-        known = weights.known_to(model) if isinstance(weights, WithAliases) else weights
-        loaded = model.load_weights(_on(self.device, known))
+        if isinstance(weights, WithAliases):
+            parallel = self.parallel_config
+            rank, world = parallel.rank, parallel.tensor_parallel_size
+            weights = weights.known_to(model).within(rank, world, self.device)
+        loaded = model.load_weights(_on(self.device, weights))
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the slot may be overwritten after this
         missing = self._expected - loaded if loaded is not None else set()

@@ -19,8 +19,9 @@ import torch
 
 from fopd_cli.engines.protocols import Learner, Piece
 from fopd_cli.runtime.crew import messages as m
-from fopd_cli.runtime.crew.fleet import WorkerSpec, failure
-from fopd_cli.runtime.memory.weights import SharedWeights, WeightChannel
+from fopd_cli.runtime.crew.fleet import failure
+from fopd_cli.runtime.memory.weights import SharedWeights
+from fopd_cli.runtime.weights.transport import Outlet
 
 AT_ONCE = 1 << 24  # elements that are cast together: beside a step there is little memory left
 
@@ -31,24 +32,23 @@ class Publisher:
     On a device it reads and copies on a stream of its own, once what was computed before is done.
     """
 
-    def __init__(
-        self, spec: WorkerSpec, channel: WeightChannel, post: Callable[[m.Published | m.Failed], None]
-    ) -> None:
-        self._spec, self._channel, self._post = spec, channel, post
-        self._rank = spec.rank if spec.world > 1 else None
-        self._stream = torch.cuda.Stream() if spec.devices else None
+    def __init__(self, weights: Outlet, cuda: bool, post: Callable[[m.Published | m.Failed], None]) -> None:
+        self._weights, self._post = weights, post
+        self._stream = torch.cuda.Stream() if cuda else None
         self._thread: threading.Thread | None = None
         self._queued = threading.Event()  # all reads are done, or in the stream
         self._read: Any = None  # the event behind the last of them, on a device
 
     def publish(self, engine: Learner) -> None:
-        """Begin to publish the learner's version. Returns at once, or when it is done if it has no pieces."""
+        """Begin to publish the learner's version. Returns at once, or when it is done if that takes whole
+        weights.
+        """
         self.finish()
-        pieces, version = engine.pieces(), engine.version
+        pieces, version = engine.pieces() if self._weights.pieces else None, engine.version
         if pieces is None:
             start = time.time()
-            weights = engine.publish(self._channel.dtypes)
-            self._report(version, start, self._channel.write(version, weights, self._rank))
+            written = self._weights.write(version, engine.publish(self._weights.dtypes))
+            self._report(version, start, written)
             return
         self._queued.clear()
         self._read = None
@@ -80,7 +80,7 @@ class Publisher:
             if computed is not None:
                 computed.synchronize()
             start = time.time()
-            with self._channel.writing(version, self._rank) as slot:
+            with self._beside(), self._weights.writing(version) as slot:
                 written = self._copy(slot, pieces)
                 self._queued.set()
                 if self._read is not None:
@@ -95,16 +95,15 @@ class Publisher:
     def _copy(self, slot: SharedWeights, pieces: Sequence[Piece]) -> int:
         """Cast and copy; on a device the copies are queued. Returns bytes written."""
         views, written = {name: view.view(-1) for name, view in slot}, 0
-        with self._beside():
-            for piece in pieces:
-                elements, view = piece.read().reshape(-1), views.pop(piece.name)
-                for begin in range(0, len(elements), AT_ONCE):
-                    part = elements[begin : begin + AT_ONCE]
-                    place = view[piece.start + begin : piece.start + begin + len(part)]
-                    place.copy_(part.to(place.dtype) if part.is_cuda else part, non_blocking=True)
-                    written += place.nbytes
-            if self._stream is not None:
-                self._read = self._stream.record_event()
+        for piece in pieces:
+            elements, view = piece.read().reshape(-1), views.pop(piece.name)
+            for begin in range(0, len(elements), AT_ONCE):
+                part = elements[begin : begin + AT_ONCE]
+                place = view[piece.start + begin : piece.start + begin + len(part)]
+                place.copy_(part.to(place.dtype) if part.is_cuda else part, non_blocking=True)
+                written += place.nbytes
+        if self._stream is not None:
+            self._read = self._stream.record_event()
         if views:
             raise RuntimeError(f"the learner does not publish {sorted(views)[:3]}")
         return written

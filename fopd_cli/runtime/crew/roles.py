@@ -74,7 +74,8 @@ class Sampling:
     """Takes commands between tokens; finished rollouts leave at once."""
 
     def __init__(self, spec: WorkerSpec, setup: Setup) -> None:
-        self.engine, self.channel = build_sampler(spec, setup), setup.channel
+        self.engine = build_sampler(spec, setup)
+        self.weights = setup.weights.inlet(spec, sampler_facts(setup.recipe.sampler).copies)
         self._began: float | None = None  # start of the open span
         self._work = _Work()
         self._running = self._aborts = 0
@@ -122,10 +123,10 @@ class Sampling:
 
     def _load(self, version: int) -> m.Loaded:
         start = time.time()
-        self.engine.load(version, self.channel.read(version))
-        self.channel.check(version)
+        self.engine.load(version, self.weights.read(version))
+        self.weights.check(version)
         end = time.time()
-        gb_per_s = self.channel.slot_bytes / 1e9 / max(end - start, 1e-9)
+        gb_per_s = self.weights.slot_bytes / 1e9 / max(end - start, 1e-9)
         found = {"version": version, "ms": 1e3 * (end - start), "gb_per_s": gb_per_s}
         return m.Loaded(version, m.Span("load", start, end, found))
 
@@ -133,8 +134,6 @@ class Sampling:
 def sampler_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     """A sampler replica's process."""
     role = Sampling(spec, setup)
-    if spec.devices and sampler_facts(setup.recipe.sampler).copies:
-        setup.channel.page_lock()
     mailbox.send(m.Ready())
     while not isinstance(command := mailbox.receive(block=not role.busy), m.StopCommand):
         answer = role.step() if command is None else role.do(command)
@@ -217,11 +216,9 @@ class Learning:
         self, spec: WorkerSpec, setup: Setup, breathe: Callable[[], None], post: Callable[[m.Message], None]
     ) -> None:
         self.engine, self.setup, self._post = build_learner(spec, setup, breathe), setup, post
-        self.writer, self.publisher = Writer(post), Publisher(spec, setup.channel, post)
-        if spec.devices:
-            setup.channel.page_lock()
-        weights = self.engine.publish(setup.channel.dtypes)
-        setup.channel.write(self.engine.version, weights, spec.rank if spec.world > 1 else None)
+        weights = setup.weights.outlet(spec)
+        self.writer, self.publisher = Writer(post), Publisher(weights, bool(spec.devices), post)
+        weights.write(self.engine.version, self.engine.publish(weights.dtypes))
 
     def do(self, command: m.LearnerCommand | m.RestCommand) -> m.Message | None:
         start = time.time()

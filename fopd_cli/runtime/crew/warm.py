@@ -3,7 +3,7 @@
 A worker on a CPU spends most of its first seconds on imports, and there are three or four workers. One
 process imports once, in parallel with the command's own imports, and the workers are forked from it
 (multiprocessing's fork server). Where there is a GPU driver, every worker is a fresh Python: a process that
-may have touched a driver must not be forked.
+may have touched a driver must not be forked. With an empty `CUDA_VISIBLE_DEVICES` none touches it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ _begun = False
 def begin() -> None:
     """Start importing, in a separate process. For commands that start workers unless they are refused."""
     global _begun
-    if sys.platform != "linux" or any(map(os.path.exists, DRIVERS)):
+    if not may_fork():
         return
     _begun = True
     multiprocessing.get_context("forkserver").set_forkserver_preload(["fopd_cli.runtime.crew.preload"])
     track()
     with signals_blocked():
         forkserver.ensure_running()
+
+
+def may_fork() -> bool:
+    """Whether workers can be forked from a process that has imported torch."""
+    driver = any(map(os.path.exists, DRIVERS)) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return sys.platform == "linux" and not driver
 
 
 def track() -> None:

@@ -130,18 +130,23 @@ class Journal:
     def step_begins(self) -> None:
         self._step_began = time.time()
 
+    @property
+    def step_seconds(self) -> float:
+        """Since the latest step began."""
+        return time.time() - self._step_began
+
     def trained(
         self, report: StepReport, batch: Sequence[tuple[SampleId, Entry]], runtime: Mapping[str, Any]
     ) -> None:
         """An optimizer step is done; its metrics are written once its version is `published`. `batch` is in
-        the order of `report.stats`; `runtime` holds current metrics that depend on the clock.
+        the order of `report.stats`; `runtime` holds metrics that depend on the clock, as they were then: the
+        next one may have begun.
         """
         step, stats = report.step + 1, report.stats
         self.totals.count(stats, report.skipped)
         rollouts = [entry.rollout for _, entry in batch]
         self._version_since = time.time()
         timing = {
-            "seconds": time.time() - self._step_began,
             "conductor_seconds": self._cpu_seconds(),
             "busy": self.sinks.busy_shares(),
             **self._utilization.step(),

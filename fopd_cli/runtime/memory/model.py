@@ -21,6 +21,7 @@ from fopd_cli.recipe.schema import GPU_MEMORY, Learner, Recipe, Sampler, Teacher
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory.sizes import total_memory
 from fopd_cli.runtime.placement import SPARE, Plan, Shares
+from fopd_cli.runtime.weights.broadcast import AHEAD, PIECE
 
 MB, GB = 1 << 20, 10**9
 CONTEXT = 1 * GB  # of CUDA and its libraries in each process; an estimate
@@ -137,12 +138,13 @@ def learner(
     full: bool = True,
     chunk_mb: int | None = None,
     staged: bool = False,
+    published: int = 0,
 ) -> Use:
     """One rank of `world`. `tokens` is the length of its share of a batch, `longest` that of one sample.
 
     `heads` are those of teachers that give hidden states. `trainable` counts adapter parameters; None: all
     weights learn. `full`: the loss has its own formula; others use autograd and keep twice as many buffers.
-    `staged`: checkpoints are written from a copy.
+    `staged`: checkpoints are written from a copy. `published`: bytes of versions that it holds for samplers.
     """
     size, learns = compute.itemsize, s.parameters if trainable is None else trainable
     sharded = world > 1 or section.offload or compute != torch.float32
@@ -157,6 +159,7 @@ def learner(
         *(() if section.offload else state),
         Part("frozen base", frozen),
         Part("teacher heads", sum(h.head * head_dtype.itemsize for h in heads)),
+        Part("published weights, two versions", published),
         *_context(cuda, world),
     )
     batch = max(min(section.micro_tokens, tokens), longest)
@@ -221,9 +224,18 @@ def teacher(
     return Use(always, {"forward": forward}, _context(cuda, world), host, (weights,))
 
 
-def sampler(section: Sampler, s: Shapes, *, dtype: torch.dtype, cuda: bool, longest: int, prompt: int) -> Use:
+def sampler(
+    section: Sampler,
+    s: Shapes,
+    *,
+    dtype: torch.dtype,
+    cuda: bool,
+    longest: int,
+    prompt: int,
+    arriving: int = 0,
+) -> Use:
     """A sampler on transformers: one replica on one device. `prompt` is the longest prompt's number of
-    tokens.
+    tokens. `arriving`: bytes of new weights on their way into the model.
     """
     size, rows = dtype.itemsize, section.concurrency
     weights = Part("weights", size * s.parameters)
@@ -236,9 +248,12 @@ def sampler(section: Sampler, s: Shapes, *, dtype: torch.dtype, cuda: bool, long
         Part("activations", read * under_way_in_a_block(s, size)),
         Part("logits", rows * s.vocab * (size + 3 * 4 + 2 * 8)),
     )
+    # Running requests keep their cache meanwhile.
+    update = (Part("KV cache", size * s.kv * held), Part("an update on its way", arriving))
+    phases = {"forward": forward, "update": update}
     if not cuda:
-        return Use((*always, Part("process", PROCESS)), {"forward": forward, "load": (_files(s, size),)})
-    return Use(always, {"forward": forward}, _context(cuda, 1), (Part("process", CUDA_PROCESS),), (weights,))
+        return Use((*always, Part("process", PROCESS)), {**phases, "load": (_files(s, size),)})
+    return Use(always, phases, _context(cuda, 1), (Part("process", CUDA_PROCESS),), (weights,))
 
 
 def vllm(
@@ -253,9 +268,11 @@ def vllm(
     cache_bytes: int | None,
     log_probs: bool,
     live: bool,
+    arriving: int = 0,
 ) -> Use:
     """One replica split over `split` devices of `device` bytes. It takes the fraction `share` of each at its
     start, whatever it needs, or `cache_bytes` for keys and values if given. `live`: its weights are updated.
+    `arriving`: as for `sampler`.
     """
     size = dtype.itemsize
     weights = Part("weights", size * s.parameters // split)
@@ -269,7 +286,7 @@ def vllm(
         *_context(True, split),
     )
     # An update comes a layer at a time, outside what vLLM counts.
-    update = Part("an update on its way", 2 * size * s.block if live else 0)
+    update = Part("an update on its way", 2 * size * s.block + arriving if live else 0)
     token = max(1, size * s.kv // split)
     left = max(0, int(share * device) - total(working))
     cache = left if cache_bytes is None else cache_bytes // split
@@ -366,7 +383,30 @@ def of_learner(recipe: Recipe, spec: WorkerSpec, models: Models) -> Use:
         full=recipe.support == "full",
         chunk_mb=recipe.loss.chunk_mb,
         staged=recipe.checkpoint.staged,
+        published=2 * _version(recipe, models, cuda) if _keeps_versions(recipe, spec) else 0,
     )
+
+
+def _version(recipe: Recipe, models: Models, cuda: bool) -> int:
+    """Bytes of one version of what samplers get."""
+    lora = recipe.student.lora
+    adapter = lora is not None and lora.publish == "adapter" and models.trainable is not None
+    count = models.trainable if adapter and models.trainable is not None else models.student.parameters
+    return count * _dtype(recipe.sampler.dtype, cuda).itemsize
+
+
+def _keeps_versions(recipe: Recipe, spec: WorkerSpec) -> bool:
+    """Whether a learner's rank holds them in its own memory; see `runtime/weights`."""
+    transport = recipe.placement.transport
+    return transport == "ipc" or (transport == "broadcast" and spec.rank == 0)
+
+
+def _arriving(recipe: Recipe, models: Models, cuda: bool) -> int:
+    """Bytes of a broadcast that a sampler holds beside its model."""
+    if recipe.placement.transport != "broadcast":
+        return 0
+    largest = models.student.head * _dtype(recipe.sampler.dtype, cuda).itemsize
+    return min((AHEAD + 1) * max(PIECE, largest), _version(recipe, models, cuda))
 
 
 def of_teacher(recipe: Recipe, section: Teacher, spec: WorkerSpec, models: Models, device_bytes: int) -> Use:
@@ -390,14 +430,29 @@ def of_sampler(recipe: Recipe, spec: WorkerSpec, models: Models, device_bytes: i
     """One replica of a plan's sampler."""
     section, s, rows = recipe.sampler, models.student, recipe.sampler.concurrency
     if engine_of(section).claims:
-        return _claiming(section, spec, s, device_bytes, rows=rows, longest=models.longest)
+        arriving = _arriving(recipe, models, bool(spec.devices))
+        return _claiming(section, spec, s, device_bytes, rows=rows, longest=models.longest, arriving=arriving)
     cuda = bool(spec.devices)
-    dtype = _dtype(section.dtype, cuda)
-    return sampler(section, s, dtype=dtype, cuda=cuda, longest=models.longest, prompt=models.prompt)
+    return sampler(
+        section,
+        s,
+        dtype=_dtype(section.dtype, cuda),
+        cuda=cuda,
+        longest=models.longest,
+        prompt=models.prompt,
+        arriving=_arriving(recipe, models, cuda),
+    )
 
 
 def _claiming(
-    section: Sampler | Teacher, spec: WorkerSpec, s: Shapes, device_bytes: int, *, rows: int, longest: int
+    section: Sampler | Teacher,
+    spec: WorkerSpec,
+    s: Shapes,
+    device_bytes: int,
+    *,
+    rows: int,
+    longest: int,
+    arriving: int = 0,
 ) -> Use:
     """An engine that claims a share of each device at its start. Only a sampler's weights are updated."""
     keys, cuda, samples = engine_of(section).keys(section), bool(spec.devices), isinstance(section, Sampler)
@@ -415,6 +470,7 @@ def _claiming(
         cache_bytes=None if keys.kv_cache_gb is None else int(keys.kv_cache_gb * 1e9),
         log_probs=not samples,
         live=samples,
+        arriving=arriving,
     )
 
 

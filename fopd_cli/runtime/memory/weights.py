@@ -1,6 +1,6 @@
 """Learner weights -> samplers: two slots in shared memory, each one whole version under Hugging Face names.
 
-    learner: cast, write slot (t + 1) % 2  ->  conductor: Load  ->  sampler: read it, all or nothing
+    learner: gather, cast, write slot (t + 1) % 2  ->  conductor: Load  ->  sampler: read it, all or nothing
 
 The memory belongs to the conductor, is inherited by the workers, and has no name in the file system. A
 sampler that splits its model over processes of its own (vLLM, tensor parallel) hands them the slot by the
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,19 +56,23 @@ def layout_bytes(layout: Layout) -> int:
 @dataclass
 class WeightChannel:
     """The two slots. The schedule never lets a slot be overwritten while a sampler may still read it; the
-    version that each rank of the learner stamps before and after its copy proves it, and a mismatch raises.
+    version that whoever writes stamps before and after the copy proves it, and a mismatch raises.
     """
 
     layout: Layout
-    memory: Tensor
-    stamps: Tensor  # int64 (2 slots, ranks, 2): version when writing began, version when it was complete
+    memory: Tensor  # uint8 (2 * slot_bytes): of the host, or a device's
+    # int64 (2 slots, ranks that write, 2): version when writing began, version when it was complete
+    stamps: Tensor
 
     @classmethod
-    def create(cls, layout: Layout, ranks: int = 1) -> WeightChannel:
-        """For a learner of so many ranks."""
+    def create(cls, layout: Layout, memory: bool = True, ranks: int = 1) -> WeightChannel:
+        """`memory=False`: layout and stamps alone; the slots are elsewhere, or not used. `ranks`: how many
+        may each write a part of a version.
+        """
         stamps = torch.full((2, ranks, 2), -1, dtype=torch.int64).share_memory_()
-        channel = cls(layout, torch.empty(0), stamps)
-        channel.memory = shared_bytes(max(2 * channel.slot_bytes, ALIGNMENT))
+        channel = cls(layout, torch.empty(0, dtype=torch.uint8), stamps)
+        if memory:
+            channel.memory = shared_bytes(max(2 * channel.slot_bytes, ALIGNMENT))
         return channel
 
     @property
@@ -93,46 +97,47 @@ class WeightChannel:
                 file=sys.stderr,
             )
 
-    @contextmanager
-    def writing(self, version: int, rank: int | None = None) -> Iterator[SharedWeights]:
-        """The slot, for a rank to write its part of this version into, which is complete when it leaves
-        without an error; None: all parts.
-        """
-        stamps = self.stamps[version % 2, slice(None) if rank is None else rank]
-        stamps[..., 0] = version
-        yield self._slot(version)
-        stamps[..., 1] = version
-
-    def write(self, version: int, weights: Iterator[tuple[str, Tensor]], rank: int | None = None) -> int:
+    def write(self, version: int, weights: Iterator[tuple[str, Tensor]], keep: bool = True) -> int:
         """Copy all weights into the version's slot, each cast to its dtype in the layout; returns bytes
         written. Copies from a device are queued, and awaited once at the end.
 
-        Of several ranks that gather the weights together, and each stamp for themselves, the first writes.
+        Ranks that only take part in gathering the weights pass `keep=False`.
         """
-        with self.writing(version, rank) as slot:
-            return self._write(version, weights, dict(slot), keep=not rank)
+        with self.writing(version) if keep else nullcontext(()) as slot:
+            return self._written(version, weights, dict(slot), keep)
 
-    def _write(
+    @contextmanager
+    def writing(self, version: int, rank: int | None = None) -> Iterator[SharedWeights]:
+        """The slot, for whoever writes all of this version into it, or as one of several ranks a part. That
+        is complete when it leaves without an error.
+        """
+        stamps = self.stamps[version % 2, slice(None) if rank is None else rank]
+        stamps[..., 0] = version
+        yield self.slot_of(version)
+        stamps[..., 1] = version
+
+    def _written(
         self, version: int, weights: Iterator[tuple[str, Tensor]], views: dict[str, Tensor], keep: bool
     ) -> int:
-        written, streams = 0, set()
+        missing, written = set(self.dtypes), 0
+        streams = set()
         for name, tensor in weights:
-            slot = views.pop(name)
+            missing.remove(name)
             if keep:
+                slot = views[name]
                 slot.copy_(tensor, non_blocking=True)
                 written += slot.nbytes
-                if tensor.is_cuda:
-                    streams.add(torch.cuda.current_stream(tensor.device))
+                streams |= {torch.cuda.current_stream(t.device) for t in (tensor, slot) if t.is_cuda}
         for stream in streams:
             stream.synchronize()
-        if views:
-            raise RuntimeError(f"version {version} lacks the weights {sorted(views)[:3]}")
+        if missing:
+            raise RuntimeError(f"version {version} lacks the weights {sorted(missing)[:3]}")
         return written
 
     def read(self, version: int) -> SharedWeights:
         """All weights of one version, in place; call `check` when done with them."""
         self.check(version)
-        return self._slot(version)
+        return self.slot_of(version)
 
     def check(self, version: int) -> None:
         """Raises if the slot does not hold all of this version (any more)."""
@@ -142,12 +147,22 @@ class WeightChannel:
                 f"weights of version {version} were overwritten while they were read (stamps {found})"
             )
 
+    @property
+    def held(self) -> list[int]:
+        """The versions that are here as a whole."""
+        stamps = [set(slot) for slot in self.stamps.flatten(1).tolist()]
+        return [version for slot in stamps if len(slot) == 1 for version in slot if version >= 0]
+
+    def slot(self, version: int) -> Tensor:
+        """uint8 `(slot_bytes,)`: the slot that a version has, whatever is in it."""
+        start = (version % 2) * self.slot_bytes
+        return self.memory[start : start + self.slot_bytes]
+
     def save(self, version: int, path: Path) -> None:
         """Write one version's slot to a file, byte for byte."""
         self.check(version)
-        start = (version % 2) * self.slot_bytes
         with path.open("wb") as file:
-            file.write(self.memory[start : start + self.slot_bytes].numpy().data)
+            file.write(self.slot(version).numpy().data)
 
     def load(self, version: int, path: Path, dtypes: Sequence[torch.dtype]) -> None:
         """Load what `save` wrote; `dtypes` are those that the tensors had at the time."""
@@ -155,5 +170,6 @@ class WeightChannel:
         memory = torch.from_file(str(path), shared=False, size=layout_bytes(saved), dtype=torch.uint8)
         self.write(version, iter(SharedWeights(memory, 0, saved)))
 
-    def _slot(self, version: int) -> SharedWeights:
+    def slot_of(self, version: int) -> SharedWeights:
+        """The weights in the slot that a version has, whatever it holds."""
         return SharedWeights(self.memory, (version % 2) * self.slot_bytes, self.layout)

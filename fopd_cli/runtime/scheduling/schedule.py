@@ -510,8 +510,9 @@ class Schedule:
         return sorted((t for t in self.tickets.values() if t.evaluation), key=lambda t: t.key)
 
     def _start_evaluation(self) -> None:
-        started = any(t.evaluation for t in self.tickets.values())
-        if self._eval_due() is not None and not started and not self.learner_busy:
+        if self._eval_due() is None or self.learner_busy:
+            return
+        if not any(t.evaluation for t in self.tickets.values()):
             for sample in self.eval_ids:
                 self._add(sample)
 
@@ -619,7 +620,7 @@ class Schedule:
                 continue
             held_out, room = self._admissible(replica)
             keys = [self._admit(index, replica, key) for key in held_out]
-            keys += [self._admit(index, replica, self._draw()) for _ in range(room)]
+            keys += [self._admit(index, replica, key) for key in self._draw(room)]
             if keys:
                 out.append(Generate(index, tuple(keys)))
         return out
@@ -687,12 +688,16 @@ class Schedule:
         self.counts["drawn"] += not ticket.drawn
         ticket.drawn = True
 
-    def _draw(self) -> int:
-        """Key of the next training sample: restarted ones first, then those a refresh dropped, then new
+    def _draw(self, count: int) -> list[int]:
+        """Keys of the next training samples: restarted ones first, then those a refresh dropped, then new
         prompts.
         """
-        planned = [t.key for t in self.tickets.values() if t.state is State.PLANNED and not t.evaluation]
-        return min(planned) if planned else self._add_next()
+        if count == 0:
+            return []
+        planned = sorted(
+            t.key for t in self.tickets.values() if t.state is State.PLANNED and not t.evaluation
+        )
+        return planned[:count] + [self._add_next() for _ in range(count - len(planned))]
 
     def _add_next(self) -> int:
         if self.retries:

@@ -1,0 +1,111 @@
+"""The map of benchmarks/staleness.py: learning rate by lag, and in each cell the least control that holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HOLDS = 0.95  # of the synchronous run's score at the same learning rate
+PAPER = 0.64  # what async keeps of sync in the paper's tables, at lag 8
+OWN_RATE = {"short": 1e-3, "long": 3e-4}  # of each task's recipe, which its overrides do not name
+NEEDED = ("nothing", "the published method", "a strong anchor", "nothing holds")
+COLOURS = ("#c7e9c0", "#fdd49e", "#fc8d59", "#bdbdbd")
+
+
+@dataclass
+class Place:
+    """One learning rate and lag: scores as shares of sync, by policy; of the published method, by lambda."""
+
+    rate: float
+    lag: int
+    sync: float = float("nan")
+    shares: dict[str, float] = field(default_factory=dict)
+    published: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def needed(self) -> str | None:
+        """The first of `NEEDED` that holds; None while runs are missing."""
+        if "async" not in self.shares:
+            return None
+        if self.shares["async"] >= HOLDS:
+            return NEEDED[0]
+        if max(self.published.values(), default=0.0) >= HOLDS:
+            return NEEDED[1]
+        return NEEDED[2] if max(self.shares.values()) >= HOLDS else NEEDED[3]
+
+
+def places(rows: Sequence[dict[str, Any]], task: str, loss: str, strong: Sequence[str]) -> list[Place]:
+    """The map of one task and loss from `staleness_report.rows`; `strong` are the policies that count as a
+    strong anchor.
+    """
+    found: dict[tuple[float, int], Place] = {}
+    own = [r for r in rows if (r["task"], r["loss"], r["optimizer"]) == (task, loss, "adamw")]
+    for r in own:
+        if not str(r["lag"]).isdigit() or r["lag"] == "0":
+            continue
+        keys = dict(pair.split("=", 1) for pair in r["overrides"].split())
+        rate, strength = keys.pop("learner.lr", None), keys.pop("freshness.anchor", None)
+        if keys or (strength is not None and r["policy"] != "fopd"):
+            continue  # a variant of another study
+        place = Place(float(rate) if rate else OWN_RATE[task], int(r["lag"]))
+        place = found.setdefault((place.rate, place.lag), place)
+        place.sync = r["score"] / r["of_sync"] if r["of_sync"] else place.sync
+        if r["policy"] == "fopd":
+            place.published[float(strength or 1)] = r["of_sync"]
+        elif r["policy"] in ("async", *strong):
+            place.shares[r["policy"]] = r["of_sync"]
+    return [found[key] for key in sorted(found)]
+
+
+def paper(found: Sequence[Place]) -> Place | None:
+    """The place where async keeps about what it keeps in the paper."""
+    known = [p for p in found if "async" in p.shares]
+    return min(known, key=lambda p: abs(p.shares["async"] - PAPER), default=None)
+
+
+def markdown(found: Sequence[Place], strong: Sequence[str]) -> str:
+    """A line per place."""
+    lines = [f"| learning rate | lag | async | published, best lambda | {' | '.join(strong)} | needed |"]
+    lines.append("|---" * (5 + len(strong)) + "|")
+    for p in found:
+        best = max(p.published.items(), key=lambda item: item[1], default=None)
+        cells = [f"{p.shares[s]:.0%}" if s in p.shares else "-" for s in strong]
+        published = "-" if best is None else f"{best[1]:.0%} ({best[0]:g})"
+        first = f"{p.shares['async']:.0%}" if "async" in p.shares else "-"
+        lines.append(
+            f"| {p.rate:.0e} | {p.lag} | {first} | {published} | {' | '.join(cells)} | {p.needed or '-'} |"
+        )
+    return re.sub(r"e-0", "e-", "\n".join(lines))
+
+
+def draw(out: Path, maps: dict[str, list[Place]], ours: str) -> None:
+    """One panel per map: the colour says what is needed, the figures are async, published and ours."""
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch, Rectangle
+
+    figure, panels = plt.subplots(1, len(maps), figsize=(5 * len(maps), 4.2), squeeze=False)
+    for (title, found), panel in zip(maps.items(), panels[0], strict=True):
+        rates, lags = sorted({p.rate for p in found}), sorted({p.lag for p in found})
+        marked = paper(found)
+        for p in found:
+            x, y = lags.index(p.lag), rates.index(p.rate)
+            colour = "white" if p.needed is None else COLOURS[NEEDED.index(p.needed)]
+            edge = {"edgecolor": "black", "linewidth": 2} if p is marked else {"edgecolor": "white"}
+            panel.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=colour, **edge))
+            best = max(p.published.values(), default=None)
+            shown = [p.shares.get("async"), best, p.shares.get(ours)]
+            text = "\n".join("-" if s is None else f"{s:.0%}" for s in shown)
+            panel.text(x, y, text, ha="center", va="center", fontsize=8)
+        panel.set(title=title, xlabel="lag", ylabel="learning rate", xlim=(-0.5, len(lags) - 0.5))
+        panel.set(ylim=(-0.5, len(rates) - 0.5), xticks=range(len(lags)), yticks=range(len(rates)))
+        panel.set_xticklabels(list(map(str, lags)))
+        panel.set_yticklabels([f"{rate:g}" for rate in rates])
+    legend = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, NEEDED, strict=True)]
+    figure.legend(handles=legend, loc="lower center", ncol=len(legend), fontsize=8, frameon=False)
+    figure.suptitle(f"score as a share of sync: async, published (best lambda), {ours}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(out / "regions.png", dpi=110)
+    plt.close(figure)
