@@ -317,7 +317,7 @@ def regions(seed: int) -> Iterator[Cell]:
             yield Cell(task, loss, "sync", "0", seed, at)
             for lag in lags:
                 yield Cell(task, loss, "async", lag, seed, at)
-                yield Cell(task, loss, DEFAULT, lag, seed, at)
+                yield Cell(task, loss, PACE if lag == "16" else DEFAULT, lag, seed, at)
                 if loss == "pg_cached":
                     yield Cell(task, loss, "fopd", lag, seed, at)
                     for strength in LAMBDAS:
