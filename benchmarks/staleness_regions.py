@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ class Place:
 
     rate: float
     lag: int
-    sync: float = float("nan")
+    sync: float
     shares: dict[str, float] = field(default_factory=dict)
     published: dict[float, float] = field(default_factory=dict)
 
@@ -48,21 +47,25 @@ def places(rows: Sequence[dict[str, Any]], task: str, loss: str) -> list[Place]:
     """The map of one task and loss from `staleness_report.rows`."""
     found: dict[tuple[float, int], Place] = {}
     own = [r for r in rows if (r["task"], r["loss"], r["optimizer"]) == (task, loss, "adamw")]
-    for r in own:
-        if not str(r["lag"]).isdigit() or r["lag"] == "0":
+    keyed = [(dict(pair.split("=", 1) for pair in r["overrides"].split()), r) for r in own]
+    sync = {_rate(keys, task): r["score"] for keys, r in keyed if r["policy"] == "sync" and r["lag"] == "0"}
+    for keys, r in keyed:
+        rate, strength = _rate(keys, task), keys.get("freshness.anchor")
+        if set(keys) - {"learner.lr", "freshness.anchor"} or (strength and r["policy"] != "fopd"):
+            continue  # a variant of another study
+        if not r["lag"].isdigit() or r["lag"] == "0" or rate not in sync:
             continue
-        keys = dict(pair.split("=", 1) for pair in r["overrides"].split())
-        rate, strength = keys.pop("learner.lr", None), keys.pop("freshness.anchor", None)
-        if keys or (strength is not None and r["policy"] != "fopd") or math.isnan(r["of_sync"]):
-            continue  # a variant of another study, or without its synchronous run
-        place = Place(float(rate) if rate else OWN_RATE[task], int(r["lag"]))
-        place = found.setdefault((place.rate, place.lag), place)
-        place.sync = r["score"] / r["of_sync"] if r["of_sync"] else place.sync
+        place = found.setdefault((rate, int(r["lag"])), Place(rate, int(r["lag"]), sync[rate]))
+        share = r["score"] / sync[rate] if sync[rate] else 0.0
         if r["policy"] == "fopd":
-            place.published[float(strength or 1)] = r["of_sync"]
+            place.published[float(strength or 1)] = share
         elif r["policy"] in ("async", *STRONG):
-            place.shares[r["policy"]] = r["of_sync"]
+            place.shares[r["policy"]] = share
     return [found[key] for key in sorted(found)]
+
+
+def _rate(keys: dict[str, str], task: str) -> float:
+    return float(keys.get("learner.lr", OWN_RATE[task]))
 
 
 def paper(found: Sequence[Place]) -> Place | None:
