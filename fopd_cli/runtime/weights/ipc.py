@@ -133,8 +133,11 @@ def _shareable(nbytes: int, cuda: bool) -> Tensor:
 
 @contextlib.contextmanager
 def _plain_segments() -> Iterator[None]:
-    """PyTorch's expandable segments, which a learner uses, have no handle that just any process may open."""
-    setting: Any = torch.cuda.memory._set_allocator_settings
+    """Handles of PyTorch's expandable segments, which a learner uses, go through `pidfd_getfd`, which most
+    containers forbid. torch takes no block of such a segment while they are off.
+    """
+    bindings: Any = torch._C
+    setting = bindings._accelerator_setAllocatorSettings
     setting("expandable_segments:False")
     try:
         yield
