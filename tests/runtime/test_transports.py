@@ -276,12 +276,12 @@ def test_two_learner_ranks_and_two_samplers_and_one_dies_midway(pair: Path, tmp_
     layout = kit.layout(pair, torch.bfloat16)
     transports: dict[str, Transport] = {
         "shared": Shared(WeightChannel.create(layout)),
-        "broadcast": Broadcast.create(layout, tmp_path / ".rendezvous-b", 60.0, False, piece=1 << 14),
+        "broadcast": Broadcast.create(layout, tmp_path / ".rendezvous-b", 300.0, False, piece=1 << 14),
     }
     ranks = [WorkerSpec("learner", rank, 2, (), 1) for rank in range(2)]
     samplers = [WorkerSpec("sampler", rank, 2, (), 1) for rank in range(2)]
     names = [spec.name for spec in samplers]
-    with Fleet(tmp_path, 60, 60) as fleet:
+    with Fleet(tmp_path, 300, 300) as fleet:
         for spec in ranks:
             fleet.start(spec, kit.learner, transports, pair, tmp_path / "ranks")
         for spec in samplers:

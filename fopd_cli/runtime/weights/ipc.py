@@ -138,12 +138,12 @@ def _plain_segments() -> Iterator[None]:
     """
     bindings: Any = torch._C
     setting = bindings._accelerator_setAllocatorSettings
-    setting("expandable_segments:False")
+    off = "expandable_segments:False"
+    setting(off)
     try:
         yield
     finally:
-        if "expandable_segments:True" in os.environ.get(SETTINGS, ""):
-            setting("expandable_segments:True")
+        setting(os.environ.get(SETTINGS, off))
 
 
 def _file(rendezvous: Path, place: int) -> Path:
