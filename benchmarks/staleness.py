@@ -48,8 +48,14 @@ LOSSES = {
     "jsd": ["loss.kind=jsd", "loss.support=full"],
     "topk": ["loss.support=topk", "teacher.k=8"],
 }
-RAW = "freshness.weights=raw"
-PUBLISHED = ["freshness.drift=sampled", "freshness.anchor=1", "freshness.refresh.every_at_least=100", RAW]
+RAW, BEFORE = "freshness.weights=raw", "freshness.pace=null"
+PUBLISHED = [
+    "freshness.drift=sampled",
+    "freshness.anchor=1",
+    "freshness.refresh.every_at_least=100",
+    RAW,
+    BEFORE,
+]
 CURRENT, ALL = ["freshness.reexecute.labels=current"], "freshness.reexecute.share=1"
 PAPER = {
     name: [f"freshness.policy={name}", *PUBLISHED, *labels]
@@ -65,29 +71,38 @@ OTHERS = {
     "reweight, scaled step": ["freshness.policy=reweight", "freshness.step_scale=freshness", RAW],
 }
 # The settings before tuning; the recipe's defaults come from the sweep.
-ANCHORED = ["freshness.policy=fopd", "freshness.refresh.mean=0", "freshness.anchor=10", RAW]
+ANCHORED = ["freshness.policy=fopd", "freshness.refresh.mean=0", "freshness.anchor=10", RAW, BEFORE]
 TOPK = ["freshness.drift=topk", "freshness.drift_k=8"]
+# "fopd, defaults" are those of the first tables, with a constant anchor: up to lag 8 today's, too.
 BEST, DEFAULT = "fopd, top-k anchor", "fopd, defaults"
 OURS = {
     "trust": ["freshness.policy=trust", "freshness.trust=0.2"],
     "fopd, quadratic anchor": [*ANCHORED, "freshness.drift=quadratic"],
     BEST: [*ANCHORED, *TOPK],
-    DEFAULT: ["freshness.policy=fopd"],
+    DEFAULT: ["freshness.policy=fopd", BEFORE],
 }
 HEADLINE = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
-# An anchor that weakens with the lag (freshness/pace.py), by its pace in optimizer steps.
-PACED = {f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}"] for n in (32, 64, 128, 256)}
+# An anchor that weakens with the lag (freshness/pace.py), by its pace in optimizer steps: as in the recipe's
+# defaults, and as first tried, with the importance ratio on every sample.
+PACE, RATIO = "fopd, pace 160", "fopd, pace 128"
+PACED = {
+    PACE: ["freshness.policy=fopd", "freshness.pace=160"],
+    **{
+        f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}", "loss.importance=true"]
+        for n in (64, 128)
+    },
+}
 POLICIES = {**HEADLINE, **PACED}
 MIXED = "0..8"
 UP_TO = "<="  # before the bound of a lag that the clock decides
-RATES = ("1e-4", "3e-4", "3e-3")  # and the short task's own, 1e-3
-LAMBDAS = ("0.3", "3", "10")  # and 1
+RATES = ("3e-4", "1e-4", "3e-3", "1e-3")
+LAMBDAS = ("10", "3", "0.3")  # and 1
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run. `lag` is exact ("8"), mixed ("0..8") or up to a bound ("<=8"); `extra` are further overrides
-    of the recipe, or, with an "@", variants (`staleness_variants.py`).
+    of the recipe.
     """
 
     task: str
@@ -114,12 +129,7 @@ class Cell:
         else:
             lag = [f"schedule.lag={self.lag}"]
         own = [*TASKS[self.task], *LOSSES[self.loss], *POLICIES[self.policy], *lag, f"seed={self.seed}"]
-        return [*own, *(e for e in self.extra if not e.startswith("@"))]
-
-    @property
-    def variants(self) -> dict[str, float]:
-        pairs = (e[1:].split("=") for e in self.extra if e.startswith("@"))
-        return {name: float(value) for name, value in pairs}
+        return [*own, *self.extra]
 
 
 def headline(seed: int) -> Iterator[Cell]:
@@ -180,81 +190,23 @@ def horizons(seed: int) -> Iterator[Cell]:
             yield Cell(task, loss, BEST, "8", seed)
 
 
-PACE = "fopd, pace 128"
-
-
 def beyond(seed: int) -> Iterator[Cell]:
-    """Lag 16 and 32 on all tasks: an anchor with a pace beside the defaults, and whether it costs anything at
-    lag 2 and 8.
-    """
-    for lag in ("32", "16", "2"):
+    """Lag 16 and 32 on all tasks: an anchor with a pace beside a constant one."""
+    for lag in ("32", "16"):
         for task in TOYS:
-            for policy in (PACE, DEFAULT, "fopd, pace 64"):
+            for policy in (PACE, DEFAULT):
                 yield Cell(task, "pg_cached", policy, lag, seed)
-    for task in TOYS:
-        yield Cell(task, "pg_cached", PACE, "8", seed)
+    for lag in ("32", "16"):
+        yield Cell("short", "pg_recomputed", PACE, lag, seed)
 
 
 def paces(seed: int) -> Iterator[Cell]:
-    """How much the pace matters, what else it helps, and what lag 32 does without any control."""
-    for lag in ("32", "16"):
-        for policy in ("fopd, pace 32", "fopd, pace 256"):
-            yield Cell("short", "pg_cached", policy, lag, seed)
-    for lag in ("32", "16", "8", "2"):
-        yield Cell("short", "pg_recomputed", PACE, lag, seed)
-    for lag in ("4", MIXED):
-        yield Cell("short", "pg_cached", PACE, lag, seed)
-    for lag in ("32", "16", "8"):
-        yield Cell(
-            "short", "pg_cached", PACE, lag, seed, ("freshness.drift=quadratic", "freshness.anchor=10")
-        )
-    for task in TOYS:
-        yield Cell(task, "pg_cached", "async", "32", seed)
-
-
-RATIO = ("loss.importance=true", "freshness.pace=null")
-EIGHT = (*RATIO, "freshness.anchor=8")  # a pace of 128 at lag 16
-IDEAS: list[tuple[str, ...]] = [
-    ("freshness.anchor=40",),
-    ("freshness.drift_k=64",),
-    ("@newest=4",),
-    ("@clip=3",),
-    ("@trust=0.5",),
-    ("@dual=0.03",),
-    ("@slow=0.01",),
-    (*EIGHT, "freshness.drift=quadratic"),
-    (*EIGHT, "@dual=0.03"),
-    (*EIGHT, "@newest=8"),
-    (*EIGHT, "@clip=3"),
-    (*EIGHT, "@trust=0.5"),
-    (*EIGHT, "@baseline=1"),
-    (*EIGHT, "loss.max_ratio=2"),
-]
-
-
-def promising(seed: int) -> Iterator[Cell]:
-    """Ideas that held in a pilot at lag 16, on all tasks."""
+    """How much the pace matters, and what the ratio alone does at lag 2."""
     for lag in ("32", "16", "2"):
         for task in TOYS:
-            yield Cell(task, "pg_cached", PACE, lag, seed, ("@clip=3",))
-            yield Cell(task, "pg_cached", DEFAULT, lag, seed, (*EIGHT, "@newest=8"))
-    for lag in ("32", "16"):
-        for extra in (("@clip=3", "loss.importance=false"), ("@clip=1",), ("@newest=8",)):
-            yield Cell("short", "pg_cached", PACE, lag, seed, extra)
-
-
-def ideas(seed: int) -> Iterator[Cell]:
-    """What else might hold at lag 16, on the defaults and on an anchor with the importance ratio."""
-    for extra in IDEAS:
-        yield Cell("short", "pg_cached", DEFAULT, "16", seed, extra)
-
-
-def confirm(seed: int) -> Iterator[Cell]:
-    """The claim itself at long lags, with few enough runs for ten seeds."""
-    for lag in ("32", "16", "2"):
-        for task in TOYS:
-            yield Cell(task, "pg_cached", PACE, lag, seed)
-    yield Cell("short", "pg_cached", DEFAULT, "2", seed)
+            for policy in PACED:
+                if policy != PACE:
+                    yield Cell(task, "pg_cached", policy, lag, seed)
 
 
 def mixed(seed: int) -> Iterator[Cell]:
@@ -350,17 +302,27 @@ def regions(seed: int) -> Iterator[Cell]:
     """Learning rate by lag: where nothing is needed, where the published method helps, where only a strong
     anchor holds, where nothing does.
     """
-    for task, loss in (("short", "pg_cached"), ("long", "pg_cached"), ("short", "reverse_kl")):
+    parts = (
+        ("short", "pg_cached", ("8", "2", "16")),
+        ("short", "reverse_kl", ("16", "2")),
+        ("long", "pg_cached", ("8", "2", "16")),
+        ("short", "pg_cached", ("4",)),
+        ("long", "pg_cached", ("4",)),
+        ("short", "reverse_kl", ("8", "4")),
+    )
+    for task, loss, lags in parts:
         own = TASKS[task][0]
-        for rate in (own, *(f"learner.lr={rate}" for rate in RATES if f"learner.lr={rate}" != own)):
+        for rate in (own, *(f"learner.lr={rate}" for rate in RATES)):
             at = () if rate == own else (rate,)
             yield Cell(task, loss, "sync", "0", seed, at)
-            for lag in ("8", "2", "16", "4"):
-                for policy in ("async", DEFAULT, "fopd", "trust"):
-                    if loss == "pg_cached" or policy in ("async", DEFAULT):
-                        yield Cell(task, loss, policy, lag, seed, at)
-                for strength in LAMBDAS if loss == "pg_cached" else ():
-                    yield Cell(task, loss, "fopd", lag, seed, (*at, f"freshness.anchor={strength}"))
+            for lag in lags:
+                yield Cell(task, loss, "async", lag, seed, at)
+                yield Cell(task, loss, DEFAULT, lag, seed, at)
+                if loss == "pg_cached":
+                    yield Cell(task, loss, "fopd", lag, seed, at)
+                    for strength in LAMBDAS:
+                        yield Cell(task, loss, "fopd", lag, seed, (*at, f"freshness.anchor={strength}"))
+                    yield Cell(task, loss, "trust", lag, seed, at)
 
 
 def text(seed: int) -> Iterator[Cell]:
@@ -368,18 +330,18 @@ def text(seed: int) -> Iterator[Cell]:
     exact = ("reverse_kl", "pg_cached")
     for loss in exact:
         yield Cell(TEXT, loss, "sync", "0", seed)
-        for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
+        for policy in ("async", DEFAULT, *((RATIO,) if loss == "pg_cached" else ())):
             yield Cell(TEXT, loss, policy, "8", seed)
-    for bound in ("4", "2", "8"):
-        yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
-    for loss in exact:
-        for lag in ("4", "16"):
-            for policy in ("async", DEFAULT, *((PACE,) if loss == "pg_cached" else ())):
-                yield Cell(TEXT, loss, policy, lag, seed)
     for policy in ("lag_weight", "fopd"):
         for loss in exact:
             yield Cell(TEXT, loss, policy, "8", seed)
     yield Cell(TEXT, "pg_cached", "recomputed, ratio", "8", seed)
+    for loss in exact:
+        for lag in ("16", "4"):
+            for policy in ("async", DEFAULT, *((RATIO,) if loss == "pg_cached" else ())):
+                yield Cell(TEXT, loss, policy, lag, seed)
+    for bound in ("4", "2", "8"):
+        yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
     if seed:
         return
     for loss in LOSSES:
@@ -408,10 +370,7 @@ STUDIES = {
         lags,
         far,
         beyond,
-        promising,
         paces,
-        ideas,
-        confirm,
         horizons,
         losses,
         sweep,
@@ -433,7 +392,7 @@ def measure(
     """Run one cell, with further keys of the recipe that are not part of its name."""
     import torch
     from inline import Inline
-    from staleness_variants import install
+    from staleness_text import kl_on_answers
 
     from fopd_cli.collapse import collapse
     from fopd_cli.recipe import load_recipe
@@ -443,8 +402,9 @@ def measure(
     short = [] if steps is None else [f"learner.steps={steps}", f"eval.every={steps}"]
     recipe = load_recipe(RECIPES / f"{cell.task}.yaml", [*cell.overrides, *sets, *short])
     race = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd", cuda=cuda)
-    install(race.engines.learner.engine, cell.variants)
     outcome = race.run()
+    on_answers = kl_on_answers(race) if cell.task == TEXT else None
+    race.close()
     curve = [(int(e["step"]), float(e["score"])) for e in outcome.evaluations]
     found = collapse(curve, recipe.learner.steps)
 
@@ -463,6 +423,8 @@ def measure(
         "kl": outcome.evaluations[-1]["kl"],
         "kl_curve": [(int(e["step"]), float(e["kl"])) for e in outcome.evaluations],
         "kl_training": statistics.fmean(s["kl"] for s in outcome.steps[-max(1, len(outcome.steps) // 10) :]),
+        "kl_on_answers": on_answers,
+        "length": outcome.evaluations[-1]["response_length"],
         "lag_mean": mean("lag_mean"),
         "lag_max": max(s["lag_max"] for s in outcome.steps),
         "freshness": mean("freshness"),

@@ -165,8 +165,8 @@ def reference(pair: Path, samples: list[Sample], cfg: LearnerConfig) -> tuple[fl
             weight = max(0.0, f - cfg.freshness.xi)
         share = len(y) / all_tokens if cfg.average == "token" else 1 / len(samples)
         pull = cfg.anchor
-        if cfg.freshness.pace is not None and sample.lag > 0:
-            pull = min(pull, max(1.0, cfg.freshness.pace / sample.lag))
+        if cfg.pace is not None and sample.lag > 0:
+            pull = min(pull, max(1.0, cfg.pace / sample.lag))
         total = total + weight * share * (loss + pull * drift)
     total.backward()
     return total.item(), {

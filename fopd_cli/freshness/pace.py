@@ -16,7 +16,8 @@ lower.
 
 Without rho there is no such optimum. A token with A < -lambda/e is pushed down without end: the push stays as
 it is, while the anchor's pull, pi_t log(pi_t/pi_r), never exceeds pi_r/e and vanishes with pi_t. So a low
-lambda needs the ratio, and `loss.importance: auto` goes with it.
+lambda needs the ratio, and with `loss.importance: auto` the samples whose lambda is lowered have it. The
+others do not: their loss is the one without a pace, bit by bit.
 """
 
 from __future__ import annotations

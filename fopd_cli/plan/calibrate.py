@@ -27,7 +27,7 @@ from fopd_cli.recipe import Recipe
 from fopd_cli.report.reading import Record
 from fopd_cli.runtime.crew.crew import Engine
 from fopd_cli.runtime.journal.rundir import RunDir
-from fopd_cli.runtime.journal.trace import read_trace
+from fopd_cli.runtime.journal.trace import beside, read_trace
 from fopd_cli.runtime.placement import Plan, from_plain
 
 COMPUTING = ("generate", "score", "train", "publish", "measure")
@@ -72,6 +72,7 @@ def spans(run: Path, plan: Plan) -> list[Span]:
     except OSError:
         events = []
     engines = {spec.name: Engine.of(spec) for spec in plan.everyone}
+    engines |= {beside(spec.name, "publisher"): Engine.of(spec) for spec in plan.learners}
     names = {e["tid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
     found = [
         Span(

@@ -19,7 +19,16 @@ from pydantic import (
 
 from fopd_cli.engines.registry import AUTO, SAMPLERS, TEACHERS, hands_over
 from fopd_cli.freshness.policies import POLICIES, PolicyName
-from fopd_cli.names import SET_NAME, SET_NAME_RULE, Advantage, DriftKind, LossKind, Support, TargetKind
+from fopd_cli.names import (
+    SET_NAME,
+    SET_NAME_RULE,
+    Advantage,
+    DriftKind,
+    Importance,
+    LossKind,
+    Support,
+    TargetKind,
+)
 from fopd_cli.recipe.contradictions import contradictions
 
 # Bounds far beyond any run, so that nothing computed from a recipe overflows.
@@ -67,10 +76,11 @@ if TYPE_CHECKING:
 else:  # those of the registry
     SamplerEngine, TeacherEngine = Literal[(AUTO, *SAMPLERS)], Literal[(AUTO, *TEACHERS)]
 
-# A token with advantage A stops moving where lambda log(pi_t/pi_r) = A: at 20, one that the teacher finds
-# 12 nats less likely moves by 0.6 nats before it is sampled again. Each is its estimator's best at lag 8
-# (docs/staleness.md): lower ones collapse, higher ones are slower.
+# With rho = pi_t/pi_r, a token with advantage A stops moving where lambda rho log rho = A (with quadratic
+# drift: lambda log rho = A). Under A = -lambda/e, -7.4 nats at 20, it never does. Each is its estimator's
+# best at lag 8 (docs/staleness.md): lower ones collapse, higher ones are slower.
 ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
+PACE = 160.0  # optimizer steps: lambda 20 as far as lag 8, where it is known to hold, and weaker beyond
 
 
 class Section(BaseModel):
@@ -542,8 +552,8 @@ class Loss(Section):
     advantage: Advantage = "recomputed"
     """For sampled support: log p - log pi, with pi at sampling time (cached) or now (recomputed)."""
     importance: bool | Literal["auto"] = "auto"
-    """For sampled support: multiply by pi_now/pi_sampled. mc support always does so. auto: true where an
-    anchor has a pace (freshness.pace), which needs it; else false.
+    """For sampled support: multiply by pi_now/pi_sampled. mc support always does so. auto: only samples whose
+    anchor their lag has weakened (freshness.pace), which need it.
     """
     student_k: NonNegative = 0
     """For topk support: how many of the k classes are the student's own likeliest tokens; the others are the
@@ -633,9 +643,11 @@ class Freshness(Section):
     (sampled, mc), 20 with drift topk or exact, 10 with quadratic, 30 with sampled; 0 for exact losses, which
     an anchor only slows down (docs/staleness.md).
     """
-    pace: PositiveFactor | None = None
+    pace: PositiveFactor | Literal["auto"] | None = "auto"
     """In optimizer steps: a sample that lags by tau is anchored by pace/tau (at most anchor, at least 1), so
-    that the student may move as fast at a long lag as at a short one. null: by anchor at every lag.
+    that the student may move as fast at a long lag as at a short one. auto: 160, hence anchor as it is up to
+    lag 8, for policy gradients (sampled, mc) with drift topk or exact; else null. null: by anchor at every
+    lag.
     """
     drift: Literal["auto", DriftKind] = "auto"
     """Estimator of D_roll: from the sampled token (sampled is unbiased; quadratic pulls harder as an anchor),
@@ -814,11 +826,21 @@ class Recipe(Section):
         return ANCHORS[self._anchors_drift] if self.support in ("sampled", "mc") else 0.0
 
     @property
-    def importance(self) -> bool:
+    def pace(self) -> float | None:
+        """freshness.pace, resolved: null, too, where no lag is long enough for it to weaken the anchor."""
+        pace = self.freshness.pace
+        if pace == "auto":
+            # At a low lambda, a policy gradient without the ratio has no optimum.
+            rests = self.support == "mc" or (self.support == "sampled" and self.loss.importance is not False)
+            pace = PACE if rests and self.drift in ("topk", "exact") else None
+        return pace if pace is not None and pace < self.anchor * self.max_lag else None
+
+    @property
+    def importance(self) -> Importance:
         """loss.importance, resolved."""
         if self.loss.importance != "auto":
             return self.loss.importance
-        return self.support == "sampled" and self.anchor > 0 and self.freshness.pace is not None
+        return "paced" if self.support == "sampled" and self.pace is not None else False
 
     @property
     def drift(self) -> DriftKind:

@@ -108,6 +108,7 @@ def learner_config(
         loss=replace(spec, **loss_overrides),
         average=loss.average,
         anchor=recipe.anchor,
+        pace=recipe.pace,
         compute_dtype=compute,
         vocab=vocab,
         longest=longest,

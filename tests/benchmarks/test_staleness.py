@@ -8,10 +8,12 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -108,6 +110,25 @@ def test_every_cell_is_a_valid_recipe_of_its_own() -> None:
     cells = [c for study in staleness.STUDIES.values() for c in study(0)]
     for cell in cells:
         load_recipe(staleness.RECIPES / f"{cell.task}.yaml", cell.overrides)
+
+
+@pytest.mark.parametrize("lag", ["0", "2", "4", "8", "16", "32", staleness.MIXED])
+def test_the_recorded_defaults_are_still_the_recipes_up_to_lag_8(
+    monkeypatch: pytest.MonkeyPatch, lag: str
+) -> None:
+    """And "fopd, pace 160" is what they are at every lag."""
+    from fopd_cli.recipe import load_recipe
+    from fopd_cli.runtime.build import learner_config
+
+    def told(policy: str) -> Any:
+        cell = staleness.Cell("short", "pg_cached", policy, lag, 0)
+        recipe = load_recipe(staleness.RECIPES / "short.yaml", cell.overrides)
+        config = learner_config(recipe, torch.float32, 1, 1)
+        return replace(config, freshness=config.freshness.model_copy(update={"pace": None}))
+
+    monkeypatch.setitem(staleness.POLICIES, "today", ["freshness.policy=fopd"])
+    assert told("today") == told(staleness.PACE)
+    assert (told("today") == told(staleness.DEFAULT)) is (lag not in ("16", "32"))
 
 
 @pytest.mark.slow

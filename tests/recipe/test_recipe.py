@@ -84,20 +84,33 @@ def test_anchor_and_drift_follow_the_loss(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ratio"),
+    ("overrides", "pace", "ratio"),
     [
-        (["freshness.pace=64"], True),
-        (["freshness.pace=null"], False),
-        (["freshness.pace=64", "freshness.policy=async"], False),
-        (["freshness.pace=64", "freshness.anchor=0"], False),
-        (["freshness.pace=64", "loss.importance=false"], False),
-        (["freshness.pace=null", "loss.importance=true"], True),
+        ([], 160, "paced"),
+        (["schedule.max_lag=8"], None, False),  # 160/8 = 20: nothing to weaken
+        (["schedule.lag=9"], 160, "paced"),
+        (["schedule.lag=8"], None, False),
+        (["freshness.pace=64", "schedule.max_lag=4"], 64, "paced"),
+        (["freshness.pace=64", "schedule.max_lag=3"], None, False),
+        (["freshness.pace=null"], None, False),
+        (["freshness.pace=null", "loss.importance=true"], None, True),
+        (["freshness.policy=async"], None, False),
+        (["freshness.anchor=0"], None, False),
+        (["freshness.drift=quadratic"], None, False),
+        (["sampler.top_p=0.9"], None, False),
+        (["loss.importance=true"], 160, True),
+        (["loss.importance=false"], None, False),
+        (["loss.importance=false", "freshness.pace=64"], 64, False),
+        (["loss.support=mc"], 160, False),  # which always has it
+        (["loss.support=full", "freshness.anchor=20"], None, False),
     ],
 )
-def test_an_anchor_with_a_pace_brings_the_importance_ratio(
-    recipe: Path, overrides: list[str], ratio: bool
+def test_a_long_lag_weakens_the_anchor_of_a_policy_gradient_and_brings_the_ratio(
+    recipe: Path, overrides: list[str], pace: float | None, ratio: bool | str
 ) -> None:
-    assert load_recipe(recipe, ["loss.support=sampled", *overrides]).importance is ratio
+    long = ["loss.support=sampled", "schedule.max_lag=16", "freshness.xi=0.01"]
+    found = load_recipe(recipe, [*long, *overrides])
+    assert (found.pace, found.importance) == (pace, ratio)
 
 
 @pytest.mark.parametrize(

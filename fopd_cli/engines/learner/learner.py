@@ -41,6 +41,7 @@ from torch.distributed.fsdp import (
 
 from fopd_cli.engines.learner import dcp, lora
 from fopd_cli.engines.learner.micro_batch import MicroBatch, placeholder
+from fopd_cli.engines.learner.pieces import Piece, pieces
 from fopd_cli.engines.learner.prefetch import Lane, Prefetched
 from fopd_cli.engines.learner.staging import Staging
 from fopd_cli.engines.models.heads import HeadRule
@@ -76,6 +77,7 @@ class LearnerConfig:
     compute_dtype: torch.dtype
     vocab: int
     longest: int  # tokens in the longest possible sample
+    pace: float | None = None  # of the anchor, in optimizer steps
     adapter_only: bool = False  # publish only the adapters of a LoRA student
 
     @property
@@ -240,7 +242,9 @@ class FsdpLearner:
 
     # ---- one optimizer step --------------------------------------------------------------------------------
 
-    def train(self, step: int, samples: Sequence[Sample]) -> StepReport:
+    def train(
+        self, step: int, samples: Sequence[Sample], before_update: Callable[[], None] = lambda: None
+    ) -> StepReport:
         if step != self.version:
             raise RuntimeError(
                 f"asked for optimizer step {step}, but the student is at version {self.version}"
@@ -276,6 +280,7 @@ class FsdpLearner:
                 f"the gradient of optimizer step {step} is not finite ({grad_norm}); nothing was updated"
             )
         if not skipped:
+            before_update()
             self._update(lr)
         floor = self.floor.value
         self.floor.update(
@@ -295,8 +300,6 @@ class FsdpLearner:
             noise_floor=floor,
             tokens=sum(lengths),
             padded_tokens=self._padded(samples, micro),
-            publish_seconds=0.0,
-            publish_bytes=0,
         )
 
     def _update(self, lr: float) -> None:
@@ -391,14 +394,11 @@ class FsdpLearner:
 
         total = sum(int(s.rollout.loss_mask.sum()) for s in samples)
         share = shares(lengths, config.average, len(samples), total) * bool(indices)
+        pull = pace.strength(lag, config.anchor, config.pace)
+        batch = replace(batch, at=replace(batch.at, paced=(pull < config.anchor)[sample]))
         # FSDP averages gradients over ranks, but shares are of the whole batch: hence the factor.
         coefficients = weighting(
-            sample,
-            mask,
-            aligned,
-            share * self.world,
-            pace.strength(lag, config.anchor, config.freshness.pace),
-            None if config.policy.weights == "one" else weigh,
+            sample, mask, aligned, share * self.world, pull, None if config.policy.weights == "one" else weigh
         )
         teacher_head = (
             self.teacher_heads[samples[indices[0] if indices else 0].targets.teacher]
@@ -486,6 +486,10 @@ class FsdpLearner:
             yield from lora.adapters(self.student.lm)
         else:
             yield from lora.merged(self.student.lm, dtypes or {})
+
+    @torch.no_grad()
+    def pieces(self) -> list[Piece] | None:
+        return pieces(self.student.lm, self.config.adapter_only, self.rank)
 
     def snapshot(self, staged: bool) -> dcp.Snapshot:
         if self.world > 1 and self._writers is None:

@@ -64,7 +64,7 @@ def made(recipe: Recipe, plan: Plan, layout: Layout, rendezvous: Path) -> Transp
     mirrored, devices = conductor_reads(recipe), sorted({d for s in plan.samplers for d in s.devices})
     match chosen(recipe, plan):
         case "shared":
-            return Shared(WeightChannel.create(layout))
+            return Shared(WeightChannel.create(layout, ranks=len(plan.learners)))
         case "broadcast":
             return Broadcast.create(layout, rendezvous, recipe.runtime.timeout_s, mirrored)
         case "ipc":

@@ -54,7 +54,7 @@ class Ipc:
         _file(self.rendezvous, place).write_bytes(_handle(memory))
         # The first of the ranks that keep anything writes for the conductor, too.
         mirror = self.host if self.mirrored and place == min(self.slots) else None
-        return Outlet(replace(slots, memory=memory), True, mirror)
+        return Outlet(replace(slots, memory=memory), True, mirror, pieces=spec.world == 1)
 
     def inlet(self, spec: WorkerSpec, copies: bool) -> Inlet:
         places = spec.devices or (CPU,)
