@@ -28,7 +28,7 @@ from fopd_cli.runtime.crew.messages import Lost
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.weights import Layout, WeightChannel, layout_bytes
 from fopd_cli.runtime.placement import place
-from fopd_cli.runtime.weights.broadcast import Broadcast, pieces
+from fopd_cli.runtime.weights.broadcast import Broadcast, Hello, pieces
 from fopd_cli.runtime.weights.choice import chosen, conductor_reads, host_bytes
 from fopd_cli.runtime.weights.ipc import Ipc
 from fopd_cli.runtime.weights.transport import Inlet, Shared, Transport
@@ -166,6 +166,24 @@ def test_processes_that_are_not_ours_get_nothing(tmp_path: Path) -> None:
     with pytest.raises(AuthenticationError):
         Client(made.meeting.address, "AF_UNIX", authkey=b"guessed")
     Client(made.meeting.address, "AF_UNIX", authkey=made.meeting.key).close()  # dies before it has spoken
+    assert same(loaded(inlet, 0), 0)
+
+
+@SLOW
+def test_a_process_that_stalls_holds_up_nobody_and_is_given_up(tmp_path: Path) -> None:
+    """It says who it is and never joins the group, as one that is stopped."""
+    made = transport("broadcast", tmp_path, timeout_s=8.0)
+    assert isinstance(made, Broadcast)
+    outlet, inlet = made.outlet(LEARNER), made.inlet(SAMPLER, True)
+    outlet.write(0, weights(0))
+    stalled = Client(made.meeting.address, "AF_UNIX", authkey=made.meeting.key)
+    stalled.send(Hello("sampler-1", 0, 0, 1))
+    assert same(loaded(inlet, 0), 0)
+    assert stalled.poll(60)
+    stalled.recv()  # where the group meets
+    assert stalled.poll(60), "the learner hangs up"
+    with pytest.raises(EOFError):
+        stalled.recv()
     assert same(loaded(inlet, 0), 0)
 
 
