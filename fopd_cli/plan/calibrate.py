@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from fopd_cli.errors import UserError
+from fopd_cli.names import beside
 from fopd_cli.plan.contention import Contention, places, usual_spread
 from fopd_cli.plan.cost import Call, Costs, Decoding
 from fopd_cli.recipe import Recipe
 from fopd_cli.report.reading import Record
 from fopd_cli.runtime.crew.crew import Engine
 from fopd_cli.runtime.journal.rundir import RunDir
-from fopd_cli.runtime.journal.trace import beside, read_trace
+from fopd_cli.runtime.journal.trace import read_trace
 from fopd_cli.runtime.placement import Plan, from_plain
 
 COMPUTING = ("generate", "score", "train", "publish", "measure")

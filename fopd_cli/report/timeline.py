@@ -7,8 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from fopd_cli.names import is_beside
 from fopd_cli.report.reading import Record
-from fopd_cli.runtime.journal.trace import is_beside, read_trace
+from fopd_cli.runtime.journal.trace import read_trace
 
 WIDTH, LABEL, ROW, GAP = 960, 96, 22, 8  # in the drawing's own units
 BINS = 216

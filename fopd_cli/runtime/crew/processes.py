@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from fopd_cli.errors import Interrupted, WorkerError
+from fopd_cli.names import beside
 from fopd_cli.runtime.build import Setup
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew import roles
@@ -21,7 +22,6 @@ from fopd_cli.runtime.crew.crew import ENVIRONMENT, GRADER, LEARNER, Engine
 from fopd_cli.runtime.crew.fleet import STARTERS, Fleet, Worker, WorkerSpec
 from fopd_cli.runtime.crew.ranks import Calls
 from fopd_cli.runtime.crew.restarts import REPLACEABLE, Restarts
-from fopd_cli.runtime.journal.trace import beside
 from fopd_cli.runtime.placement import Plan
 from fopd_cli.runtime.scheduling.tickets import Role
 from fopd_cli.runtime.signals import Signals

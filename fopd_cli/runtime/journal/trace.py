@@ -7,23 +7,10 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fopd_cli.runtime.crew.messages import Span
-
-
-BESIDE = ("writer", "publisher")  # of a learner's steps
-
-
-def beside(worker: str, what: Literal["writer", "publisher"]) -> str:
-    """The track of what a worker does in a thread beside its work."""
-    return f"{worker}-{what}"
-
-
-def is_beside(track: str) -> bool:
-    """Whether a track is not a worker's own."""
-    return track.rpartition("-")[2] in BESIDE
 
 
 class Trace:
