@@ -21,7 +21,7 @@ def chosen(recipe: Recipe, plan: Plan) -> Literal["shared", "broadcast", "ipc"]:
     if (wrong := misfit(recipe, plan)) is not None:
         raise UserError("; ".join(wrong))
     wanted = recipe.placement.transport
-    return "shared" if wanted == "auto" else wanted  # until the others have been run on GPUs
+    return "shared" if wanted == "auto" else wanted  # until whole runs on GPUs say what is faster
 
 
 def misfit(recipe: Recipe, plan: Plan) -> tuple[str, str] | None:

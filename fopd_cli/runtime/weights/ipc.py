@@ -133,14 +133,17 @@ def _shareable(nbytes: int, cuda: bool) -> Tensor:
 
 @contextlib.contextmanager
 def _plain_segments() -> Iterator[None]:
-    """PyTorch's expandable segments, which a learner uses, have no handle that just any process may open."""
-    setting: Any = torch.cuda.memory._set_allocator_settings
-    setting("expandable_segments:False")
+    """Handles of PyTorch's expandable segments, which a learner uses, go through `pidfd_getfd`, which most
+    containers forbid. torch takes no block of such a segment while they are off.
+    """
+    bindings: Any = torch._C
+    setting = bindings._accelerator_setAllocatorSettings
+    off = "expandable_segments:False"
+    setting(off)
     try:
         yield
     finally:
-        if "expandable_segments:True" in os.environ.get(SETTINGS, ""):
-            setting("expandable_segments:True")
+        setting(os.environ.get(SETTINGS, off))
 
 
 def _file(rendezvous: Path, place: int) -> Path:
