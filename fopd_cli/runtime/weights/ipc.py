@@ -136,8 +136,9 @@ def _plain_segments() -> Iterator[None]:
     """Handles of PyTorch's expandable segments, which a learner uses, go through `pidfd_getfd`, which most
     containers forbid. torch takes no block of such a segment while they are off.
     """
-    bindings: Any = torch._C
-    setting = bindings._accelerator_setAllocatorSettings
+    memory: Any = torch.cuda.memory
+    # the second is the deprecated name, which an older torch may have only
+    setting = getattr(torch._C, "_accelerator_setAllocatorSettings", memory._set_allocator_settings)
     off = "expandable_segments:False"
     setting(off)
     try:
