@@ -32,7 +32,7 @@ class Piece:
 
 def pieces(lm: nn.Module, adapter_only: bool, rank: int) -> list[Piece] | None:
     """This rank's part of what `lora.merged` (or `lora.adapters`) gives, in that order. None if adapters are
-    to be merged: that takes whole weights, and memory that a step has no use for only when it is over.
+    to be merged: that takes whole weights, and memory for them that is free only between two steps.
     """
     if adapter_only:
         return [_held(name, tensor, rank) for name, tensor in lora.held_adapters(lm)]
