@@ -80,7 +80,7 @@ class CostModel:
         if isinstance(command, m.GenerateCommand):
             ends = [self._sampled(now, answer) for answer in answers]
             return [max(ends)] * len(ends) if self._together else ends
-        return [now + self._takes(command, answer) for answer in answers]
+        return [now + self._takes(command) for _ in answers]
 
     def _sampled(self, now: float, answer: m.Answer) -> float:
         assert isinstance(answer, m.Sampled)
@@ -94,16 +94,15 @@ class CostModel:
         self._free_at[place] = math.ceil(end / TICK_MS) * TICK_MS if self.uneven else end
         return self._free_at[place]
 
-    def _takes(self, command: m.Command, answer: m.Answer) -> float:
+    def _takes(self, command: m.Command) -> float:
         match command:
             case m.LoadCommand():
                 return self.costs.load
             case m.ScoreCommand(rollouts):
                 free = self.held_out(rollouts[0].key)
                 return 0.0 if free else self.costs.score * sum(len(r.judged.token_ids) for r in rollouts)
-            case m.TrainCommand():
-                assert isinstance(answer, m.Trained)
-                return self.costs.train * self._control * answer.report.tokens
+            case m.TrainCommand(_, rollouts):
+                return self.costs.train * self._control * sum(len(r.token_ids) for r in rollouts)
             case m.ReexecuteCommand():
                 return self.costs.sample
             case m.EvaluateCommand() | m.SaveCommand() | m.GradeCommand() | m.TurnCommand():
@@ -200,11 +199,14 @@ class Inline:
         signals = Signals(self.journal.say)  # never entered: the process keeps its own handlers
         with self.journal:
             Conductor(self.state, self.crew, self.journal, Unsaved(), signals).run()
-        if dist.is_initialized() and self.recipe.sampler.engine != "vllm":  # which shares it, and ends it
-            dist.destroy_process_group()
         metrics, refreshes = self.records.metrics, self.state.schedule.refreshes
         steps, evaluations = metrics.kind("step"), metrics.kind("eval")
         return Outcome(steps, evaluations, refreshes, self.crew.now, self.timed.spent, self.timed.work)
+
+    def close(self) -> None:
+        """Leave the learner's process group, so that another run in this process can make its own."""
+        if dist.is_initialized() and self.recipe.sampler.engine != "vllm":  # which shares it, and ends it
+            dist.destroy_process_group()
 
 
 def _on_one_gpu(plan: Plan) -> Plan:

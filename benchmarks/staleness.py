@@ -95,8 +95,8 @@ PACED = {
 POLICIES = {**HEADLINE, **PACED}
 MIXED = "0..8"
 UP_TO = "<="  # before the bound of a lag that the clock decides
-RATES = ("1e-4", "3e-4", "3e-3")  # and the short task's own, 1e-3
-LAMBDAS = ("0.3", "3", "10")  # and 1
+RATES = ("3e-4", "1e-4", "3e-3", "1e-3")
+LAMBDAS = ("10", "3", "0.3")  # and 1
 
 
 @dataclass(frozen=True)
@@ -302,17 +302,27 @@ def regions(seed: int) -> Iterator[Cell]:
     """Learning rate by lag: where nothing is needed, where the published method helps, where only a strong
     anchor holds, where nothing does.
     """
-    for task, loss in (("short", "pg_cached"), ("long", "pg_cached"), ("short", "reverse_kl")):
+    parts = (
+        ("short", "pg_cached", ("8", "2", "16")),
+        ("short", "reverse_kl", ("16", "2")),
+        ("long", "pg_cached", ("8", "2", "16")),
+        ("short", "pg_cached", ("4",)),
+        ("long", "pg_cached", ("4",)),
+        ("short", "reverse_kl", ("8", "4")),
+    )
+    for task, loss, lags in parts:
         own = TASKS[task][0]
-        for rate in (own, *(f"learner.lr={rate}" for rate in RATES if f"learner.lr={rate}" != own)):
+        for rate in (own, *(f"learner.lr={rate}" for rate in RATES)):
             at = () if rate == own else (rate,)
             yield Cell(task, loss, "sync", "0", seed, at)
-            for lag in ("8", "2", "16", "4"):
-                for policy in ("async", DEFAULT, "fopd", "trust"):
-                    if loss == "pg_cached" or policy in ("async", DEFAULT):
-                        yield Cell(task, loss, policy, lag, seed, at)
-                for strength in LAMBDAS if loss == "pg_cached" else ():
-                    yield Cell(task, loss, "fopd", lag, seed, (*at, f"freshness.anchor={strength}"))
+            for lag in lags:
+                yield Cell(task, loss, "async", lag, seed, at)
+                yield Cell(task, loss, PACE if lag == "16" else DEFAULT, lag, seed, at)
+                if loss == "pg_cached":
+                    yield Cell(task, loss, "fopd", lag, seed, at)
+                    for strength in LAMBDAS:
+                        yield Cell(task, loss, "fopd", lag, seed, (*at, f"freshness.anchor={strength}"))
+                    yield Cell(task, loss, "trust", lag, seed, at)
 
 
 def text(seed: int) -> Iterator[Cell]:
@@ -322,16 +332,16 @@ def text(seed: int) -> Iterator[Cell]:
         yield Cell(TEXT, loss, "sync", "0", seed)
         for policy in ("async", DEFAULT, *((RATIO,) if loss == "pg_cached" else ())):
             yield Cell(TEXT, loss, policy, "8", seed)
-    for bound in ("4", "2", "8"):
-        yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
-    for loss in exact:
-        for lag in ("4", "16"):
-            for policy in ("async", DEFAULT, *((RATIO,) if loss == "pg_cached" else ())):
-                yield Cell(TEXT, loss, policy, lag, seed)
     for policy in ("lag_weight", "fopd"):
         for loss in exact:
             yield Cell(TEXT, loss, policy, "8", seed)
     yield Cell(TEXT, "pg_cached", "recomputed, ratio", "8", seed)
+    for loss in exact:
+        for lag in ("16", "4"):
+            for policy in ("async", DEFAULT, *((RATIO,) if loss == "pg_cached" else ())):
+                yield Cell(TEXT, loss, policy, lag, seed)
+    for bound in ("4", "2", "8"):
+        yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
     if seed:
         return
     for loss in LOSSES:
@@ -382,6 +392,7 @@ def measure(
     """Run one cell, with further keys of the recipe that are not part of its name."""
     import torch
     from inline import Inline
+    from staleness_text import kl_on_answers
 
     from fopd_cli.collapse import collapse
     from fopd_cli.recipe import load_recipe
@@ -392,6 +403,8 @@ def measure(
     recipe = load_recipe(RECIPES / f"{cell.task}.yaml", [*cell.overrides, *sets, *short])
     race = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd", cuda=cuda)
     outcome = race.run()
+    on_answers = kl_on_answers(race) if cell.task == TEXT else None
+    race.close()
     curve = [(int(e["step"]), float(e["score"])) for e in outcome.evaluations]
     found = collapse(curve, recipe.learner.steps)
 
@@ -410,6 +423,8 @@ def measure(
         "kl": outcome.evaluations[-1]["kl"],
         "kl_curve": [(int(e["step"]), float(e["kl"])) for e in outcome.evaluations],
         "kl_training": statistics.fmean(s["kl"] for s in outcome.steps[-max(1, len(outcome.steps) // 10) :]),
+        "kl_on_answers": on_answers,
+        "length": outcome.evaluations[-1]["response_length"],
         "lag_mean": mean("lag_mean"),
         "lag_max": max(s["lag_max"] for s in outcome.steps),
         "freshness": mean("freshness"),

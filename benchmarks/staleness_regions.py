@@ -11,6 +11,7 @@ from typing import Any
 HOLDS = 0.95  # of the synchronous run's score at the same learning rate
 PAPER = 0.64  # what async keeps of sync in the paper's tables, at lag 8
 OWN_RATE = {"short": 1e-3, "long": 3e-4}  # of each task's recipe, which its overrides do not name
+STRONG = ("fopd, defaults", "fopd, pace 160", "trust")  # ours; the first two are one and the same up to lag 8
 NEEDED = ("nothing", "the published method", "a strong anchor", "nothing holds")
 COLOURS = ("#c7e9c0", "#fdd49e", "#fc8d59", "#bdbdbd")
 
@@ -21,9 +22,14 @@ class Place:
 
     rate: float
     lag: int
-    sync: float = float("nan")
+    sync: float
     shares: dict[str, float] = field(default_factory=dict)
     published: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> float | None:
+        """With today's defaults."""
+        return self.shares.get(STRONG[1], self.shares.get(STRONG[0]) if self.lag <= 8 else None)
 
     @property
     def needed(self) -> str | None:
@@ -37,27 +43,29 @@ class Place:
         return NEEDED[2] if max(self.shares.values()) >= HOLDS else NEEDED[3]
 
 
-def places(rows: Sequence[dict[str, Any]], task: str, loss: str, strong: Sequence[str]) -> list[Place]:
-    """The map of one task and loss from `staleness_report.rows`; `strong` are the policies that count as a
-    strong anchor.
-    """
+def places(rows: Sequence[dict[str, Any]], task: str, loss: str) -> list[Place]:
+    """The map of one task and loss from `staleness_report.rows`."""
     found: dict[tuple[float, int], Place] = {}
     own = [r for r in rows if (r["task"], r["loss"], r["optimizer"]) == (task, loss, "adamw")]
-    for r in own:
-        if not str(r["lag"]).isdigit() or r["lag"] == "0":
-            continue
-        keys = dict(pair.split("=", 1) for pair in r["overrides"].split())
-        rate, strength = keys.pop("learner.lr", None), keys.pop("freshness.anchor", None)
-        if keys or (strength is not None and r["policy"] != "fopd"):
+    keyed = [(dict(pair.split("=", 1) for pair in r["overrides"].split()), r) for r in own]
+    sync = {_rate(keys, task): r["score"] for keys, r in keyed if r["policy"] == "sync" and r["lag"] == "0"}
+    for keys, r in keyed:
+        rate, strength = _rate(keys, task), keys.get("freshness.anchor")
+        if set(keys) - {"learner.lr", "freshness.anchor"} or (strength and r["policy"] != "fopd"):
             continue  # a variant of another study
-        place = Place(float(rate) if rate else OWN_RATE[task], int(r["lag"]))
-        place = found.setdefault((place.rate, place.lag), place)
-        place.sync = r["score"] / r["of_sync"] if r["of_sync"] else place.sync
+        if not r["lag"].isdigit() or r["lag"] == "0" or rate not in sync:
+            continue
+        place = found.setdefault((rate, int(r["lag"])), Place(rate, int(r["lag"]), sync[rate]))
+        share = r["score"] / sync[rate] if sync[rate] else 0.0
         if r["policy"] == "fopd":
-            place.published[float(strength or 1)] = r["of_sync"]
-        elif r["policy"] in ("async", *strong):
-            place.shares[r["policy"]] = r["of_sync"]
+            place.published[float(strength or 1)] = share
+        elif r["policy"] in ("async", *STRONG):
+            place.shares[r["policy"]] = share
     return [found[key] for key in sorted(found)]
+
+
+def _rate(keys: dict[str, str], task: str) -> float:
+    return float(keys.get("learner.lr", OWN_RATE[task]))
 
 
 def paper(found: Sequence[Place]) -> Place | None:
@@ -66,22 +74,24 @@ def paper(found: Sequence[Place]) -> Place | None:
     return min(known, key=lambda p: abs(p.shares["async"] - PAPER), default=None)
 
 
-def markdown(found: Sequence[Place], strong: Sequence[str]) -> str:
+def markdown(found: Sequence[Place]) -> str:
     """A line per place."""
-    lines = [f"| learning rate | lag | async | published, best lambda | {' | '.join(strong)} | needed |"]
-    lines.append("|---" * (5 + len(strong)) + "|")
+    lines = ["| learning rate | lag | sync | async | published, best lambda | defaults | trust | needed |"]
+    lines.append("|---" * 8 + "|")
     for p in found:
         best = max(p.published.items(), key=lambda item: item[1], default=None)
-        cells = [f"{p.shares[s]:.0%}" if s in p.shares else "-" for s in strong]
         published = "-" if best is None else f"{best[1]:.0%} ({best[0]:g})"
-        first = f"{p.shares['async']:.0%}" if "async" in p.shares else "-"
-        lines.append(
-            f"| {p.rate:.0e} | {p.lag} | {first} | {published} | {' | '.join(cells)} | {p.needed or '-'} |"
-        )
+        first, ours, trust = (_share(s) for s in (p.shares.get("async"), p.ours, p.shares.get("trust")))
+        cells = [f"{p.rate:.0e}", str(p.lag), f"{p.sync:.2f}", first, published, ours, trust, p.needed or "-"]
+        lines.append(f"| {' | '.join(cells)} |")
     return re.sub(r"e-0", "e-", "\n".join(lines))
 
 
-def draw(out: Path, maps: dict[str, list[Place]], ours: str) -> None:
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def draw(out: Path, maps: dict[str, list[Place]]) -> None:
     """One panel per map: the colour says what is needed, the figures are async, published and ours."""
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch, Rectangle
@@ -96,8 +106,7 @@ def draw(out: Path, maps: dict[str, list[Place]], ours: str) -> None:
             edge = {"edgecolor": "black", "linewidth": 2} if p is marked else {"edgecolor": "white"}
             panel.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=colour, **edge))
             best = max(p.published.values(), default=None)
-            shown = [p.shares.get("async"), best, p.shares.get(ours)]
-            text = "\n".join("-" if s is None else f"{s:.0%}" for s in shown)
+            text = "\n".join(map(_share, (p.shares.get("async"), best, p.ours)))
             panel.text(x, y, text, ha="center", va="center", fontsize=8)
         panel.set(title=title, xlabel="lag", ylabel="learning rate", xlim=(-0.5, len(lags) - 0.5))
         panel.set(ylim=(-0.5, len(rates) - 0.5), xticks=range(len(lags)), yticks=range(len(rates)))
@@ -105,7 +114,7 @@ def draw(out: Path, maps: dict[str, list[Place]], ours: str) -> None:
         panel.set_yticklabels([f"{rate:g}" for rate in rates])
     legend = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, NEEDED, strict=True)]
     figure.legend(handles=legend, loc="lower center", ncol=len(legend), fontsize=8, frameon=False)
-    figure.suptitle(f"score as a share of sync: async, published (best lambda), {ours}", fontsize=10)
+    figure.suptitle("score as a share of sync: async, published (best lambda), our defaults", fontsize=10)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(out / "regions.png", dpi=110)
     plt.close(figure)

@@ -11,8 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import staleness_regions as regions
+
 Result = dict[str, Any]
 ASYNC_LAG = "8"
+MAPS = (("short", "pg_cached"), ("long", "pg_cached"), ("short", "reverse_kl"))
 TEXT = "text"  # judged by its KL, in a table of its own
 
 
@@ -168,9 +171,16 @@ def write(out: Path, results: Sequence[Result]) -> None:
         writer.writeheader()
         writer.writerows(found)
     (out / "table.md").write_text(markdown(found) + "\n")
+    maps = {name: regions.places(found, *name) for name in MAPS}
+    maps = {name: map_ for name, map_ in maps.items() if len({p.rate for p in map_}) > 1}
+    if maps:
+        pages = [f"**{task}, {loss}**\n\n{regions.markdown(m)}\n" for (task, loss), m in maps.items()]
+        (out / "regions.md").write_text("\n".join(pages))
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures: matplotlib is not installed (pip install 'fopd[bench]')")
         return
     from staleness_figures import draw
 
     draw(out, results, found)
+    if maps:
+        regions.draw(out, {f"{task}, {loss}": map_ for (task, loss), map_ in maps.items()})

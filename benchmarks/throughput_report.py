@@ -94,24 +94,32 @@ def _grouped(runs: Iterable[Row]) -> dict[tuple[int, str], list[Row]]:
 def _speeds(runs: Sequence[Row], alone: dict[int, Row]) -> str:
     lines = [
         (
-            "| max_lag | policy | steps/s | of the bound | of async | mean lag | conductor, of a core | ms a "
-            "step |"
+            "| max_lag | policy | steps/s | of the bound | at most | of async | mean lag | conductor, of a "
+            "core | ms a step |"
         ),
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     groups = _grouped(runs)
     for (depth, policy), found in groups.items():
-        asyncs = {r["round"]: r for r in groups.get((depth, "async"), [])}
+        asyncs = {r["round"]: r for r in groups.get((depth, "async"), []) if policy != "async"}
         conductor = spread([r["conductor"] for r in found], ".1%")
+        at_most = [limit(alone[r["round"]], depth) for r in found]
         of_bound = [alone[r["round"]]["bound"] / r["seconds"] for r in found]
         of_async = [asyncs[r["round"]]["seconds"] / r["seconds"] for r in found if r["round"] in asyncs]
         lines.append(
             f"| {depth} | {policy} | {spread([1 / r['seconds'] for r in found], '.2f')} | "
-            f"{spread(of_bound, '.0%')} | {'' if policy == 'async' else spread(of_async, '.0%')} | "
+            f"{spread(of_bound, '.0%')} | {median(at_most):.0%} | {spread(of_async, '.0%')} | "
             f"{median(r['lag_mean'] for r in found):.1f} | {conductor} | "
             f"{1e3 * median(r['conductor'] * r['seconds'] for r in found):.1f} |"
         )
     return "\n".join(lines)
+
+
+def limit(alone: Row, max_lag: int) -> float:
+    """The share of the bound that a schedule can reach which does everything at once: no more than
+    `max_lag` + 1 steps are under way, and each goes through all stages.
+    """
+    return float(alone["bound"] / max(alone["bound"], sum(alone["seconds"].values()) / (max_lag + 1)))
 
 
 def _losses(runs: Sequence[Row], alone: dict[int, Row]) -> str:

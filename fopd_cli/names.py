@@ -16,3 +16,15 @@ DriftKind = Literal["sampled", "quadratic", "topk", "exact"]
 EngineRole = Literal["sampler", "teacher", "learner", "grader", "environment"]  # in a run
 WorkerRole = Literal[EngineRole, "eval", "judge"]  # of a process; the last two are other commands'
 TargetKind = Literal["hidden", "topk", "sampled"]  # what a teacher hands over for each token
+
+BESIDE = ("writer", "publisher")  # tracks of the timeline beside a learner's steps
+
+
+def beside(worker: str, what: Literal["writer", "publisher"]) -> str:
+    """The track of what a worker does in a thread beside its work."""
+    return f"{worker}-{what}"
+
+
+def is_beside(track: str) -> bool:
+    """Whether a track is not a worker's own."""
+    return track.rpartition("-")[2] in BESIDE

@@ -270,8 +270,6 @@ class StepReport:
     noise_floor: float
     tokens: int  # tokens in the forward pass, excluding padding
     padded_tokens: int  # with padding
-    publish_seconds: float
-    publish_bytes: int
 
     @property
     def drift_above_floor(self) -> np.ndarray:

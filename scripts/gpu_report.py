@@ -410,6 +410,13 @@ def learner(device: str, out: Path) -> Iterator[str]:
     )
 
 
+def beside(device: str, out: Path) -> Iterator[str]:
+    """What the publication of a version of 1.6 GB costs the next step."""
+    tiny = ["--hidden", "128", "--layers", "2", "--samples", "4", "--tokens", "128", "--repeats", "2"]
+    large = ["--hidden", "2048", "--layers", "16", "--samples", "16", "--tokens", "8192"]
+    yield from _benchmark("benchmarks/beside.py", *(tiny if device == "cpu" else large))
+
+
 def _run_of(mode: str, device: str, out: Path) -> Iterator[str]:
     """A whole run: what its own records say about time and memory."""
     real = ROOT / "recipes" / "real-pair" / "student"
@@ -476,7 +483,10 @@ def colocate(device: str, out: Path) -> Iterator[str]:
 
 PARTS: dict[str, Callable[[str, Path], Iterator[str]]] = {
     part.__name__: part
-    for part in (tests, vllm, sleep, varlen, memory, ranks, loss, learner, publish, timeslice, colocate)
+    for part in (
+        *(tests, vllm, sleep, varlen, memory, ranks, loss, learner),
+        *(publish, beside, timeslice, colocate),
+    )
 }
 
 if __name__ == "__main__":

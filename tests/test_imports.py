@@ -209,7 +209,15 @@ ALLOWED: dict[str, set[str]] = {
     "teacher_kl": {"doctor", "inputs", "errors", "recipe", "runtime", "samples", "tasks.replay"},
     "evaluation": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks", "teacher_kl"},
     "chat": {"inputs", "engines", "errors", "recipe", "runtime.build", "samples"},
-    "report": {"__init__", "errors", "paths", "recipe.changes", "recipe.renames", "runtime.journal.trace"},
+    "report": {
+        "__init__",
+        "errors",
+        "names",
+        "paths",
+        "recipe.changes",
+        "recipe.renames",
+        "runtime.journal.trace",
+    },
     "suite": {
         "chat",  # whether a run's prompts go through the template
         "engines.models.hf",
@@ -244,6 +252,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.text.templates",
         "errors",
         "inputs",
+        "names",
         "paths",
         "recipe",
         "report.reading",

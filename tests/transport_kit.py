@@ -128,14 +128,14 @@ def _sampled(engine: Any) -> list[np.ndarray]:
     return [r.logprobs for r in sorted(rollouts, key=lambda r: r.key)]
 
 
-def ask(fleet: Fleet, names: Sequence[str], command: Any, seconds: float = 120.0) -> dict[str, Any]:
+def ask(fleet: Fleet, names: Sequence[str], command: Any, seconds: float = 300.0) -> dict[str, Any]:
     """Tell workers to do something, and wait for all their answers; that of a lost one is a `Lost`."""
     for name in names:
         fleet.send(name, command)
     return answers(fleet, names, seconds)
 
 
-def answers(fleet: Fleet, names: Sequence[str], seconds: float = 120.0) -> dict[str, Any]:
+def answers(fleet: Fleet, names: Sequence[str], seconds: float = 300.0) -> dict[str, Any]:
     found: dict[str, Any] = {}
     deadline = time.monotonic() + seconds
     while set(names) - found.keys():

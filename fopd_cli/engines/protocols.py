@@ -6,7 +6,7 @@ its device memory; `sleep` gives that memory to the machine's other roles, and `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -86,13 +86,31 @@ class Snapshot(Protocol):
         """
 
 
+class Piece(Protocol):
+    """Some of one weight's elements, a run in flat order from `start` on; there may be none."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def read(self) -> Callable[[], Tensor]:
+        """The elements, in the weight's own dtype; from any thread, until the weights change."""
+
+
 class Learner(Protocol):
     """The student, learning. On several ranks all methods are called together, in the same order."""
 
     version: int
 
-    def train(self, step: int, samples: Sequence[Sample]) -> StepReport:
-        """One optimizer step on the whole batch (every rank is given all of it and takes its share)."""
+    def train(
+        self, step: int, samples: Sequence[Sample], before_update: Callable[[], None] = lambda: None
+    ) -> StepReport:
+        """One optimizer step on the whole batch (every rank is given all of it and takes its share).
+        `before_update` is called before any weight changes.
+        """
 
     def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
         """The same metrics without learning."""
@@ -100,6 +118,11 @@ class Learner(Protocol):
     def publish(self, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full weights, one by one, in the dtypes named if these are narrower; every rank must exhaust the
         iterator.
+        """
+
+    def pieces(self) -> Sequence[Piece] | None:
+        """This rank's part of what `publish` gives, as it is now; no other rank is asked. None if `publish`
+        must be used, before the next step.
         """
 
     def snapshot(self, staged: bool) -> Snapshot:

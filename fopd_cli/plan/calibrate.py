@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fopd_cli.errors import UserError
+from fopd_cli.names import beside
 from fopd_cli.plan.contention import Contention, places, usual_spread
 from fopd_cli.plan.cost import Call, Costs, Decoding
 from fopd_cli.recipe import Recipe
@@ -72,6 +73,7 @@ def spans(run: Path, plan: Plan) -> list[Span]:
     except OSError:
         events = []
     engines = {spec.name: Engine.of(spec) for spec in plan.everyone}
+    engines |= {beside(spec.name, "publisher"): Engine.of(spec) for spec in plan.learners}
     names = {e["tid"]: e["args"]["name"] for e in events if e.get("ph") == "M"}
     found = [
         Span(

@@ -90,6 +90,10 @@ def by_arithmetic(
     graphs = hardware.cpu or engine_of(recipe.sampler).claims
     sent = models.trainable if recipe.student.lora and recipe.student.lora.publish == "adapter" else None
     moved = size * (s.parameters if sent is None else sent) / rates.host
+    # each rank writes its own shards, unless weights are made whole for it
+    merged = models.trainable is not None and sent is None
+    gathered = merged or recipe.placement.transport in ("broadcast", "ipc")
+    writers = 1 if gathered else len(plan.learners)
     a_pass = size * s.parameters / reading + s.layers * launch * (1 if graphs else NO_GRAPHS)
     joins = sampler_facts(recipe.sampler).joins
     decoding = Decoding(
@@ -114,7 +118,7 @@ def by_arithmetic(
         decoding,
         tuple(scoring),
         Call(3 * s.layers * launch, train),
-        publish=moved,
+        publish=moved / writers,
         measuring=Call(s.layers * launch, train / 3),
         turn=_turn(plan, found, rates.host),
         spread=usual_spread(plan),

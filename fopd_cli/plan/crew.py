@@ -204,7 +204,7 @@ class Shared(Virtual):
                 work = self._call(self.prices.scoring[engine.index], share)
                 return work, self.delays[engine.index] * samples
             case m.TrainCommand(_, rollouts):
-                return self._call(self.prices.training, self._of(engine, rollouts)) + self.prices.publish, 0.0
+                return self._call(self.prices.training, self._of(engine, rollouts)), 0.0
             case m.EvaluateCommand(rollouts):
                 return self._call(self.prices.measuring, self._of(engine, rollouts)), 0.0
             case m.GradeCommand(items):
@@ -268,5 +268,7 @@ class Shared(Virtual):
             if sampled:  # in one message, as a sampler sends them
                 self._happens(end + self.prices.tools, engine, m.Sampled(sampled, [], 0))
             for answer in done:
-                if not isinstance(answer, m.Sampled):
+                if isinstance(answer, m.Published):
+                    self._happens(self._trained + self.prices.publish, engine, answer)
+                elif not isinstance(answer, m.Sampled):
                     self._happens(end, engine, answer)

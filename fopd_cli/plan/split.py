@@ -120,9 +120,9 @@ def estimate(recipe: Recipe, plan: Plan, setting: Setting, costs: Costs) -> floa
         call.seconds(tokens / len(plan.teachers) / len(ranks))
         for call, ranks in zip(costs.scoring, plan.teachers, strict=True)
     )
-    learn = costs.training.seconds(tokens / len(plan.learners)) + costs.publish
+    learn = costs.training.seconds(tokens / len(plan.learners))
     roles = (sample, judge, learn)
-    return sum(roles) if plan.shared or recipe.max_lag == 0 else max(roles)
+    return sum(roles) + costs.publish if plan.shared or recipe.max_lag == 0 else max(roles)
 
 
 def _settings(before: Recipe, after: Recipe) -> tuple[str, ...]:

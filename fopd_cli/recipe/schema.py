@@ -757,7 +757,7 @@ class Placement(Section):
     everywhere. broadcast: packed, from the learner's device to the samplers' over NCCL (on a CPU gloo), where
     these are different devices. ipc: the sampler copies from the learner's memory on the same device
     (colocate). Both save the way through the host, and keep two copies of the weights in the samplers' dtype
-    on the learner's device. auto: shared, until the others have been run on GPUs.
+    on the learner's device. auto: shared; broadcast has not met a GPU yet, and ipc has not been timed on one.
     """
     threads: Threads = Threads()
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from fopd_cli.names import is_beside
 from fopd_cli.report.reading import Record
 from fopd_cli.runtime.journal.trace import read_trace
 
@@ -66,14 +67,14 @@ def drawings(found: list[Piece]) -> list[tuple[str, str]]:
 
 
 def idle(found: list[Piece]) -> dict[str, float]:
-    """Share of the run in which each worker did nothing."""
+    """Share of the run in which each worker did nothing but what it does beside its work."""
     if not found:
         return {}
     total = max(p.end for p in found) - min(p.start for p in found)
     busy = defaultdict[str, float](float)
     for p in found:
         busy[p.worker] += p.end - p.start
-    return {w: max(0.0, 1 - busy[w] / max(total, 1e-9)) for w in _workers(found)}
+    return {w: max(0.0, 1 - busy[w] / max(total, 1e-9)) for w in _workers(found) if not is_beside(w)}
 
 
 def _workers(found: list[Piece]) -> list[str]:

@@ -108,8 +108,12 @@ class Conductor:
         if exclusive:
             self.schedule.abandon()
             self._abort_all()
-        while self.schedule.learner_busy or (exclusive and self.schedule.lease != "learner"):
+        while self._learning or (exclusive and self.schedule.lease != "learner"):
             self._advance()
+
+    @property
+    def _learning(self) -> bool:
+        return self.schedule.learner_busy or self.schedule.publishing
 
     def _leave(self) -> None:
         """After a signal, or a loss that the run cannot survive: save and end."""
@@ -128,10 +132,10 @@ class Conductor:
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
     def _save_if_due(self) -> None:
-        """Begin the save for which the learner waits, unless the one before is still being written. From
-        `Staged` on the learner takes steps again.
+        """Begin the save for which the learner waits, unless the one before is still being written, or its
+        version is still being published. From `Staged` on the learner takes steps again.
         """
-        if self._save_due and not self.saver.writing:
+        if self._save_due and not self.saver.writing and not self.schedule.publishing:
             self._save_due = False
             self.saver.settle(wait=True)
             staged = self.recipe.checkpoint.staged
@@ -234,6 +238,8 @@ class Conductor:
                 self._on_reexecuted(event)
             case m.Trained(report):
                 self._on_trained(report)
+            case m.Published(version, nbytes, span):
+                self._on_published(version, nbytes, span)
             case m.Evaluated(stats):
                 self._on_evaluated(stats)
             case m.Staged():
@@ -320,8 +326,8 @@ class Conductor:
         self.reexecutions.hold()
 
     def _on_trained(self, report: StepReport) -> None:
-        """An optimizer step and its publication are done; unblocks samplers, which load the new version, and
-        the learner: they go on before the step is written down.
+        """An optimizer step is done; unblocks the next one, which begins before this one is written down.
+        (Samplers wait for its publication.)
 
         Its samples are recorded and forgotten; the buffer is dropped if it is stale.
         """
@@ -350,6 +356,15 @@ class Conductor:
         if saving:  # what is saved includes the record of this step
             self._save_due = self.schedule.learner_busy = True
             self._save_if_due()
+
+    def _on_published(self, version: int, nbytes: int, span: m.Span) -> None:
+        """A step's version is in its slot; unblocks samplers, and a save. They are told at once: if the next
+        step has already ended, none may load during its own publication, and so on with those after it.
+        """
+        self.schedule.on_published(version)
+        if self._may_go_on:
+            self._start_all()
+        self.journal.published(nbytes, span)
 
     @property
     def _may_go_on(self) -> bool:

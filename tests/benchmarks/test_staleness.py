@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import calibration
 import horizons
 import staleness
+import staleness_regions as regions
 import staleness_report as report
 
 
@@ -102,6 +103,43 @@ def test_a_row_is_what_its_runs_say() -> None:
     done = dict((policy, (steps, score)) for policy, steps, score in report.equal_time(runs))
     assert done["async"] == pytest.approx((20, 0.2))
     assert done["sync"] == pytest.approx((10, 0.55)), "half of its steps"
+
+
+def test_the_map_names_the_least_control_that_holds() -> None:
+    def runs(rate: str, lag: str, policy: str, score: float, *extra: str) -> dict[str, Any]:
+        run = result(policy, lag, 0, [[0, 0.2], [20, score]], 50)
+        return {**run, "extra": (*((f"learner.lr={rate}",) if rate else ()), *extra)}
+
+    rows = report.rows(
+        [
+            runs("", "0", "sync", 0.5),
+            runs("", "8", "async", 0.0),
+            runs("", "8", "fopd", 0.1),
+            runs("", "8", "fopd", 0.2, "freshness.anchor=10"),
+            runs("", "8", regions.STRONG[0], 0.49),
+            runs("", "16", "async", 0.0),
+            runs("", "16", regions.STRONG[1], 0.3),
+            runs("1e-4", "0", "sync", 0.4),
+            runs("1e-4", "8", "async", 0.39),
+            runs("1e-4", "16", "async", 0.26),
+            runs("1e-4", "16", "fopd", 0.392, "freshness.anchor=3"),
+            runs("3e-3", "8", "async", 0.3),  # its synchronous run is missing
+            runs("", "8", "fopd", 0.5, "freshness.alpha=3"),  # of another study
+        ]
+    )
+    found = {(p.rate, p.lag): p for p in regions.places(rows, "short", "pg_cached")}
+    assert {key: place.needed for key, place in found.items()} == {
+        (1e-4, 8): "nothing",
+        (1e-4, 16): "the published method",
+        (1e-3, 8): "a strong anchor",
+        (1e-3, 16): "nothing holds",
+    }
+    assert found[1e-3, 8].published == pytest.approx({1: 0.2, 10: 0.4})
+    assert found[1e-3, 16].ours == pytest.approx(0.6)
+    assert regions.paper(list(found.values())) is found[1e-4, 16]  # 65%
+    assert "| 1e-4 | 16 | 0.40 | 65% | 98% (3) | - | - | the published method |" in regions.markdown(
+        list(found.values())
+    )
 
 
 def test_every_cell_is_a_valid_recipe_of_its_own() -> None:

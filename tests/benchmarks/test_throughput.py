@@ -129,8 +129,10 @@ def test_a_table_compares_within_rounds() -> None:
     rows = [stages(0, 0.8), row("async", 2, 1.0), row("fopd", 2, 1.25)]
     rows += [stages(1, 0.6), row("async", 2, 0.7, 1), row("fopd", 2, 0.7, 1)]
     table = report.markdown(rows)
-    assert "| 2 | async | 1.21 (1.00 .. 1.43) | 90% (80% .. 100%) |" in table
-    assert "| 2 | fopd | 1.11 (0.80 .. 1.43) | 82% (64% .. 100%) | 90% (80% .. 100%) |" in table
+    assert "| 2 | async | 1.21 (1.00 .. 1.43) | 90% (80% .. 100%) | 100% |" in table
+    assert "| 2 | fopd | 1.11 (0.80 .. 1.43) | 82% (64% .. 100%) | 100% | 90% (80% .. 100%) |" in table
+    assert report.limit(rows[0], 0) == pytest.approx(0.8 / 2.0)
+    assert report.limit(rows[0], 1) == pytest.approx(0.8 / 1.0)
     stage, shares = report.split(rows[1], rows[0])
     assert stage == "learner"
     assert shares == pytest.approx({"alone": 0.8, "slower": 0.0, "other": 0.05, "idle": 0.15})

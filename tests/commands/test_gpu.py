@@ -15,13 +15,14 @@ import torch.distributed as dist
 import transport_kit
 from conftest import TINY, Fopd, check_accounts, lines, small_recipe, summary
 
-from fopd_cli.engines.learner.learner import FsdpLearner
+from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
 from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.vllm import engine as vllm_engine
 from fopd_cli.runtime.crew.fleet import Fleet, WorkerSpec
 from fopd_cli.runtime.crew.messages import Lost
+from fopd_cli.runtime.crew.publisher import Publisher
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.weights.ipc import Ipc
 from fopd_cli.runtime.weights.transport import Shared, Transport
@@ -89,16 +90,22 @@ def test_packed_rows_are_each_sequence_alone(pair: Path, dtype: torch.dtype) -> 
     assert all(torch.isfinite(p.grad).all() for p in packing.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"compile": True}, {"offload": True}, {"optimizer_dtype": torch.bfloat16}], ids=str
-)
+SAVINGS: list[dict[str, Any]] = [{"compile": True}, {"offload": True}, {"optimizer_dtype": "bf16"}]
+
+
+def saving(cfg: LearnerConfig, changes: dict[str, Any]) -> LearnerConfig:
+    """The configuration as a recipe with these keys of its learner makes it."""
+    other = kit.changed(cfg, **changes)
+    return replace(other, loss=replace(other.loss, compile=other.learner.compile))
+
+
+@pytest.mark.parametrize("changes", SAVINGS, ids=str)
 def test_what_saves_time_or_memory_changes_no_loss(
     pair: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     samples = kit.make_samples(pair)
     cfg = kit.config(compute_dtype=torch.bfloat16)
-    other = replace(cfg, **changes)
-    other = replace(other, loss=replace(other.loss, compile=other.compile))
+    other = saving(cfg, changes)
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
@@ -124,6 +131,57 @@ def test_weight_slots_are_page_locked(capfd: pytest.CaptureFixture[str]) -> None
     ((_, found),) = channel.read(3)
     assert found.is_pinned()
     torch.testing.assert_close(found.cuda(), torch.arange(1 << 20, device="cuda", dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_version_is_published_beside_the_next_step_and_its_update_waits_on_the_device(
+    pair: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The publication's stream sleeps for about two seconds before its last read. The step, which takes
+    milliseconds, has its gradients long before that; its weights change only afterwards.
+    """
+    samples, cuda = kit.make_samples(pair), torch.device("cuda")
+    if dtype == torch.bfloat16 and not dist.is_initialized():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/r", rank=0, world_size=1
+        )
+    head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
+    model = hf.load_model(str(pair / "student"), "m", torch.float32)
+    learner = FsdpLearner(model, [head], kit.config(compute_dtype=dtype), cuda, 0, 1)
+    channel = WeightChannel.create([(n, tuple(t.shape), torch.bfloat16) for n, t in learner.publish()])
+    posted: list[Any] = []
+    outlet = Shared(channel).outlet(WorkerSpec("learner", 0, 1, (0,), 1))
+    publisher = Publisher(outlet, True, posted.append)
+    for step in (0, 1):  # all kernels are loaded and all memory is allocated
+        learner.train(step, samples)
+    before = {name: tensor.to(torch.bfloat16).cpu() for name, tensor in learner.publish()}
+    pieces = learner.pieces()
+    assert pieces is not None
+    last = pieces[-1]
+
+    def slowly() -> torch.Tensor:
+        torch.cuda._sleep(4_000_000_000)
+        return last.read()
+
+    said_by_then: list[int] = []
+
+    def before_update() -> None:
+        torch.cuda.current_stream().synchronize()  # the gradients are there
+        said_by_then.append(len(posted))
+        publisher.let_update()
+
+    learner.pieces = lambda: [*pieces[:-1], replace(last, read=slowly)]  # type: ignore[method-assign]
+    publisher.publish(learner)
+    learner.train(2, samples, before_update)
+    after = {name: tensor.to(torch.bfloat16).cpu() for name, tensor in learner.publish()}
+    publisher.finish()
+    assert said_by_then == [0]
+    (published,) = posted
+    assert (published.version, published.nbytes) == (2, sum(t.nbytes for t in before.values()))
+    found = dict(channel.read(2))
+    assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
+    assert not all(torch.equal(found[name], tensor) for name, tensor in after.items())
 
 
 def test_weights_by_handle_are_those_through_the_host(pair: Path, tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gpu_report
+import learner_kit as kit
 import psutil
 import pytest
+import test_gpu
 import torch
 from conftest import ROOT, SLOW
 
@@ -48,6 +51,13 @@ def test_a_part_that_is_stopped_leaves_nothing_running(tmp_path: Path) -> None:
     assert "It was stopped after 6 s" in lines[-1]
     started = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
     assert not [p for p in started if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("changes", test_gpu.SAVINGS, ids=str)
+def test_what_the_gpu_tests_change_is_what_a_recipe_has(changes: dict[str, Any]) -> None:
+    """They run on a GPU only, where a key that was renamed would show last."""
+    plain = kit.config()
+    assert test_gpu.saving(plain, changes) != plain
 
 
 @SLOW

@@ -17,7 +17,9 @@ from fopd_cli.plan.calibrate import Span, carried_over, fitted, measured, undist
 from fopd_cli.plan.contention import Contention, places
 from fopd_cli.plan.cost import Call, Costs, Decoding
 from fopd_cli.recipe import load_recipe
+from fopd_cli.runtime.crew import messages
 from fopd_cli.runtime.crew.crew import LEARNER, Engine, sampler, teacher
+from fopd_cli.runtime.journal.trace import Trace
 from fopd_cli.runtime.placement import Plan, from_plain, place, to_plain
 
 DECODING = Decoding(step=2e-3, row=1e-5, prompt_token=3e-5, load=0.02, rows=64, join=6e-3)
@@ -168,3 +170,15 @@ def test_a_run_that_does_not_say_where_it_ran(tmp_path: Path, text: str | None) 
 def test_a_run_with_too_few_steps(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too few optimizer steps"):
         calibrate.spans(tmp_path, placed())
+
+
+def test_publications_beside_the_next_step_are_the_learners(tmp_path: Path) -> None:
+    trace = Trace(tmp_path / "trace.json")
+    for step in range(5):
+        trace.add("learner-0", messages.Span("train", step, step + 0.9, {"tokens": 9}))
+        publication = messages.Span("publish", step + 0.9, step + 1.2, {"version": step + 1})
+        trace.add("learner-0-publisher", publication)
+    found = calibrate.spans(tmp_path, placed())
+    publications = [s for s in found if s.kind == "publish"]
+    assert [(s.engine, s.args["version"]) for s in publications] == [(LEARNER, v) for v in range(1, 6)]
+    assert [s.end - s.start for s in publications] == pytest.approx([0.3] * 5)

@@ -97,10 +97,19 @@ def test_a_step_without_lag_waits_for_its_longest_response(tiny: Models) -> None
     assert found.tokens == pytest.approx(BATCH * uneven.mean, rel=0.1)
 
 
-def test_delays_publication_and_bookkeeping_count(tiny: Models) -> None:
-    found = costs(1.0, 1.0, 1.0, publish=0.25, bookkeeping=0.5)
+@pytest.mark.parametrize("publish", [0.25, 0.75])
+def test_delays_and_the_longer_of_publication_and_bookkeeping_count(tiny: Models, publish: float) -> None:
+    found = costs(1.0, 1.0, 1.0, publish=publish, bookkeeping=0.5)
     slow = outcome(tiny, 0, found, "teacher.delay_ms=125")
-    assert slow.seconds == pytest.approx(3 + 0.25 + 0.5 + BATCH * 0.125, rel=1e-6)
+    assert slow.seconds == pytest.approx(3 + max(publish, 0.5) + BATCH * 0.125, rel=1e-6)
+
+
+@pytest.mark.parametrize("publish", [0.5, 4.0])
+def test_a_publication_goes_on_beside_the_next_step_which_waits_for_its_end(
+    tiny: Models, publish: float
+) -> None:
+    found = outcome(tiny, 4, costs(0.1, 0.1, 3.0, publish=publish))
+    assert found.seconds == pytest.approx(max(3.0, publish), rel=1e-6)
 
 
 def test_ranks_share_the_tokens_and_replicas_the_samples(tiny: Models) -> None:

@@ -161,6 +161,7 @@ def test_idle_shares_and_pauses_between_two_lives_of_a_run(tmp_path: Path) -> No
     for start in (1000.0, 1010.0, 9000.0):  # the last one after the night
         trace.add("sampler-0", Span("generate", start, start + 5))
         trace.add("learner-0", Span("train", start + 5, start + 10))
+        trace.add("learner-0-publisher", Span("publish", start + 8, start + 9))  # no worker of its own
     found = timeline.pieces(tmp_path / "trace.json")
     assert max(p.end for p in found) == pytest.approx(30)
     assert timeline.idle(found) == pytest.approx({"sampler-0": 0.5, "learner-0": 0.5})

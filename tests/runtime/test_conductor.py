@@ -4,6 +4,7 @@ are lost, every sample is accounted for and none is too old.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ class Unreliable(InProcess):
         if up and self.rng.random() < self.losses:
             engine = self.rng.choice(up)
             self._events = [e for e in self._events if e[2] != engine]
+            heapq.heapify(self._events)
             self.down.add(engine)
             yield engine, m.EngineLost("gone", restarted=True)
             # commands wait for an environment that is starting

@@ -5,6 +5,7 @@ slowly, real checkpoints on a disk.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import random
 import threading
@@ -89,13 +90,13 @@ class Slow:
     ) -> list[float]:
         if isinstance(command, m.SaveCommand):
             return [now + 1, now + 1 + self.save]
-        return [now + self.rng.uniform(1, 3) for _ in answers]
+        return list(itertools.accumulate((self.rng.uniform(1, 3) for _ in answers), initial=now))[1:]
 
     def stopped(self, now: float, engine: Engine) -> None: ...
 
 
 class Overheard(InProcess):
-    """A crew whose commands to the learner and answers to a save are noted."""
+    """A crew whose commands to the learner, publications, and answers to a save are noted."""
 
     def __init__(self, engines: Pretend, cost: Slow, note: Callable[[str], None]) -> None:
         super().__init__(engines, cost)
@@ -108,8 +109,8 @@ class Overheard(InProcess):
 
     def receive(self) -> Iterator[tuple[Engine, m.Event]]:
         for engine, event in super().receive():
-            if isinstance(event, m.Saved):
-                self._note("Saved")
+            if isinstance(event, m.Saved | m.Published):
+                self._note(type(event).__name__)
             yield engine, event
 
 
@@ -143,7 +144,7 @@ class Run:
 
 def test_the_run_goes_on_while_a_save_is_written_and_the_next_one_waits_for_it(tmp_path: Path) -> None:
     run = Run(tmp_path, inputs("schedule.max_lag=2", "checkpoint.every=3"), save=60).run()
-    assert [e for e in run.log if e[0] != "TrainCommand"][:5] == [
+    assert [e for e in run.log if e[0] in ("SaveCommand", "Saved")][:5] == [
         ("SaveCommand", 3),
         ("Saved", 6),
         ("SaveCommand", 6),
@@ -157,6 +158,15 @@ def test_the_run_goes_on_while_a_save_is_written_and_the_next_one_waits_for_it(t
         assert found["learner"] == {"version": step}
         assert found["schedule"]["step"] == step, "as of its own step, not of when it was completed"
     assert [r["step"] for r in run.records.metrics.kind("step")] == list(range(1, STEPS + 1))
+
+
+def test_a_save_begins_once_the_version_of_its_step_is_published(tmp_path: Path) -> None:
+    """Its learner's next step does not, where nothing is saved."""
+    run = Run(tmp_path, inputs("schedule.max_lag=2", "checkpoint.every=3"), save=5).run()
+    before = {e: run.log[i - 1] for i, e in enumerate(run.log) if e[0] != "Saved"}
+    assert [before["SaveCommand", step] for step in (3, 6, 9)] == [("Published", s) for s in (3, 6, 9)]
+    assert before["TrainCommand", 1] == ("TrainCommand", 0)
+    assert run.log.index(("TrainCommand", 1)) < run.log.index(("Published", 1))
 
 
 def test_a_save_is_a_checkpoint_only_when_all_of_it_is_there(tmp_path: Path) -> None:

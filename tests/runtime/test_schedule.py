@@ -68,6 +68,7 @@ class Simulator:
             "sample": (0.1, 5.0),
             "score": (0.1, 1.0),
             "train": (0.5, 2.0),
+            "publish": (0.0, 3.0),
             "load": (0.0, 0.3),
             "reexecute": (0.0, 2.0),
             "fault": (0.0, 30.0),
@@ -95,6 +96,8 @@ class Simulator:
         self.reexecuted: list[str] = []
         self.reexecutions: Counter[int] = Counter()  # as of a step
         self.ahead = 0  # re-executions while a step was under way
+        self.overlapped = 0  # steps that began while the version before was being published
+        self.updating: Any = None  # a step that has all its gradients, and waits for that
         self.lags: list[int] = []
         self.steps: list[tuple[float, tuple[str, ...]]] = []
         self.evaluated: Counter[int] = Counter()
@@ -183,6 +186,9 @@ class Simulator:
             case Load(replica, version):
                 assert version <= s.step
                 assert version >= s.step - 1, "its slot may be overwritten"
+                assert version <= s.published, "its slot is not complete"
+                training = any(t.state is State.TRAINING for t in s.tickets.values())
+                assert version == s.step or not training, "the step under way writes over it"
                 self.from_engine("sampler", replica, "load", lambda: s.on_loaded(replica, version))
             case Reexecute(keys, now):
                 for key in keys:
@@ -208,6 +214,7 @@ class Simulator:
                 self.from_engine("teacher", teacher, "score", lambda c=self.calls: self.scored(teacher, c))
             case Train(step, keys):
                 assert all(r.loading is None or r.loading >= step for r in s.replicas)
+                self.overlapped += s.publishing
                 self.lags += [step - s.tickets[k].version for k in keys]
                 self.trained += [str(s.tickets[k].sample) for k in keys]
                 assert not any(s.tickets[k].state in (State.REEXECUTING, State.REEXECUTED) for k in keys)
@@ -250,7 +257,20 @@ class Simulator:
         self.held -= len(keys)
         self.schedule.on_evaluated(version, keys)
 
+    def published(self, version: int) -> None:
+        self.schedule.on_published(version)
+        if (update := self.updating) is not None:
+            self.updating = None
+            update()
+
     def finish_step(self, step: int, keys: tuple[int, ...]) -> None:
+        """No weight changes before the version before is published."""
+        if self.schedule.publishing:
+            self.updating = lambda: self.finish_step(step, keys)
+            return
+        slots = [r.loading % 2 for r in self.schedule.replicas if r.loading is not None]
+        assert (step + 1) % 2 not in slots, "a sampler reads the slot that is written from now on"
+        self.after("publish", lambda: self.published(step + 1))
         self.held -= len(keys)
         if self.less_ahead:
             self.schedule.ahead = self.rng.randint(0, self.schedule.config.max_lag)
@@ -582,6 +602,7 @@ def test_reexecutions_ahead_do_not_hold_the_learner(lag: int | None) -> None:
         "sample": (0.1, 0.5),
         "score": (0.1, 0.1),
         "train": (4.0, 4.0),
+        "publish": (0.0, 0.0),
         "load": (0.0, 0.0),
         "reexecute": (1.0, 2.0),
     }
@@ -672,6 +693,46 @@ def test_a_straggler_is_overtaken_only_until_its_deadline() -> None:
     assert s.steps[2][0] >= 50
 
 
+def test_a_step_begins_while_the_version_before_is_published_and_samplers_wait_for_that() -> None:
+    s = Schedule(config(max_lag=1, batch=2, steps=3, replicas=2, inflight="keep"), stream, [])
+    s.on_learner_ready()
+    s.actions()
+    for replica in (0, 1):
+        s.on_loaded(replica, 0)
+    generated = [a for a in s.actions() if isinstance(a, Generate)]
+    for action in generated:
+        for key in action.keys:
+            s.on_sampled(action.replica, key, 0)
+            s.on_graded(key)
+    train: Train | None = None
+    while train is None:
+        for action in s.actions():
+            if isinstance(action, Score):
+                s.on_scored(action.teacher, action.keys)
+            train = action if isinstance(action, Train) else train
+    s.on_trained(0, dict.fromkeys(train.keys, "trained"))
+    assert s.actions() == [Train(1, (2, 3))], "no sampler is told to load a version that is not there"
+    s.on_sampler_lost(0)
+    s.on_sampler_back(0)
+    assert s.actions() == [], "nor the one before, over which step 1 writes"
+    s.on_published(1)
+    assert s.actions() == [Load(0, 1), Load(1, 1)]
+    with pytest.raises(RuntimeError, match="version 3 was published, expected 1"):
+        s.on_published(3)
+
+
+def test_publications_overlap_steps_only_where_a_lag_allows_it() -> None:
+    slow = {"publish": (1.0, 3.0), "sample": (0.1, 0.2)}
+    assert Simulator(config(max_lag=2, steps=12), 1, slow).run().overlapped > 6
+    assert Simulator(config(max_lag=0, steps=12), 1, slow).run().overlapped == 0
+    assert Simulator(config(lag=2, steps=12), 1, slow).run().overlapped == 0, "all hold the version before"
+
+
+def test_the_run_ends_with_its_last_version_published() -> None:
+    s = Simulator(config(max_lag=0, batch=1, steps=1)).run().schedule
+    assert (s.step, s.published) == (1, 1)
+
+
 def test_nothing_new_is_admitted_past_the_bound() -> None:
     s = Schedule(config(max_lag=2, batch=4, concurrency=100), stream, [])
     s.on_learner_ready()
@@ -729,9 +790,12 @@ def test_a_restart_repeats_reexecutions_that_ran_ahead() -> None:
     s.on_scored(0, score.keys)
     (train,) = s.actions()
     s.on_trained(0, dict.fromkeys(train.keys, "trained"))
-    train, load = s.actions()
-    assert (type(train), load) == (Train, Load(0, 1))
-    found = [a for a in s.actions() if isinstance(a, Reexecute)]
+    (train,) = s.actions()
+    assert isinstance(train, Train)
+    s.on_published(1)
+    actions = s.actions()
+    assert Load(0, 1) in actions
+    found = [a for a in actions if isinstance(a, Reexecute)]
     assert [a.now for a in found] == [1]
     first, second = found[0].keys
     s.on_reexecuted(first, True)

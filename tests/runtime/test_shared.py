@@ -95,6 +95,10 @@ def test_a_refusal_to_page_lock_is_not_left_for_the_next_kernel(runtime: Any) ->
     assert shared.page_lock(memory, runtime) == 0
     assert runtime.launch() == 0
     assert ctypes.c_int.in_dll(runtime, "registered").value == 1
+    runtime.refuse_with(shared.ALREADY)
+    assert shared.page_lock(memory, runtime) == 0
+    assert runtime.launch() == 0
+    runtime.refuse_with(0)
 
 
 def test_slots_that_cannot_be_locked_are_slower_and_the_log_says_so(

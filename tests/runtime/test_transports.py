@@ -28,7 +28,7 @@ from fopd_cli.runtime.crew.messages import Lost
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.weights import Layout, WeightChannel, layout_bytes
 from fopd_cli.runtime.placement import place
-from fopd_cli.runtime.weights.broadcast import Broadcast, pieces
+from fopd_cli.runtime.weights.broadcast import Broadcast, Hello, pieces
 from fopd_cli.runtime.weights.choice import chosen, conductor_reads, host_bytes
 from fopd_cli.runtime.weights.ipc import Ipc
 from fopd_cli.runtime.weights.transport import Inlet, Shared, Transport
@@ -169,6 +169,24 @@ def test_processes_that_are_not_ours_get_nothing(tmp_path: Path) -> None:
     assert same(loaded(inlet, 0), 0)
 
 
+@SLOW
+def test_a_process_that_stalls_holds_up_nobody_and_is_given_up(tmp_path: Path) -> None:
+    """It says who it is and never joins the group, as one that is stopped."""
+    made = transport("broadcast", tmp_path, timeout_s=8.0)
+    assert isinstance(made, Broadcast)
+    outlet, inlet = made.outlet(LEARNER), made.inlet(SAMPLER, True)
+    outlet.write(0, weights(0))
+    stalled = Client(made.meeting.address, "AF_UNIX", authkey=made.meeting.key)
+    stalled.send(Hello("sampler-1", 0, 0, 1))
+    assert same(loaded(inlet, 0), 0)
+    assert stalled.poll(60)
+    stalled.recv()  # where the group meets
+    assert stalled.poll(60), "the learner hangs up"
+    with pytest.raises(EOFError):
+        stalled.recv()
+    assert same(loaded(inlet, 0), 0)
+
+
 SHAPES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=20)
 
 
@@ -276,12 +294,12 @@ def test_two_learner_ranks_and_two_samplers_and_one_dies_midway(pair: Path, tmp_
     layout = kit.layout(pair, torch.bfloat16)
     transports: dict[str, Transport] = {
         "shared": Shared(WeightChannel.create(layout)),
-        "broadcast": Broadcast.create(layout, tmp_path / ".rendezvous-b", 60.0, False, piece=1 << 14),
+        "broadcast": Broadcast.create(layout, tmp_path / ".rendezvous-b", 300.0, False, piece=1 << 14),
     }
     ranks = [WorkerSpec("learner", rank, 2, (), 1) for rank in range(2)]
     samplers = [WorkerSpec("sampler", rank, 2, (), 1) for rank in range(2)]
     names = [spec.name for spec in samplers]
-    with Fleet(tmp_path, 60, 60) as fleet:
+    with Fleet(tmp_path, 300, 300) as fleet:
         for spec in ranks:
             fleet.start(spec, kit.learner, transports, pair, tmp_path / "ranks")
         for spec in samplers:

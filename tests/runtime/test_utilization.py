@@ -20,14 +20,14 @@ def test_a_role_is_measured_by_its_tokens_over_the_seconds_in_which_it_computed(
     """Roles without a known peak have no MFU; idle time between spans does not count."""
     found = Utilization({"learner-0": 1e-3, "teacher-0": 1e-4, "teacher-1": 1e-4})
     found.worked("learner-0", Span("train", 100.0, 102.0, {"tokens": 1000}))
-    found.worked("learner-0", Span("publish", 102.0, 102.5))
+    found.worked("learner-0-publisher", Span("publish", 102.0, 102.5))
     found.worked("learner-0", Span("train", 110.0, 112.0, {"tokens": 500}))
     found.worked("teacher-0", Span("score", 100.0, 101.0, {"tokens": 2000}))
     found.worked("teacher-1", Span("score", 100.0, 101.0, {"tokens": 4000}))
     found.worked("sampler-0", Span("generate", 0.0, 9.0, {"rows": 5, "prompt_tokens": 7, "tokens": 4}))
     first = found.step()
     assert first["mfu"] == {"learner": pytest.approx(1.5 / 4), "teacher": pytest.approx(0.6 / 2)}
-    assert first["gap_seconds"] == pytest.approx(7.5)
+    assert first["gap_seconds"] == pytest.approx(8.0)
     assert found.step() == {"gap_seconds": 0.0}
 
 

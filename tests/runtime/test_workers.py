@@ -19,7 +19,7 @@ from conftest import wait_for
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.crew import fleet as workers
 from fopd_cli.runtime.crew import out_of_memory, warm
-from fopd_cli.runtime.crew.fleet import Fleet, Mailbox, Worker, WorkerSpec
+from fopd_cli.runtime.crew.fleet import SWITCH_S, Fleet, Mailbox, Worker, WorkerSpec
 from fopd_cli.runtime.crew.messages import Lost, Ready, StopCommand
 
 SPEC = WorkerSpec("sampler", 0, 1, (), 1)
@@ -222,6 +222,14 @@ def test_workers_are_forked_beside_a_driver_only_if_no_device_is_visible(
     monkeypatch.setattr(warm, "DRIVERS", (str(tmp_path / "missing"),))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert warm.may_fork()
+
+
+def test_while_workers_run_their_commands_wait_for_no_python_of_the_conductor(tmp_path: Path) -> None:
+    before = sys.getswitchinterval()
+    with Fleet(tmp_path, 60, 60):
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+        assert before > SWITCH_S
+    assert sys.getswitchinterval() == before
 
 
 def breathing(spec: WorkerSpec, mailbox: Mailbox) -> None:

@@ -41,6 +41,7 @@ from torch.distributed.fsdp import (
 
 from fopd_cli.engines.learner import dcp, lora
 from fopd_cli.engines.learner.micro_batch import MicroBatch, placeholder
+from fopd_cli.engines.learner.pieces import Piece, pieces
 from fopd_cli.engines.learner.prefetch import Lane, Prefetched
 from fopd_cli.engines.learner.staging import Staging
 from fopd_cli.engines.models.heads import HeadRule
@@ -241,7 +242,9 @@ class FsdpLearner:
 
     # ---- one optimizer step --------------------------------------------------------------------------------
 
-    def train(self, step: int, samples: Sequence[Sample]) -> StepReport:
+    def train(
+        self, step: int, samples: Sequence[Sample], before_update: Callable[[], None] = lambda: None
+    ) -> StepReport:
         if step != self.version:
             raise RuntimeError(
                 f"asked for optimizer step {step}, but the student is at version {self.version}"
@@ -277,6 +280,7 @@ class FsdpLearner:
                 f"the gradient of optimizer step {step} is not finite ({grad_norm}); nothing was updated"
             )
         if not skipped:
+            before_update()
             self._update(lr)
         floor = self.floor.value
         self.floor.update(
@@ -296,8 +300,6 @@ class FsdpLearner:
             noise_floor=floor,
             tokens=sum(lengths),
             padded_tokens=self._padded(samples, micro),
-            publish_seconds=0.0,
-            publish_bytes=0,
         )
 
     def _update(self, lr: float) -> None:
@@ -484,6 +486,10 @@ class FsdpLearner:
             yield from lora.adapters(self.student.lm)
         else:
             yield from lora.merged(self.student.lm, dtypes or {})
+
+    @torch.no_grad()
+    def pieces(self) -> list[Piece] | None:
+        return pieces(self.student.lm, self.config.adapter_only, self.rank)
 
     def snapshot(self, staged: bool) -> dcp.Snapshot:
         if self.world > 1 and self._writers is None:

@@ -89,18 +89,25 @@ def merged(lm: nn.Module, dtypes: Mapping[str, torch.dtype] = MappingProxyType({
     A collective if the weights are sharded. A shard whose dtype in `dtypes` is narrower is cast before it is
     gathered: the numbers are the same, and half of them travel.
     """
+    for name, tensor, layer in base(lm):
+        if layer is not None:
+            yield name, whole(tensor).float() + _delta(layer)
+        else:
+            dtype = dtypes.get(name, tensor.dtype)
+            yield name, whole(tensor.to(dtype) if dtype.itemsize < tensor.dtype.itemsize else tensor)
+
+
+def base(lm: nn.Module) -> Iterator[tuple[str, Tensor, Any]]:
+    """Every distinct weight that is no adapter, as it is held here, under its Hugging Face name, with the
+    layer whose adapter changes it (None: nothing does).
+    """
     layers = {_adapted(name, m): m for name, m in lm.named_modules() if hasattr(m, "lora_A")}
     seen: set[int] = set()
     for name, tensor in lm.state_dict(keep_vars=True).items():
-        if id(tensor) in seen or is_adapter(name):
-            continue
-        seen.add(id(tensor))
-        own = _plain(name).replace(".base_layer", "")
-        if own in layers:
-            yield own, whole(tensor).float() + _delta(layers[own])
-        else:
-            dtype = dtypes.get(own, tensor.dtype)
-            yield own, whole(tensor.to(dtype) if dtype.itemsize < tensor.dtype.itemsize else tensor)
+        if id(tensor) not in seen and not is_adapter(name):
+            seen.add(id(tensor))
+            own = _plain(name).replace(".base_layer", "")
+            yield own, tensor, layers.get(own)
 
 
 def _adapted(name: str, layer: Any) -> str:
@@ -128,9 +135,15 @@ def check_adapter_alone(lm: nn.Module, key: str) -> None:
 
 def adapters(lm: nn.Module) -> Named:
     """A and B of every adapted layer, whole, under peft's names. A collective if they are sharded."""
+    for name, tensor in held_adapters(lm):
+        yield name, whole(tensor)
+
+
+def held_adapters(lm: nn.Module) -> Named:
+    """The same as they are held here."""
     for name, tensor in lm.state_dict(keep_vars=True).items():
         if is_adapter(name):
-            yield "base_model.model." + _plain(name).replace(f".{ADAPTER}.", "."), whole(tensor)
+            yield "base_model.model." + _plain(name).replace(f".{ADAPTER}.", "."), tensor
 
 
 def write_adapter(

@@ -44,6 +44,9 @@ from fopd_cli.runtime.crew.warm import PR_SET_PDEATHSIG, STOPPING
 
 STOP_TIMEOUT_S = 10.0
 REFUSAL_WAIT_S = 15.0  # for other refusals, once one worker has refused to start
+# A command leaves through a thread of its queue. With Python's own interval of 5 ms it would wait for as long
+# as the conductor goes on writing down what has happened.
+SWITCH_S = 0.0005
 # They start other people's programs, in which these signals must keep their usual meaning.
 STARTERS = ("grader", "environment", "eval")
 
@@ -166,12 +169,15 @@ class Fleet:
         warm.track()
 
     def __enter__(self) -> Fleet:
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
             self.stop()
         self.kill()
+        sys.setswitchinterval(self._interval)
 
     def start(
         self, spec: WorkerSpec, target: Callable[..., None], *args: Any, replaceable: bool = False

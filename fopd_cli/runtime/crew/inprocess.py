@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -32,8 +33,8 @@ class Engines(Protocol):
     """What does the work."""
 
     def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
-        """All answers to a command: one per sample for a `GenerateCommand`, two for a `SaveCommand`, none for
-        commands that ask for nothing, else one.
+        """All answers to a command: one per sample for a `GenerateCommand`, two for a `TrainCommand` or a
+        `SaveCommand`, none for commands that ask for nothing, else one.
         """
         ...
 
@@ -60,6 +61,7 @@ class Virtual:
         self.engines, self.now = engines, 0.0
         self._events: list[tuple[float, int, Engine, m.Event]] = []  # a heap
         self._order = itertools.count()
+        self._trained = self._published = -math.inf  # when a learner last was
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +76,11 @@ class Virtual:
         self._happens(self.now, Engine(waker), m.Leased(waker))
 
     def _happens(self, at: float, engine: Engine, event: m.Event) -> None:
+        match event:  # a learner publishes what it has trained, and its next update waits for that
+            case m.Trained():
+                at = self._trained = max(at, self._published)
+            case m.Published():
+                at = self._published = max(at, self._trained)
         heapq.heappush(self._events, (at, next(self._order), engine, event))
 
     def _happened(self) -> Iterator[tuple[Engine, m.Event]]:
@@ -122,7 +129,7 @@ class LocalEngines:
 
     def __init__(self, plan: Plan, setup: Setup) -> None:
         self.setup = setup
-        self._posted: list[m.Saved | m.Failed] = []
+        self._posted: list[m.Message] = []
         self.learner = Learning(_alone(plan.learners[0]), setup, _breathe, self._posted.append)
         self.teachers = [Teaching(_alone(ranks[0]), setup, _breathe) for ranks in plan.teachers]
         self.samplers = [Sampling(_alone(spec), setup) for spec in plan.samplers]
@@ -146,7 +153,9 @@ class LocalEngines:
                 return _answers(self.samplers[engine.index].do(command))
             case m.ScoreCommand():
                 return _answers(self.teachers[engine.index].do(command))
-            case m.TrainCommand() | m.EvaluateCommand():
+            case m.TrainCommand():
+                return self._train(command)
+            case m.EvaluateCommand():
                 return _answers(self.learner.do(command))
             case m.SaveCommand():
                 return self._save(command)
@@ -161,11 +170,24 @@ class LocalEngines:
             case _:
                 assert_never(command)
 
+    def _train(self, command: m.TrainCommand) -> Sequence[m.Answer]:
+        """Until it is published: nothing goes on beside that here."""
+        self.learner.do(command)
+        self.learner.publisher.finish()
+        return self._said()
+
     def _save(self, command: m.SaveCommand) -> Sequence[m.Answer]:
         """At once: nothing goes on beside it here."""
         answers = _answers(self.learner.do(replace(command, staged=False)))
-        saved, self._posted[:] = list(self._posted), []
-        return [*answers, *(a for message in saved for a in _answers(message))]
+        return [*answers, *self._said()]
+
+    def _said(self) -> list[m.Answer]:
+        """What the learner has said beside its answers since the last call."""
+        said, self._posted[:] = list(self._posted), []
+        for message in said:
+            if isinstance(message, m.Failed):
+                raise RuntimeError(message.message)
+        return [answer for message in said for answer in _answers(message)]
 
     def _generate(self, sampler: Sampling, command: m.GenerateCommand) -> list[m.Answer]:
         """One answer per sample, in key order."""

@@ -1,5 +1,5 @@
 """Messages between the conductor and its engines. Commands are answered in the order in which they were sent;
-only `Saved` comes whenever it does.
+only `Saved` and `Published` come whenever they do.
 
 Each kind of engine has a union of the commands that it takes; `Event` is all that the conductor may receive.
 Code that handles one ends in `assert_never`, so a forgotten message is a type error, and raises.
@@ -92,7 +92,9 @@ class ReexecuteCommand:
 
 @dataclass
 class TrainCommand:
-    """Take optimizer step `step` on these samples; `lags` are their ages in optimizer steps."""
+    """Take optimizer step `step` on these samples; `lags` are their ages in optimizer steps. Answered twice:
+    by `Trained`, from when on the learner takes the next step, and by `Published`, before the next `Trained`.
+    """
 
     step: int
     rollouts: list[Rollout]
@@ -216,7 +218,16 @@ class Reexecuted:
 @dataclass
 class Trained:
     report: StepReport
-    spans: list[Span]
+    span: Span
+
+
+@dataclass
+class Published:
+    """All of this version is in its slot. `nbytes`: what was written."""
+
+    version: int
+    nbytes: int
+    span: Span
 
 
 @dataclass
@@ -270,7 +281,8 @@ class Lost:
     mistake: bool = False
 
 
-Answer = Sampled | Loaded | Scored | Graded | Observed | Reexecuted | Trained | Evaluated | Staged | Saved
+Learned = Trained | Published | Evaluated | Staged | Saved
+Answer = Sampled | Loaded | Scored | Graded | Observed | Reexecuted | Learned
 Message = Answer | Ready | Asleep | Awake | Failed | Lost
 
 # ---- crew -> conductor

@@ -45,7 +45,7 @@ class Pretend:
             case m.ScoreCommand(rollouts):
                 return [m.Scored([rollout.key for rollout in rollouts], NOW)]
             case m.TrainCommand(step, rollouts, _, lags):
-                return [m.Trained(_report(step, rollouts, lags), [])]
+                return [m.Trained(_report(step, rollouts, lags), NOW), m.Published(step + 1, 0, NOW)]
             case m.EvaluateCommand(rollouts, _, lags):
                 return [m.Evaluated(_stats(rollouts, lags), NOW)]
             case m.SaveCommand():
@@ -113,6 +113,4 @@ def _report(step: int, rollouts: Sequence[Rollout], lags: Sequence[int]) -> Step
         noise_floor=0.0,
         tokens=tokens,
         padded_tokens=tokens,
-        publish_seconds=0.0,
-        publish_bytes=0,
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from fopd_cli.errors import Interrupted, WorkerError
+from fopd_cli.names import beside
 from fopd_cli.runtime.build import Setup
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew import roles
@@ -54,7 +55,8 @@ class Processes:
         self._say = say
         self._engines = _engines(plan, reexecutable)
         self._calls = {engine: Calls(len(ranks)) for engine, ranks in self._engines.items()}
-        self._saves = Calls(len(plan.learners))  # under way, beside the learner's other commands
+        # under way beside the learner's other commands
+        self._saves, self._publications = Calls(len(plan.learners)), Calls(len(plan.learners))
         self._restarts = Restarts(plan, setup.recipe.runtime.restarts)
         self._running: dict[Engine, set[int]] = {e: set() for e in self._engines if e.role == "sampler"}
         self._loading: set[Engine] = set()
@@ -146,9 +148,13 @@ class Processes:
                 if (worker := self._worker(engine)) is not None:
                     worker.aborts += 1
                 self._tell_sampler(engine, command)
-            case m.ScoreCommand() | m.TrainCommand() | m.EvaluateCommand():
+            case m.ScoreCommand() | m.EvaluateCommand():
                 self._calls[engine].asked()
                 self._tell(self._engines[engine], command)
+            case m.TrainCommand():
+                self._calls[engine].asked()
+                self._publications.asked()
+                self._tell(self._engines[engine], command, answers=2)
             case m.SaveCommand():
                 self._calls[engine].asked()
                 self._saves.asked()
@@ -216,9 +222,8 @@ class Processes:
             return
         if self.fleet.workers.get(worker.name) is not worker:
             return  # sent before it was lost
-        track = f"{worker.name}-writer" if isinstance(message, m.Saved) else worker.name
         for span in _spans(message):
-            yield engine, m.Worked(track, span)
+            yield engine, m.Worked(track(worker.name, message), span)
         match message:
             case m.Sampled(rollouts):
                 if message.aborts == worker.aborts:  # else sent before it saw the abort
@@ -234,6 +239,9 @@ class Processes:
                     yield engine, answer
             case m.Saved():
                 if (answer := self._saves.answered(worker.spec.rank, message)) is not None:
+                    yield engine, answer
+            case m.Published():
+                if (answer := self._publications.answered(worker.spec.rank, message)) is not None:
                     yield engine, answer
             case m.Graded() | m.Observed() | m.Reexecuted():
                 yield engine, message
@@ -304,10 +312,25 @@ def _engines(plan: Plan, reexecutable: bool) -> dict[Engine, tuple[WorkerSpec, .
     return engines
 
 
+def track(worker: str, message: m.Message) -> str:
+    """Whose line in the timeline the message's spans are on: what a learner does beside its steps has lines
+    of its own.
+    """
+    match message:
+        case m.Saved():
+            return beside(worker, "writer")
+        case m.Published():
+            return beside(worker, "publisher")
+        case _:
+            return worker
+
+
 def _spans(message: m.Message) -> list[m.Span]:
     match message:
-        case m.Sampled() | m.Trained():
+        case m.Sampled():
             return message.spans
+        case m.Trained() | m.Published():
+            return [message.span]
         case m.Loaded() | m.Scored() | m.Graded() | m.Observed() | m.Reexecuted() | m.Evaluated():
             return [message.span]
         case m.Staged() | m.Saved():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from fopd_cli.runtime.crew import messages as m
 
@@ -35,8 +36,13 @@ class Calls:
 
 def _as_one(answers: list[m.Answer]) -> m.Answer:
     """Rank 0's answer counts. If one rank could not write its part of a checkpoint, the save failed; else
-    the files of all ranks are its files.
+    the files of all ranks are its files. A version is published when all its parts are.
     """
+    published = [a for a in answers if isinstance(a, m.Published)]
+    if published:
+        spans, first = [p.span for p in published], published[0]
+        whole = replace(first.span, start=min(s.start for s in spans), end=max(s.end for s in spans))
+        return m.Published(first.version, sum(p.nbytes for p in published), whole)
     saved = [a for a in answers if isinstance(a, m.Saved)]
     if not saved:
         return answers[0]

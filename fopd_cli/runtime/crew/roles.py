@@ -23,9 +23,9 @@ from fopd_cli.runtime.build import Setup, build_learner, build_sampler, build_te
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.environment import Environments
 from fopd_cli.runtime.crew.fleet import Mailbox, WorkerSpec
+from fopd_cli.runtime.crew.publisher import Publisher
 from fopd_cli.runtime.crew.writer import Writer
 from fopd_cli.runtime.memory.arena import targets_at
-from fopd_cli.runtime.weights.transport import Outlet
 from fopd_cli.samples import Prompt, Rollout, Sample, TeacherTargets
 from fopd_cli.tasks import load_task
 from fopd_cli.tasks.base import Grade
@@ -33,11 +33,12 @@ from fopd_cli.tasks.base import Grade
 SPAN_S = 0.25  # a sampler that is never idle reports its work in spans of about this length
 
 
-def _serve(mailbox: Mailbox, do: Callable[[Any], m.Message]) -> None:
-    """Answer every command with one message, until it is time to stop."""
+def _serve(mailbox: Mailbox, do: Callable[[Any], m.Message | None]) -> None:
+    """Carry out every command and send what it returns, until it is time to stop."""
     mailbox.send(m.Ready())
     while not isinstance(command := mailbox.receive(block=True), m.StopCommand):
-        mailbox.send(do(command))
+        if (answer := do(command)) is not None:
+            mailbox.send(answer)
 
 
 def _rest(engine: Sampler | Teacher | Learner, command: m.RestCommand) -> m.Asleep | m.Awake:
@@ -207,27 +208,24 @@ def score(
 
 
 class Learning:
-    """All ranks get the same command and answer it; rank 0's report counts. `post` takes what has no place in
-    the order of answers, from any thread.
+    """All ranks get the same command and answer it; rank 0's report counts. `post` takes what is said beside
+    the answers, from any thread.
     """
 
     def __init__(
-        self,
-        spec: WorkerSpec,
-        setup: Setup,
-        breathe: Callable[[], None],
-        post: Callable[[m.Saved | m.Failed], None],
+        self, spec: WorkerSpec, setup: Setup, breathe: Callable[[], None], post: Callable[[m.Message], None]
     ) -> None:
-        self.engine, self.spec, self.setup = build_learner(spec, setup, breathe), spec, setup
-        self.writer = Writer(post)
-        self.weights = setup.weights.outlet(spec)
-        publish(self.engine, self.weights)
+        self.engine, self.setup, self._post = build_learner(spec, setup, breathe), setup, post
+        weights = setup.weights.outlet(spec)
+        self.writer, self.publisher = Writer(post), Publisher(weights, bool(spec.devices), post)
+        weights.write(self.engine.version, self.engine.publish(weights.dtypes))
 
-    def do(self, command: m.LearnerCommand | m.RestCommand) -> m.Message:
+    def do(self, command: m.LearnerCommand | m.RestCommand) -> m.Message | None:
         start = time.time()
         match command:
             case m.TrainCommand(step, rollouts, regions, lags):
-                return self._train(start, step, self._samples(rollouts, regions, lags))
+                self._train(start, step, self._samples(rollouts, regions, lags))
+                return None
             case m.EvaluateCommand(rollouts, regions, lags):
                 stats = self.engine.evaluate(self._samples(rollouts, regions, lags))
                 return m.Evaluated(stats, m.Span("measure", start, time.time()))
@@ -235,20 +233,18 @@ class Learning:
                 self.writer.write(self.engine.snapshot(command.staged), command)
                 return m.Staged(m.Span("save", start, time.time()))
             case m.SleepCommand() | m.WakeCommand():
+                self.publisher.finish()
                 return _rest(self.engine, command)
             case _:
                 assert_never(command)
 
-    def _train(self, start: float, step: int, samples: list[Sample]) -> m.Trained:
-        report = self.engine.train(step, samples)
-        trained = time.time()
-        report.publish_bytes = publish(self.engine, self.weights)
-        report.publish_seconds = time.time() - trained
-        spans = [
-            m.Span("train", start, trained, {"step": step, "tokens": report.tokens}),
-            m.Span("publish", trained, time.time(), {"version": self.engine.version}),
-        ]
-        return m.Trained(report, spans)
+    def _train(self, start: float, step: int, samples: list[Sample]) -> None:
+        """The next step may begin with `Trained`, while the version is published."""
+        report = self.engine.train(step, samples, self.publisher.let_update)
+        self.publisher.finish()
+        span = m.Span("train", start, time.time(), {"step": step, "tokens": report.tokens})
+        self._post(m.Trained(report, span))
+        self.publisher.publish(self.engine)
 
     def _samples(self, rollouts: list[Rollout], regions: list[m.Region], lags: list[int]) -> list[Sample]:
         targets = _targets(self.setup, regions)
@@ -260,13 +256,6 @@ def learner_main(spec: WorkerSpec, mailbox: Mailbox, setup: Setup) -> None:
     _serve(mailbox, Learning(spec, setup, mailbox.beat, mailbox.post).do)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def publish(engine: Learner, weights: Outlet) -> int:
-    """Write the learner's weights into their slot; all ranks gather, and those write that are to keep them.
-    Returns this rank's bytes.
-    """
-    return weights.write(engine.version, engine.publish(weights.dtypes))
 
 
 # ---- grader

@@ -70,6 +70,8 @@ class Journal:
         self._evaluation = _Evaluation()
         self._pace = Pace(recipe.learner.steps, recipe.eval.every or recipe.learner.steps)
         self._load: dict[str, float] = {}  # a sampler's latest weight update
+        # lines of metrics.jsonl that wait for the publication of a step's version; the step's is the first
+        self._unpublished: list[dict[str, Any]] = []
         self._began = self._step_began = self._version_since = time.time()
         self._cpu = time.process_time()
 
@@ -136,8 +138,9 @@ class Journal:
     def trained(
         self, report: StepReport, batch: Sequence[tuple[SampleId, Entry]], runtime: Mapping[str, Any]
     ) -> None:
-        """An optimizer step and its publication are done. `batch` is in the order of `report.stats`;
-        `runtime` holds metrics that depend on the clock, as they were then: the next one may have begun.
+        """An optimizer step is done; its metrics are written once its version is `published`. `batch` is in
+        the order of `report.stats`; `runtime` holds metrics that depend on the clock, as they were then: the
+        next one may have begun.
         """
         step, stats = report.step + 1, report.stats
         self.totals.count(stats, report.skipped)
@@ -148,9 +151,6 @@ class Journal:
             "busy": self.sinks.busy_shares(),
             **self._utilization.step(),
             **runtime,
-            "publish_seconds": report.publish_seconds,
-            "publish_bytes": report.publish_bytes,
-            "publish_gb_per_s": report.publish_bytes / 1e9 / max(report.publish_seconds, 1e-9),
             **records.tool_seconds(rollouts),
             "wall_seconds": self.wall_seconds,
             **self._load,
@@ -160,9 +160,8 @@ class Journal:
             str(sample): records.outcome(weight)
             for (sample, _), weight in zip(batch, stats.weight, strict=True)
         }
-        self.sinks.metrics.write({**record, "timing": timing})
+        self._unpublished = [{**record, "timing": timing}]
         self.sinks.ledger.write(records.ledger(step, outcomes))
-        self.sinks.scalars(records.scalars(record, timing), step)
         self.sinks.histograms(records.histograms(stats), step)
         if self._progress is not None:
             self._pace.step(step, time.time())
@@ -173,6 +172,17 @@ class Journal:
             self.warn(step, warning)
         if step % max(1, self.recipe.learner.steps // SAMPLES) == 0:
             self._write_sample(step, *batch[0])
+
+    def published(self, nbytes: int, span: Span) -> None:
+        """All of the last step's version can be loaded."""
+        seconds, lines = span.end - span.start, self._unpublished
+        self._unpublished = []
+        timing = lines[0]["timing"]
+        timing["publish_seconds"], timing["publish_bytes"] = seconds, nbytes
+        timing["publish_gb_per_s"] = nbytes / 1e9 / max(seconds, 1e-9)
+        for line in lines:
+            self.sinks.metrics.write(line)
+        self.sinks.scalars(records.scalars(lines[0], timing), lines[0]["step"])
 
     def evaluated_samples(
         self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry, str | None]]
@@ -213,7 +223,8 @@ class Journal:
         """The buffer was dropped."""
         ids = [str(sample) for sample in samples]
         timing = {"dropped": len(ids)}
-        self.sinks.metrics.write({"kind": "refresh", "step": step, "reason": reason, "timing": timing})
+        line = {"kind": "refresh", "step": step, "reason": reason, "timing": timing}
+        (self._unpublished.append if self._unpublished else self.sinks.metrics.write)(line)
         self.sinks.ledger.write({"step": step, "refreshed": ids})
         self.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
 

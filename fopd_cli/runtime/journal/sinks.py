@@ -27,7 +27,7 @@ from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal.trace import Trace
 from fopd_cli.runtime.journal.trackers import Tracker
 
-BUSY = ("generate", "score", "train", "publish", "measure", "grade")
+BUSY = ("generate", "score", "train", "measure", "grade")
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Telemetry:
         self._window = self._began = time.time()
 
     def span(self, worker: str, span: Span) -> None:
-        """Note what a worker did; waiting and loading do not count as busy."""
+        """Note what a worker did; waiting, and copying weights, do not count as busy."""
         self.trace.add(worker, span)
         if span.name in BUSY:
             self._busy[worker] += span.end - span.start

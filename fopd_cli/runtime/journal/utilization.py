@@ -25,14 +25,13 @@ class Utilization:
         self._at_peak = at_peak
         self._least: dict[str, float] = defaultdict(float)  # by role, since the last step
         self._seconds: dict[str, float] = defaultdict(float)
-        self._published: float | None = None  # when the learner last published
+        self._trained: float | None = None  # when the learner's last step ended
         self._gap = 0.0
 
     def worked(self, worker: str, span: Span) -> None:
-        if worker == LEARNER and span.name == "train" and self._published is not None:
-            self._gap += max(0.0, span.start - self._published)
-        if worker == LEARNER and span.name == "publish":
-            self._published = span.end
+        if worker == LEARNER and span.name == "train":
+            self._gap += 0.0 if self._trained is None else max(0.0, span.start - self._trained)
+            self._trained = span.end
         tokens, a_token = _tokens(span), self._at_peak.get(worker)
         if tokens is not None and a_token is not None:
             role = worker.split("-")[0]
@@ -41,7 +40,7 @@ class Utilization:
 
     def step(self) -> dict[str, Any]:
         """`mfu` by role for what it computed since the last call, and `gap_seconds` that the learner waited
-        between two steps. Evaluations count as gap.
+        between two steps. Evaluations count as gap, and so does a publication that it had to wait for.
         """
         mfu = {role: self._least[role] / seconds for role, seconds in self._seconds.items() if seconds > 0}
         found = {"mfu": mfu} if mfu else {}

@@ -19,6 +19,7 @@ from fopd_cli.runtime.memory.sizes import SHM, free_shared_memory
 
 PORTABLE = 1  # cudaHostRegister's flag: pinned for all contexts
 NO_ERROR = 0
+ALREADY = 712  # cudaErrorHostMemoryAlreadyRegistered
 
 
 def shared_bytes(nbytes: int) -> Tensor:
@@ -44,7 +45,8 @@ def shared_bytes(nbytes: int) -> Tensor:
 
 
 def page_lock(memory: Tensor, runtime: Any) -> int:
-    """Have CUDA's runtime library lock the memory's pages; returns its error, 0 if there is none.
+    """Have CUDA's runtime library lock the memory's pages; returns its error, 0 if there is none. Memory that
+    another engine in this process has locked is locked.
 
     A refusal stays pending in the library until it is read, and would look like a failure of the next kernel
     launch; so it is read here.
@@ -53,7 +55,7 @@ def page_lock(memory: Tensor, runtime: Any) -> int:
     error = int(runtime.cudaHostRegister(pointer, size, ctypes.c_uint(PORTABLE)))
     if error != NO_ERROR:
         runtime.cudaGetLastError()
-    return error
+    return NO_ERROR if error == ALREADY else error
 
 
 def cuda_runtime() -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,17 +56,20 @@ def layout_bytes(layout: Layout) -> int:
 @dataclass
 class WeightChannel:
     """The two slots. The schedule never lets a slot be overwritten while a sampler may still read it; the
-    version stamped before and after the copy proves it, and a mismatch raises.
+    version that whoever writes stamps before and after the copy proves it, and a mismatch raises.
     """
 
     layout: Layout
     memory: Tensor  # uint8 (2 * slot_bytes): of the host, or a device's
-    stamps: Tensor  # int64 (2 slots, 2): version when writing began, version when it was complete
+    # int64 (2 slots, ranks that write, 2): version when writing began, version when it was complete
+    stamps: Tensor
 
     @classmethod
-    def create(cls, layout: Layout, memory: bool = True) -> WeightChannel:
-        """`memory=False`: layout and stamps alone; the slots are elsewhere, or not used."""
-        stamps = torch.full((2, 2), -1, dtype=torch.int64).share_memory_()
+    def create(cls, layout: Layout, memory: bool = True, ranks: int = 1) -> WeightChannel:
+        """`memory=False`: layout and stamps alone; the slots are elsewhere, or not used. `ranks`: how many
+        may each write a part of a version.
+        """
+        stamps = torch.full((2, ranks, 2), -1, dtype=torch.int64).share_memory_()
         channel = cls(layout, torch.empty(0, dtype=torch.uint8), stamps)
         if memory:
             channel.memory = shared_bytes(max(2 * channel.slot_bytes, ALIGNMENT))
@@ -99,10 +103,23 @@ class WeightChannel:
 
         Ranks that only take part in gathering the weights pass `keep=False`.
         """
-        stamps, missing, written = self.stamps[version % 2], set(self.dtypes), 0
-        views = dict(self.slot_of(version)) if keep else {}
-        if keep:
-            stamps[0] = version
+        with self.writing(version) if keep else nullcontext(()) as slot:
+            return self._written(version, weights, dict(slot), keep)
+
+    @contextmanager
+    def writing(self, version: int, rank: int | None = None) -> Iterator[SharedWeights]:
+        """The slot, for whoever writes all of this version into it, or as one of several ranks a part. That
+        is complete when it leaves without an error.
+        """
+        stamps = self.stamps[version % 2, slice(None) if rank is None else rank]
+        stamps[..., 0] = version
+        yield self.slot_of(version)
+        stamps[..., 1] = version
+
+    def _written(
+        self, version: int, weights: Iterator[tuple[str, Tensor]], views: dict[str, Tensor], keep: bool
+    ) -> int:
+        missing, written = set(self.dtypes), 0
         streams = set()
         for name, tensor in weights:
             missing.remove(name)
@@ -115,8 +132,6 @@ class WeightChannel:
             stream.synchronize()
         if missing:
             raise RuntimeError(f"version {version} lacks the weights {sorted(missing)[:3]}")
-        if keep:
-            stamps[1] = version
         return written
 
     def read(self, version: int) -> SharedWeights:
@@ -126,8 +141,8 @@ class WeightChannel:
 
     def check(self, version: int) -> None:
         """Raises if the slot does not hold all of this version (any more)."""
-        found = self.stamps[version % 2].tolist()
-        if found != [version, version]:
+        found = self.stamps[version % 2].flatten().tolist()
+        if set(found) != {version}:
             raise RuntimeError(
                 f"weights of version {version} were overwritten while they were read (stamps {found})"
             )
@@ -135,7 +150,8 @@ class WeightChannel:
     @property
     def held(self) -> list[int]:
         """The versions that are here as a whole."""
-        return [begun for begun, complete in self.stamps.tolist() if begun == complete >= 0]
+        stamps = [set(slot) for slot in self.stamps.flatten(1).tolist()]
+        return [version for slot in stamps if len(slot) == 1 for version in slot if version >= 0]
 
     def slot(self, version: int) -> Tensor:
         """uint8 `(slot_bytes,)`: the slot that a version has, whatever is in it."""

@@ -37,8 +37,9 @@ not fit takes room from the last groups, which are scored again later, as whole 
 that is half scored is scored again. Under a fixed lag the rest of the current window is still sampled by
 version `step - 1` (`resume_version`), whose weights the checkpoint holds for that.
 
-**Two weight slots.** Version t + 1 is written over version t - 1, so step t starts only when no sampler is
-still being told to load something older than t.
+**Two weight slots.** Version t + 1 is written over version t - 1, once step t is done. Step t may start while
+version t is still being published, but only when no sampler is still loading something older; and from the
+end of a step until its version is published, no sampler is told to load anything.
 
 **Re-execution.** Before a step, the calls of its batch's oldest samples with a lag of at least
 `reexecute_min_lag`, at most `reexecutions` of them, are executed again, once each; samples whose context
@@ -121,6 +122,7 @@ class Schedule:
         self.cursor = 0  # next number of the prompt stream
         self.next_key = 0
         self.step = 0  # optimizer steps done == version of the student
+        self.published = -1  # the newest version in a slot
         self.consumed = 0  # samples consumed by those steps
         self.replicas = [_Replica() for _ in range(config.replicas)]
         self.learner_busy = True  # until `on_learner_ready`
@@ -140,6 +142,7 @@ class Schedule:
 
     def on_learner_ready(self) -> None:
         """The learner has published version `step` and can train."""
+        self.published = self.step
         self.learner_busy = False
 
     def on_loaded(self, replica: int, version: int) -> None:
@@ -191,8 +194,8 @@ class Schedule:
                 self.reexecuted_now -= 1
 
     def on_trained(self, step: int, outcomes: dict[int, Literal["trained", "gated"]]) -> None:
-        """The optimizer step is done and its version published; `outcomes` names every sample of the
-        batch.
+        """The optimizer step is done, and its version is being published; `outcomes` names every sample of
+        the batch.
         """
         if step != self.step:
             raise RuntimeError(f"the learner finished step {step}, expected {self.step}")
@@ -202,6 +205,12 @@ class Schedule:
         self.consumed += len(outcomes)
         self.step += 1
         self.learner_busy = False
+
+    def on_published(self, version: int) -> None:
+        """The newest version is in its slot; samplers may load it."""
+        if version != self.step:
+            raise RuntimeError(f"version {version} was published, expected {self.step}")
+        self.published = version
 
     def on_evaluated(self, version: int, keys: Iterable[int]) -> bool:
         """Some held-out samples are evaluated; returns whether the evaluation at `version` is complete."""
@@ -280,7 +289,13 @@ class Schedule:
 
     @property
     def done(self) -> bool:
-        return self.step == self.config.steps and self._eval_due() is None and not self.learner_busy
+        at_end = self.step == self.config.steps and self._eval_due() is None
+        return at_end and not self.learner_busy and not self.publishing
+
+    @property
+    def publishing(self) -> bool:
+        """Whether the newest version is still on its way to its slot."""
+        return self.published < self.step
 
     @property
     def in_flight(self) -> int:
@@ -311,7 +326,8 @@ class Schedule:
 
     def _busy(self) -> bool:
         sampling = any(r.running or r.loading is not None for r in self.replicas)
-        return self.learner_busy or any(t.scoring for t in self.teachers) or sampling
+        learning = self.learner_busy or self.publishing
+        return learning or any(t.scoring for t in self.teachers) or sampling
 
     def _pass_lease(self) -> list[Action]:
         """A role with work gets the box: the learner first, so that samples are consumed while they are
@@ -610,8 +626,10 @@ class Schedule:
         return out
 
     def _next_version(self, replica: _Replica) -> int | None:
-        """The version that the replica should load now, if any."""
-        if not replica.up or replica.loading is not None:
+        """The version that the replica should load now, if any. None while a newer one is being published:
+        the step that may be under way would write over what is loaded instead.
+        """
+        if not replica.up or replica.loading is not None or self.publishing:
             return None
         if replica.blank:  # with a fixed lag the version that it had, which is still in one of the two slots
             keep = self.config.lag is not None and replica.loaded >= 0 and not replica.stale
@@ -638,8 +656,10 @@ class Schedule:
 
     def _admissible(self, replica: _Replica) -> tuple[list[int], int]:
         """(held-out samples, number of training samples) that the replica may be given now."""
-        draining = self.config.lag is None and self.config.inflight == "wait" and replica.loaded < self.step
-        if not replica.up or replica.loading is not None or replica.blank or draining:
+        waiting = self.config.lag is None and self.config.inflight == "wait"
+        draining = waiting and replica.loaded < self.published
+        outdated = replica.blank or (replica.stale and replica.loaded < self.step)
+        if not replica.up or replica.loading is not None or outdated or draining:
             return [], 0
         # Whole groups where two runs must agree: a batch's composition then does not depend on timing.
         free = self.config.concurrency - len(replica.running)

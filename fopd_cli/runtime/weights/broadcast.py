@@ -313,7 +313,7 @@ class Broadcast:
             return Outlet(self.slots, keep=False)
         memory = torch.zeros(2 * self.slots.slot_bytes, dtype=torch.uint8, device=_device(spec))
         slots = replace(self.slots, memory=memory)
-        outlet = Outlet(slots, True, self.host if self.mirrored else None)
+        outlet = Outlet(slots, True, self.host if self.mirrored else None, pieces=spec.world == 1)
         Server(self.meeting, slots)
         return outlet
 

@@ -21,7 +21,7 @@ def chosen(recipe: Recipe, plan: Plan) -> Literal["shared", "broadcast", "ipc"]:
     if (wrong := misfit(recipe, plan)) is not None:
         raise UserError("; ".join(wrong))
     wanted = recipe.placement.transport
-    return "shared" if wanted == "auto" else wanted  # until the others have been run on GPUs
+    return "shared" if wanted == "auto" else wanted  # until whole runs on GPUs say what is faster
 
 
 def misfit(recipe: Recipe, plan: Plan) -> tuple[str, str] | None:
@@ -64,7 +64,7 @@ def made(recipe: Recipe, plan: Plan, layout: Layout, rendezvous: Path) -> Transp
     mirrored, devices = conductor_reads(recipe), sorted({d for s in plan.samplers for d in s.devices})
     match chosen(recipe, plan):
         case "shared":
-            return Shared(WeightChannel.create(layout))
+            return Shared(WeightChannel.create(layout, ranks=len(plan.learners)))
         case "broadcast":
             return Broadcast.create(layout, rendezvous, recipe.runtime.timeout_s, mirrored)
         case "ipc":

@@ -54,7 +54,7 @@ class Ipc:
         _file(self.rendezvous, place).write_bytes(_handle(memory))
         # The first of the ranks that keep anything writes for the conductor, too.
         mirror = self.host if self.mirrored and place == min(self.slots) else None
-        return Outlet(replace(slots, memory=memory), True, mirror)
+        return Outlet(replace(slots, memory=memory), True, mirror, pieces=spec.world == 1)
 
     def inlet(self, spec: WorkerSpec, copies: bool) -> Inlet:
         places = spec.devices or (CPU,)
@@ -133,14 +133,18 @@ def _shareable(nbytes: int, cuda: bool) -> Tensor:
 
 @contextlib.contextmanager
 def _plain_segments() -> Iterator[None]:
-    """PyTorch's expandable segments, which a learner uses, have no handle that just any process may open."""
-    setting: Any = torch.cuda.memory._set_allocator_settings
-    setting("expandable_segments:False")
+    """Handles of PyTorch's expandable segments, which a learner uses, go through `pidfd_getfd`, which most
+    containers forbid. torch takes no block of such a segment while they are off.
+    """
+    memory: Any = torch.cuda.memory
+    # the second is the deprecated name, which an older torch may have only
+    setting = getattr(torch._C, "_accelerator_setAllocatorSettings", memory._set_allocator_settings)
+    off = "expandable_segments:False"
+    setting(off)
     try:
         yield
     finally:
-        if "expandable_segments:True" in os.environ.get(SETTINGS, ""):
-            setting("expandable_segments:True")
+        setting(os.environ.get(SETTINGS, off))
 
 
 def _file(rendezvous: Path, place: int) -> Path:

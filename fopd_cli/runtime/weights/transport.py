@@ -14,6 +14,9 @@ whoever reads gets all of a version or raises.
 | broadcast | memory of learner rank 0, on its device | a process group with it: NCCL, on a CPU gloo |
 | ipc | memory of the learner on the sampler's own device | in place, by a handle of CUDA |
 
+Into the host's slots, every rank of the learner writes its own shards, beside its next step. Elsewhere one
+rank keeps all of a version: if there are others, it is gathered before the next step.
+
 The conductor reads weights itself where it keeps the best student, or saves the version before (fixed lag).
 Then the learner writes them to the host's slots, too.
 """
@@ -21,6 +24,7 @@ Then the learner writes them to the host's slots, too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.runtime.crew.fleet import WorkerSpec
-from fopd_cli.runtime.memory.weights import WeightChannel
+from fopd_cli.runtime.memory.weights import SharedWeights, WeightChannel
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -54,12 +58,15 @@ class Inlet(Protocol):
 @dataclass
 class Outlet:
     """The learner's end, the same for every transport. `keep`: whether this rank keeps what it gathers.
-    `mirror`: the host's slots, if it is to write them, too.
+    `mirror`: the host's slots, if it is to write them, too. `pieces`: whether it may instead write what it
+    holds itself; `rank`: as one of several that do.
     """
 
     slots: WeightChannel
     keep: bool
     mirror: WeightChannel | None = None
+    pieces: bool = False
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         """A resumed run under a fixed lag begins with a version that the conductor has put into the host's
@@ -74,12 +81,22 @@ class Outlet:
         """Of each tensor, as samplers get it."""
         return self.slots.dtypes
 
+    @contextmanager
+    def writing(self, version: int) -> Iterator[SharedWeights]:
+        """The slot, for this rank's pieces of a version."""
+        with self.slots.writing(version, self.rank) as slot:
+            yield slot
+        self._mirror(version)
+
     def write(self, version: int, weights: Iterator[tuple[str, Tensor]]) -> int:
         """Take in all weights; returns bytes written. All ranks call this: gathering is a collective."""
         written = self.slots.write(version, weights, self.keep)
+        self._mirror(version)
+        return written
+
+    def _mirror(self, version: int) -> None:
         if self.mirror is not None and self.keep:
             self.mirror.write(version, iter(self.slots.read(version)))
-        return written
 
 
 class Transport(Protocol):
@@ -105,9 +122,10 @@ class Shared:
     host: WeightChannel
 
     def outlet(self, spec: WorkerSpec) -> Outlet:
-        if spec.devices and spec.rank == 0:
+        if spec.devices:
             self.host.page_lock()
-        return Outlet(self.host, keep=spec.rank == 0)
+        rank = spec.rank if spec.world > 1 else None
+        return Outlet(self.host, keep=spec.rank == 0, pieces=True, rank=rank)
 
     def inlet(self, spec: WorkerSpec, copies: bool) -> Inlet:
         if spec.devices and copies:
