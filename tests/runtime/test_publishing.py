@@ -48,7 +48,7 @@ from fopd_cli.runtime.weights.transport import Outlet, Shared, Transport
 from fopd_cli.samples import Sample
 
 ALONE = WorkerSpec("learner", 0, 1, (), 1)
-HERE = 60.0  # seconds after which a test that waits for another thread fails
+HERE = 120.0  # seconds after which a test that waits for another thread fails
 
 
 @pytest.fixture(scope="module")
