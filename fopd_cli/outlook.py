@@ -22,7 +22,7 @@ KEPT: dict[Kind, dict[int, float]] = {
     "bare": {2: 0.0, 4: 0.0, 8: 0.0, 16: 0.0},
 }
 NAMES: dict[Kind, str] = {
-    "exact": "exact losses, whatever the policy",
+    "exact": "exact losses without any control",
     "anchored": "policy gradients with a strong anchor",
     "trust": "policy gradients with policy trust",
     "ratio": "policy gradients with an importance ratio and no strong anchor",
