@@ -123,8 +123,9 @@ def text_markdown(results: Sequence[Result]) -> str:
     if not groups:
         return ""
     lines = [
-        "| loss | lag | policy | seeds | KL at first | KL at last | lowest | of sync's gain | D_roll | lag |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| loss | lag | policy | seeds | KL at first | KL at last | lowest | of sync's gain | "
+        "KL on the teacher's answers | D_roll | mean lag |",
+        "|---" * 11 + "|",
     ]
     for (loss, extra, lag, policy), runs in sorted(groups.items(), key=lambda group: str(group[0])):
         base = groups.get((loss, extra, "0", "sync"), [])
@@ -135,7 +136,11 @@ def text_markdown(results: Sequence[Result]) -> str:
         drift, mean_lag = (statistics.fmean(r[key] for r in runs) for key in ("drift_roll", "lag_mean"))
         name = " ".join([policy, *extra])
         kl = f"{first:.3f} | {last:.3f} ± {error:.3f} | {lowest:.3f} | {(first - last) / (first - end):.0%}"
-        lines.append(f"| {loss} | {lag} | {name} | {len(runs)} | {kl} | {drift:.3f} | {mean_lag:.1f} |")
+        known = [r["kl_on_answers"] for r in runs if r.get("kl_on_answers") is not None]
+        answers = f"{statistics.fmean(known):.3f}" if known else "-"
+        lines.append(
+            f"| {loss} | {lag} | {name} | {len(runs)} | {kl} | {answers} | {drift:.3f} | {mean_lag:.1f} |"
+        )
     return "\n".join(lines).replace("nan%", "-").replace("nan", "-")
 
 

@@ -13,8 +13,7 @@ is sampled; batches that were in the buffer before and not after do not count.
 
 What matters most comes first, and rows that are there are not measured again, so that a benchmark which was
 stopped goes on, and `--seconds` fits it into a time. Another machine wants another `--out`. `--report` only
-prints the tables of a results file;
-`--into` puts them into a page.
+prints the tables of a results file; `--into` puts them into a page.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from fopd_cli.engines.text.vocabularies import exchanged, inverse, listed
 from fopd_cli.engines.tokens import rope
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame
+from fopd_cli.outlook import outlook
 from fopd_cli.recipe import PluginTask, Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices, placing
 from fopd_cli.runtime.build import resolve_dtype
@@ -92,6 +93,7 @@ def _findings(inputs: Inputs, disk: Path) -> Iterator[Finding]:
     yield from _vocabulary(inputs)
     yield from _servers(inputs)
     yield from _temperatures(inputs.recipe)
+    yield from _lag(inputs.recipe)
     yield from _disk(inputs, disk)
     yield from _transport(inputs)
     yield from _memory(inputs)
@@ -416,6 +418,17 @@ def _temperatures(recipe: Recipe) -> Iterator[Finding]:
         "set loss.teacher_temperature: sampler (needs hidden states) or sampler.temperature: 1, unless "
         "you want that",
     )
+
+
+def _lag(recipe: Recipe) -> Iterator[Finding]:
+    expected = outlook(recipe)
+    if expected is not None and not expected.safe:
+        key = "max_lag" if recipe.schedule.lag is None else "lag"
+        yield Finding(
+            "warning",
+            f"schedule.{key}: {expected}; the faster the student moves, the worse",
+            "set freshness.policy: fopd with its anchor, loss.support: full or topk, or a shorter lag",
+        )
 
 
 def _sameness(inputs: Inputs, teacher: LocalTeacher) -> Iterator[Finding]:

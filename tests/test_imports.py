@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     # stand, so that no default is written twice.
     "recipe": {"engines.registry", "errors", "freshness.policies", "names", "paths"},
     "freshness": {"tensors", "samples"},
+    "outlook": {"freshness.policies", "recipe"},
     "losses": {"freshness", "names", "recipe"},
     "sandbox": {"errors"},
     "tasks": {"errors", "paths", "recipe", "samples", "sandbox"},
@@ -204,7 +205,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     # The commands.
     "inputs": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks"},
-    "doctor": {"inputs", "engines", "errors", "paths", "recipe", "runtime", "samples", "tasks"},
+    "doctor": {"inputs", "engines", "errors", "outlook", "paths", "recipe", "runtime", "samples", "tasks"},
     "export": {"engines", "errors", "recipe", "report.reading", "runtime"},
     "teacher_kl": {"doctor", "inputs", "errors", "recipe", "runtime", "samples", "tasks.replay"},
     "evaluation": {"engines", "errors", "paths", "recipe", "runtime", "samples", "tasks", "teacher_kl"},
@@ -253,6 +254,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "inputs",
         "names",
+        "outlook",
         "paths",
         "recipe",
         "report.reading",

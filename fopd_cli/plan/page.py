@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from fopd_cli.outlook import outlook
 from fopd_cli.plan.forecast import Forecast
 from fopd_cli.plan.lags import LAG_KEY
 from fopd_cli.plan.split import Best
@@ -56,6 +57,8 @@ def text(found: Forecast, best: Best, price: float | None) -> Iterator[str]:
     )
     yield f"the bottleneck is the {o.bottleneck} (idle {1 - o.busy[o.bottleneck]:.0%} of a step){_why(found)}"
     yield f"expected lag: {o.lag_mean:.2f} on average, {o.lag_max} at most (the recipe allows {r.max_lag})"
+    if (expected := outlook(r)) is not None:
+        yield f"  what to expect of it: {expected}"
     cost = "" if price is None else f", {found.price(price):,.2f} at {price:g} an hour and device"
     yield (
         f"{r.learner.steps} steps, {found.evaluations} evaluations: {readable(found.seconds)}, "
@@ -208,8 +211,8 @@ def _best(found: Forecast, best: Best, price: float | None) -> Iterator[str]:
         f"({looked})"
     )
     yield "  " + " ".join(f"--set {s}" for s in best.settings)
-    if any(s.startswith(f"schedule.{LAG_KEY}=") for s in best.settings):
-        yield "  what a lag costs in quality a plan cannot say: docs/staleness.md"
+    if any(s.startswith(f"schedule.{LAG_KEY}=") for s in best.settings) and (expected := outlook(f.recipe)):
+        yield f"  what to expect of its lag: {expected}"
 
 
 def _steps(count: int) -> str:

@@ -55,6 +55,14 @@ def test_a_sound_recipe_has_none(tmp_path: Path) -> None:
         ({"learner": {"steps": 4, "warmup_steps": 4}}, "reached in the last one only"),
         (
             {
+                "loss": {"support": "sampled", "advantage": "cached"},
+                "freshness": {"policy": "async"},
+                "schedule": {"max_lag": 2},
+            },
+            "schedule.max_lag: at lag 2 policy gradients without a strong anchor kept 0% of their",
+        ),
+        (
+            {
                 "learner": {"batch_samples": 512},
                 "task": {"name": "arithmetic", "horizon": 2, "eval_prompts": 8, "train_prompts": 100},
             },
