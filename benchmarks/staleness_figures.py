@@ -82,7 +82,8 @@ def _lags(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 panel.axhline(r["score"], color="grey", linestyle="--", label="sync")
         for policy, values in sorted(points.items()):
             x, y, e = zip(*sorted(values), strict=True)
-            panel.errorbar(x, y, yerr=e, label=policy, marker="o", capsize=2)
+            colour = f"C{BY_LAG.index(policy)}"
+            panel.errorbar(x, y, yerr=e, label=policy, marker="o", capsize=2, color=colour)
         panel.set(title=loss, xlabel="lag", ylim=(-0.02, 1.02))
     panels[0][0].set_ylabel("final held-out score")
     panels[0][0].legend(fontsize=7)
