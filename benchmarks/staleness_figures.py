@@ -38,7 +38,12 @@ def draw(out: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, 
     )
     _sensitivity(
         out / "sensitivity.png",
-        [r for r in rows if r["task"] == "short" and r["loss"] == "pg_cached" and r["lag"] == "8"],
+        [
+            r
+            for r in rows
+            if (r["task"], r["loss"], r["lag"]) == ("short", "pg_cached", "8")
+            and "learner.lr=" not in r["overrides"]  # those are the map's
+        ],
     )
 
 
