@@ -17,8 +17,10 @@ gloo; on a CUDA device there is one rank, in bf16.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
@@ -41,6 +42,7 @@ from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.weights.transport import Shared
 from fopd_cli.samples import Rollout, Sample, TeacherTargets
 
+Rank = multiprocessing.get_context("spawn").Process
 CUDA = torch.cuda.is_available()
 VOCAB, PROMPT = 4096, 8
 
@@ -167,7 +169,13 @@ def main() -> None:
     if CUDA and args.ranks > 1:
         parser.error("--ranks: on a CUDA device there is one")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, args=(args, Path(folder)), nprocs=args.ranks)  # type: ignore[no-untyped-call]
+        ranks = [Rank(target=run, args=(rank, args, Path(folder))) for rank in range(args.ranks)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        if any(rank.exitcode for rank in ranks):
+            sys.exit("a rank has failed")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
+from fopd_cli.engines.learner.pieces import Piece
 from fopd_cli.engines.models import hf
+from fopd_cli.engines.protocols import Publishing
 from fopd_cli.engines.transformers.build import on_weights
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.losses.terms import LossSpec
@@ -60,6 +63,34 @@ def changed(cfg: LearnerConfig, **changes: Any) -> LearnerConfig:
         freshness=cfg.freshness.model_copy(update=freshness),
         **{k: v for k, v in changes.items() if k not in learner and k not in freshness},
     )
+
+
+class Held:
+    """Stands before a learner's pieces: reading the last of them waits for `until`."""
+
+    def __init__(self, learner: Publishing, until: Callable[[], None]) -> None:
+        self.learner, self.until, self.version = learner, until, learner.version
+
+    def pieces(self) -> list[Piece]:
+        found = [Piece(p.name, p.start, p.read) for p in self.learner.pieces() or ()]
+        assert found
+        *others, last = found
+
+        def read() -> torch.Tensor:
+            self.until()
+            return last.read()
+
+        return [*others, replace(last, read=read)]
+
+    def publish(self, dtypes: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
+        raise AssertionError("there are pieces")
+
+
+def gpu_group(folder: Path) -> None:
+    """The process group of a learner's one rank on a GPU, made once per process."""
+    if not dist.is_initialized():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{folder}/r", rank=0, world_size=1)
 
 
 def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 128) -> list[Sample]:

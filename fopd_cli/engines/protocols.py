@@ -100,20 +100,10 @@ class Piece(Protocol):
         """The elements, in the weight's own dtype; from any thread, until the weights change."""
 
 
-class Learner(Protocol):
-    """The student, learning. On several ranks all methods are called together, in the same order."""
+class Publishing(Protocol):
+    """What has a version of weights to publish."""
 
     version: int
-
-    def train(
-        self, step: int, samples: Sequence[Sample], before_update: Callable[[], None] = lambda: None
-    ) -> StepReport:
-        """One optimizer step on the whole batch (every rank is given all of it and takes its share).
-        `before_update` is called before any weight changes.
-        """
-
-    def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
-        """The same metrics without learning."""
 
     def publish(self, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full weights, one by one, in the dtypes named if these are narrower; every rank must exhaust the
@@ -124,6 +114,20 @@ class Learner(Protocol):
         """This rank's part of what `publish` gives, as it is now; no other rank is asked. None if `publish`
         must be used, before the next step.
         """
+
+
+class Learner(Publishing, Protocol):
+    """The student, learning. On several ranks all methods are called together, in the same order."""
+
+    def train(
+        self, step: int, samples: Sequence[Sample], before_update: Callable[[], None] = lambda: None
+    ) -> StepReport:
+        """One optimizer step on the whole batch (every rank is given all of it and takes its share).
+        `before_update` is called before any weight changes.
+        """
+
+    def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
+        """The same metrics without learning."""
 
     def snapshot(self, staged: bool) -> Snapshot:
         """Its state as it is now, to be written: before anything else is asked of it, or if `staged` at any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import learner_kit as kit
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import transport_kit
 from conftest import TINY, Fopd, check_accounts, lines, small_recipe, summary
 
@@ -56,11 +54,8 @@ def test_the_learner_is_plain_pytorch(pair: Path, tmp_path: Path, dtype: torch.d
     """Even with a sleep in between, which moves everything to the host and back."""
     samples = kit.make_samples(pair)
     cfg = kit.config(compute_dtype=dtype)
-    if dtype == torch.bfloat16 and not dist.is_initialized():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/r", rank=0, world_size=1
-        )
+    if dtype == torch.bfloat16:
+        kit.gpu_group(tmp_path)
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     model = hf.load_model(str(pair / "student"), "m", torch.float32)
     learner = FsdpLearner(model, [head], cfg, torch.device("cuda"), 0, 1)
@@ -106,11 +101,7 @@ def test_what_saves_time_or_memory_changes_no_loss(
     samples = kit.make_samples(pair)
     cfg = kit.config(compute_dtype=torch.bfloat16)
     other = saving(cfg, changes)
-    if not dist.is_initialized():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/r", rank=0, world_size=1
-        )
+    kit.gpu_group(tmp_path)
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     losses = []
     for one in (cfg, other):
@@ -141,11 +132,8 @@ def test_a_version_is_published_beside_the_next_step_and_its_update_waits_on_the
     milliseconds, has its gradients long before that; its weights change only afterwards.
     """
     samples, cuda = kit.make_samples(pair), torch.device("cuda")
-    if dtype == torch.bfloat16 and not dist.is_initialized():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/r", rank=0, world_size=1
-        )
+    if dtype == torch.bfloat16:
+        kit.gpu_group(tmp_path)
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     model = hf.load_model(str(pair / "student"), "m", torch.float32)
     learner = FsdpLearner(model, [head], kit.config(compute_dtype=dtype), cuda, 0, 1)
@@ -156,13 +144,9 @@ def test_a_version_is_published_beside_the_next_step_and_its_update_waits_on_the
     for step in (0, 1):  # all kernels are loaded and all memory is allocated
         learner.train(step, samples)
     before = {name: tensor.to(torch.bfloat16).cpu() for name, tensor in learner.publish()}
-    pieces = learner.pieces()
-    assert pieces is not None
-    last = pieces[-1]
 
-    def slowly() -> torch.Tensor:
+    def sleeps() -> None:
         torch.cuda._sleep(4_000_000_000)
-        return last.read()
 
     said_by_then: list[int] = []
 
@@ -171,8 +155,7 @@ def test_a_version_is_published_beside_the_next_step_and_its_update_waits_on_the
         said_by_then.append(len(posted))
         publisher.let_update()
 
-    learner.pieces = lambda: [*pieces[:-1], replace(last, read=slowly)]  # type: ignore[method-assign]
-    publisher.publish(learner)
+    publisher.publish(kit.Held(learner, sleeps))
     learner.train(2, samples, before_update)
     after = {name: tensor.to(torch.bfloat16).cpu() for name, tensor in learner.publish()}
     publisher.finish()

@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fopd_cli.engines.learner import lora
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.learner.pieces import Piece
 from fopd_cli.engines.models import hf
+from fopd_cli.engines.protocols import Publishing
 from fopd_cli.inputs import load_inputs
 from fopd_cli.recipe import load_recipe
 from fopd_cli.runtime.conductor import Conductor
@@ -56,7 +57,7 @@ def samples(pair: Path) -> list[Sample]:
     return kit.make_samples(pair, 4)
 
 
-def channel_for(learner: FsdpLearner, dtype: torch.dtype) -> WeightChannel:
+def channel_for(learner: Publishing, dtype: torch.dtype) -> WeightChannel:
     return WeightChannel.create([(n, tuple(t.shape), dtype) for n, t in learner.publish()])
 
 
@@ -65,7 +66,7 @@ def outlet(channel: WeightChannel) -> Outlet:
     return Shared(channel).outlet(ALONE)
 
 
-def copies(learner: FsdpLearner, channel: WeightChannel) -> dict[str, torch.Tensor]:
+def copies(learner: Publishing, channel: WeightChannel) -> dict[str, torch.Tensor]:
     """What the learner holds now, gathered, in the slots' dtypes."""
     return {name: tensor.to(channel.dtypes[name]).clone() for name, tensor in learner.publish()}
 
@@ -75,27 +76,6 @@ def check(channel: WeightChannel, version: int, expected: dict[str, torch.Tensor
     assert found.keys() == expected.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])] == []
     channel.check(version)
-
-
-class Held:
-    """Stands before a learner's pieces: reading one of them waits for `until`."""
-
-    def __init__(self, learner: FsdpLearner, until: Callable[[], None]) -> None:
-        self.learner, self.until, self.version = learner, until, learner.version
-
-    def pieces(self) -> list[Piece]:
-        found = self.learner.pieces()
-        assert found is not None
-        last = found[-1]
-
-        def read() -> torch.Tensor:
-            self.until()
-            return last.read()
-
-        return [*found[:-1], replace(last, read=read)]
-
-    def publish(self, dtypes: Any) -> Any:
-        raise AssertionError("there are pieces")
 
 
 def test_forward_and_backward_go_on_beside_a_publication_and_the_update_waits_for_its_last_read(
@@ -126,7 +106,7 @@ def test_forward_and_backward_go_on_beside_a_publication_and_the_update_waits_fo
     norm = learner.student.lm.model.norm.weight  # used once: one note a backward pass
     norm.register_post_accumulate_grad_hook(lambda _: log.append("backward"))
     learner.optimizer.register_step_pre_hook(update)
-    publisher.publish(Held(learner, until))  # type: ignore[arg-type]
+    publisher.publish(kit.Held(learner, until))
     learner.train(1, samples, before_update)
     publisher.finish()
     assert log == ["forward", "backward"] * 4 + ["wait", "read", "update"]
@@ -137,7 +117,7 @@ def test_forward_and_backward_go_on_beside_a_publication_and_the_update_waits_fo
 
 
 def test_the_first_micro_batch_is_sent_while_the_version_before_is_published(
-    pair: Path, samples: list[Sample]
+    pair: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever waits for the publication has time to pack and to copy."""
     learner, sent = kit.make_learner(pair, kit.config()), threading.Event()
@@ -148,8 +128,8 @@ def test_the_first_micro_batch_is_sent_while_the_version_before_is_published(
         sent.set()
         return send(batch)
 
-    learner.lane.send = noted  # type: ignore[method-assign]
-    publisher.publish(Held(learner, lambda: assert_(sent.wait(HERE))))  # type: ignore[arg-type]
+    monkeypatch.setattr(learner.lane, "send", noted)
+    publisher.publish(kit.Held(learner, lambda: assert_(sent.wait(HERE))))
     learner.train(0, samples, publisher.let_update)
     publisher.finish()
 
@@ -162,7 +142,7 @@ def test_a_publication_that_fails_is_said_and_holds_up_nobody(pair: Path, sample
     learner, posted = kit.make_learner(pair, kit.config()), list[Any]()
     channel = channel_for(learner, torch.float32)
     publisher = Publisher(outlet(channel), False, posted.append)
-    publisher.publish(Held(learner, lambda: assert_(False)))  # type: ignore[arg-type]
+    publisher.publish(kit.Held(learner, lambda: assert_(False)))
     learner.train(0, samples, publisher.let_update)
     publisher.finish()
     assert [(type(p), p.kind) for p in posted] == [(m.Failed, "worker")]
@@ -186,7 +166,7 @@ def test_slots_in_the_learners_own_memory_are_written_beside_the_next_step_too(
     publisher = Publisher(ours, False, said.append)
     expected = copies(learner, ours.slots)
     learner.student.register_forward_hook(lambda *_: begun.set())
-    publisher.publish(Held(learner, lambda: assert_(begun.wait(HERE))))  # type: ignore[arg-type]
+    publisher.publish(kit.Held(learner, lambda: assert_(begun.wait(HERE))))
     learner.train(0, samples, publisher.let_update)
     publisher.finish()
     assert [type(message) for message in said] == [m.Published]
@@ -234,7 +214,7 @@ def test_a_step_is_reported_before_its_version_and_that_before_the_next_step(
     assert [type(message) for message in learner.said] == [m.Trained, m.Published] * 3
     assert [p.version for p in learner.said[1::2]] == [1, 2, 3]
     assert [(t.report.step, t.span.name) for t in learner.said[::2]] == [(s, "train") for s in range(3)]
-    check(learner.setup.weights.host, 3, copies(learner.role.engine, learner.setup.weights.host))  # type: ignore[arg-type]
+    check(learner.setup.weights.host, 3, copies(learner.role.engine, learner.setup.weights.host))
 
 
 def test_a_learner_goes_to_sleep_when_its_version_is_published(
@@ -249,7 +229,7 @@ def test_a_learner_goes_to_sleep_when_its_version_is_published(
         log.append("read")
 
     monkeypatch.setattr(engine, "sleep", lambda: log.append("sleep"))
-    learner.role.publisher.publish(Held(engine, until))  # type: ignore[arg-type]
+    learner.role.publisher.publish(kit.Held(engine, until))
     assert isinstance(learner.role.do(m.SleepCommand()), m.Asleep)
     assert log == ["read", "sleep"]
     assert [type(message) for message in learner.said] == [m.Published]
@@ -379,6 +359,9 @@ class Weights:
     version: int
     killed: bool
 
+    def publish(self, dtypes: Any = None) -> Iterator[tuple[str, torch.Tensor]]:
+        raise AssertionError("there are pieces")
+
     def pieces(self) -> Sequence[Piece]:
         return [Piece("a", 0, lambda: torch.full((6,), float(self.version))), Piece("b", 0, self._second)]
 
@@ -391,7 +374,7 @@ class Weights:
 def publish_and_die(channel: WeightChannel) -> None:
     publisher = Publisher(outlet(channel), False, list[Any]().append)
     for version in (1, 2, 3):
-        publisher.publish(Weights(version, killed=version == 3))  # type: ignore[arg-type]
+        publisher.publish(Weights(version, killed=version == 3))
     publisher.finish()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fopd_cli.engines.protocols import Learner, Piece
+from fopd_cli.engines.protocols import Piece, Publishing
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.fleet import failure
 from fopd_cli.runtime.memory.weights import SharedWeights
@@ -39,7 +39,7 @@ class Publisher:
         self._queued = threading.Event()  # all reads are done, or in the stream
         self._read: Any = None  # the event behind the last of them, on a device
 
-    def publish(self, engine: Learner) -> None:
+    def publish(self, engine: Publishing) -> None:
         """Begin to publish the learner's version. Returns at once, or when it is done if that takes whole
         weights.
         """
