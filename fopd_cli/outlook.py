@@ -8,27 +8,40 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fopd_cli.freshness.policies import POLICIES
+from fopd_cli.names import DriftKind
 from fopd_cli.recipe import Recipe
 
-Kind = Literal["exact", "anchored", "trust", "ratio", "bare"]
+Kind = Literal["exact", "paced", "constant", "quadratic", "sampled", "trust", "ratio", "bare"]
 
 # The share of the synchronous run's score that is left, by lag: the short task at 1e-3, one to ten seeds, of
 # exact losses the lowest of four without any control.
 KEPT: dict[Kind, dict[int, float]] = {
     "exact": {2: 0.98, 4: 0.98, 8: 0.98, 16: 0.96},
-    "anchored": {2: 1.33, 4: 1.24, 8: 1.04, 16: 1.00, 32: 1.14},
+    "paced": {2: 1.33, 4: 1.24, 8: 1.04, 16: 1.0, 32: 1.14},
+    "constant": {2: 1.33, 4: 1.24, 8: 1.04, 16: 0.94, 32: 0.88},
+    "quadratic": {2: 1.12, 4: 1.07, 8: 0.87, 16: 0.55},
+    "sampled": {8: 0.78},
     "trust": {2: 1.12, 4: 1.02, 8: 0.81, 16: 0.38},
     "ratio": {2: 0.88, 4: 0.69, 8: 0.0, 16: 0.0},
     "bare": {2: 0.0, 4: 0.0, 8: 0.0, 16: 0.0},
 }
 NAMES: dict[Kind, str] = {
     "exact": "exact losses without any control",
-    "anchored": "policy gradients with a strong anchor",
+    "paced": "policy gradients with an anchor that weakens with the lag",
+    "constant": "policy gradients with a strong anchor",
+    "quadratic": "policy gradients with a quadratic anchor",
+    "sampled": "policy gradients with an anchor from the sampled token",
     "trust": "policy gradients with policy trust",
     "ratio": "policy gradients with an importance ratio and no strong anchor",
     "bare": "policy gradients without a strong anchor",
 }
-STRONG = {"topk": 10.0, "exact": 10.0, "quadratic": 10.0, "sampled": 30.0}  # the least lambda that held
+# The least lambda that held, and what such an anchor is, by the estimator of its drift.
+STRONG: dict[DriftKind, tuple[float, Kind]] = {
+    "topk": (10.0, "constant"),
+    "exact": (10.0, "constant"),
+    "quadratic": (10.0, "quadratic"),
+    "sampled": (30.0, "sampled"),
+}
 ENOUGH = 0.9
 SCALE = "measured at CPU scale: docs/staleness.md"
 
@@ -67,8 +80,9 @@ def outlook(recipe: Recipe) -> Outlook | None:
 def _kind(recipe: Recipe) -> Kind:
     if recipe.support in ("full", "topk"):
         return "exact"
-    if recipe.anchor >= STRONG[recipe.drift]:
-        return "anchored"
+    least, kind = STRONG[recipe.drift]
+    if recipe.anchor >= least:
+        return kind if recipe.pace is None else "paced"
     if POLICIES[recipe.freshness.policy].trust:
         return "trust"
     return "ratio" if recipe.importance is True else "bare"

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     # stand, so that no default is written twice.
     "recipe": {"engines.registry", "errors", "freshness.policies", "names", "paths"},
     "freshness": {"tensors", "samples"},
-    "outlook": {"freshness.policies", "recipe"},
+    "outlook": {"freshness.policies", "names", "recipe"},
     "losses": {"freshness", "names", "recipe"},
     "sandbox": {"errors"},
     "tasks": {"errors", "paths", "recipe", "samples", "sandbox"},
