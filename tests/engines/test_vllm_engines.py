@@ -485,7 +485,7 @@ def by_broadcast(student: str, version: int, weights: dict[str, torch.Tensor]) -
     """
     layout = hf.weight_layout(hf.load_config(student, "m"), torch.float32)
     meeting = Path(tempfile.mkdtemp()) / ".rendezvous"
-    transport = Broadcast.create(layout, meeting, 60.0, mirrored=False, piece=1 << 12)
+    transport = Broadcast.create(layout, meeting, 60.0, mirrored=False, bucket=1 << 12)
     outlet = transport.outlet(WorkerSpec("learner", 0, 1, (), 1))
     outlet.write(version, iter(kit.published(weights, student)))
     return transport.inlet(WorkerSpec("sampler", 0, 1, (), 1), False).read(version)

@@ -28,7 +28,7 @@ from fopd_cli.runtime.crew.messages import Lost
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.weights import Layout, WeightChannel, layout_bytes
 from fopd_cli.runtime.placement import place
-from fopd_cli.runtime.weights.broadcast import Broadcast, Hello, pieces
+from fopd_cli.runtime.weights.broadcast import Broadcast, Hello, buckets
 from fopd_cli.runtime.weights.choice import chosen, conductor_reads, host_bytes
 from fopd_cli.runtime.weights.ipc import Ipc
 from fopd_cli.runtime.weights.transport import Inlet, Shared, Transport
@@ -48,7 +48,7 @@ def transport(name: str, folder: Path, mirrored: bool = False, timeout_s: float 
     rendezvous = folder / f".rendezvous-{name}"
     match name:
         case "broadcast":
-            return Broadcast.create(LAYOUT, rendezvous, timeout_s, mirrored, piece=2048)
+            return Broadcast.create(LAYOUT, rendezvous, timeout_s, mirrored, bucket=2048)
         case "ipc":
             return Ipc.create(LAYOUT, (), rendezvous, mirrored)
         case _:
@@ -191,13 +191,13 @@ SHAPES = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1,
 
 
 @given(SHAPES, st.integers(1, 4000))
-def test_pieces_are_whole_tensors_in_a_row(shapes: list[tuple[int, int]], size: int) -> None:
+def test_buckets_are_whole_tensors_in_a_row(shapes: list[tuple[int, int]], size: int) -> None:
     layout: Layout = [(str(i), shape, torch.bfloat16) for i, shape in enumerate(shapes)]
-    found = pieces(layout, size)
-    assert [tensor for piece in found for tensor in piece.layout] == layout
-    assert [piece.start for piece in found] == [sum(p.nbytes for p in found[:i]) for i in range(len(found))]
-    assert all(layout_bytes(piece.layout[:-1]) < size for piece in found), "none is larger than it must be"
-    assert all(piece.nbytes >= size for piece in found[:-1])
+    found = buckets(layout, size)
+    assert [tensor for bucket in found for tensor in bucket.layout] == layout
+    assert [bucket.start for bucket in found] == [sum(p.nbytes for p in found[:i]) for i in range(len(found))]
+    assert all(layout_bytes(bucket.layout[:-1]) < size for bucket in found), "none is larger than it must be"
+    assert all(bucket.nbytes >= size for bucket in found[:-1])
 
 
 # ---- what fits ---------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_it_is_known_whether_the_conductor_reads_weights(tmp_path: Path, overrid
 def test_memory_is_counted_where_the_versions_are(
     pair: Path, tmp_path: Path, wanted: str, learners: tuple[int, int], sampler: int, host: int
 ) -> None:
-    """In versions; a small one arrives in a single piece."""
+    """In versions; a small one arrives in a single bucket."""
     plain = load_recipe(load_path(tmp_path, pair))
     recipe = load_recipe(load_path(tmp_path, pair), [f"placement.transport={wanted}"])
     layout = kit.layout(pair, torch.float32)
@@ -289,12 +289,12 @@ def load_path(folder: Path, pair: Path) -> Path:
 @SLOW
 def test_two_learner_ranks_and_two_samplers_and_one_dies_midway(pair: Path, tmp_path: Path) -> None:
     """Sharded ranks gather, both samplers end up with the bits that shared memory gives them. One of them is
-    killed between two pieces: the other one and the learner go on, and a process in its place gets all.
+    killed between two buckets: the other one and the learner go on, and a process in its place gets all.
     """
     layout = kit.layout(pair, torch.bfloat16)
     transports: dict[str, Transport] = {
         "shared": Shared(WeightChannel.create(layout)),
-        "broadcast": Broadcast.create(layout, tmp_path / ".rendezvous-b", 300.0, False, piece=1 << 14),
+        "broadcast": Broadcast.create(layout, tmp_path / ".rendezvous-b", 300.0, False, bucket=1 << 14),
     }
     ranks = [WorkerSpec("learner", rank, 2, (), 1) for rank in range(2)]
     samplers = [WorkerSpec("sampler", rank, 2, (), 1) for rank in range(2)]

@@ -21,7 +21,7 @@ from fopd_cli.recipe.schema import GPU_MEMORY, Learner, Recipe, Sampler, Teacher
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory.sizes import total_memory
 from fopd_cli.runtime.placement import SPARE, Plan, Shares
-from fopd_cli.runtime.weights.broadcast import AHEAD, PIECE
+from fopd_cli.runtime.weights.broadcast import AHEAD, BUCKET
 
 MB, GB = 1 << 20, 10**9
 CONTEXT = 1 * GB  # of CUDA and its libraries in each process; an estimate
@@ -406,7 +406,7 @@ def _arriving(recipe: Recipe, models: Models, cuda: bool) -> int:
     if recipe.placement.transport != "broadcast":
         return 0
     largest = models.student.head * _dtype(recipe.sampler.dtype, cuda).itemsize
-    return min((AHEAD + 1) * max(PIECE, largest), _version(recipe, models, cuda))
+    return min((AHEAD + 1) * max(BUCKET, largest), _version(recipe, models, cuda))
 
 
 def of_teacher(recipe: Recipe, section: Teacher, spec: WorkerSpec, models: Models, device_bytes: int) -> Use:

@@ -2,10 +2,10 @@
 
     sampler's processes             learner rank 0
       connect, say who they are  ->   all of a replica are there: a new group with them        (once)
-      "version t"                ->   a thread sends the slot, in pieces of a few hundred MB   (each load)
+      "version t"                ->   a thread sends the slot, in buckets of some 256 MB       (each load)
 
 The two slots are one buffer in the learner's memory, on its device: the weights are packed when they are
-written. Pieces end between tensors. A receiver unpacks one while the next is under way, and never holds the
+written. Buckets end between tensors. A receiver unpacks one while the next is under way, and never holds the
 whole version.
 
 Every replica has its own group and its own thread of the learner. Replicas load at different times, and the
@@ -38,13 +38,13 @@ from fopd_cli.runtime.memory.weights import Layout, SharedWeights, WeightChannel
 from fopd_cli.runtime.weights.groups import Gone, Group, hang_up
 from fopd_cli.runtime.weights.transport import Inlet, Outlet
 
-PIECE = 256 << 20  # bytes; one tensor may be larger
-AHEAD = 2  # pieces under way at once
+BUCKET = 256 << 20  # bytes; one tensor may be larger
+AHEAD = 2  # buckets under way at once
 CLOSING_S = 5.0
 
 
 @dataclass(frozen=True)
-class Piece:
+class Bucket:
     """Consecutive tensors of a version: their layout, and where they begin in the slot."""
 
     start: int
@@ -55,12 +55,12 @@ class Piece:
         return layout_bytes(self.layout)
 
 
-def pieces(layout: Layout, size: int) -> list[Piece]:
-    """A version, cut between tensors into pieces of at least `size` bytes; the last one may be smaller."""
-    found, end = list[Piece](), 0
+def buckets(layout: Layout, size: int) -> list[Bucket]:
+    """A version, cut between tensors into buckets of at least `size` bytes; the last one may be smaller."""
+    found, end = list[Bucket](), 0
     for tensor in layout:
         if not found or end - found[-1].start >= size:
-            found.append(Piece(end, []))
+            found.append(Bucket(end, []))
         found[-1].layout.append(tensor)
         end += layout_bytes([tensor])
     return found
@@ -76,14 +76,14 @@ class Meeting:
     timeout_s: float
     address: str
     key: bytes = field(repr=False)
-    piece: int  # bytes of a piece, at least
+    bucket: int  # bytes of a bucket, at least
 
     @classmethod
-    def at(cls, rendezvous: Path, timeout_s: float, piece: int) -> Meeting:
+    def at(cls, rendezvous: Path, timeout_s: float, bucket: int) -> Meeting:
         token = secrets.token_hex(8)
         # On Linux in no file system: nothing is left behind, and no path is too long for a socket.
         address = "\0fopd-" + token if sys.platform == "linux" else f"{tempfile.gettempdir()}/fopd-{token}"
-        return cls(rendezvous, timeout_s, address, secrets.token_bytes(32), piece)
+        return cls(rendezvous, timeout_s, address, secrets.token_bytes(32), bucket)
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class Server:
             return
         works: deque[Any] = deque()
         with _own_stream(slot.device):
-            for piece in pieces(self.slots.layout, self.meeting.piece):
-                works.append(group.broadcast(slot[piece.start : piece.start + piece.nbytes]))
+            for bucket in buckets(self.slots.layout, self.meeting.bucket):
+                works.append(group.broadcast(slot[bucket.start : bucket.start + bucket.nbytes]))
                 if len(works) == AHEAD:
                     group.finish(works.popleft())
             while works:
@@ -203,22 +203,22 @@ class Link:
         atexit.register(self.close)
 
     def receive(self, version: int, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor on this process's device, in memory of its own piece."""
+        """Each tensor on this process's device, in memory of its own bucket."""
         if (refusal := self._asked(version)) is not None:
             raise RuntimeError(refusal)
-        coming: deque[tuple[Piece, Tensor, Any]] = deque()
-        left = deque(pieces(layout, self._meeting.piece))
+        coming: deque[tuple[Bucket, Tensor, Any]] = deque()
+        left = deque(buckets(layout, self._meeting.bucket))
         complete = False
         try:
             while left or coming:
                 while left and len(coming) < AHEAD:
-                    piece = left.popleft()
+                    bucket = left.popleft()
                     # Not one buffer for all: an engine may hold on to a tensor until its layer is complete.
-                    buffer = torch.empty(piece.nbytes, dtype=torch.uint8, device=self._device)
-                    coming.append((piece, buffer, self._group.broadcast(buffer)))
-                piece, buffer, work = coming.popleft()
+                    buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+                    coming.append((bucket, buffer, self._group.broadcast(buffer)))
+                bucket, buffer, work = coming.popleft()
                 self._group.finish(work)
-                yield from SharedWeights(buffer, 0, piece.layout)
+                yield from SharedWeights(buffer, 0, bucket.layout)
             complete = True
         except Gone as error:
             raise RuntimeError(f"version {version} did not arrive from the learner: {error}") from None
@@ -299,12 +299,12 @@ class Broadcast:
 
     @classmethod
     def create(
-        cls, layout: Layout, rendezvous: Path, timeout_s: float, mirrored: bool, piece: int = PIECE
+        cls, layout: Layout, rendezvous: Path, timeout_s: float, mirrored: bool, bucket: int = BUCKET
     ) -> Broadcast:
         return cls(
             WeightChannel.create(layout, memory=mirrored),
             WeightChannel.create(layout, memory=False),
-            Meeting.at(rendezvous, timeout_s, piece),
+            Meeting.at(rendezvous, timeout_s, bucket),
             mirrored,
         )
 
