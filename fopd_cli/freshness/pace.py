@@ -28,9 +28,9 @@ from torch import Tensor
 LEAST = 1.0
 
 
-def strength(lag: Tensor, most: float, pace: float | None) -> Tensor:
+def strength(lag: Tensor, most: float, pace: float) -> Tensor:
     """lambda_i, float32, in the shape of the `lag` in optimizer steps. `most` is the recipe's lambda, `pace`
-    in optimizer steps; None: `most` at every lag.
+    in optimizer steps.
     """
     whole = lag.new_full(lag.shape, most, dtype=torch.float32)
-    return whole if pace is None else whole.minimum((pace / lag).clamp(min=LEAST))
+    return whole.minimum((pace / lag).clamp(min=LEAST))

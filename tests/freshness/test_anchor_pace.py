@@ -17,7 +17,6 @@ def test_the_anchor_weakens_with_the_lag_within_bounds() -> None:
     lag = torch.tensor([0, 1, 2, 6, 7, 16, 128, 500])
     expected = [20, 20, 20, 20, 128 / 7, 8, 1, 1]
     assert strength(lag, 20.0, 128.0).tolist() == pytest.approx(expected)
-    assert strength(lag, 20.0, None).tolist() == [20.0] * 8
     assert strength(lag, 0.5, 128.0).tolist() == [0.5] * 8, "a recipe's weaker anchor stays"
     assert strength(lag, 0.0, 128.0).tolist() == [0.0] * 8
 

@@ -394,8 +394,10 @@ class FsdpLearner:
 
         total = sum(int(s.rollout.loss_mask.sum()) for s in samples)
         share = shares(lengths, config.average, len(samples), total) * bool(indices)
-        pull = pace.strength(lag, config.anchor, config.pace)
-        batch = replace(batch, at=replace(batch.at, paced=(pull < config.anchor)[sample]))
+        pull: float | Tensor = config.anchor
+        if config.pace is not None:
+            pull = pace.strength(lag, config.anchor, config.pace)
+            batch = replace(batch, at=replace(batch.at, paced=(pull < config.anchor)[sample]))
         # FSDP averages gradients over ranks, but shares are of the whole batch: hence the factor.
         coefficients = weighting(
             sample, mask, aligned, share * self.world, pull, None if config.policy.weights == "one" else weigh
