@@ -1,7 +1,12 @@
-"""The map of benchmarks/staleness.py: learning rate by lag, and in each cell the least control that holds."""
+"""The map of benchmarks/staleness.py: learning rate by lag, and in each cell the least control that holds.
+
+Scores are shares of prompts answered rightly, so a cell of one seed is known to a tenth or so. A control that
+ends below `HOLDS` by less than two standard errors is not called lost: the cell has it with a question mark.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 HOLDS = 0.95  # of the synchronous run's score at the same learning rate
+PROMPTS = 128  # held-out, of each seed
 PAPER = 0.64  # what async keeps of sync in the paper's tables, at lag 8
+NEAR = 0.15
 OWN_RATE = {"short": 1e-3, "long": 3e-4}  # of each task's recipe, which its overrides do not name
 STRONG = ("fopd, defaults", "fopd, pace 160", "trust")  # ours; the first two are one and the same up to lag 8
 NEEDED = ("nothing", "the published method", "a strong anchor", "nothing holds")
+UNCLEAR = "?"
 COLOURS = ("#c7e9c0", "#fdd49e", "#fc8d59", "#bdbdbd")
 
 
@@ -23,6 +31,7 @@ class Place:
     rate: float
     lag: int
     sync: float
+    seeds: int = 1  # of the synchronous run
     shares: dict[str, float] = field(default_factory=dict)
     published: dict[float, float] = field(default_factory=dict)
 
@@ -31,16 +40,29 @@ class Place:
         """With today's defaults."""
         return self.shares.get(STRONG[1], self.shares.get(STRONG[0]) if self.lag <= 8 else None)
 
+    def error(self, share: float) -> float:
+        """Standard error of a share, as far as it comes from counting `PROMPTS` answers of each seed."""
+        counted = PROMPTS * self.seeds
+        run, sync = min(share * self.sync, 1.0), self.sync
+        of_run, of_sync = run * (1 - run) / counted, sync * (1 - sync) / counted
+        return math.sqrt(of_run + share**2 * of_sync) / sync if sync else 0.0
+
     @property
     def needed(self) -> str | None:
-        """The first of `NEEDED` that holds; None while runs are missing."""
+        """The first of `NEEDED` that is not shown to lose, with `UNCLEAR` if it is not shown to hold either.
+
+        None while runs are missing.
+        """
         if "async" not in self.shares:
             return None
-        if self.shares["async"] >= HOLDS:
-            return NEEDED[0]
-        if max(self.published.values(), default=0.0) >= HOLDS:
-            return NEEDED[1]
-        return NEEDED[2] if max(self.shares.values()) >= HOLDS else NEEDED[3]
+        published = max(self.published.values(), default=0.0)
+        strong = max((self.shares[p] for p in STRONG if p in self.shares), default=0.0)
+        for name, share in zip(NEEDED, (self.shares["async"], published, strong), strict=False):
+            if share >= HOLDS:
+                return name
+            if share + 2 * self.error(share) >= HOLDS:
+                return name + UNCLEAR
+        return NEEDED[-1]
 
 
 def places(rows: Sequence[dict[str, Any]], task: str, loss: str) -> list[Place]:
@@ -48,15 +70,18 @@ def places(rows: Sequence[dict[str, Any]], task: str, loss: str) -> list[Place]:
     found: dict[tuple[float, int], Place] = {}
     own = [r for r in rows if (r["task"], r["loss"], r["optimizer"]) == (task, loss, "adamw")]
     keyed = [(dict(pair.split("=", 1) for pair in r["overrides"].split()), r) for r in own]
-    sync = {_rate(keys, task): r["score"] for keys, r in keyed if r["policy"] == "sync" and r["lag"] == "0"}
+    sync = {_rate(keys, task): r for keys, r in keyed if r["policy"] == "sync" and r["lag"] == "0"}
     for keys, r in keyed:
         rate, strength = _rate(keys, task), keys.get("freshness.anchor")
         if set(keys) - {"learner.lr", "freshness.anchor"} or (strength and r["policy"] != "fopd"):
             continue  # a variant of another study
         if not r["lag"].isdigit() or r["lag"] == "0" or rate not in sync:
             continue
-        place = found.setdefault((rate, int(r["lag"])), Place(rate, int(r["lag"]), sync[rate]))
-        share = r["score"] / sync[rate] if sync[rate] else 0.0
+        base = sync[rate]
+        place = found.setdefault(
+            (rate, int(r["lag"])), Place(rate, int(r["lag"]), base["score"], base["seeds"])
+        )
+        share = r["score"] / base["score"] if base["score"] else 0.0
         if r["policy"] == "fopd":
             place.published[float(strength or 1)] = share
         elif r["policy"] in ("async", *STRONG):
@@ -69,8 +94,8 @@ def _rate(keys: dict[str, str], task: str) -> float:
 
 
 def paper(found: Sequence[Place]) -> Place | None:
-    """The place where async keeps about what it keeps in the paper."""
-    known = [p for p in found if "async" in p.shares]
+    """The place where async keeps about what it keeps in the paper, if there is one."""
+    known = [p for p in found if "async" in p.shares and abs(p.shares["async"] - PAPER) < NEAR]
     return min(known, key=lambda p: abs(p.shares["async"] - PAPER), default=None)
 
 
@@ -102,11 +127,12 @@ def draw(out: Path, maps: dict[str, list[Place]]) -> None:
         marked = paper(found)
         for p in found:
             x, y = lags.index(p.lag), rates.index(p.rate)
-            colour = "white" if p.needed is None else COLOURS[NEEDED.index(p.needed)]
+            colour = "white" if p.needed is None else COLOURS[NEEDED.index(p.needed.rstrip(UNCLEAR))]
             edge = {"edgecolor": "black", "linewidth": 2} if p is marked else {"edgecolor": "white"}
             panel.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=colour, **edge))
             best = max(p.published.values(), default=None)
             text = "\n".join(map(_share, (p.shares.get("async"), best, p.ours)))
+            text += " ?" if (p.needed or "").endswith(UNCLEAR) else ""
             panel.text(x, y, text, ha="center", va="center", fontsize=8)
         panel.set(title=title, xlabel="lag", ylabel="learning rate", xlim=(-0.5, len(lags) - 0.5))
         panel.set(ylim=(-0.5, len(rates) - 0.5), xticks=range(len(lags)), yticks=range(len(rates)))

@@ -123,12 +123,14 @@ def test_the_map_names_the_least_control_that_holds() -> None:
             runs("1e-4", "8", "async", 0.39),
             runs("1e-4", "16", "async", 0.26),
             runs("1e-4", "16", "fopd", 0.392, "freshness.anchor=3"),
+            runs("1e-4", "2", "async", 0.36),
             runs("3e-3", "8", "async", 0.3),  # its synchronous run is missing
             runs("", "8", "fopd", 0.5, "freshness.alpha=3"),  # of another study
         ]
     )
     found = {(p.rate, p.lag): p for p in regions.places(rows, "short", "pg_cached")}
     assert {key: place.needed for key, place in found.items()} == {
+        (1e-4, 2): "nothing?",  # 90%, of one seed: 0.36 and 0.40 of 128 prompts
         (1e-4, 8): "nothing",
         (1e-4, 16): "the published method",
         (1e-3, 8): "a strong anchor",
@@ -136,6 +138,8 @@ def test_the_map_names_the_least_control_that_holds() -> None:
     }
     assert found[1e-3, 8].published == pytest.approx({1: 0.2, 10: 0.4})
     assert found[1e-3, 16].ours == pytest.approx(0.6)
+    # sqrt(0.36 0.64 + 0.81 0.4 0.6) / (0.4 sqrt(128))
+    assert found[1e-4, 2].error(0.9) == pytest.approx(0.144, abs=1e-3)
     assert regions.paper(list(found.values())) is found[1e-4, 16]  # 65%
     assert "| 1e-4 | 16 | 0.40 | 65% | 98% (3) | - | - | the published method |" in regions.markdown(
         list(found.values())
