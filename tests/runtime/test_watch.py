@@ -34,6 +34,19 @@ def test_a_kl_that_climbs_is_told_and_noise_is_not() -> None:
     assert said(Watch(0.0), [1.0] * WINDOW, [float("nan")] * WINDOW) == []
 
 
+def test_a_student_that_leaves_its_samples_is_told_early() -> None:
+    """The training KL of a collapsing run of the real pair (docs/staleness.md): its 20 steps."""
+    collapsing = [2.37, 2.28, 1.49, 0.8, 1.12, 0.22, -1.24, -3.35, -4.93, -2.77, -3.06, -3.5, -4.83, -4.77]
+    watch = Watch(0.0)
+    found = [watch.step(1.0, kl, [kl] * 4) for kl in collapsing]
+    (when,) = (step for step, texts in enumerate(found) if texts)
+    assert when == 8
+    assert "finds its own samples less likely than the teacher does (log-ratio -1.6 nats" in found[when][0]
+    assert said(Watch(0.0), [1.0] * WINDOW, [-0.1] * WINDOW) == [], (
+        "noise around zero of a student that is done"
+    )
+
+
 def test_a_student_that_falls_silent_is_told_from_one_that_learns() -> None:
     """KL by quarter of two runs of the real pair (docs/real-pair.md), and figures of toy runs that are nearly
     done.

@@ -5,6 +5,10 @@ clipping   a threshold that acts at every step guards against nothing: it sets t
            do not, and a rate that was right at the start is too high later (docs/real-pair.md: this, not
            staleness, ruined a run)
 climbing   the KL to the teacher on the training samples is far above its lowest
+fleeing    the estimate of the KL, a mean of log(student / teacher) over sampled tokens, is far below zero,
+           which no fresh samples give: the student has moved away from what it sampled. So a stale policy
+           gradient collapses, within ten steps, while the KL on its own new answers falls
+           (docs/staleness.md: at the end every answer was 32 colons)
 repetition most of the remaining KL is at the beginning of answers. The teacher agrees with a student that
            only repeats itself: after ten equal lines it expects the eleventh, and the mean over all tokens
            falls (docs/real-pair.md)
@@ -21,6 +25,8 @@ WINDOW = 20  # optimizer steps
 RISEN = 1.3  # times the lowest mean over a window
 SMALL_KL = 0.02  # nats per token: below it a rise by a third is noise
 UNEVEN = 3.0  # KL of an answer's first quarter over that of its last
+FEW = 5  # steps, for what goes wrong fast
+FLED = -0.5  # nats per token
 FAR = 0.5  # nats per token, in the first quarter: an unsure teacher is this far from any student
 
 
@@ -42,15 +48,15 @@ class Watch:
         self._norms.append(grad_norm)
         self._kls.append(kl)
         self._quarters.append(quarters)
-        if len(self._kls) < WINDOW:
-            return []
-        mean = sum(self._kls) / WINDOW
-        self._lowest = min(self._lowest, mean)
-        found = {
-            "clipping": self._clipping(),
-            "climbing": self._climbing(mean),
-            "repetition": self._repetition(),
-        }
+        found = {"fleeing": self._fleeing()}
+        if len(self._kls) == WINDOW:
+            mean = sum(self._kls) / WINDOW
+            self._lowest = min(self._lowest, mean)
+            found |= {
+                "clipping": self._clipping(),
+                "climbing": self._climbing(mean),
+                "repetition": self._repetition(),
+            }
         new = {name: text for name, text in found.items() if text and name not in self._said}
         self._said |= set(new)
         return list(new.values())
@@ -71,6 +77,18 @@ class Watch:
             f"the KL to the teacher climbs: {mean:.3g} over the last {WINDOW} steps, {self._lowest:.3g} at "
             "best; lower learner.lr or let it decay (learner.decay: linear); fopd export RUN OUT --step N "
             "takes an earlier checkpoint"
+        )
+
+    def _fleeing(self) -> str | None:
+        last = list(self._kls)[-FEW:]
+        mean = sum(last) / FEW
+        if len(last) < FEW or not mean < FLED:
+            return None
+        return (
+            f"the student finds its own samples less likely than the teacher does (log-ratio {mean:.2g} nats "
+            f"per token over the last {FEW} steps): it has moved away from what it sampled, and a policy "
+            "gradient on stale samples then collapses; use loss.support: full, lower schedule.max_lag or "
+            "learner.lr, or raise freshness.anchor; and start from an earlier checkpoint"
         )
 
     def _repetition(self) -> str | None:
