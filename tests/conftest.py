@@ -54,6 +54,14 @@ def llama_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pair(tmp_path_factory.mktemp("llama"), "llama")
 
 
+@pytest.fixture(scope="session")
+def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as the teacher, a student of some of its layers: half a minute to write."""
+    folder = tmp_path_factory.mktemp("real") / "pair"
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_real_pair.py", folder], check=True, cwd=ROOT)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

