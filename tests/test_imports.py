@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.building": {"engines.protocols", "errors", "recipe"},
     "engines.auto": {"engines.models.hf", "engines.record", "engines.registry", "errors", "recipe"},
     "engines.__init__": set(),
-    "engines.preload": {"engines.learner", "engines.transformers"},
+    "engines.preload": {"engines.learner", "engines.models.library", "engines.transformers"},
     "engines.protocols": {"losses.head", "samples"},
     "engines.text": {"errors", "samples"},
     "engines.models": {"engines.text", "engines.tokens", "errors", "losses.head", "tasks.calls"},
@@ -361,6 +361,14 @@ def test_a_command_that_computes_nothing_needs_no_torch(command: str) -> None:
     code = f"import sys; sys.argv = 'fopd {command}'.split()\n"
     code += "from fopd_cli.cli import main\ntry: main()\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_worker_imports_no_scikit_learn_and_a_task_can() -> None:
+    """transformers would, and scipy, for what nothing here does; sklearn is in the extras of the suite."""
+    pytest.importorskip("sklearn")
+    code = "import sys, fopd_cli.engines.preload\n"
+    code += "assert not {'sklearn', 'scipy', 'pandas'} & set(sys.modules)\nimport sklearn, scipy"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

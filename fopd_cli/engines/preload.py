@@ -2,6 +2,9 @@
 
 from importlib import import_module
 
+from fopd_cli.engines.models.library import library
+
+library()
 for _name in (
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",

@@ -147,7 +147,7 @@ def test_a_block_keeps_what_the_model_says(kind: str, dtype: torch.dtype) -> Non
     """The difference between a three-layer and a five-layer model is two blocks."""
     tokens, sizes = 96, []
     for layers in (3, 5):
-        made: Any = hf._transformers().AutoModelForCausalLM.from_config(
+        made: Any = hf.library().AutoModelForCausalLM.from_config(
             config(kind, num_hidden_layers=layers), dtype=dtype, attn_implementation="sdpa"
         )
         with Kept(made) as kept:

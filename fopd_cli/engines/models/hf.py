@@ -19,6 +19,7 @@ from torch import nn
 
 from fopd_cli.engines.models.checkpoint_files import CheckpointFiles, LoadReport, unconvertible
 from fopd_cli.engines.models.heads import HeadRule, UnknownHead, find_rule
+from fopd_cli.engines.models.library import library
 from fopd_cli.engines.text.templates import encode_observation, encode_prompt
 from fopd_cli.engines.text.vocabularies import special_ids
 from fopd_cli.engines.tokens import rope
@@ -33,14 +34,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def _transformers() -> Any:
-    import transformers  # takes seconds to import, so only where a model or a tokenizer is actually loaded
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
-
-
 def load_config(model: str, key: str) -> Any:
     """The model's configuration; `key` names the recipe key in the error."""
     if (Path(model) / "adapter_config.json").is_file():  # transformers would load another model instead
@@ -52,7 +45,7 @@ def load_config(model: str, key: str) -> Any:
     try:
         # A checkpoint's own code is never run; unless told so, transformers would stop to ask at the
         # terminal.
-        return _transformers().AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return library().AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # a broken configuration raises many kinds of errors
         raise UserError(
             f"{key}: cannot load a model configuration from {model!r}: {_first_line(error)}"
@@ -62,7 +55,7 @@ def load_config(model: str, key: str) -> Any:
 def load_tokenizer(model: str, key: str) -> Any:
     """The model's tokenizer."""
     try:
-        return _transformers().AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return library().AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{key}: cannot load a tokenizer from {model!r}: {_first_line(error)}") from None
 
@@ -181,7 +174,7 @@ def model_class(config: Any) -> Any:
 def _auto(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    found = _transformers()
+    found = library()
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or model_class(config) is None
     return found.AutoModelForCausalLM if known else found.AutoModelForImageTextToText
 
@@ -359,7 +352,7 @@ def token_rules(model: str, tokenizer: Any, config: Any, key: str) -> TokenRules
         generation = json.loads((Path(model) / "generation_config.json").read_text())
     elif not Path(model).is_dir():
         try:
-            generation = _transformers().GenerationConfig.from_pretrained(model).to_dict()
+            generation = library().GenerationConfig.from_pretrained(model).to_dict()
         except OSError:
             generation = {}
     for ids in (
