@@ -135,8 +135,8 @@ def test_usage_mistakes(fopd: Fopd, arguments: list[str], message: str) -> None:
 
 
 def test_dry_run_prints_the_resolved_recipe_and_starts_nothing(fopd: Fopd) -> None:
-    for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        out = fopd("run", path, "--dry-run", "--set", "seed=7").out
+    for name in ("quickstart", "qwen-7b-from-32b", "paper-tools"):
+        out = fopd("run", ROOT / "recipes" / f"{name}.yaml", "--dry-run", "--set", "seed=7").out
         assert yaml.safe_load(out)["seed"] == 7
         assert "# here" in out
     assert [p.name for p in fopd.folder.iterdir()] == []

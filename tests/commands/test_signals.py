@@ -92,7 +92,7 @@ def test_during_an_evaluation(fopd: Fopd, pair: Path) -> None:
     """It is redone after the resume, and the rest is what it would have been."""
     recipe = small_recipe(
         pair,
-        task={"name": "arithmetic", "horizon": 2, "eval_prompts": 40},
+        task={"name": "arithmetic", "horizon": 2, "eval_prompts": 24},
         sampler={"max_new_tokens": 60, "concurrency": 4},
     )
     whole = fopd.run(recipe, "whole")
@@ -157,7 +157,7 @@ def test_during_an_evaluation_of_its_own(fopd: Fopd, pair: Path, jobs: int) -> N
     recipe = fopd.recipe(
         small_recipe(
             pair,
-            task={"name": "arithmetic", "horizon": 2, "eval_prompts": 60},
+            task={"name": "arithmetic", "horizon": 2, "eval_prompts": 40},
             sampler={"max_new_tokens": 60, "concurrency": 4},
         )
     )
@@ -168,7 +168,7 @@ def test_during_an_evaluation_of_its_own(fopd: Fopd, pair: Path, jobs: int) -> N
     family = descendants(process.pid)
     os.killpg(process.pid, signal.SIGTERM)
     end(process, family)
-    assert 2 < len(rows.read_text().splitlines()) < 61
+    assert 2 < len(rows.read_text().splitlines()) < 41
     fopd(*arguments, "rows.jsonl")
     fopd(*arguments, "others.jsonl")
     assert lines(rows) == lines(fopd.folder / "others.jsonl")

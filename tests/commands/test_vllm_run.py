@@ -54,10 +54,10 @@ def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
         task={"horizon": 5, "difficulty": 2, "train_prompts": 6000, "eval_prompts": 128},
         sampler={"engine": "vllm", "max_new_tokens": 48, "concurrency": 64},
         teacher={"engine": "vllm", "batch_samples": 16},
-        learner={"steps": 120, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
+        learner={"steps": 80, "batch_samples": 64, "lr": 2e-3, "warmup_steps": 10, "decay": "cosine"},
         schedule={"max_lag": 2, "inflight": "keep"},
         freshness={"xi": 0.02},
-        checkpoint={"every": 100},
+        checkpoint={"every": 60},
     )
     run = fopd.folder / "run"
     fopd("run", fopd.recipe(recipe), "--run-dir", run, timeout=900)

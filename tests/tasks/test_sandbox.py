@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,12 +121,18 @@ def test_sessions_run_side_by_side_and_know_nothing_of_each_other() -> None:
     assert time.monotonic() - began < 8
 
 
+def open_to_all(folder: Path) -> None:
+    """Let the sandbox's user reach it: pytest's folders are private."""
+    for one in (folder, *folder.parents):
+        if not one.stat().st_mode & stat.S_IXOTH:
+            one.chmod(0o755)
+
+
 def test_a_command_in_a_workspace(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / "a.txt").write_text("hello\n")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)  # pytest's are private
+    open_to_all(tmp_path)
     bubblewrap.own(work)
     done = bash("pwd; cat a.txt; echo more >> a.txt; mkdir b; exit 7", workspace=work)
     assert done.output == "/workspace\nhello\n"
@@ -245,8 +252,7 @@ def test_a_link_out_of_the_workspace_leads_nowhere(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (work / "link").symlink_to(secret)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     bubblewrap.own(work)
     done = bash("cat link ../secret; ln -s / out; ls out; echo new > link", workspace=work)
     assert "secret\n" not in done.output.replace("../secret", "")

@@ -305,13 +305,13 @@ def test_a_users_mistakes() -> None:
 
 @SLOW
 def test_a_coding_agent_in_training(fopd: Fopd) -> None:
-    """Ten steps of the recipe; and `fopd eval` in two halves gives the run's own score.
+    """Six steps of the recipe; and `fopd eval` in two halves gives the run's own score.
 
     Whether it learns takes 60 steps and more than one run to see: the KL of a few episodes that ramble
     outweighs all others (docs/benchmarks.md).
     """
     run = fopd.folder / "run"
-    steps = ("--set", "learner.steps=10")
+    steps = ("--set", "learner.steps=6")
     fopd("run", ROOT / "recipes" / "swe-tiny.yaml", "--run-dir", run, *steps, timeout=900)
     done = summary(run)
     assert done["score_first"] > 0.2, "the student resolves some"
