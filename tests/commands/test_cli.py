@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, Fopd, make_pair, small_recipe
+from conftest import ROOT, SLOW, TINY, Fopd, make_pair, small_recipe
 
 
 def refuse(fopd: Fopd, content: dict[str, Any], *args: str) -> str:
@@ -22,6 +22,7 @@ def refuse(fopd: Fopd, content: dict[str, Any], *args: str) -> str:
     return found[0]
 
 
+@SLOW
 def test_a_model_directory_that_is_none(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no config.json" in refuse(
@@ -86,6 +87,7 @@ def test_no_chat_template(fopd: Fopd, tmp_path: Path) -> None:
     assert "no chat template; set task.chat: false" in refuse(fopd, recipe)
 
 
+@SLOW
 def test_datasets_that_are_missing_empty_or_lack_a_column(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     recipe = small_recipe(pair)

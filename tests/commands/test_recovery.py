@@ -79,6 +79,7 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 
 
+@SLOW
 @pytest.mark.parametrize("mode", EXACT)
 def test_killed_and_resumed_is_bitwise_uninterrupted(fopd: Fopd, pair: Path, mode: str) -> None:
     """Killed twice at random moments, and stopped once by Ctrl-C."""
@@ -147,13 +148,9 @@ def test_checkpoints_of_a_fixed_lag_go_on_bitwise(fopd: Fopd, pair: Path) -> Non
         same_run(again, whole)
 
 
+@SLOW
 @pytest.mark.parametrize(
-    ("depth", "policy", "seed"),
-    [
-        (2, "fopd", 1),
-        pytest.param(3, "fixed_refresh", 2, marks=SLOW),
-        pytest.param(1, "reweight", 3, marks=SLOW),
-    ],
+    ("depth", "policy", "seed"), [(2, "fopd", 1), (3, "fixed_refresh", 2), (1, "reweight", 3)]
 )
 def test_accounts_survive_kills_at_random_moments(
     fopd: Fopd, pair: Path, depth: int, policy: str, seed: int
@@ -368,6 +365,7 @@ def test_a_run_directory_in_use_is_refused(fopd: Fopd, pair: Path) -> None:
     kill_tree(process)
 
 
+@SLOW
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
 def test_a_full_disk_loses_nothing(fopd: Fopd, pair: Path, tmp_path: Path) -> None:
     """A run directory on a file system that fills up: training goes on with a warning; only the last save

@@ -54,6 +54,7 @@ def rates(run: Path) -> dict[int, float]:
     return {r["step"]: r["lr"] for r in metrics(run) if r["kind"] == "step"}
 
 
+@SLOW
 def test_what_a_resume_sets_stands_from_then_on(fopd: Fopd, pair: Path) -> None:
     """The next plain resume uses it, and the history says since when, even after keys were renamed."""
     run = fopd.run(small_recipe(pair))
@@ -80,6 +81,7 @@ def test_what_a_resume_sets_stands_from_then_on(fopd: Fopd, pair: Path) -> None:
     check_accounts(run)
 
 
+@SLOW
 def test_an_older_checkpoint_goes_on_with_the_recipe_of_then(fopd: Fopd, pair: Path) -> None:
     """Later changes are set aside, and so are their metrics; later checkpoints no longer count as the run's
     own.
@@ -111,6 +113,7 @@ REFUSED = [
 ]
 
 
+@SLOW
 def test_a_resume_that_is_refused_writes_nothing(fopd: Fopd, pair: Path) -> None:
     run = fopd.run(small_recipe(pair))
     (run / "checkpoints" / "step-000009.tmp").mkdir()
@@ -246,6 +249,7 @@ def test_checkpoints_are_due_by_steps_and_by_minutes() -> None:
     assert slow.due(2)
 
 
+@SLOW
 def test_the_rhythm_of_checkpoints_changes_nothing_else(fopd: Fopd, pair: Path) -> None:
     """Under a fixed lag, metrics are bitwise the same with a checkpoint after each step (almost no minutes)
     or only at the end.

@@ -77,6 +77,7 @@ def overlap(some: list[tuple[float, float]], others: list[tuple[float, float]]) 
     return sum(max(0.0, min(b, d) - max(a, c)) for a, b in some for c, d in others)
 
 
+@SLOW
 def test_with_depth_the_teacher_and_the_learner_work_at_the_same_time(fopd: Fopd, pair: Path) -> None:
     """A slow teacher: at max_lag 0 nothing works beside the learner; at max_lag 2 teacher and sampler do."""
     found = {}
@@ -98,6 +99,7 @@ def test_fixed_lag(fopd: Fopd, pair: Path) -> None:
     check_accounts(run)
 
 
+@SLOW
 @pytest.mark.parametrize("inflight", ["keep", pytest.param("keep_stale_kv", marks=pytest.mark.slow)])
 def test_updates_in_flight_give_rollouts_of_several_versions(fopd: Fopd, pair: Path, inflight: str) -> None:
     recipe = small_recipe(
@@ -114,6 +116,7 @@ def test_updates_in_flight_give_rollouts_of_several_versions(fopd: Fopd, pair: P
     check_accounts(run)
 
 
+@SLOW
 def test_several_replicas_and_ranks(fopd: Fopd, pair: Path) -> None:
     recipe = small_recipe(pair, placement={"sampler": 2, "teacher": 2, "learner": 2}, schedule={"max_lag": 1})
     run = fopd.run(recipe)
@@ -270,6 +273,7 @@ def test_several_teachers_judge_what_is_theirs(fopd: Fopd, pair: Path, tmp_path:
     assert "names the teacher 'nobody'; there are wise, twin" in err
 
 
+@SLOW
 def test_eval_prints_the_score_that_the_run_reports(fopd: Fopd, tmp_path: Path) -> None:
     recipe = small_recipe(
         TINY,

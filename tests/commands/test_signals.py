@@ -88,6 +88,7 @@ def test_wherever_python_is(tmp_path: Path, place: str) -> None:
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+@SLOW
 def test_during_an_evaluation(fopd: Fopd, pair: Path) -> None:
     """It is redone after the resume, and the rest is what it would have been."""
     recipe = small_recipe(
@@ -151,6 +152,7 @@ def test_with_nohup_a_terminal_that_closes_is_nothing(fopd: Fopd, pair: Path) ->
     assert process.returncode == 0
 
 
+@SLOW
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_during_an_evaluation_of_its_own(fopd: Fopd, pair: Path, jobs: int) -> None:
     """Finished rows are kept; the same command continues to the same figures."""
@@ -174,6 +176,7 @@ def test_during_an_evaluation_of_its_own(fopd: Fopd, pair: Path, jobs: int) -> N
     assert lines(rows) == lines(fopd.folder / "others.jsonl")
 
 
+@SLOW
 def test_two_signals_a_moment_apart_stop_at_once(fopd: Fopd, pair: Path) -> None:
     """The second may also go to all processes; the running step never ends, because the learner is
     stopped.

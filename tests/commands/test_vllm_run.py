@@ -161,6 +161,7 @@ def test_sigterm_to_all_processes_ends_with_a_checkpoint(fopd: Fopd, pair: Path)
     assert len(list((run / "checkpoints").glob("step-??????"))) == 1
 
 
+@SLOW
 def test_what_a_recipe_asks_in_vain_is_one_line(fopd: Fopd, pair: Path) -> None:
     def refusal(**changes: Any) -> str:
         name = f"r{len(list(fopd.folder.iterdir()))}"
@@ -264,6 +265,7 @@ def remote(server: Server, **changes: Any) -> dict[str, Any]:
     return {"model": "teacher", "engine": "http", "k": 8, "batch_samples": 8, "http": http, **changes}
 
 
+@SLOW
 def test_a_remote_teacher_says_what_a_local_one_says(
     fopd: Fopd, pair: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +282,7 @@ def test_a_remote_teacher_says_what_a_local_one_says(
         assert a["kl"] == pytest.approx(b["kl"], rel=1e-3, abs=1e-5)
 
 
+@SLOW
 def test_what_is_wrong_with_a_remote_teacher_is_one_line(
     fopd: Fopd, pair: Path, llama_pair: Path, server: Server, tmp_path: Path
 ) -> None:

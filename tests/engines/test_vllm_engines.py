@@ -513,7 +513,8 @@ def _split(model: str, transport: str) -> tuple[list[Rollout], list[Rollout], li
     return early + list(kit.drain(engine).values()), [], children
 
 
-@pytest.mark.parametrize("transport", ["shared", pytest.param("broadcast", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("transport", ["shared", "broadcast"])
 def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(
     tmp_path: Path, pair: Path, transport: str
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Fopd, lines, small_recipe
+from conftest import SLOW, Fopd, lines, small_recipe
 
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.transformers.build import on_weights
@@ -60,6 +60,7 @@ def test_ids_past_the_shared_ones_are_never_sampled(llama_pair: Path, tmp_path: 
                 assert (r.response_ids == expected.argmax(-1)).all()
 
 
+@SLOW
 @pytest.mark.parametrize("larger", ["student", "teacher"])
 def test_a_run_with_a_larger_vocabulary_on_either_side(fopd: Fopd, llama_pair: Path, larger: str) -> None:
     """It trains, its drifts are those of one policy, and `fopd eval` reproduces its scores."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, Fopd, metrics, small_recipe
+from conftest import SLOW, TINY, Fopd, metrics, small_recipe
 from torch import Tensor
 
 from fopd_cli.losses.terms import LossSpec, Positions, terms_of
@@ -61,6 +61,7 @@ def test_where_a_support_settles(spec: LossSpec, settles: Tensor) -> None:
     assert gradient(spec, settles + 3.0).abs().max() < 1e-7, "logits mean the same with a constant added"
 
 
+@SLOW
 def test_it_is_said_before_a_run(fopd: Fopd) -> None:
     recipe = small_recipe(
         TINY, loss={"support": "sampled"}, sampler={"temperature": 0.3, "max_new_tokens": 10}
@@ -74,6 +75,7 @@ def test_it_is_said_before_a_run(fopd: Fopd) -> None:
         assert "no findings" in fopd("doctor", fopd.recipe(recipe), "--no-sanity", "--set", cure).out
 
 
+@SLOW
 def test_a_teacher_at_the_students_temperature(fopd: Fopd) -> None:
     """In a run: a teacher that is the student says nothing, and without it it would."""
     student = str(TINY / "student")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import psutil
 import pytest
 import torch
-from conftest import wait_for
+from conftest import SLOW, wait_for
 
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.crew import fleet as workers
@@ -187,6 +187,7 @@ def describe(spec: WorkerSpec, mailbox: Mailbox) -> None:
     mailbox.receive(block=True)
 
 
+@SLOW
 def test_forked_workers_have_their_own_environment_and_die_with_their_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
