@@ -82,16 +82,15 @@ OURS = {
     DEFAULT: ["freshness.policy=fopd", BEFORE],
 }
 HEADLINE = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
-# An anchor that weakens with the lag (freshness/pace.py), by its pace in optimizer steps: as in the recipe's
-# defaults, and weaker ones with the importance ratio on every sample.
-PACE = "fopd, pace 160"
+# An anchor that weakens with the lag (freshness/pace.py), by its pace in optimizer steps, with the importance
+# ratio on every sample. The first is the recipe's defaults for policy gradients at lags over 3. Up to there,
+# and for exact losses, they are DEFAULT, which has an anchor of 20 at every lag.
 PACED = {
-    PACE: ["freshness.policy=fopd", "freshness.pace=160"],
-    **{
-        f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}", "loss.importance=true"]
-        for n in (32, 64, 128)
-    },
+    f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}", "loss.importance=true"]
+    for n in (64, 32, 128, 160)
 }
+PACE = next(iter(PACED))
+CONSTANT = 3  # the longest lag at which the defaults are DEFAULT
 WEAKER = ("fopd, pace 64", "fopd, pace 32")
 POLICIES = {**HEADLINE, **PACED}
 MIXED = "0..8"
@@ -192,13 +191,14 @@ def horizons(seed: int) -> Iterator[Cell]:
 
 
 def beyond(seed: int) -> Iterator[Cell]:
-    """Lag 16 and 32 on all tasks: an anchor with a pace beside a constant one."""
-    for lag in ("32", "16"):
+    """Lag 8, 16 and 32 on all tasks: an anchor with a pace beside a constant one."""
+    for lag in ("32", "16", "8"):
         for task in TOYS:
             for policy in (PACE, DEFAULT):
                 yield Cell(task, "pg_cached", policy, lag, seed)
-    for lag in ("32", "16"):
+    for lag in ("32", "16", "8"):
         yield Cell("short", "pg_recomputed", PACE, lag, seed)
+    yield Cell("short", "pg_cached", PACE, "4", seed)
 
 
 def paces(seed: int) -> Iterator[Cell]:
@@ -318,7 +318,8 @@ def regions(seed: int) -> Iterator[Cell]:
             yield Cell(task, loss, "sync", "0", seed, at)
             for lag in lags:
                 yield Cell(task, loss, "async", lag, seed, at)
-                yield Cell(task, loss, PACE if lag == "16" else DEFAULT, lag, seed, at)
+                today = PACE if loss == "pg_cached" and int(lag) > CONSTANT else DEFAULT
+                yield Cell(task, loss, today, lag, seed, at)
                 if loss == "pg_cached":
                     yield Cell(task, loss, "fopd", lag, seed, at)
                     for strength in LAMBDAS:

@@ -23,8 +23,8 @@ SHOWN = (
     "fopd, quadratic anchor",
     "fopd, top-k anchor",
 )
-# "fopd, pace 160" is the defaults' anchor at lag 16 and 32; up to 8 theirs is constant.
-BY_LAG = ("async", "trust", "fopd, top-k anchor", "fopd, defaults", "fopd, pace 160")
+# The last is the defaults' anchor at lags over 3. Up to there theirs is constant; "defaults" is always so.
+BY_LAG = ("async", "trust", "fopd, top-k anchor", "fopd, defaults", "fopd, pace 64")
 
 
 def draw(out: Path, results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:

@@ -11,7 +11,6 @@ SET_NAME_RULE = "use at most 60 letters, digits, '_', '.' and '-'"
 LossKind = Literal["forward_kl", "reverse_kl", "jsd"]  # each has a formula in `losses/divergence.py`
 Support = Literal["full", "topk", "sampled", "mc"]
 Advantage = Literal["cached", "recomputed"]
-Importance = bool | Literal["paced"]  # paced: only where the anchor is weaker than the recipe's
 DriftKind = Literal["sampled", "quadratic", "topk", "exact"]
 EngineRole = Literal["sampler", "teacher", "learner", "grader", "environment"]  # in a run
 WorkerRole = Literal[EngineRole, "eval", "judge"]  # of a process; the last two are other commands'

@@ -81,23 +81,21 @@ def policy_gradient(
     teacher: Tensor,
     behaviour: Tensor,
     kind: Advantage,
-    importance: bool | Tensor,
+    importance: bool,
     max_ratio: float | None = None,
     trust: float | None = None,
 ) -> Tensor:
     """Reverse KL from one sampled token per position: `-(log p - log pi)(y) * log pi_t(y)`, log-probs `(...)`
     of y.
 
-    `importance`, which a bool tensor `(...)` gives token by token, multiplies by rho = pi_t(y)/pi_r(y), which
-    makes the gradient that of `E_{pi_t}`, up to a cap on rho if there is one; `trust` leaves out tokens that
-    are spent (`freshness/trust.py`). Only the gradient is meaningful: the value is not a divergence.
+    `importance` multiplies by rho = pi_t(y)/pi_r(y), which makes the gradient that of `E_{pi_t}`, up to a cap
+    on rho if there is one; `trust` leaves out tokens that are spent (`freshness/trust.py`). Only the gradient
+    is meaningful: the value is not a divergence.
     """
     now = student.detach()
     advantage = advantage_of(kind, now, teacher, behaviour)
     if trust is not None:
         advantage = torch.where(spent(advantage, now - behaviour, trust), 0.0, advantage)
-    if isinstance(importance, Tensor):
-        advantage = advantage * torch.where(importance, ratio(now, behaviour, max_ratio), 1.0)
-    elif importance:
+    if importance:
         advantage = advantage * ratio(now, behaviour, max_ratio)
     return -advantage * student

@@ -11,7 +11,7 @@ from torch import Tensor
 from fopd_cli.freshness import drift
 from fopd_cli.freshness.trust import spent
 from fopd_cli.losses.divergence import advantage_of, divergence, kl, policy_gradient, ratio
-from fopd_cli.names import Advantage, DriftKind, Importance, LossKind, Support
+from fopd_cli.names import Advantage, DriftKind, LossKind, Support
 from fopd_cli.recipe import Loss
 
 DEFAULT = Loss()
@@ -28,7 +28,7 @@ class LossSpec:
     beta: float = DEFAULT.beta
     temperature: float = DEFAULT.temperature
     advantage: Advantage = DEFAULT.advantage
-    importance: Importance = False  # paced: where `Positions.paced` says so
+    importance: bool = False
     max_ratio: float | None = DEFAULT.max_ratio
     trust: float | None = None  # width of the token's trust region in nats; sampled and mc support
     drift: DriftKind = "sampled"
@@ -72,7 +72,6 @@ class Positions:
     teacher_logprobs: Annotated[Tensor | None, Source("targets", "logprobs", F32)] = None  # (N,): log p(y)
     teacher_topk: Annotated[Tensor | None, Source("targets", "topk_logprobs", F32)] = None  # (N, k)
     teacher_topk_ids: Annotated[Tensor | None, Source("targets", "topk_ids", I64)] = None  # (N, k)
-    paced: Tensor | None = None  # bool (N,): of samples whose anchor the lag has weakened; None: none is
 
     def rows(self, start: int, stop: int) -> Positions:
         return Positions(**{f.name: _rows(getattr(self, f.name), start, stop) for f in fields(self)})
@@ -83,9 +82,7 @@ def _rows(value: Any, start: int, stop: int) -> Any:
 
 
 SOURCES: dict[str, Source] = {
-    name: hint.__metadata__[0]
-    for name, hint in get_type_hints(Positions, include_extras=True).items()
-    if name != "paced"  # which the learner finds out
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Positions, include_extras=True).items()
 }
 
 
@@ -121,10 +118,9 @@ def terms_of(spec: LossSpec, at: Positions, logits: Tensor, teacher_logits: Tens
     clamped = drift.at_limit(acting_y.detach(), at.behaviour)
     if spec.support == "sampled":
         teacher_y = _teacher_logprob(spec, at, teacher_logits)
-        importance = _importance(spec, at)
-        clamped = torch.maximum(clamped, _limited(spec, importance, acting_y, teacher_y, at.behaviour))
+        clamped = torch.maximum(clamped, _limited(spec, spec.importance, acting_y, teacher_y, at.behaviour))
         loss = policy_gradient(
-            acting_y, teacher_y, at.behaviour, spec.advantage, importance, spec.max_ratio, spec.trust
+            acting_y, teacher_y, at.behaviour, spec.advantage, spec.importance, spec.max_ratio, spec.trust
         )
         return loss, drifts, acting_y.detach() - teacher_y, nan, entropy, nan, nan, clamped
     if spec.support == "mc":
@@ -168,21 +164,12 @@ def _monte_carlo(
     return loss.mean(-1), _limited(spec, True, student, judged, behaviour).mean(-1)
 
 
-def _importance(spec: LossSpec, at: Positions) -> bool | Tensor:
-    """Where the importance ratio applies: everywhere, nowhere, or bool `(N,)`."""
-    if spec.importance == "paced":
-        return False if at.paced is None else at.paced
-    return spec.importance
-
-
-def _limited(
-    spec: LossSpec, importance: bool | Tensor, student: Tensor, teacher: Tensor, behaviour: Tensor
-) -> Tensor:
+def _limited(spec: LossSpec, importance: bool, student: Tensor, teacher: Tensor, behaviour: Tensor) -> Tensor:
     """1 where the cap on the importance ratio or the trust region is active."""
     student = student.detach()
     limited = torch.zeros_like(behaviour, dtype=torch.bool)
-    if importance is not False and spec.max_ratio is not None:
-        limited = (ratio(student, behaviour, None) > spec.max_ratio) & importance
+    if importance and spec.max_ratio is not None:
+        limited = ratio(student, behaviour, None) > spec.max_ratio
     if spec.trust is not None:
         advantage = advantage_of(spec.advantage, student, teacher, behaviour)
         limited = limited | spent(advantage, student - behaviour, spec.trust)

@@ -19,16 +19,7 @@ from pydantic import (
 
 from fopd_cli.engines.registry import AUTO, SAMPLERS, TEACHERS, hands_over
 from fopd_cli.freshness.policies import POLICIES, PolicyName
-from fopd_cli.names import (
-    SET_NAME,
-    SET_NAME_RULE,
-    Advantage,
-    DriftKind,
-    Importance,
-    LossKind,
-    Support,
-    TargetKind,
-)
+from fopd_cli.names import SET_NAME, SET_NAME_RULE, Advantage, DriftKind, LossKind, Support, TargetKind
 from fopd_cli.recipe.contradictions import contradictions
 
 # Bounds far beyond any run, so that nothing computed from a recipe overflows.
@@ -80,7 +71,7 @@ else:  # those of the registry
 # drift: lambda log rho = A). Under A = -lambda/e, -7.4 nats at 20, it never does. Each is its estimator's
 # best at lag 8 (docs/staleness.md): lower ones collapse, higher ones are slower.
 ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
-PACE = 160.0  # optimizer steps: lambda 20 as far as lag 8, where it is known to hold, and weaker beyond
+PACE = 64.0  # optimizer steps: an anchor of 20 up to lag 3, of 8 at lag 8 (docs/staleness.md)
 
 
 class Section(BaseModel):
@@ -552,8 +543,8 @@ class Loss(Section):
     advantage: Advantage = "recomputed"
     """For sampled support: log p - log pi, with pi at sampling time (cached) or now (recomputed)."""
     importance: bool | Literal["auto"] = "auto"
-    """For sampled support: multiply by pi_now/pi_sampled. mc support always does so. auto: only samples whose
-    anchor their lag has weakened (freshness.pace), which need it.
+    """For sampled support: multiply by pi_now/pi_sampled. mc support always does so. auto: where
+    freshness.pace weakens the anchor, which needs it.
     """
     student_k: NonNegative = 0
     """For topk support: how many of the k classes are the student's own likeliest tokens; the others are the
@@ -645,9 +636,9 @@ class Freshness(Section):
     """
     pace: PositiveFactor | Literal["auto"] | None = "auto"
     """In optimizer steps: a sample that lags by tau is anchored by pace/tau (at most anchor, at least 1), so
-    that the student may move as fast at a long lag as at a short one. auto: 160, hence anchor as it is up to
-    lag 8, for policy gradients (sampled, mc) with drift topk or exact; else null. null: by anchor at every
-    lag.
+    that the student may move as fast at a long lag as at a short one. auto: 64, hence anchor as it is (20)
+    up to lag 3, for policy gradients (sampled, mc) with drift topk or exact; else null. null: by anchor at
+    every lag.
     """
     drift: Literal["auto", DriftKind] = "auto"
     """Estimator of D_roll: from the sampled token (sampled is unbiased; quadratic pulls harder as an anchor),
@@ -836,11 +827,11 @@ class Recipe(Section):
         return pace if pace is not None and pace < self.anchor * self.max_lag else None
 
     @property
-    def importance(self) -> Importance:
+    def importance(self) -> bool:
         """loss.importance, resolved."""
         if self.loss.importance != "auto":
             return self.loss.importance
-        return "paced" if self.support == "sampled" and self.pace is not None else False
+        return self.support == "sampled" and self.pace is not None
 
     @property
     def drift(self) -> DriftKind:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from fopd_cli.freshness.pace import strength
 from fopd_cli.losses.terms import LossSpec, Positions, terms_of
-from fopd_cli.names import Importance
 
 
 def test_the_anchor_weakens_with_the_lag_within_bounds() -> None:
@@ -37,30 +34,6 @@ def expected_gradient(logits: Tensor, behaviour: Tensor, teacher: Tensor, anchor
     (behaviour.exp() * (loss + anchor * drifts)).sum().backward()
     assert z.grad is not None
     return z.grad
-
-
-def test_only_paced_positions_have_the_ratio() -> None:
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(4, 6, generator=generator)
-    tokens, paced = torch.tensor([0, 5, 2, 2]), torch.tensor([True, False, False, True])
-    behaviour, teacher = -torch.rand(2, 4, generator=generator)
-    at = Positions(tokens=tokens, behaviour=behaviour, teacher_logprobs=teacher, paced=paced)
-
-    def found(importance: Importance, at: Positions) -> tuple[Tensor, Tensor]:
-        """The gradient by logits, and what is at a limit."""
-        z = logits.clone().requires_grad_()
-        spec = LossSpec("reverse_kl", "sampled", importance=importance, max_ratio=1.1)
-        loss, *_, clamped = terms_of(spec, at, z, torch.empty(0))
-        loss.sum().backward()
-        assert z.grad is not None
-        return z.grad, clamped
-
-    every, none = found(True, at), found(False, at)
-    assert not torch.equal(every[0][3], none[0][3])
-    for own, with_ratio, without in zip(found("paced", at), every, none, strict=True):
-        assert torch.equal(own[paced], with_ratio[paced])
-        assert torch.equal(own[~paced], without[~paced])
-    assert torch.equal(found("paced", replace(at, paced=None))[0], none[0])
 
 
 def distributions() -> tuple[Tensor, Tensor, Tensor]:

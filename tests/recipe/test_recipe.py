@@ -86,27 +86,27 @@ def test_anchor_and_drift_follow_the_loss(
 @pytest.mark.parametrize(
     ("overrides", "pace", "ratio"),
     [
-        ([], 160, "paced"),
-        (["schedule.max_lag=8"], None, False),  # 160/8 = 20: nothing to weaken
-        (["schedule.lag=9"], 160, "paced"),
-        (["schedule.lag=8"], None, False),
-        (["freshness.pace=64", "schedule.max_lag=4"], 64, "paced"),
-        (["freshness.pace=64", "schedule.max_lag=3"], None, False),
+        ([], 64, True),
+        (["schedule.max_lag=3"], None, False),  # 64/3 is more than 20: nothing to weaken
+        (["schedule.lag=4"], 64, True),
+        (["schedule.lag=3"], None, False),
+        (["freshness.pace=160", "schedule.max_lag=9"], 160, True),
+        (["freshness.pace=160", "schedule.max_lag=8"], None, False),
         (["freshness.pace=null"], None, False),
         (["freshness.pace=null", "loss.importance=true"], None, True),
         (["freshness.policy=async"], None, False),
         (["freshness.anchor=0"], None, False),
         (["freshness.drift=quadratic"], None, False),
         (["sampler.top_p=0.9"], None, False),
-        (["loss.importance=true"], 160, True),
+        (["loss.importance=true"], 64, True),
         (["loss.importance=false"], None, False),
         (["loss.importance=false", "freshness.pace=64"], 64, False),
-        (["loss.support=mc"], 160, False),  # which always has it
+        (["loss.support=mc"], 64, False),  # which always has it
         (["loss.support=full", "freshness.anchor=20"], None, False),
     ],
 )
 def test_a_long_lag_weakens_the_anchor_of_a_policy_gradient_and_brings_the_ratio(
-    recipe: Path, overrides: list[str], pace: float | None, ratio: bool | str
+    recipe: Path, overrides: list[str], pace: float | None, ratio: bool
 ) -> None:
     long = ["loss.support=sampled", "schedule.max_lag=16", "freshness.xi=0.01"]
     found = load_recipe(recipe, [*long, *overrides])

@@ -397,7 +397,6 @@ class FsdpLearner:
         pull: float | Tensor = config.anchor
         if config.pace is not None:
             pull = pace.strength(lag, config.anchor, config.pace)
-            batch = replace(batch, at=replace(batch.at, paced=(pull < config.anchor)[sample]))
         # FSDP averages gradients over ranks, but shares are of the whole batch: hence the factor.
         coefficients = weighting(
             sample, mask, aligned, share * self.world, pull, None if config.policy.weights == "one" else weigh
