@@ -91,8 +91,9 @@ def _lags(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             panel.errorbar(x, y, yerr=e, label=policy, marker="o", capsize=2, color=colour)
         panel.set(title=loss, xlabel="lag", ylim=(-0.02, 1.02))
     panels[0][0].set_ylabel("final held-out score")
-    panels[0][0].legend(fontsize=7)
-    _save(figure, path)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=len(labels), fontsize=8, frameon=False)
+    _save(figure, path, below=0.07)
 
 
 def _sensitivity(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -121,7 +122,8 @@ def _sensitivity(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def _save(figure: Any, path: Path, below: float = 0.0) -> None:
+    """`below`: the share of the height that is left for a legend."""
+    figure.tight_layout(rect=(0, below, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -154,7 +154,10 @@ def draw(out: Path, maps: dict[str, list[Place]]) -> None:
         panel.set_yticklabels([f"{rate:g}" for rate in rates])
     legend = [Patch(color=colour, label=name) for colour, name in zip(COLOURS, NEEDED, strict=True)]
     figure.legend(handles=legend, loc="lower center", ncol=len(legend), fontsize=8, frameon=False)
-    figure.suptitle("score as a share of sync: async, published (best lambda), ours", fontsize=10)
+    figure.suptitle(
+        "score as a share of sync: async, published (best lambda), ours; ?: lost less than its noise",
+        fontsize=10,
+    )
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(out / "regions.png", dpi=110)
     plt.close(figure)
