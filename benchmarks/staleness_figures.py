@@ -22,6 +22,7 @@ SHOWN = (
     "trust",
     "fopd, quadratic anchor",
     "fopd, top-k anchor",
+    "fopd, pace 64",
 )
 # The last is the defaults' anchor at lags over 3. Up to there theirs is constant; "defaults" is always so.
 BY_LAG = ("async", "trust", "fopd, top-k anchor", "fopd, defaults", "fopd, pace 64")
