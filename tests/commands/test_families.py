@@ -13,7 +13,7 @@ from pair_kit import conversations
 from transformers import AutoModelForCausalLM
 
 # Whether samples can lie in one row.
-FAMILIES = {"gemma3_text": True, "qwen3_5_text": False, "granite": True, "qwen3_moe": True}
+FAMILIES = {"gemma3_text": True, "qwen3_5_text": False, "qwen3_moe": True}
 
 
 @torch.no_grad()

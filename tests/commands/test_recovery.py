@@ -149,9 +149,7 @@ def test_checkpoints_of_a_fixed_lag_go_on_bitwise(fopd: Fopd, pair: Path) -> Non
 
 
 @SLOW
-@pytest.mark.parametrize(
-    ("depth", "policy", "seed"), [(2, "fopd", 1), (3, "fixed_refresh", 2), (1, "reweight", 3)]
-)
+@pytest.mark.parametrize(("depth", "policy", "seed"), [(2, "fopd", 1), (3, "fixed_refresh", 2)])
 def test_accounts_survive_kills_at_random_moments(
     fopd: Fopd, pair: Path, depth: int, policy: str, seed: int
 ) -> None:

@@ -149,11 +149,9 @@ def eight_steps(tmp_path_factory: pytest.TempPathFactory, pair: Path) -> Path:
     ("override", "message"),
     [
         ("sampler.temperature=0.8", "sampler.temperature: samples in flight were made with another value"),
-        ("learner.batch_samples=4", "learner.batch_samples"),
         ("learner.batch_samples=16", "learner.batch_samples"),
         ("schedule.max_lag=0", "schedule.max_lag"),
         ("schedule.max_lag=5", ""),
-        ("schedule.lag=1", "schedule.lag"),
         ("freshness.drift=topk", "freshness.drift"),
     ],
 )
