@@ -112,7 +112,7 @@ def test_half_of_the_recipe_teaches_it_to_speak_again(fopd: Fopd, real_pair: Pat
     first, last = steps[0]["kl"], sum(r["kl"] for r in steps[-5:]) / 5
     assert last < 0.7 * first, (first, last)
     quarters = [r for r in metrics(run) if r["kind"] == "eval"][-1]["kl_by_quartile"]
-    assert quarters[0] < 3 * quarters[-1], quarters
+    assert quarters[0] < 4 * quarters[-1], quarters  # 2.2; six times in a student that fell silent
     assert summary(run)["kl_last"] < 1.2
     report = json.loads(fopd("eval", run, "--samples", "1", timeout=LONG_S).out)
     assert report["prompts"] == 32
