@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import staleness_report as report
+from staleness_regions import CONSTANT
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path(__file__).resolve().parent / "recipes"
@@ -83,15 +84,14 @@ OURS = {
 }
 HEADLINE = {"sync": ["freshness.policy=sync"], **PAPER, **OTHERS, **OURS}
 # An anchor that weakens with the lag (freshness/pace.py), by its pace in optimizer steps, with the importance
-# ratio on every sample. The first is the recipe's defaults for policy gradients at lags over 3. Up to there,
-# and for exact losses, they are DEFAULT, which has an anchor of 20 at every lag.
+# ratio on every sample. PACE is the recipe's defaults for policy gradients at lags over CONSTANT. Up to there
+# they are DEFAULT, which has an anchor of 20 at every lag; for exact losses, where it has none, always.
+PACE = "fopd, pace 64"
+WEAKER = (PACE, "fopd, pace 32")
 PACED = {
     f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}", "loss.importance=true"]
-    for n in (64, 32, 128, 160)
+    for n in (32, 64, 128, 160)
 }
-PACE = next(iter(PACED))
-CONSTANT = 3  # the longest lag at which the defaults are DEFAULT
-WEAKER = ("fopd, pace 64", "fopd, pace 32")
 POLICIES = {**HEADLINE, **PACED}
 MIXED = "0..8"
 UP_TO = "<="  # before the bound of a lag that the clock decides

@@ -20,7 +20,7 @@ NEAR = 0.15
 OWN_RATE = {"short": 1e-3, "long": 3e-4}  # of each task's recipe, which its overrides do not name
 # Ours: at lags over 3 the defaults are the first, up to there the last but one (and for exact losses).
 STRONG = ("fopd, pace 64", "fopd, pace 160", "fopd, defaults", "trust")
-CONSTANT = 3
+CONSTANT = 3  # the longest lag at which the defaults' anchor is constant
 NEEDED = ("nothing", "the published method", "a strong anchor", "nothing holds")
 UNCLEAR = "?"
 ANCHORS = dict(zip(STRONG, ("pace 64", "pace 160", "no pace"), strict=False))
@@ -34,7 +34,7 @@ class Place:
     rate: float
     lag: int
     sync: float
-    seeds: int = 1  # of the synchronous run
+    seeds: int = 1  # the fewest of any of its runs, the synchronous one included
     shares: dict[str, float] = field(default_factory=dict)
     published: dict[float, float] = field(default_factory=dict)
 
@@ -85,6 +85,7 @@ def places(rows: Sequence[dict[str, Any]], task: str, loss: str) -> list[Place]:
         place = found.setdefault(
             (rate, int(r["lag"])), Place(rate, int(r["lag"]), base["score"], base["seeds"])
         )
+        place.seeds = min(place.seeds, r["seeds"])
         share = r["score"] / base["score"] if base["score"] else 0.0
         if r["policy"] == "fopd":
             place.published[float(strength or 1)] = share
@@ -105,16 +106,8 @@ def paper(found: Sequence[Place]) -> Place | None:
 
 def markdown(found: Sequence[Place]) -> str:
     """A line per place."""
-    heads = (
-        "learning rate",
-        "lag",
-        "sync",
-        "async",
-        "published, best lambda",
-        "ours (its anchor)",
-        "trust",
-        "needed",
-    )
+    shares = ("async", "published, best lambda", "ours (its anchor)", "trust")
+    heads = ("learning rate", "lag", "sync", *shares, "needed")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for p in found:
         best = max(p.published.items(), key=lambda item: item[1], default=None)

@@ -25,9 +25,9 @@ def _leave_out_extras() -> None:
     Nothing here does that, and it is a fifth of a worker's imports. It asks once and remembers; everything
     else can import them as ever.
     """
-    absent = [package for package in ("sklearn", "scipy") if package not in sys.modules]
-    for package in absent:
-        sys.modules[package] = None  # type: ignore[assignment]  # how Python is told that there is none
+    modules: dict[str, Any] = sys.modules
+    absent = [package for package in ("sklearn", "scipy") if package not in modules]
+    modules |= dict.fromkeys(absent)  # None is how Python is told that there is no such package
     try:
         from transformers.utils import is_scipy_available, is_sklearn_available
 
@@ -35,4 +35,4 @@ def _leave_out_extras() -> None:
         is_sklearn_available()
     finally:
         for package in absent:
-            del sys.modules[package]
+            del modules[package]
