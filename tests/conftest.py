@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +30,17 @@ sys.path.insert(0, str(ROOT / "scripts"))
 # Under nohup these tests ignore hangups, and so would every run that they start. A handler is not inherited.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What lies in the folder for temporary files is this process's own, though other tests run beside it:
+    some tests look there for what was left behind. Open to all, as /tmp is: the sandbox's user passes.
+    """
+    if hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="fopd-tests-")
+        os.chmod(folder, 0o1777)
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def make_pair(folder: Path, arch: str, *extra: str) -> Path:

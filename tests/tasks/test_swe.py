@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def sh(command: str) -> str:
 
 
 def left_behind() -> set[str]:
-    return {p.name for p in Path("/tmp").glob("fopd-swe-*")}
+    return {p.name for p in Path(tempfile.gettempdir()).glob("fopd-swe-*")}
 
 
 def test_a_scripted_agent_resolves_all_and_one_that_does_nothing_none() -> None:
