@@ -253,6 +253,9 @@ class SampleStats:
     weight: np.ndarray  # float64, the policy's weight before normalisation
     # object: `kl` of each loss-bearing token, float32 (length,), of measured samples; None of trained ones
     token_kl: np.ndarray
+    # object: the teacher's likeliest ids and their probabilities, each (positions, some), of those measured
+    # samples of which they were asked for; else None
+    likeliest: np.ndarray
 
 
 @dataclass

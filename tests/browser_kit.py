@@ -15,8 +15,8 @@ needed = pytest.mark.skipif(
 )
 
 
-def drawn(page: Path, scratch: Path, dark: bool) -> int:
-    """The number of curves that it draws of a report, on a screen as narrow as a phone's. It may complain of
+def rendered(page: Path, scratch: Path, dark: bool = False) -> str:
+    """What the document is once its scripts have run, on a screen as narrow as a phone's. It may complain of
     nothing.
     """
     command = [
@@ -35,7 +35,13 @@ def drawn(page: Path, scratch: Path, dark: bool) -> int:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert "CONSOLE" not in done.stderr, done.stderr
-    found = re.search(r'data-drawn="(\d+)"', done.stdout)
+    return done.stdout
+
+
+def drawn(page: Path, scratch: Path, dark: bool) -> int:
+    """The number of curves that it draws of a report."""
+    text = rendered(page, scratch, dark)
+    found = re.search(r'data-drawn="(\d+)"', text)
     assert found is not None
-    assert int(found[1]) == done.stdout.count('class="uplot')
+    assert int(found[1]) == text.count('class="uplot')
     return int(found[1])

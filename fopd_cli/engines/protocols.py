@@ -6,7 +6,7 @@ its device memory; `sleep` gives that memory to the machine's other roles, and `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -126,8 +126,10 @@ class Learner(Publishing, Protocol):
         `before_update` is called before any weight changes.
         """
 
-    def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
-        """The same metrics without learning."""
+    def evaluate(self, samples: Sequence[Sample], named: Container[int] = ()) -> SampleStats:
+        """The same metrics without learning. Of the samples with the keys `named`, also what the teacher
+        would rather have written.
+        """
 
     def snapshot(self, staged: bool) -> Snapshot:
         """Its state as it is now, to be written: before anything else is asked of it, or if `staged` at any

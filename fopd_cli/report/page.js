@@ -111,6 +111,13 @@
     event.target.classList.toggle("on", logarithmic);
     draw();
   });
+  // A phone has no pointer to hold on a token: a tap tells the same.
+  const told = document.getElementById("told");
+  addEventListener("click", (event) => {
+    const token = event.target.closest(".answers [title]");
+    told.hidden = !token;
+    if (token) told.textContent = JSON.stringify(token.textContent) + ": " + token.title;
+  });
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; draw(); } });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -71,7 +71,7 @@ def page(runs: Sequence[Run], watching: bool = False) -> str:
             ),
             f"<title>{_e(title)}</title><style>{_file('vendor/uPlot.min.css')}{_file('page.css')}</style></head><body><main>",
             *body,
-            f'</main><script type="application/json" id="data">{data}</script>',
+            f'</main><p id="told" hidden></p><script type="application/json" id="data">{data}</script>',
             f"<script>{_file('vendor/uPlot.iife.min.js')}</script>{watch}<script>{_file('page.js')}</script></body></html>",
         ]
     )
@@ -255,8 +255,9 @@ def _shades() -> str:
     ends = ["under " + f"{SHADES[0]:g}", *(f"from {limit:g}" for limit in SHADES)]
     shades = "".join(f'<span><i class="n{n}"></i>{end}</span>' for n, end in enumerate(ends))
     return (
-        "<p>Each token of the student's is coloured by its KL to the teacher there, in nats; hold the "
-        f'pointer on one for the number.</p><div class="legend shades">{shades}</div>'
+        "<p>Each token of the student's is coloured by its KL to the teacher there, in nats. Hold the "
+        "pointer on one, or tap it, for the number and for what the teacher would rather have written, where "
+        f'a run recorded that.</p><div class="legend shades">{shades}</div>'
     )
 
 

@@ -18,11 +18,9 @@ import torch
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.crew.messages import Region
 from fopd_cli.runtime.journal.checkpoint import load_buffer, save_buffer
-from fopd_cli.runtime.memory.arena import Arena, targets_at
+from fopd_cli.runtime.memory.arena import Arena
 from fopd_cli.samples import Context, Rollout, TargetSpec
 from fopd_cli.tasks.replay import judged_context
-
-LIKELIEST = 3  # of the teacher's tokens, for people
 
 
 @dataclass
@@ -35,7 +33,6 @@ class Entry:
     scoring: bool = False  # a teacher has been asked and has not answered
     grade: float | None = None  # None: not graded yet; nan: cannot be graded
     metrics: dict[str, float] = field(default_factory=dict)  # the grader's further metrics
-    likeliest: tuple[np.ndarray, np.ndarray] | None = None  # see `Buffer.note_likeliest`
     context: Context | None = None  # today's, if it has changed since the sample was judged
 
     @property
@@ -81,17 +78,6 @@ class Buffer:
 
     def __len__(self) -> int:
         return len(self.entries)
-
-    def note_likeliest(self, key: int) -> None:
-        """Keep the teacher's likeliest tokens at each position of the response beyond the life of its
-        targets: ids and probabilities `(n, LIKELIEST)`. Nothing if it named none (hidden states, one
-        log-prob).
-        """
-        entry, slot = self[key], self[key].targets
-        targets = targets_at(self.arena.memory, slot.offset, self.specs[slot.teacher], slot.positions)
-        if targets.topk_logprobs is not None and targets.topk_ids is not None:
-            found, at = targets.topk_logprobs.topk(min(LIKELIEST, targets.topk_logprobs.shape[1]))
-            entry.likeliest = targets.topk_ids.gather(-1, at).numpy(), found.exp().numpy()
 
     def add(self, rollout: Rollout, teacher: int) -> Entry:
         """A sampler has finished this rollout."""

@@ -23,7 +23,7 @@ from fopd_cli.runtime.crew import crew as engines
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.crew import Crew, Engine
 from fopd_cli.runtime.journal import records
-from fopd_cli.runtime.journal.journal import Journal
+from fopd_cli.runtime.journal.journal import Journal, Measured
 from fopd_cli.runtime.journal.saving import Saving
 from fopd_cli.runtime.scheduling.conversations import Conversations
 from fopd_cli.runtime.scheduling.params import sampling_params
@@ -173,7 +173,8 @@ class Conductor:
                 self.journal.step_begins()
                 self.crew.send(engines.LEARNER, m.TrainCommand(step, *self._batch(keys)))
             case Evaluate(_, keys):
-                self.crew.send(engines.LEARNER, m.EvaluateCommand(*self._batch(keys)))
+                shown = [key for key in keys if self.stream.is_shown(self._sample(key))]
+                self.crew.send(engines.LEARNER, m.EvaluateCommand(*self._batch(keys), shown))
             case Lease(sleeper, waker):
                 self.crew.lease(sleeper, waker)
             case _:
@@ -210,6 +211,10 @@ class Conductor:
 
     def _sample(self, key: int) -> SampleId:
         return self.schedule.tickets[key].sample
+
+    def _measured(self, key: int) -> Measured:
+        sample = self._sample(key)
+        return Measured(sample, self.buffer[key], self._prompt(key).held_out, self.stream.is_shown(sample))
 
     def _prompt(self, key: int) -> Prompt:
         return self.stream.prompt(self._sample(key))
@@ -314,9 +319,7 @@ class Conductor:
     def _on_evaluated(self, stats: SampleStats) -> None:
         """Held-out samples are evaluated; with the last of them the learner may train again."""
         version, keys = self.schedule.step, stats.keys.tolist()
-        for key in keys:
-            self.buffer.note_likeliest(key)
-        rows = [(self._sample(key), self.buffer[key], self._prompt(key).held_out) for key in keys]
+        rows = [self._measured(key) for key in keys]
         self.journal.evaluated_samples(stats, rows)
         for key in keys:
             self._forget(key)

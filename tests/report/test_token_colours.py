@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import browser_kit
 import numpy as np
 import pytest
 import torch
@@ -15,12 +16,14 @@ from conftest import TINY, lines, small_recipe
 from inprocess_kit import conducted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fopd_cli.engines.learner.likeliest import likeliest
+from fopd_cli.engines.text.pieces import MOST_PIECES
 from fopd_cli.recipe import load_recipe
 from fopd_cli.report import texts
 from fopd_cli.report.page import SHADES, page
 from fopd_cli.report.reading import read
 from fopd_cli.runtime.journal import records
-from fopd_cli.samples import Rollout
+from fopd_cli.samples import Rollout, TeacherTargets
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def test_the_kl_at_each_token_is_that_of_two_plain_forward_passes(run: Path) -> 
     assert len(first) == 2
     for sample in first:
         pieces = sample["pieces"]
-        written = "".join(text for text, _ in pieces)
+        written = "".join(piece[0] for piece in pieces)
         assert written.removesuffix("<eos>") == sample["response"]  # where it ended counts, too
         asked, said = (
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (sample["prompt"], written)
@@ -47,26 +50,40 @@ def test_the_kl_at_each_token_is_that_of_two_plain_forward_passes(run: Path) -> 
         with torch.no_grad():
             p, q = (m(torch.tensor([asked + said])).logits[0].log_softmax(-1) for m in models)
         kl = (p.exp() * (p - q)).sum(-1)[len(asked) - 1 : -1]
-        assert [value for _, value in pieces] == pytest.approx(kl.tolist(), rel=1e-2, abs=1e-4)
+        assert [piece[1] for piece in pieces] == pytest.approx(kl.tolist(), rel=1e-2, abs=1e-4)
         assert sample["kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
 
 
-def test_the_teachers_likeliest_tokens_where_it_names_them(tmp_path: Path) -> None:
-    """A teacher of top-k log-probs does; the numbers are those of a plain forward pass."""
-    recipe = small_recipe(TINY, learner={"steps": 1}, loss={"support": "topk"}, teacher={"k": 8})
+@pytest.mark.parametrize("support", ["full", "topk"])
+def test_what_the_teacher_would_rather_have_written(tmp_path: Path, support: str) -> None:
+    """From hidden states, and from recorded top-k log-probs: the figures are those of a plain forward
+    pass.
+    """
+    teacher = {"k": 8} if support == "topk" else {}
+    recipe = small_recipe(TINY, learner={"steps": 1}, loss={"support": support}, teacher=teacher)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run = conducted(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
-    sample = next(s for s in lines(run / "samples.jsonl") if s["kind"] == "eval")
+    samples = [s for s in lines(run / "samples.jsonl") if s["kind"] == "eval"]
     tokenizer = AutoTokenizer.from_pretrained(TINY / "teacher")
-    ids = tokenizer(sample["prompt"] + sample["pieces"][0][0], add_special_tokens=False)["input_ids"]
-    teacher = AutoModelForCausalLM.from_pretrained(TINY / "teacher").float()
-    with torch.no_grad():
-        found = teacher(torch.tensor([ids])).logits[0, -1].softmax(-1).topk(3)
-    named = [tokenizer.decode([i]) for i in found.indices.tolist()]
-    _, _, likeliest = sample["pieces"][1]
-    assert [n for n, _ in likeliest] == named
-    assert [p for _, p in likeliest] == pytest.approx(found.values.tolist(), abs=2e-3)
-    assert f"the teacher: &quot;{html.escape(named[0])}&quot; {likeliest[0][1]:.0%}" in page([read(run)])
+    plain = AutoModelForCausalLM.from_pretrained(TINY / "teacher").float()
+    for sample in samples:
+        written = [piece[0] for piece in sample["pieces"]]
+        ids = tokenizer(sample["prompt"] + "".join(written), add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            every = plain(torch.tensor([ids])).logits[0].softmax(-1).topk(3)
+        for at, (_, _, told) in enumerate(sample["pieces"], len(ids) - len(written) - 1):
+            assert [n for n, _ in told] == [tokenizer.decode([i]) for i in every.indices[at].tolist()]
+            assert [p for _, p in told] == pytest.approx(every.values[at].tolist(), abs=2e-3)
+    name, probability = samples[-1]["pieces"][1][2][0]
+    assert f"the teacher: &quot;{html.escape(name)}&quot; {probability:.0%}" in page([read(run)])
+    assert {(s["step"], s["sample"]) for s in samples} == {
+        (step, f"eval/e0/p{prompt}/s0/a0") for step in (0, 1) for prompt in (0, 1)
+    }
+
+
+def test_a_teacher_that_gives_one_log_prob_names_nothing() -> None:
+    targets = TeacherTargets("sampled", logprobs=torch.zeros(3))
+    assert likeliest(targets, []) is None
 
 
 def test_only_samples_grow_by_it(run: Path) -> None:
@@ -82,8 +99,20 @@ def test_the_page_colours_each_token_and_says_what_the_colours_mean(run: Path) -
     for piece, kl, _ in last.pieces:
         assert kl is not None
         shade = sum(kl >= limit for limit in SHADES)
-        assert f'<span class="n{shade}" title="{kl:.2g} nats">{html.escape(piece)}</span>' in text
+        assert re.search(
+            rf'<span class="n{shade}" title="{kl:.2g} nats[^"]*">{re.escape(html.escape(piece))}</span>', text
+        )
     assert len(re.findall(r'<i class="n\d"></i>', text)) == len(SHADES) + 1
+
+
+@browser_kit.needed
+def test_a_tap_on_a_token_tells_its_number(run: Path, tmp_path: Path) -> None:
+    tap = "<script>document.querySelector('.answers [title]').click()</script></body>"
+    (tmp_path / "page.html").write_text(page([read(run)]).replace("</body>", tap))
+    text = browser_kit.rendered(tmp_path / "page.html", tmp_path)
+    told = re.search(r'<p id="told">(.*?)</p>', text)
+    assert told is not None
+    assert re.search(r' nats; the teacher: "', html.unescape(told[1]))
 
 
 def test_what_a_tool_wrote_has_no_colour_and_a_long_answer_only_its_beginning(run: Path) -> None:
@@ -95,7 +124,7 @@ def test_what_a_tool_wrote_has_no_colour_and_a_long_answer_only_its_beginning(ru
     kls = np.arange(1, mask.sum() + 1, dtype=np.float32)
     found = records.pieces(tokenizer, rollout, kls)
     assert [kl for _, kl in found[:5]] == [1, 2, None, None, 3]
-    assert len(found) == records.MOST_PIECES
+    assert len(found) == MOST_PIECES
     sample = {"step": 1, "response": "7+5=2" * 200, "pieces": found, "kl": math.pi}
     answer = texts._answer(sample)
-    assert answer.rest == f"\n[… {1000 - records.MOST_PIECES} more characters]"
+    assert answer.rest == f"\n[… {1000 - MOST_PIECES} more characters]"

@@ -16,7 +16,7 @@ A micro-batch's weights need only its own forward pass. What needs the whole bat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -40,6 +40,7 @@ from torch.distributed.fsdp import (
 )
 
 from fopd_cli.engines.learner import dcp, lora
+from fopd_cli.engines.learner.likeliest import likeliest
 from fopd_cli.engines.learner.micro_batch import MicroBatch, placeholder
 from fopd_cli.engines.learner.pieces import Piece, pieces
 from fopd_cli.engines.learner.prefetch import Lane, Prefetched
@@ -321,14 +322,18 @@ class FsdpLearner:
                 state[name] = state[name].to(dtype)
 
     @torch.no_grad()
-    def evaluate(self, samples: Sequence[Sample]) -> SampleStats:
+    def evaluate(self, samples: Sequence[Sample], named: Container[int] = ()) -> SampleStats:
         parts, micro = [], self._batches(samples)
         batches = self._prefetched(samples, micro)
         for indices, batch in zip(micro, batches, strict=True):
             metrics, _, _ = self._forward(samples, indices, batch)
             batches.ahead()
             if indices:
-                parts.append((indices, _stats(samples, indices, metrics, batch)))
+                found = _stats(samples, indices, metrics, batch)
+                for place, i in enumerate(indices):
+                    if samples[i].rollout.key in named:
+                        found.likeliest[place] = likeliest(samples[i].targets, self.teacher_heads)
+                parts.append((indices, found))
         return self._gather(parts, len(samples))
 
     def _batches(self, samples: Sequence[Sample]) -> list[list[int]]:
@@ -580,7 +585,8 @@ def _stats(
     if batch is not None:
         token_kl = _by_sample(of_tokens, batch, len(indices))
     keys = np.array([samples[i].rollout.key for i in indices])
-    return SampleStats(keys=keys, token_kl=token_kl, **found)
+    unnamed = np.full(len(indices), None, dtype=object)
+    return SampleStats(keys=keys, token_kl=token_kl, likeliest=unnamed, **found)
 
 
 def _quartiles(term: Tensor, batch: MicroBatch, mask: Tensor) -> Tensor:

@@ -104,11 +104,12 @@ class TrainCommand:
 
 @dataclass
 class EvaluateCommand:
-    """The same without a step."""
+    """The same without a step. `named`: keys of the samples whose answers people read."""
 
     rollouts: list[Rollout]
     regions: list[Region]
     lags: list[int]
+    named: list[int]
 
 
 @dataclass

@@ -96,6 +96,7 @@ def _stats(rollouts: Sequence[Rollout], lags: Sequence[int]) -> SampleStats:
         freshness=1 / (lag + 1),
         weight=ones,
         token_kl=np.full(len(rollouts), None, dtype=object),
+        likeliest=np.full(len(rollouts), None, dtype=object),
     )
 
 

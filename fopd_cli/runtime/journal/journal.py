@@ -8,11 +8,10 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,16 +31,25 @@ from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
 OpenSinks = Callable[[Resume | None, Changes], Sinks]
 OpenDisplay = Callable[[int, int], Display]
 SAMPLES = 20  # written as text in a whole run
-HELD_OUT_SAMPLES = 2  # per evaluation and held-out set
+
+
+class Measured(NamedTuple):
+    """A sample of an evaluation. `held_out` is the name of its set if there are several; `shown`: it is
+    written down as text.
+    """
+
+    sample: SampleId
+    entry: Entry
+    held_out: str | None
+    shown: bool
 
 
 @dataclass
 class _Evaluation:
-    """The evaluation under way."""
+    """The evaluation under way: what the learner measured, in parts, and of which samples."""
 
     stats: list[SampleStats] = field(default_factory=list)
-    rows: dict[int, tuple[SampleId, Entry]] = field(default_factory=dict)
-    sets: list[str | None] = field(default_factory=list)  # the held-out set of each row
+    rows: list[Measured] = field(default_factory=list)
 
 
 class Journal:
@@ -184,21 +192,17 @@ class Journal:
             self.sinks.metrics.write(line)
         self.sinks.scalars(records.scalars(lines[0], timing), lines[0]["step"])
 
-    def evaluated_samples(
-        self, stats: SampleStats, rows: Iterable[tuple[SampleId, Entry, str | None]]
-    ) -> None:
-        """Some of an evaluation's samples are done, each with the name of its set if there are several."""
+    def evaluated_samples(self, stats: SampleStats, rows: Iterable[Measured]) -> None:
+        """Some of an evaluation's samples are done, in the order of their `stats`."""
         self._evaluation.stats.append(stats)
-        for sample, entry, held_out in rows:
-            self._evaluation.rows[entry.key] = (sample, entry)
-            self._evaluation.sets.append(held_out)
+        self._evaluation.rows.extend(rows)
 
     def evaluated(self, version: int) -> None:
         """All of them are done."""
-        stats, rows, sets = self._evaluation.stats, self._evaluation.rows, self._evaluation.sets
+        stats, rows = self._evaluation.stats, self._evaluation.rows
         self._evaluation = _Evaluation()
-        samples = [(sample, entry.score, entry.rollout) for sample, entry in rows.values()]
-        metrics = [entry.metrics for _, entry in rows.values()]
+        samples = [(row.sample, row.entry.score, row.entry.rollout) for row in rows]
+        metrics, sets = [row.entry.metrics for row in rows], [row.held_out for row in rows]
         record = records.evaluation(version, stats, samples, metrics, sets, self.recipe.eval.follow)
         self.totals.evaluations[str(version)] = record
         timing = {
@@ -209,12 +213,11 @@ class Journal:
         self._pace.evaluated(timing["seconds"])
         self.sinks.metrics.write({**record, "timing": timing})
         self.sinks.scalars(records.evaluation_scalars(record), version)
-        written = Counter[str | None]()
-        kls = {k: kl for s in stats for k, kl in zip(s.keys.tolist(), s.token_kl, strict=True)}
-        for key, held_out in sorted(zip(rows, sets, strict=True)):
-            written[held_out] += 1
-            if written[held_out] <= HELD_OUT_SAMPLES:
-                self._write_sample(version, *rows[key], kls[key])
+        found = [part for s in stats for part in zip(s.token_kl, s.likeliest, strict=True)]
+        measured = zip(rows, found, strict=True)
+        for row, (kl, likeliest) in sorted(measured, key=lambda pair: pair[0].sample.prompt):
+            if row.shown:
+                self._write_sample(version, row.sample, row.entry, kl, likeliest)
         self.say(records.evaluation_line(record))
         if self._progress is not None:
             self._progress.evaluated(record)
@@ -229,9 +232,16 @@ class Journal:
         self.say(f"step {step}: refreshing the buffer ({reason}); {len(ids)} samples dropped")
 
     def _write_sample(
-        self, step: int, sample: SampleId, entry: Entry, token_kl: np.ndarray | None = None
+        self,
+        step: int,
+        sample: SampleId,
+        entry: Entry,
+        token_kl: np.ndarray | None = None,
+        likeliest: records.Likeliest = None,
     ) -> None:
-        """As text; with `token_kl`, that of each token that the student sampled, also token by token."""
+        """As text; with `token_kl`, that of each token that the student sampled, also token by token, beside
+        what the teacher would rather have written, if known.
+        """
         rollout = entry.rollout
         record: dict[str, Any] = {
             "kind": sample.split,
@@ -247,7 +257,7 @@ class Journal:
             record |= {"turns": rollout.turns, "calls": rollout.calls}
         if token_kl is not None:
             record["kl"] = float(token_kl.mean()) if len(token_kl) else None
-            record["pieces"] = records.pieces(self.tokenizer, rollout, token_kl, entry.likeliest)
+            record["pieces"] = records.pieces(self.tokenizer, rollout, token_kl, likeliest)
         self.sinks.samples.write(record)
         if self._progress is not None:
             self._progress.sampled(record)
@@ -268,7 +278,7 @@ class Journal:
         """The totals for a checkpoint. Samples that a resumed run samples again do not count: those
         `given_up`, and those of a half-done evaluation.
         """
-        again = [*given_up, *(entry.rollout for _, entry in self._evaluation.rows.values())]
+        again = [*given_up, *(row.entry.rollout for row in self._evaluation.rows)]
         return {
             **vars(self.totals),
             "wall_seconds": self.wall_seconds,

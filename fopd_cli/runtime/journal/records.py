@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fopd_cli.collapse import collapse
+from fopd_cli.engines.text.pieces import MOST_PIECES
 from fopd_cli.engines.text.pieces import pieces as text_pieces
 from fopd_cli.runtime.journal.sinks import mean_and_error
 from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from fopd_cli.runtime.journal.totals import Totals
     from fopd_cli.runtime.scheduling.schedule import Schedule
 
+Likeliest = tuple[np.ndarray, np.ndarray] | None  # ids and probabilities, each (positions, some)
 QUANTILES = np.linspace(0, 1, 21)  # of response lengths: fopd plan draws from them
 MANY_TRUNCATED = 0.5  # share of responses
-MOST_PIECES = 512  # tokens of a response that are written one by one; each decodes all before it
 
 
 def outcome(weight: float) -> Literal["trained", "gated"]:
@@ -283,10 +284,7 @@ def summary(schedule: Schedule, totals: Totals, busy: dict[str, float]) -> dict[
 
 
 def pieces(
-    tokenizer: Any,
-    rollout: Rollout,
-    token_kl: np.ndarray,
-    likeliest: tuple[np.ndarray, np.ndarray] | None = None,
+    tokenizer: Any, rollout: Rollout, token_kl: np.ndarray, likeliest: Likeliest = None
 ) -> list[list[Any]]:
     """[text, KL to the teacher in nats] of the response's first tokens; a tool's tokens have None. With the
     teacher's `likeliest` ids and probabilities at each position, also [[token, probability], ...].

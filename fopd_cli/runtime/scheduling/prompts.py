@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from fopd_cli.tasks import Task
 from fopd_cli.tasks.privileged import told
 
 SPLITS = ("train", "eval")
+SHOWN = 2  # prompts of each held-out set whose answers are written down
 
 
 class PromptStream:
@@ -56,6 +58,7 @@ class PromptStream:
         self._check_teachers()
         self._check_sets()
         self._orders: dict[int, list[int]] = {}
+        self._shown: set[int] | None = None
         self._ids: dict[tuple[str, int], np.ndarray] = {}
         self._told: dict[tuple[str, int], np.ndarray] = {}
 
@@ -63,7 +66,7 @@ class PromptStream:
         """Leave out prompts. Those that stay keep their index, and with it their random numbers."""
         gone = set(indices)
         self.kept[split] = [i for i in self.kept[split] if i not in gone]
-        self._orders = {}
+        self._orders, self._shown = {}, None
 
     def train_id(self, number: int) -> SampleId:
         """The `number`-th training sample of the run."""
@@ -120,6 +123,15 @@ class PromptStream:
         """Names of the held-out sets, in the order of their prompts; empty if there is only one."""
         names = dict.fromkeys(p.held_out for p in self.prompts["eval"] if p.held_out is not None)
         return list(names) if len(names) > 1 else []
+
+    def is_shown(self, sample: SampleId) -> bool:
+        """Whether people read the answer at every evaluation: the first one to each set's first prompts."""
+        if self._shown is None:
+            by_set = defaultdict[str | None, list[int]](list)
+            for i in self.kept["eval"]:
+                by_set[self.prompts["eval"][i].held_out].append(i)
+            self._shown = {i for own in by_set.values() for i in own[:SHOWN]}
+        return sample.split == "eval" and sample.repeat == 0 and sample.prompt in self._shown
 
     def _check_sets(self) -> None:
         prompts = self.prompts["eval"]
