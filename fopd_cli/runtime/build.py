@@ -129,14 +129,15 @@ def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
         pairs = zip(recipe.teachers, setup.target_specs, strict=True)
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
         heads = [h if t is None else renumbered_head(h, t) for h, t in zip(heads, setup.tables, strict=True)]
-    # peft starts adapters from a base that is loaded, so a LoRA student is loaded whole.
-    read_later = spec.world > 1 and recipe.student.lora is None
-    found = shards.empty(recipe.student.model, "student.model", torch.float32) if read_later else None
+    own = torch.float32 if recipe.student.lora is None else compute
+    found = shards.empty(recipe.student.model, "student.model", own) if spec.world > 1 else None
     model, unread = found or (None, None)
-    if model is None:
+    if unread is None:
         model = load_student(recipe, compute)
     else:
         hf.freeze_unused(model)
+        add_adapters(model, recipe, compute)
+        unread = replace(unread, fresh=lora.initial(recipe.seed)) if recipe.student.lora else unread
     as_sampled(model, setup, setup.context)
     if not spec.devices:
         hf.between_blocks(model, breathe)

@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
+from fopd_cli.engines.learner import lora
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf, shards
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
@@ -80,6 +82,17 @@ def learner_of(path: str, world: int, in_shards: bool, **changes: Any) -> Any:
     return FsdpLearner(lm, [], cfg, kit.CPU, torch.distributed.get_rank(), world, unread).student
 
 
+def adapted_of(path: str, world: int, in_shards: bool) -> Any:
+    """A LoRA student, whose base is frozen in bf16."""
+    lm, unread = shards.empty(path, "m", torch.bfloat16) or (None, None)
+    if not in_shards:
+        lm, unread = hf.load_model(path, "m", torch.float32), None
+    lora.add_adapters(lm, 4, 8.0, "all-linear", 7, torch.bfloat16)
+    unread = None if unread is None else replace(unread, fresh=lora.initial(7))
+    cfg = kit.config(compute_dtype=torch.bfloat16, vocab=8192)
+    return FsdpLearner(lm, [], cfg, kit.CPU, torch.distributed.get_rank(), world, unread).student
+
+
 def teacher_of(path: str, world: int, in_shards: bool) -> Any:
     lm, unread = shards.empty(path, "m", torch.bfloat16) or (None, None)
     if not in_shards:
@@ -98,7 +111,7 @@ def rank_loads(rank: int, world: int, path: str) -> tuple[list[str], dict[str, i
         _, peaks[name] = peak_of(lambda: fill(*args))
 
     shards.Unread.fill = measured  # type: ignore[method-assign]
-    makers = {"learner": learner_of, "teacher": teacher_of}
+    makers = {"learner": learner_of, "teacher": teacher_of, "adapted": adapted_of}
     makers["offloaded"] = lambda *a: learner_of(*a, offload=True)
     for name, make in makers.items():
         found, whole = (parts_of(make(path, world, in_shards)) for in_shards in (True, False))
@@ -120,6 +133,7 @@ def test_each_rank_reads_its_own_part(model: Path, tmp_path: Path) -> None:
     assert peaks["learner"] < 0.75 * size
     assert peaks["offloaded"] < 0.75 * size
     assert peaks["teacher"] < 0.75 * size / 2  # in bf16, as the files
+    assert peaks["adapted"] < 0.75 * size / 2
 
 
 def test_what_transformers_has_to_put_together_is_loaded_whole(tmp_path: Path) -> None:

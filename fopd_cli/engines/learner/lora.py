@@ -7,9 +7,10 @@ be the one that sampled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -39,8 +40,9 @@ def add_adapters(
     """Freeze the base, keep it in `frozen_dtype`, and give it adapters in fp32; B starts at 0, so nothing
     changes yet.
 
-    The same seed gives the same A on every rank. `router`: the routers of a mixture of experts learn, too.
-    Raises `UserError` for target names that the model does not have.
+    A model without weights (on the meta device) gets adapters without values; see `initial`. `router`: the
+    routers of a mixture of experts learn, too. Raises `UserError` for target names that the model does not
+    have.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -55,7 +57,6 @@ def add_adapters(
     parent = nn.Module()
     parent.lm = lm
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(seed)
         warnings.simplefilter("ignore")  # warns that one of the two lists is empty
         try:
             inject_adapter_in_model(
@@ -72,9 +73,29 @@ def add_adapters(
             raise UserError(f"student.lora.targets: {str(error).splitlines()[0]}") from None
     if hasattr(lm.get_output_embeddings(), "lora_A"):  # the losses take the head as one matrix
         raise UserError("student.lora.targets: the output head cannot have an adapter; leave its name out")
+    values = initial(seed)
     for name, parameter in lm.named_parameters():
-        if is_adapter(name):
-            parameter.data = parameter.data.float()
+        if (value := values(name, parameter.shape)) is not None:
+            parameter.data = parameter.data.float() if parameter.is_meta else value.to(parameter.device)
+
+
+def initial(seed: int) -> Callable[[str, torch.Size], Tensor | None]:
+    """What an adapter's matrix of this name and shape starts as, in fp32: B as 0, A uniform like peft's;
+    None for what is no adapter's. The same seed gives the same matrix on every rank, whatever else that rank
+    has made.
+    """
+
+    def values(name: str, shape: torch.Size) -> Tensor | None:
+        if not is_adapter(name):
+            return None
+        if ".lora_B." in name:
+            return torch.zeros(shape)
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        bound = shape[1] ** -0.5
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    return values
 
 
 def is_adapter(name: str) -> bool:

@@ -10,6 +10,7 @@ transformers, whole; such models are loaded as usual.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,13 @@ from fopd_cli.engines.tokens import rope
 
 @dataclass(frozen=True)
 class Unread:
-    """A model's weights, still in its files."""
+    """A model's weights, still in its files. `fresh` gives those that no file holds, whole, by name and
+    shape: adapters that have learned nothing.
+    """
 
     files: CheckpointFiles
     names: dict[str, str]  # of each parameter and persistent buffer -> its name in the files
+    fresh: Callable[[str, torch.Size], Tensor | None] = lambda name, shape: None
 
     @torch.no_grad()
     def fill(self, root: nn.Module, lm: nn.Module, device: torch.device) -> None:
@@ -38,10 +42,13 @@ class Unread:
         """
         root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
         for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
-            found = self.names.get(name.replace("_checkpoint_wrapped_module.", ""))
+            plain = name.replace("_checkpoint_wrapped_module.", "")
+            found = self.names.get(plain.replace(".base_layer", ""))
+            local, start = _own_part(tensor)
             if found is not None:
-                local, start = _own_part(tensor)
                 local.copy_(self.files.part(found, start, tuple(local.shape)))
+            elif (new := self.fresh(plain, tensor.shape)) is not None:
+                local.copy_(new[tuple(slice(a, a + n) for a, n in zip(start, local.shape, strict=True))])
 
 
 def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None:
