@@ -241,10 +241,11 @@ def _lines(found: Sequence[Span], guess: Costs, plan: Plan) -> _Measured:
     costs, far, known = guess, [], set()
     d = guess.decoding
     if sampled := [s for s in kinds["generate"] if s.args.get("passes")]:
-        names = ("passes", "rows", "prompt_tokens", "joins")
+        names = ("passes", "rows", "prompt_tokens", "joins", "exchanges")
         line = _Line(sampled, lambda s: [s.args.get(n, 0) for n in names], _parts(d))
-        step, row, prompt, join = line.found.tolist()
-        costs = replace(costs, decoding=replace(d, step=step, row=row, prompt_token=prompt, join=join))
+        step, row, prompt, join, exchange = line.found.tolist()
+        decoding = replace(d, step=step, row=row, prompt_token=prompt, join=join, exchange=exchange)
+        costs = replace(costs, decoding=decoding)
         far.append(line.off)
         known.add("sampler")
     scoring = list(guess.scoring)
@@ -277,7 +278,7 @@ def _lines(found: Sequence[Span], guess: Costs, plan: Plan) -> _Measured:
 
 
 def _parts(d: Decoding) -> list[float]:
-    return [d.step, d.row, d.prompt_token, d.join]
+    return [d.step, d.row, d.prompt_token, d.join, d.exchange]
 
 
 class _Line:
@@ -331,6 +332,7 @@ def carried_over(run: Costs, guess: Costs, target: Costs) -> Costs:
             prompt_token=one(m.prompt_token, g.prompt_token, t.prompt_token),
             load=one(m.load, g.load, t.load),
             join=one(m.join, g.join, t.join),
+            exchange=one(m.exchange, g.exchange, t.exchange),
         )
 
     same = len(run.scoring) == len(target.scoring)

@@ -19,6 +19,8 @@ from fopd_cli.runtime.time_model import learner_flops
 NO_GRAPHS = 10  # launching a layer's kernels one by one takes this many times as long as a graph; an estimate
 JOIN = 2.5  # in passes: one pass, and copies of keys and values; estimated with small models on a CPU
 THIN = 3  # on a CPU, decoding a token takes this many times as long as a token of a long text; an estimate
+COPIES = 3  # times that keys and values cross memory in a pass if it joins new ones to them: twice, then read
+EXCHANGE = 1.2e-3  # seconds to take requests, or to hand over finished ones and shrink; estimated on a CPU
 BOOKKEEPING, MESSAGE, SAMPLE = 5e-3, 3e-4, 2e-4  # seconds; estimated on a CPU
 
 
@@ -36,8 +38,8 @@ class Call:
 @dataclass(frozen=True)
 class Decoding:
     """A sampler replica. Seconds per pass (`step`), per running row in a pass, per prompt token, to load new
-    weights, and to let requests join running ones. At most `rows` run at once; at least `free` of them must
-    be free before others join.
+    weights, to let requests join running ones, and to exchange some with the conductor. At most `rows` run
+    at once; at least `free` of them must be free before others join.
     """
 
     step: float
@@ -46,6 +48,7 @@ class Decoding:
     load: float
     rows: int
     join: float = 0.0
+    exchange: float = 0.0
     free: int = 1
 
 
@@ -96,13 +99,16 @@ def by_arithmetic(
     writers = 1 if gathered else len(plan.learners)
     a_pass = size * s.parameters / reading + s.layers * launch * (1 if graphs else NO_GRAPHS)
     joins = sampler_facts(recipe.sampler).joins
+    # An engine whose rows are joined holds them all as wide as the longest.
+    held = COPIES * responses.longest_of(rows) if joins else responses.context
     decoding = Decoding(
         step=a_pass,
-        row=size * s.kv * (prompts.mean + responses.context) / reading + computed,
+        row=size * s.kv * ((COPIES if joins else 1) * prompts.mean + held) / reading + computed,
         prompt_token=2 * s.active / judged,
         load=moved,
         rows=rows,
         join=JOIN * a_pass if joins else 0.0,
+        exchange=EXCHANGE if joins else 0.0,
         free=max(1, int(joins * recipe.sampler.concurrency)),
     )
     scoring = []

@@ -105,7 +105,8 @@ class _Sampler:
             assert isinstance(answer, m.Sampled)
             self.queue.append(answer)
         prompts = sum(r.prompt_length for a in answers if isinstance(a, m.Sampled) for r in a.rollouts)
-        self.stops.jobs.append(_Job(self.costs.prompt_token * self.many * prompts, 0.0))
+        seconds = self.costs.exchange + self.costs.prompt_token * self.many * prompts
+        self.stops.jobs.append(_Job(seconds, 0.0))
         self._fill()
 
     def load(self, answers: Sequence[m.Answer], recompute: bool) -> None:
@@ -146,6 +147,8 @@ class _Sampler:
         found = []
         while self.rows and self.rows[0].end <= self.sampled + 1e-6:
             found.append(heapq.heappop(self.rows).answer)
+        if found and self.costs.exchange:
+            self.stops.jobs.append(_Job(self.costs.exchange, 0.0))
         self._fill()
         return found
 

@@ -39,6 +39,10 @@ class Lengths:
         """Mean number of a response's tokens before any given one, averaged over all tokens."""
         return sum(v * v for v in self.values) / (2 * sum(self.values))
 
+    def longest_of(self, count: int) -> int:
+        """About the longest of so many."""
+        return self.values[int((1 - 1 / count) * len(self.values))]
+
     def nth(self, number: int) -> int:
         """The length of a sample. Any few in a row cover the whole distribution, so that a short simulation
         has its mean.

@@ -22,11 +22,11 @@ from fopd_cli.runtime.crew.crew import LEARNER, Engine, sampler, teacher
 from fopd_cli.runtime.journal.trace import Trace
 from fopd_cli.runtime.placement import Plan, from_plain, place, to_plain
 
-DECODING = Decoding(step=2e-3, row=1e-5, prompt_token=3e-5, load=0.02, rows=64, join=6e-3)
+DECODING = Decoding(step=2e-3, row=1e-5, prompt_token=3e-5, load=0.02, rows=64, join=6e-3, exchange=2e-3)
 TRUE = Costs(DECODING, (Call(4e-3, 5e-5),), Call(8e-3, 6e-5), publish=0.03, measuring=Call(1e-3, 2e-5))
 # What arithmetic might have said: other figures, other proportions.
 GUESS = Costs(
-    Decoding(step=1e-4, row=2e-6, prompt_token=1e-6, load=0.5, rows=64, join=1e-3),
+    Decoding(step=1e-4, row=2e-6, prompt_token=1e-6, load=0.5, rows=64, join=1e-3, exchange=4e-4),
     (Call(1e-3, 1e-5),),
     Call(1e-3, 2e-5),
     publish=0.5,
@@ -52,8 +52,9 @@ def spans_of(costs: Costs, rng: np.random.Generator, delay: float = 0.0) -> list
             "rows": int(rng.integers(100, 3000)),
             "prompt_tokens": int(rng.integers(100, 900)),
             "joins": int(rng.integers(0, 9)),
+            "exchanges": int(rng.integers(1, 20)),
         }
-        seconds = np.dot(list(work.values()), [d.step, d.row, d.prompt_token, d.join])
+        seconds = np.dot(list(work.values()), [d.step, d.row, d.prompt_token, d.join, d.exchange])
         found.append(span(sampler(0), "generate", now, float(seconds), tokens=1, **work))
         now = found[-1].end
         for samples in (16, int(rng.integers(1, 16))):
@@ -74,7 +75,7 @@ def spans_of(costs: Costs, rng: np.random.Generator, delay: float = 0.0) -> list
 def flat(costs: Costs) -> list[float]:
     d = costs.decoding
     calls = [*costs.scoring, costs.training]
-    parts = [d.step, d.row, d.prompt_token, d.join, d.load, costs.publish]
+    parts = [d.step, d.row, d.prompt_token, d.join, d.exchange, d.load, costs.publish]
     return [*parts, *(v for c in calls for v in (c.call, c.token))]
 
 
@@ -82,8 +83,11 @@ def flat(costs: Costs) -> list[float]:
 def test_costs_are_found_again_in_their_spans(delay: float) -> None:
     plan = placed("placement.mode=partition", devices=3)
     found = measured(spans_of(TRUE, np.random.default_rng(0), delay), GUESS, plan, [delay], 2)
-    for work in ([32, 2048, 768, 0], [100, 1600, 100, 20], [1, 64, 0, 0]):
-        seconds = [np.dot(work, [d.step, d.row, d.prompt_token, d.join]) for d in (found.decoding, DECODING)]
+    for work in ([32, 2048, 768, 0, 1], [100, 1600, 100, 20, 30], [1, 64, 0, 0, 0]):
+        seconds = [
+            np.dot(work, [d.step, d.row, d.prompt_token, d.join, d.exchange])
+            for d in (found.decoding, DECODING)
+        ]
         assert seconds[0] == pytest.approx(seconds[1], rel=0.1)
     for one, other in ((found.scoring[0], TRUE.scoring[0]), (found.training, TRUE.training)):
         assert [one.seconds(n) for n in (1000, 4000)] == pytest.approx(

@@ -59,14 +59,15 @@ def _rest(engine: Sampler | Teacher | Learner, command: m.RestCommand) -> m.Asle
 @dataclass
 class _Work:
     """What a sampler did in a span: decoding passes, the requests that ran in each, summed up, how often
-    others joined them, and tokens of the prompts that it took on; `tokens` are those of the responses that
-    ended in it.
+    others joined them, how often it took requests or handed over finished ones, and tokens of the prompts
+    that it took on; `tokens` are those of the responses that ended in it.
     """
 
     tokens: int = 0
     passes: int = 0
     rows: int = 0
     joins: int = 0
+    exchanges: int = 0
     prompt_tokens: int = 0
 
 
@@ -89,6 +90,7 @@ class Sampling:
             case m.GenerateCommand(requests):
                 self.engine.submit(requests)
                 self._running += len(requests)
+                self._work.exchanges += 1
                 self._work.prompt_tokens += sum(len(r.token_ids) for r in requests)
                 return None
             case m.LoadCommand(version):
@@ -115,6 +117,7 @@ class Sampling:
         self._running -= len(rollouts)
         if not rollouts:
             return None
+        self._work.exchanges += 1
         spans = []
         if not self.engine.busy or time.time() - self._began > SPAN_S:
             spans.append(m.Span("generate", self._began, time.time(), vars(self._work)))
@@ -226,8 +229,8 @@ class Learning:
             case m.TrainCommand(step, rollouts, regions, lags):
                 self._train(start, step, self._samples(rollouts, regions, lags))
                 return None
-            case m.EvaluateCommand(rollouts, regions, lags):
-                stats = self.engine.evaluate(self._samples(rollouts, regions, lags))
+            case m.EvaluateCommand(rollouts, regions, lags, named):
+                stats = self.engine.evaluate(self._samples(rollouts, regions, lags), named)
                 return m.Evaluated(stats, m.Span("measure", start, time.time()))
             case m.SaveCommand():
                 self.writer.write(self.engine.snapshot(command.staged), command)
