@@ -32,15 +32,19 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """What lies in the folder for temporary files is this process's own, though other tests run beside it:
-    some tests look there for what was left behind. Open to all, as /tmp is: the sandbox's user passes.
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Each of the processes that run tests side by side gets a folder of its own for temporary files: some
+    tests look there for what was left behind. Open to all, as /tmp is: the sandbox's user passes.
     """
-    if hasattr(config, "workerinput"):
-        folder = tempfile.mkdtemp(prefix="fopd-tests-")
-        os.chmod(folder, 0o1777)
-        os.environ["TMPDIR"] = tempfile.tempdir = folder
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    folder = node.workerinput["scratch"] = tempfile.mkdtemp(prefix="fopd-tests-")
+    os.chmod(folder, 0o1777)
+    node.config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (told := getattr(config, "workerinput", None)) is not None:
+        os.environ["TMPDIR"] = tempfile.tempdir = told["scratch"]
 
 
 def make_pair(folder: Path, arch: str, *extra: str) -> Path:

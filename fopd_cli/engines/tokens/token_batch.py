@@ -235,11 +235,14 @@ class _Row:
     ) -> Tensor:
         """Each segment attends to what comes before it and to itself."""
         parts = []
-        bounds: list[int] = self.bounds.tolist()
-        for segment, span in enumerate(pairwise(bounds)):
+        spans = list(pairwise(self.bounds.tolist()))
+        # Split at once: each slice of its own would have a gradient as long as the row.
+        cut = [x.split([stop - start for start, stop in spans], 2) for x in (query, key, value)]
+        queried, *held = (dict(zip(spans, pieces, strict=True)) for pieces in cut)
+        for segment, span in enumerate(spans):
             seen = [*(self.prefixes[segment] if self.prefixes else ()), span]
-            q = query[:, :, slice(*span)]
-            k, v = (_joined([x[:, :, slice(*s)] for s in seen]) for x in (key, value))
+            q = queried[span]
+            k, v = (_joined([x[s] for s in seen]) for x in held)
             queries, keys = q.shape[2], k.shape[2]
             visible = _causal(queries, keys, q.device) if mask is None else mask.of(queries, keys)
             parts.append(attend(q, k, v, visible))
