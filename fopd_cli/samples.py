@@ -24,6 +24,8 @@ import torch
 
 from fopd_cli.names import TargetKind
 
+MOST_PIECES = 512  # tokens of a response that people are told one by one; each piece decodes all before it
+
 
 @dataclass(frozen=True)
 class PerToken:

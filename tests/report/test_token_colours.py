@@ -17,13 +17,12 @@ from inprocess_kit import conducted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fopd_cli.engines.learner.likeliest import likeliest
-from fopd_cli.engines.text.pieces import MOST_PIECES
 from fopd_cli.recipe import load_recipe
 from fopd_cli.report import texts
 from fopd_cli.report.page import SHADES, page
 from fopd_cli.report.reading import read
 from fopd_cli.runtime.journal import records
-from fopd_cli.samples import Rollout, TeacherTargets
+from fopd_cli.samples import MOST_PIECES, Rollout, TeacherTargets
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fopd_cli.engines.text.pieces import MOST_PIECES
 from fopd_cli.losses.head import Head
-from fopd_cli.samples import TeacherTargets
+from fopd_cli.samples import MOST_PIECES, TeacherTargets
 
 NAMED = 3  # tokens of each position
 ROWS = 64  # positions whose logits are made at once

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-MOST_PIECES = 512  # tokens of a response that are told one by one; each piece decodes all before it
-
 
 def pieces(tokenizer: Any, ids: np.ndarray) -> Iterator[tuple[str, int, int]]:
     """(text, first, end) of each token, in numbers of tokens. Tokens that only together make a character are

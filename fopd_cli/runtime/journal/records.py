@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fopd_cli.collapse import collapse
-from fopd_cli.engines.text.pieces import MOST_PIECES
 from fopd_cli.engines.text.pieces import pieces as text_pieces
 from fopd_cli.runtime.journal.sinks import mean_and_error
-from fopd_cli.samples import Rollout, SampleId, SampleStats, StepReport
+from fopd_cli.samples import MOST_PIECES, Rollout, SampleId, SampleStats, StepReport
 
 if TYPE_CHECKING:
     from fopd_cli.runtime.journal.totals import Totals
