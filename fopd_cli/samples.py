@@ -57,6 +57,12 @@ class Prompt:
         return self.place or f"prompt {self.index}"
 
 
+def seed_of(seed: int, what: str) -> int:
+    """63-bit seed of one thing's own random numbers, whatever else draws from `seed`."""
+    digest = hashlib.blake2b(f"{seed}/{what}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 @dataclass(frozen=True, order=True)
 class SampleId:
     """What identifies a sample: `repeat` counts the samples of a prompt in an epoch, `attempt` its
@@ -74,8 +80,7 @@ class SampleId:
 
     def seed(self, run_seed: int) -> int:
         """63-bit seed of this sample's random numbers; depends only on the run's seed and the id."""
-        digest = hashlib.blake2b(f"{run_seed}/{self}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+        return seed_of(run_seed, str(self))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ be the one that sampled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from fopd_cli.engines.learner.lora_targets import choose
 from fopd_cli.engines.models import hf
 from fopd_cli.errors import UserError
+from fopd_cli.samples import seed_of
 
 Named = Iterator[tuple[str, Tensor]]
 ADAPTER = "default"  # peft's name for the only one
@@ -90,8 +90,7 @@ def initial(seed: int) -> Callable[[str, torch.Size], Tensor | None]:
             return None
         if ".lora_B." in name:
             return torch.zeros(shape)
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        generator = torch.Generator().manual_seed(seed_of(seed, name))
         bound = shape[1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

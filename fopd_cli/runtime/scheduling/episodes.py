@@ -11,14 +11,13 @@ sampler's `max_new_tokens`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from fopd_cli.samples import PER_TOKEN, Request, Rollout
+from fopd_cli.samples import PER_TOKEN, Request, Rollout, seed_of
 
 
 @dataclass
@@ -89,7 +88,7 @@ class Episodes:
         return replace(
             episode.first,
             token_ids=np.concatenate(tokens).astype(np.int32),
-            seed=_seed(episode.first.seed, len(episode.turns)),
+            seed=seed_of(episode.first.seed, str(len(episode.turns))),
             params=replace(episode.first.params, max_new_tokens=left),
         )
 
@@ -101,12 +100,6 @@ class Episodes:
     def drop(self, keys: Iterable[int]) -> list[int]:
         """Give up these episodes; returns the keys of those that were running."""
         return [key for key in list(keys) if self.running.pop(key, None) is not None]
-
-
-def _seed(seed: int, turn: int) -> int:
-    """The seed of a later turn; depends only on the sample and the turn."""
-    digest = hashlib.blake2b(f"{seed}/{turn}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def joined(episode: Running) -> Rollout:
