@@ -106,7 +106,7 @@ def test_killed_and_resumed_is_bitwise_uninterrupted(fopd: Fopd, pair: Path, mod
     kill_tree(process)
     fopd("resume", run)
     same_run(run, whole)
-    assert shared_memory_left() <= before
+    wait_for(lambda: shared_memory_left() <= before, "shared memory to be given back", 5.0)
 
 
 @SLOW
