@@ -22,7 +22,7 @@ from fopd_cli.errors import (
     UserError,
     WorkerError,
 )
-from fopd_cli.runtime.crew import warm
+from fopd_cli.runtime.crew import openmp, warm
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -708,6 +708,7 @@ def main() -> NoReturn:
     """Entry point: known errors become one line and an exit code. SIGTERM and SIGHUP end every command as
     Ctrl-C does.
     """
+    openmp.spin_briefly()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _signalled)

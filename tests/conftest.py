@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = pytest.mark.slow
@@ -26,6 +27,10 @@ TINY = ROOT / "recipes" / "tiny"
 RUN_TIMEOUT_S = 600
 
 sys.path.insert(0, str(ROOT / "scripts"))
+
+# Beside another test an example may have to wait for the processor.
+settings.register_profile("fopd", deadline=None)
+settings.load_profile("fopd")
 
 # Under nohup these tests ignore hangups, and so would every run that they start. A handler is not inherited.
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

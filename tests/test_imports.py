@@ -289,6 +289,7 @@ ALLOWED: dict[str, set[str]] = {
         "plan",
         "recipe",
         "report",
+        "runtime.crew.openmp",
         "runtime.crew.warm",
         "runtime.devices",
         "runtime.journal.rundir",

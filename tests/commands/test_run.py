@@ -32,7 +32,7 @@ def test_an_asynchronous_run_and_all_that_it_leaves(fopd: Fopd, pair: Path) -> N
     assert prompts["in_flight"] == 0
     s = summary(run)
     assert s["steps"] == 8
-    assert s["max_lag"] == 2
+    assert 1 <= s["max_lag"] <= 2
     assert 0 < s["mean_freshness"] < 1
     assert s["kl_last"] < s["kl_first"]
     assert s["generated_tokens"] >= s["trained_tokens"] > 0

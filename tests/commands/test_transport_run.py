@@ -66,7 +66,7 @@ def test_samplers_killed_while_they_load_are_replaced(fopd: Fopd, pair: Path) ->
     """
     recipe = small_recipe(
         pair,
-        learner={"steps": 14},
+        learner={"steps": 40},
         schedule={"max_lag": 2},
         teacher={"delay_ms": 10, "batch_samples": 4},
         placement={"sampler": 2, "transport": "broadcast"},
@@ -74,10 +74,11 @@ def test_samplers_killed_while_they_load_are_replaced(fopd: Fopd, pair: Path) ->
     )
     process, run = start(fopd, recipe)
     rng = random.Random(3)
+    victims: dict[str, psutil.Process] = {}
     for step, name, stopped_s in ((2, "sampler-0", 0.0), (4, "sampler-1", 2.0), (6, "sampler-0", 2.0)):
         reach(process, run, step)
         time.sleep(rng.uniform(0, 0.03))
-        victim: psutil.Process = worker(run, name, process.pid)
+        victim = victims[name] = worker(run, name, process.pid, before=victims.get(name))
         victim.suspend()
         time.sleep(stopped_s)
         victim.kill()
@@ -86,7 +87,7 @@ def test_samplers_killed_while_they_load_are_replaced(fopd: Fopd, pair: Path) ->
     assert process.returncode == 0, err
     assert summary(run)["restarts"] == 3
     prompts = check_accounts(run)
-    assert prompts["trained"] + prompts["gated"] == 14 * 8
+    assert prompts["trained"] + prompts["gated"] == 40 * 8
     wait_for(lambda: gone(family), "all that it started to end", 5.0)
 
 

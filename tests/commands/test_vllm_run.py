@@ -60,7 +60,7 @@ def test_it_learns_as_on_transformers(fopd: Fopd) -> None:
         checkpoint={"every": 60},
     )
     run = fopd.folder / "run"
-    fopd("run", fopd.recipe(recipe), "--run-dir", run, timeout=900)
+    fopd("run", fopd.recipe(recipe), "--run-dir", run, timeout=1800)
     s = summary(run)
     assert s["score_last"] > s["score_first"] + 0.3, s
     assert s["kl_last"] < 0.2 * s["kl_first"]

@@ -22,7 +22,7 @@ from fopd_cli.errors import UserError
 from fopd_cli.samples import Rollout, TeacherTargets
 
 Serve = Callable[[socket.socket], None]
-LIMIT_S = 1.0  # instead of ten seconds
+LIMIT_S = 2.0  # instead of ten seconds
 
 
 class Tokenizer:

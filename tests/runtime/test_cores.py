@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
+import pytest
 import torch
 
 from fopd_cli.runtime.crew import cores
@@ -49,3 +53,25 @@ def test_others_may_write_while_it_is_read() -> None:
     finally:
         done.set()
         writer.join()
+
+
+@pytest.mark.parametrize(
+    ("users", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=["by default", "the user's spins", "the user's policy"],
+)
+def test_a_command_sets_how_long_threads_spin_before_torch_reads_it(
+    users: dict[str, str], spins: str | None
+) -> None:
+    """libgomp reads the variable once, when torch is imported."""
+    says = "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    command = f"import os, sys, fopd_cli.cli as cli; cli.app = lambda **_: {says}; cli.main()"
+    inherited = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env={**inherited, **users},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == f"{spins} False\n"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SLOW, Fopd, check_accounts, lines, metrics, reach, summary
+from conftest import SLOW, Fopd, check_accounts, lines, metrics, reach, summary, wait_for
 from run_kit import checkpoints, worker
 from task_kit import built
 from tool_kit import needs_sandbox, tool_recipe
@@ -180,7 +180,7 @@ def code(source: str) -> str:
 @needs_sandbox
 def test_an_episode_with_an_interpreter() -> None:
     task = built(
-        "tool", max_calls=3, max_turns=6, wall_s=1, observation_chars=100, train_prompts=10, eval_prompts=4
+        "tool", max_calls=3, max_turns=6, wall_s=4, observation_chars=100, train_prompts=10, eval_prompts=4
     )
     found = converse(
         task,
@@ -198,7 +198,7 @@ def test_an_episode_with_an_interpreter() -> None:
     assert found[4] == Observation(None)
     assert [o.calls[0]["ok"] for o in found[:4]] == [True, False, True, False]
     (slow, after) = converse(task, code("import time; time.sleep(9)"), code("1"))
-    assert "longer than 1 s" in str(slow.text)
+    assert "longer than 4 s" in str(slow.text)
     assert after.calls[0]["ok"]
     patient = built("tool", max_calls=9, max_turns=2, train_prompts=10, eval_prompts=4)
     assert (
@@ -260,9 +260,9 @@ def test_killed_in_the_middle_of_episodes(fopd: Fopd) -> None:
     whole = fopd.run(recipe, "whole")
     process = fopd.start("run", fopd.recipe(recipe, "cut.yaml"), "--run-dir", fopd.folder / "cut")
     reach(process, fopd.folder / "cut", 3)
+    wait_for(lambda: checkpoints(fopd.folder / "cut"), "a checkpoint, which is written beside the next steps")
     process.kill()
     process.communicate()
-    assert checkpoints(fopd.folder / "cut")
     fopd("resume", fopd.folder / "cut")
     assert metrics(fopd.folder / "cut")[-1] == metrics(whole)[-1]
     check_accounts(fopd.folder / "cut")
@@ -321,7 +321,7 @@ def test_a_student_learns_to_use_the_tool(fopd: Fopd) -> None:
         checkpoint={"every": 30},
     )
     run = fopd.folder / "run"
-    fopd("run", fopd.recipe(recipe), "--run-dir", run, timeout=900)
+    fopd("run", fopd.recipe(recipe), "--run-dir", run, timeout=1800)
     s = summary(run)
     # 45 steps take the score from 0.17 to 0.58 and the KL from 0.46 to 0.16; the KL has the smaller noise.
     assert s["score_last"] > s["score_first"] + 0.1, s

@@ -45,7 +45,7 @@ def test_a_lost_worker_is_reported_after_its_last_words_and_sent_nothing_more(tm
         worker = fleet.start(SPEC, echo, replaceable=True)
         heard(fleet, 1)
         fleet.send("sampler-0", "last words")
-        time.sleep(1)
+        wait_for(worker.outbox._reader.poll, "its last words")
         worker.process.kill()
         worker.process.join()
         (first, second) = (message for _, message in heard(fleet, 2))
@@ -234,7 +234,9 @@ def test_while_workers_run_their_commands_wait_for_no_python_of_the_conductor(tm
 
 
 def breathing(spec: WorkerSpec, mailbox: Mailbox) -> None:
-    time.sleep(60)
+    while True:
+        mailbox.beat()
+        time.sleep(0.1)
 
 
 def test_the_time_to_start_counts_from_a_workers_first_breath(tmp_path: Path) -> None:

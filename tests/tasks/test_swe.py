@@ -134,14 +134,14 @@ def test_the_agents_own_rules_hold() -> None:
     """Errors of format are told, three in a row end it; so does the budget of turns; exit codes and limits
     are shown.
     """
-    task = tiny(max_turns=4, wall_s=1.0)
+    task = tiny(max_turns=4, wall_s=4.0)
     prompt = task.prompts("eval")[0]
     seen = play(task, prompt, ["no command", sh("true"), sh("exit 3"), sh("sleep 9")])
     assert "Expected exactly 1 action, found 0" in str(seen[0].text)
     assert [c["ok"] for c in seen[0].calls] == [False]
     assert seen[2].text == "\n3\n"
     assert (seen[3].text, seen[3].answer) == (None, ""), "the fourth turn is the last"
-    assert "it took longer than 1 s" in seen[3].calls[0]["output"]
+    assert "it took longer than 4 s" in seen[3].calls[0]["output"]
     assert play(task, prompt, ["a", "b", "c"])[-1].answer == ""
     waiting = play(task, prompt, [sh("cat")])
     assert waiting[0].text == "\n0\n", "there is nothing to wait for"

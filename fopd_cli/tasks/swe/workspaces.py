@@ -82,6 +82,7 @@ class LocalWorkspace:
         self.path = Path(tempfile.mkdtemp(prefix="fopd-swe-"))
         self.directory = "/workspace" if sandboxed else str(self.path)
         self._running: tuple[asyncio.AbstractEventLoop, asyncio.Task[Outcome]] | None = None
+        self._stopped = False
         try:
             _check_out(instance, self.path)
             if sandboxed:
@@ -99,6 +100,8 @@ class LocalWorkspace:
             run(["bash", "-c", command], replace(self.limits, wall_s=wall_s), self.path, self.sandboxed)
         )
         self._running = (asyncio.get_running_loop(), task)
+        if self._stopped:  # by a call that found nothing running yet
+            task.cancel()
         try:
             return await task
         finally:
@@ -113,6 +116,8 @@ class LocalWorkspace:
             return file.read(MOST_READ) if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
     def stop(self) -> None:
+        """For good: what runs ends at once, and nothing runs after it."""
+        self._stopped = True
         if (running := self._running) is not None:
             with contextlib.suppress(RuntimeError):  # its loop has just ended
                 running[0].call_soon_threadsafe(running[1].cancel)
