@@ -52,9 +52,8 @@ def main() -> None:
     parser.add_argument("--spins", type=int, nargs="*", default=[300_000, 1000, 0])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    print(
-        "| busy processes beside it | spins | 64 x 64 by 64 x 64 | 16 x 576 by 576 x 1536 |\n|---|---|---|---|"
-    )
+    print("| busy processes beside it | spins | 64 x 64 by 64 x 64 | 16 x 576 by 576 x 1536 |")
+    print("|---|---|---|---|")
     for count in args.busy:
         others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
         found = defaultdict(list)
