@@ -14,11 +14,13 @@ from typing import Any
 import learner_kit as kit
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from fopd_cli.engines.learner import lora
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf, shards
+from fopd_cli.engines.models.checkpoint_format import converts
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
 
 SIZES = {
@@ -33,13 +35,24 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
+# Its files have the experts one by one; the model has them in one tensor. More than ten: 10 comes after 2.
+EXPERTS = {"num_experts": 12, "moe_intermediate_size": 128, "num_experts_per_tok": 2}
+MODELS: dict[str, Callable[[], Any]] = {
+    "tied": lambda: Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "untied": lambda: Qwen3Config(**SIZES, tie_word_embeddings=False),
+    "mixture": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS),
+}
+
+
+def saved(config: Any, folder: Path) -> Path:
     torch.manual_seed(0)
-    config = Qwen3Config(**SIZES, tie_word_embeddings=request.param)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(MODELS[request.param](), tmp_path_factory.mktemp("model"))
 
 
 def anonymous_bytes() -> int:
@@ -136,8 +149,39 @@ def test_each_rank_reads_its_own_part(model: Path, tmp_path: Path) -> None:
     assert peaks["adapted"] < 0.75 * size / 2
 
 
-def test_what_transformers_has_to_put_together_is_loaded_whole(tmp_path: Path) -> None:
-    """A mixture's file has its experts one by one; the model has them in one tensor."""
-    config = Qwen3MoeConfig(**{**SIZES, "vocab_size": 64}, num_experts=4, moe_intermediate_size=16)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    assert shards.empty(str(tmp_path), "m", torch.float32) is None
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral",
+        "deepseek_v3",
+        "granitemoe",
+        "phimoe",
+        "jamba",
+        "qwen3_next",
+        "lfm2_moe",
+        "gemma3",
+        "gpt_neox",
+    ],
+)
+def test_what_transformers_puts_together_is_put_together_from_its_pieces(name: str, tmp_path: Path) -> None:
+    """Experts, of other names in each family, renamed layers, convolutions that are three in the files."""
+    path = str(saved(ARCHITECTURES[name](), tmp_path))
+    assert converts(path)
+    lm, unread = shards.empty(path, "m", torch.float32) or pytest.fail("it would be loaded whole")
+    unread.fill(lm, lm, torch.device("cpu"))
+    whole = hf.load_model(path, "m", torch.float32).state_dict()
+    assert lm.state_dict().keys() == whole.keys()
+    assert [n for n, tensor in lm.state_dict().items() if not torch.equal(tensor, whole[n])] == []
+
+
+def test_what_is_put_together_in_another_way_is_loaded_whole(tmp_path: Path) -> None:
+    """A tensor in its files is two in the model."""
+    path = str(saved(ARCHITECTURES["hrm_text"](), tmp_path))
+    assert shards.empty(path, "m", torch.float32) is None
+
+
+def test_a_tensor_that_no_file_holds_is_never_what_was_in_memory(model: Path) -> None:
+    lm, unread = shards.empty(str(model), "m", torch.float32) or pytest.fail("it would be loaded whole")
+    del unread.pieces["model.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight is in no file"):
+        unread.fill(lm, lm, torch.device("cpu"))

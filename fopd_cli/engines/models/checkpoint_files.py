@@ -7,9 +7,11 @@ done.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+Read = Callable[[str, tuple[slice, ...]], Tensor]  # name, and what of the tensor
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,23 @@ class CheckpointFiles:
         with safe_open(str(path), "pt") as tensors:
             return tensors.get_tensor(name)
 
-    def part(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Read this part of one of them, and no more."""
-        path, at = self.where[name], tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
-        if path.suffix == ".bin" or not at:
-            return self.tensor(name)[at]
-        with safe_open(str(path), "pt") as tensors:
-            found: Tensor = tensors.get_slice(name)[at]
-            return found
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Read]:
+        """A function that reads a part of a tensor, and no more; each file is opened once."""
+        with contextlib.ExitStack() as stack:
+
+            @functools.cache
+            def opened(path: Path) -> Any:
+                return stack.enter_context(safe_open(str(path), "pt"))
+
+            def read(name: str, at: tuple[slice, ...]) -> Tensor:
+                path = self.where[name]
+                if path.suffix == ".bin" or not at:
+                    return self.tensor(name)[at]
+                found: Tensor = opened(path).get_slice(name)[at]
+                return found
+
+            yield read
 
     def differ(self, names: Iterable[str]) -> bool:
         """Whether the tensors of these names, as far as they exist, are not all the same."""

@@ -2,10 +2,9 @@
 
     empty     the architecture, its parameters on the meta device: shapes without memory
     sharded   by the engine that runs it
-    filled    each rank makes memory for its shards, and reads its own rows of each tensor from the files
+    filled    each rank makes memory for its shards, and reads its own part of each tensor from the files
 
-Files that name or shape a weight differently from the model (experts one by one, say) must be assembled by
-transformers, whole; such models are loaded as usual.
+Files of which transformers makes a model in a way that `assembly` does not know are loaded as usual, whole.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fopd_cli.engines.models import hf
-from fopd_cli.engines.models.checkpoint_files import CheckpointFiles
-from fopd_cli.engines.models.checkpoint_format import converts
+from fopd_cli.engines.models.assembly import Piece, Pieces, pieces_of
+from fopd_cli.engines.models.checkpoint_files import CheckpointFiles, Read
 from fopd_cli.engines.tokens import rope
 
 
@@ -32,7 +31,7 @@ class Unread:
     """
 
     files: CheckpointFiles
-    names: dict[str, str]  # of each parameter and persistent buffer -> its name in the files
+    pieces: Pieces  # of each parameter and persistent buffer
     fresh: Callable[[str, torch.Size], Tensor | None] = lambda name, shape: None
 
     @torch.no_grad()
@@ -40,15 +39,20 @@ class Unread:
         """Give the parameters of `lm`, which is part of `root`, memory on `device` and their values. `root`
         is what was sharded.
         """
+        every = lm.named_parameters(remove_duplicate=False)
+        unmade = {name for name, tensor in every if tensor.device.type == "meta"}
         root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
-        for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
-            plain = name.replace("_checkpoint_wrapped_module.", "")
-            found = self.names.get(plain.replace(".base_layer", ""))
-            local, start = _own_part(tensor)
-            if found is not None:
-                local.copy_(self.files.part(found, start, tuple(local.shape)))
-            elif (new := self.fresh(plain, tensor.shape)) is not None:
-                local.copy_(new[tuple(slice(a, a + n) for a, n in zip(start, local.shape, strict=True))])
+        with self.files.reading() as read:
+            for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
+                plain = name.replace("_checkpoint_wrapped_module.", "")
+                local, start = _own_part(tensor)
+                if (pieces := self.pieces.get(plain.replace(".base_layer", ""))) is not None:
+                    for piece in pieces:
+                        _copy(piece, local, start, read)
+                elif (new := self.fresh(plain, tensor.shape)) is not None:
+                    local.copy_(new[tuple(slice(a, a + n) for a, n in zip(start, local.shape, strict=True))])
+                elif name in unmade:
+                    raise RuntimeError(f"{plain} is in no file")  # it would be whatever was in memory
 
 
 def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None:
@@ -60,30 +64,22 @@ def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None
     if report is not None:
         report.refuse(f"{key}: {model!r}")
     files = CheckpointFiles.of(folder)
-    names = None if files is None or converts(str(folder)) else _names(files, config)
-    if files is None or names is None:
+    pieces = None if files is None else pieces_of(config, files.empty())
+    if files is None or pieces is None:
         return None
     lm: Any = hf.empty_model(config, dtype, buffers=True)
     hf.cast(lm, dtype)
     rope.by_sequence(lm)
-    return lm.eval(), Unread(files, names)
+    return lm.eval(), Unread(files, pieces)
 
 
-def _names(files: CheckpointFiles, config: Any) -> dict[str, str] | None:
-    """The name in the files of each tensor of the model; None if one is missing, or has another shape."""
-    lm, there = hf.empty_model(config), files.empty()
-    others: dict[str, list[str]] = {}
-    for other, name in hf.tied_names(config).items():
-        others.setdefault(name, []).append(other)
-    found = {}
-    for name, tensor in lm.state_dict().items():
-        own = next((n for n in (name, *others.get(name, ())) if n in there), None)
-        if own is None or there[own].shape != tensor.shape:
-            if name not in hf.tied_names(config):
-                return None
-            continue
-        found[name] = own
-    return found
+def _copy(piece: Piece, local: Tensor, start: tuple[int, ...], read: Read) -> None:
+    """Read what this rank's part, which begins at `start`, has of a piece."""
+    if (common := piece.within(start, local.shape)) is None:
+        return
+    at = tuple(slice(s.start - a, s.stop - a) for s, a in zip(common, piece.start, strict=True))
+    into = local[tuple(slice(s.start - a, s.stop - a) for s, a in zip(common, start, strict=True))]
+    into.copy_(read(piece.name, at[1:] if piece.stacked else at).reshape(into.shape))
 
 
 def _own_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
