@@ -128,8 +128,12 @@ def draw(out: Path, maps: dict[str, list[Place]]) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch, Rectangle
 
-    figure, panels = plt.subplots(1, len(maps), figsize=(5 * len(maps), 4.2), squeeze=False)
-    for (title, found), panel in zip(maps.items(), panels[0], strict=True):
+    columns = min(2, len(maps))
+    lines = -(-len(maps) // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(5.5 * columns, 4.2 * lines), squeeze=False)
+    for panel in panels.flat[len(maps) :]:
+        panel.axis("off")
+    for (title, found), panel in zip(maps.items(), panels.flat, strict=False):
         rates, lags = sorted({p.rate for p in found}), sorted({p.lag for p in found})
         marked = paper(found)
         for p in found:

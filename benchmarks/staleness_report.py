@@ -15,7 +15,7 @@ import staleness_regions as regions
 
 Result = dict[str, Any]
 ASYNC_LAG = "8"
-MAPS = (("short", "pg_cached"), ("long", "pg_cached"), ("short", "reverse_kl"))
+MAPS = tuple((task, loss) for loss in ("pg_cached", "reverse_kl") for task in ("short", "long"))
 TEXT = "text"  # judged by its KL, in a table of its own
 
 

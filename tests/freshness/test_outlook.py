@@ -75,8 +75,23 @@ COMMITTED: dict[str, list[Row]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(outlook.KEPT))
-def test_the_shares_are_those_of_the_committed_runs(kind: outlook.Kind) -> None:
+def test_what_a_slower_student_kept_is_told_beside_it(tmp_path: Path) -> None:
+    bare = recipe(tmp_path, loss=SAMPLED, freshness={"policy": "async", "xi": 0.01}, schedule={"max_lag": 8})
+    assert "kept 0%, at a tenth of the learning rate 88%, of their synchronous score" in str(
+        outlook.outlook(bare)
+    )
+    exact = recipe(tmp_path, loss={"support": "full"}, schedule={"max_lag": 2})
+    assert "tenth" not in str(outlook.outlook(exact))
+
+
+TENTH = "learner.lr=1e-4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [*((kind, None) for kind in outlook.KEPT), *((kind, TENTH) for kind in outlook.SLOWER)]
+)
+def test_the_shares_are_those_of_the_committed_runs(kind: outlook.Kind, rate: str | None) -> None:
+    at, kept = ([], outlook.KEPT) if rate is None else ([rate], outlook.SLOWER)
     runs = [
         r
         for r in lines(ROOT / "docs" / "staleness" / "results.jsonl")
@@ -85,12 +100,12 @@ def test_the_shares_are_those_of_the_committed_runs(kind: outlook.Kind) -> None:
 
     def score(row: Row, lag: int) -> float:
         loss, policy, extra = row
-        of = (loss, policy, str(lag), list(extra))
+        of = (loss, policy, str(lag), [*at, *extra])
         return statistics.fmean(
             r["score"] for r in runs if (r["loss"], r["policy"], r["lag"], r["extra"]) == of
         )
 
-    for lag in outlook.KEPT[kind]:
+    for lag, share in kept[kind].items():
         rows = COMMITTED[kind]
         least = min(score(row, lag) / score((row[0], "sync", ()), 0) for row in rows)
-        assert outlook.KEPT[kind][lag] == pytest.approx(least, abs=0.02)
+        assert share == pytest.approx(least, abs=0.02)
