@@ -106,16 +106,20 @@ def _joined(
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
-    operations = list(converter.operations)
-    stacked = isinstance(operations[0], MergeModulelist) and operations.pop(0).dim == 0
-    (along,) = [op.dim for op in operations if isinstance(op, Concatenate)] or [0]
-    if len(operations) > 1 or not all(isinstance(op, Concatenate) for op in operations) or along < 0:
-        return None
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    stacked = kinds[0] == (MergeModulelist, 0)
+    match kinds[stacked:]:
+        case []:
+            along = 0
+        case [(kind, int(along))] if kind is Concatenate and along >= stacked:
+            pass
+        case _:
+            return None
     made, offset = [], 0
     for pattern in converter.source_patterns:
         own = names.get(pattern, [])
         shapes = {tuple(there[name].shape) for name in own}
-        if len(shapes) != 1 or (not stacked and len(own) > 1):
+        if len(shapes) != 1 or (len(own) > 1 and not stacked):
             return None
         shape = (*((1,) if stacked else ()), *shapes.pop())
         for number, name in enumerate(own):
