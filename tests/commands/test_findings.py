@@ -59,7 +59,7 @@ def test_a_sound_recipe_has_none(tmp_path: Path) -> None:
                 "freshness": {"policy": "async"},
                 "schedule": {"max_lag": 2},
             },
-            "schedule.max_lag: at lag 2 policy gradients without a strong anchor kept 0% of their",
+            "schedule.max_lag: at lag 2 policy gradients without a strong anchor kept 0%",
         ),
         (
             {
