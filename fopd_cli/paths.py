@@ -35,3 +35,8 @@ def _try(path: Path | str, test: Callable[[Path], bool]) -> bool:
         return test(Path(path).expanduser())
     except (OSError, ValueError, RuntimeError):  # RuntimeError: ~nobody
         return False
+
+
+def has_run(path: Path) -> bool:
+    """Whether something has run in a directory; a recipe alone may be what `fopd new` wrote."""
+    return any(is_file(path / name) for name in ("run.lock", "metrics.jsonl"))

@@ -93,17 +93,13 @@ def sets_of(runs: Iterable[Run]) -> list[str]:
 
 
 def is_run(path: Path) -> bool:
-    """A recipe alone is not: `fopd new` writes that."""
-    began = any(paths.is_file(path / name) for name in ("run.lock", "metrics.jsonl"))
-    return began and paths.is_file(path / "recipe.yaml")
+    return paths.is_file(path / "recipe.yaml")
 
 
 def read(path: Path) -> Run:
     """Raises `UserError` if `path` is not a run directory."""
     if not is_run(path):
-        alone = paths.is_file(path / "recipe.yaml")
-        why = "it has a recipe.yaml, but nothing has run here" if alone else "it has no recipe.yaml"
-        raise UserError(f"{path}: is not a run directory ({why}){'' if alone else paths.similar(path)}")
+        raise UserError(f"{path}: is not a run directory (it has no recipe.yaml){paths.similar(path)}")
     try:
         recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -19,7 +19,7 @@ def of_runs(folder: Path) -> str:
     if not paths.is_dir(folder):
         raise UserError(f"{folder}: is not a directory; runs are in runs/ unless --run-dir says otherwise")
     inside = (p.parent for p in (*folder.glob("*/recipe.yaml"), *folder.glob("*/*/recipe.yaml")))
-    found = [folder] if is_run(folder) else sorted(filter(is_run, inside))
+    found = [folder] if is_run(folder) else sorted(filter(paths.has_run, inside))
     if not found:
         raise UserError(
             f"{folder}: holds no run (a directory with a recipe.yaml); start one with: fopd run RECIPE"
