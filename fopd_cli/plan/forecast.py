@@ -17,7 +17,7 @@ from fopd_cli.plan.simulate import MEASURED, Outcome, simulate
 from fopd_cli.recipe import Recipe, load_recipe
 from fopd_cli.report.reading import Record, read
 from fopd_cli.runtime.memory import model as memory
-from fopd_cli.runtime.placement import SPARE, Plan, place
+from fopd_cli.runtime.placement import Plan, place
 from fopd_cli.runtime.placing import models as models_of
 from fopd_cli.runtime.scheduling.prompts import EvalVersions
 
@@ -93,7 +93,7 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        return fits(self.demands, self.setting.hardware.nbytes)
+        return memory.fits(self.demands, self.setting.hardware.nbytes)
 
     @property
     def evaluations(self) -> int:
@@ -132,11 +132,6 @@ class Forecast:
     def price(self, an_hour: float) -> float:
         """The price of all devices; `an_hour` is the price of one device."""
         return an_hour * self.setting.hardware.count * self.seconds / 3600
-
-
-def fits(demands: list[memory.Demand], nbytes: int) -> bool:
-    """Whether every device keeps a tenth of its memory free, to within one percent."""
-    return all(d.nbytes <= (1 - SPARE + 0.01) * nbytes for d in demands)
 
 
 def forecast(

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fopd_cli.engines.registry import engine_of
 from fopd_cli.errors import UserError
 from fopd_cli.plan.cost import Costs
-from fopd_cli.plan.forecast import Forecast, Setting, fits, forecast, sampling
+from fopd_cli.plan.forecast import Forecast, Setting, forecast, sampling
 from fopd_cli.plan.lags import LAG_KEY, with_lag
 from fopd_cli.recipe import Recipe
 from fopd_cli.recipe.contradictions import contradictions
 from fopd_cli.runtime.memory import model as memory
-from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.placement import Plan, splits
 
 LAGS = (1, 2, 4, 8)
 SIMULATED = 3  # splits
@@ -65,7 +64,7 @@ def _splits(as_is: Forecast) -> tuple[list[tuple[Recipe, Plan]], int]:
         except UserError:  # a replica's devices do not divide these
             continue
         workers = memory.workers(recipe, plan, setting.models, setting.hardware.nbytes)
-        if _where(plan) in seen or not fits(memory.demands(plan, workers), setting.hardware.nbytes):
+        if _where(plan) in seen or not memory.fits(memory.demands(plan, workers), setting.hardware.nbytes):
             continue
         seen.add(_where(plan))
         found.append((estimate(recipe, plan, setting, setting.costs(recipe, plan)), recipe, plan))
@@ -80,24 +79,14 @@ def _where(plan: Plan) -> tuple[str, int, int, int]:
 def _placements(recipe: Recipe, count: int) -> Iterator[Recipe]:
     if count == 0:
         return
-    local = sum(not engine_of(t).remote for t in recipe.teachers)
     for mode in ("colocate", "timeslice"):
         yield _placed(recipe, mode)
-    for sampler in range(1, count):
-        for teacher in range(local, count - sampler) if local else (None,):
-            learner = count - sampler - (teacher or 0)
-            if learner > 0:
-                yield _placed(recipe, "partition", sampler, teacher, learner)
+    yield from splits(_placed(recipe, "partition"), count)
 
 
-def _placed(
-    recipe: Recipe,
-    mode: str,
-    sampler: int | None = None,
-    teacher: int | None = None,
-    learner: int | None = None,
-) -> Recipe:
-    update = {"mode": mode, "sampler": sampler, "teacher": teacher, "learner": learner}
+def _placed(recipe: Recipe, mode: str) -> Recipe:
+    """The recipe in another mode, with no device given to a role yet."""
+    update = {"mode": mode, "sampler": None, "teacher": None, "learner": None}
     return recipe.model_copy(update={"placement": recipe.placement.model_copy(update=update)})
 
 

@@ -735,12 +735,14 @@ class Placement(Section):
     """partition: each role has its own devices. colocate: all roles stay on all devices at once; vLLM gets
     the rest of the memory. timeslice: all roles take turns on all devices. cpu: no CUDA. auto: by the number
     of CUDA devices (0: cpu; 1 or 2: colocate if, by arithmetic, a device holds all roles, else timeslice;
-    more: partition).
+    more: partition, or timeslice if no split fits).
     """
     sampler: Processes | None = None
-    """Devices (on a CPU: processes) for samplers. Default: half the devices; on a CPU 1."""
+    """Devices (on a CPU: processes) for samplers. Default: half the devices, or fewer where by arithmetic the
+    other roles do not fit on the rest; on a CPU 1.
+    """
     teacher: Processes | None = None
-    """Devices (on a CPU: ranks) for the teacher. Default: a quarter; on a CPU 1."""
+    """Devices (on a CPU: ranks) for the teacher. Default: a quarter, or what fits; on a CPU 1."""
     learner: Processes | None = None
     """Devices (on a CPU: ranks) for the learner. Default: the rest; on a CPU 1."""
     transport: Literal["auto", "shared", "broadcast", "ipc"] = "auto"

@@ -4,6 +4,7 @@ known, what a device can hold (`memory/model.py`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from fopd_cli.runtime import devices as visible
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 
 SPARE = 0.1  # fraction of a device: for the allocator's holes and what arithmetic misses
+FULL = 1 - SPARE + 0.01  # fraction of a device that a plan may fill
 Mode = Literal["cpu", "timeslice", "partition", "colocate"]
 Devices = tuple[int, ...]  # of one process, numbered among those visible here; empty: the CPU
 
@@ -100,18 +102,81 @@ class Memory(Protocol):
     def shares(self, plan: Plan) -> Shares | None:
         """For a plan in which roles do not take turns; None: its devices cannot hold all roles at once."""
 
+    def filled(self, plan: Plan) -> float:
+        """What the fullest device of a plan must hold at the worst moment, as a fraction of its memory."""
+
 
 def place(recipe: Recipe, devices: int, cores: int | None = None, memory: Memory | None = None) -> Plan:
     """Resolve the recipe's placement on a box with this many CUDA devices and cores.
 
-    Without `memory` nothing is known to fit: auto does not choose colocate, and a teacher's ranks shard it.
+    Without `memory` nothing is known to fit: auto does not choose colocate, the split of a partition is the
+    usual one, and a teacher's ranks shard it.
     """
     cores = cores or len(os.sched_getaffinity(0))
     mode = recipe.placement.mode
-    if mode == "auto" and 0 < devices < 3 and (plan := _colocated(recipe, devices, cores, memory)):
-        return plan
-    if mode == "auto":
-        mode = "cpu" if devices == 0 else "timeslice" if devices < 3 else "partition"
+    if mode == "partition":
+        return _fitting(recipe, [], devices, cores, memory)
+    if mode != "auto":
+        return _in_mode(recipe, mode, devices, cores, memory)
+    if devices == 0:
+        return _in_mode(recipe, "cpu", devices, cores, memory)
+    if devices < max(3, _fewest(recipe)):
+        colocated = _colocated(recipe, devices, cores, memory)
+        return colocated or _in_mode(recipe, "timeslice", devices, cores, memory)
+    return _fitting(recipe, ["timeslice"], devices, cores, memory)
+
+
+def _fitting(recipe: Recipe, modes: list[Mode], devices: int, cores: int, memory: Memory | None) -> Plan:
+    """A partition with the usual split, or the first other split that fits, or one of `modes`. If nothing
+    fits: what comes closest, and `doctor` says what is missing.
+    """
+    closest = _in_mode(recipe, "partition", devices, cores, memory)
+    if memory is None:
+        return closest
+    least = memory.filled(closest)
+    others: list[tuple[Recipe, Mode]] = [(split, "partition") for split in splits(recipe, devices)]
+    for wanted, mode in (*others, *((recipe, mode) for mode in modes)):
+        if least <= FULL:
+            break
+        with contextlib.suppress(UserError):  # a replica's devices do not divide these
+            plan = _in_mode(wanted, mode, devices, cores, memory)
+            if (filled := memory.filled(plan)) < least:
+                closest, least = plan, filled
+    return closest
+
+
+def splits(recipe: Recipe, devices: int) -> list[Recipe]:
+    """The recipe with every partition of the devices among the roles whose number it leaves open. First those
+    that take from no role a large part of what it usually has.
+    """
+    p, usual, local = recipe.placement, _split(recipe, devices), len(_local(recipe))
+    found = []
+    for sampler in (p.sampler,) if p.sampler else range(1, devices):
+        for teacher in (usual[1],) if p.teacher or not local else range(local, devices):
+            learner = p.learner or devices - sampler - teacher
+            if learner > 0 and sampler + teacher + learner <= devices:
+                found.append((sampler, teacher, learner))
+    found.sort(
+        key=lambda split: sorted((had / has for had, has in zip(usual, split, strict=True) if had))[::-1]
+    )
+    return [
+        recipe.model_copy(
+            update={
+                "placement": p.model_copy(
+                    update={
+                        "mode": "partition",
+                        "sampler": sampler,
+                        "teacher": teacher or None,
+                        "learner": learner,
+                    }
+                )
+            }
+        )
+        for sampler, teacher, learner in found
+    ]
+
+
+def _in_mode(recipe: Recipe, mode: Mode, devices: int, cores: int, memory: Memory | None) -> Plan:
     if mode == "colocate":
         if devices == 0:
             raise UserError(
@@ -191,19 +256,33 @@ def _everywhere(recipe: Recipe, devices: int) -> _Groups:
     )
 
 
+def _local(recipe: Recipe) -> list[Teacher]:
+    """The teachers that run here."""
+    return [t for t in recipe.teachers if not engine_of(t).remote]
+
+
+def _fewest(recipe: Recipe) -> int:
+    """Devices that a partition needs: one a role."""
+    return 2 + len(_local(recipe))
+
+
+def _split(recipe: Recipe, devices: int) -> tuple[int, int, int]:
+    """Devices of sampler, teachers and learner: as the recipe says, or a half, a quarter and the rest."""
+    p, local = recipe.placement, _local(recipe)
+    replica = devices_of_a_replica(recipe.sampler)
+    sampler = p.sampler or max(replica, devices // 2 // replica * replica)
+    teacher = (p.teacher or max(len(local), devices // 4)) if local else 0
+    return sampler, teacher, p.learner or max(1, devices - sampler - teacher)
+
+
 def _partition(recipe: Recipe, devices: int) -> _Groups:
-    p = recipe.placement
-    local = [t for t in recipe.teachers if not engine_of(t).remote]
-    fewest = 2 + len(local)
+    local, fewest = _local(recipe), _fewest(recipe)
     if devices < fewest:
         raise UserError(
             f"placement.mode: partition needs at least {fewest} CUDA devices, one a role, and there are "
             f"{devices}; set it to timeslice"
         )
-    split = devices_of_a_replica(recipe.sampler)
-    sampler = p.sampler or max(split, devices // 2 // split * split)
-    teacher = (p.teacher or max(len(local), devices // 4)) if local else 0
-    learner = p.learner or max(1, devices - sampler - teacher)
+    sampler, teacher, learner = _split(recipe, devices)
     if sampler + teacher + learner > devices:
         raise UserError(
             f"placement: sampler {sampler} + teacher {teacher} + learner {learner} devices are more than "

@@ -14,7 +14,7 @@ from fopd_cli.engines.building import SamplerOrder, TeacherOrder
 from fopd_cli.engines.models.shapes import Shapes
 from fopd_cli.engines.vllm import build as vllm_build
 from fopd_cli.errors import UserError
-from fopd_cli.recipe import Recipe, load_recipe
+from fopd_cli.recipe import Placement, Recipe, load_recipe
 from fopd_cli.runtime.build import Setup, build_sampler, build_teacher
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory import model as memory
@@ -170,6 +170,42 @@ def test_auto_colocates_where_a_device_holds_every_role_at_once(tmp_path: Path) 
     assert place(small, 8, 64, fit).mode == "partition"
     assert place(*_one(sized(tmp_path, 1.5, 7, 40))).mode == "timeslice"
     assert place(small, 1, 8).mode == "timeslice"  # nothing is known about the device
+
+
+def split(plan: Plan) -> tuple[str, int, int, int]:
+    return (plan.mode, *(len(group) for group in devices(plan)))  # type: ignore[return-value]
+
+
+def test_auto_takes_another_split_or_turns_where_the_usual_split_does_not_fit(tmp_path: Path) -> None:
+    """A 10B learner takes 160 GB: two devices of 80 GB do not hold it, three do. A 32B teacher fits
+    on one, a 40B teacher on two.
+    """
+    for judging, wanted in ((7, (3, 2, 3)), (32, (3, 2, 3)), (40, (3, 2, 3)), (70, (2, 3, 3))):
+        recipe_, fit = sized(tmp_path, 10, judging, 80)
+        plan = place(recipe_, 8, 64, fit)
+        assert split(plan) == ("partition", *wanted), judging
+        asked = recipe_.model_copy(update={"placement": Placement(mode="partition")})
+        assert place(asked, 8, 64, fit) == plan
+        worst = memory.demands(plan, memory.workers(recipe_, plan, fit.models, fit.device_bytes))
+        assert max(d.nbytes for d in worst) <= 0.91 * 80 * GB
+    # what the recipe says of a role stays as it is
+    assert split(place(*sized(tmp_path, 10, 32, 80, sampler=1)[:1], 8, 64, fit))[1] == 1
+    kept, fit = sized(tmp_path, 10, 32, 80, sampler=4)
+    assert split(place(kept, 8, 64, fit)) == ("partition", 4, 1, 3)
+    # a replica over two devices
+    wide, fit = sized(tmp_path, 10, 32, 80, "sampler.vllm.tensor_parallel=2")
+    found = place(wide, 8, 64, fit)
+    assert [len(s.devices) for s in found.samplers] == [2]
+    assert split(found) == ("partition", 2, 3, 3)
+    # four devices hold it in turns alone
+    four, fit = sized(tmp_path, 10, 32, 80)
+    assert place(four, 4, 64, fit).mode == "timeslice"
+    # where nothing fits, what comes closest, of which doctor says what is missing
+    huge, fit = sized(tmp_path, 70, 70, 80)
+    assert place(huge, 8, 64, fit).mode == "timeslice"
+    # three devices are too few for a role each where there are two teachers
+    two = recipe(tmp_path, "teacher=[{name: a, model: x/a}, {name: b, model: x/b}]", "loss.support=topk")
+    assert place(two, 3, 64).mode == "timeslice"
 
 
 def _others(tmp_path: Path) -> float:

@@ -20,7 +20,7 @@ from fopd_cli.engines.registry import engine_of
 from fopd_cli.recipe.schema import GPU_MEMORY, Learner, Recipe, Sampler, Teacher
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory.sizes import total_memory
-from fopd_cli.runtime.placement import SPARE, Plan, Shares
+from fopd_cli.runtime.placement import FULL, SPARE, Plan, Shares
 from fopd_cli.runtime.weights.broadcast import AHEAD, BUCKET
 
 MB, GB = 1 << 20, 10**9
@@ -507,6 +507,11 @@ def demands(plan: Plan, found: Sequence[Worker]) -> list[Demand]:
     return worst
 
 
+def fits(worst: Sequence[Demand], device_bytes: int) -> bool:
+    """Whether every device keeps a tenth of its memory free, to within one percent."""
+    return all(demand.nbytes <= FULL * device_bytes for demand in worst)
+
+
 def host(plan: Plan, found: Sequence[Worker], shared: int) -> Parts:
     """Main memory of all processes together. `shared`: the teacher targets' arena and the weights' slots."""
     parts = [Part("teacher targets and weights in shared memory", shared)]
@@ -546,6 +551,11 @@ class Fit:
         """Whether one device can hold a whole teacher, with nothing else awake on it."""
         use = of_teacher(self.recipe, section, replace(spec, whole=True), self.models, self.device_bytes)
         return use.peak <= (1 - SPARE) * self.device_bytes
+
+    def filled(self, plan: Plan) -> float:
+        """What the fullest device of a plan must hold at the worst moment, as a fraction of its memory."""
+        found = workers(self.recipe, plan, self.models, self.device_bytes)
+        return max(demand.nbytes for demand in demands(plan, found)) / self.device_bytes
 
     def shares(self, plan: Plan) -> Shares | None:
         """The fractions of a device that vLLM engines may take where roles do not take turns; None: they do
