@@ -671,26 +671,42 @@ def test_a_lag_overlaps_and_max_lag_zero_does_not() -> None:
     assert runs[2].clock < 0.7 * runs[0].clock
 
 
-def test_a_straggler_is_overtaken_only_until_its_deadline() -> None:
-    cfg = config(max_lag=2, batch=2, steps=8, concurrency=20)
-    s = Simulator(cfg, 1, durations={"sample": (0.1, 0.1)})
-    straggler: list[int] = []
-    original = s.after
+def with_straggler(number: int, cfg: ScheduleConfig, **durations: tuple[float, float]) -> Simulator:
+    """A run in which sample `number` takes 50 seconds."""
+    s = Simulator(cfg, 1, durations=durations)
+    original, started, usual = s.after, iter(range(1000)), s.durations["sample"]
 
     def after(what: str, call: Any) -> None:
-        if what == "sample" and not straggler:
-            straggler.append(0)
-            s.durations["sample"] = (50.0, 50.0)
-            original(what, call)
-            s.durations["sample"] = (0.1, 0.1)
-        else:
-            original(what, call)
+        late = what == "sample" and next(started) == number
+        s.durations["sample"] = (50.0, 50.0) if late else usual
+        original(what, call)
 
     s.after = after  # type: ignore[method-assign]
-    s.run()
-    late = next(i for i, (_, batch) in enumerate(s.steps) if str(stream(0)) in batch)
-    assert late == 2, "two steps overtake it, the third must wait for it"
+    return s.run()
+
+
+def step_of(s: Simulator, number: int) -> int:
+    return next(i for i, (_, batch) in enumerate(s.steps) if str(stream(number)) in batch)
+
+
+def test_a_straggler_is_overtaken_only_until_its_deadline() -> None:
+    cfg = config(max_lag=2, batch=2, steps=8, concurrency=2, inflight="keep")
+    s = with_straggler(3, cfg, sample=(1.0, 1.0), score=(0.1, 0.1), train=(0.1, 0.1), publish=(0.0, 0.0))
+    assert step_of(s, 4) == 1, "one step overtakes it"
+    assert step_of(s, 3) == 2, "the next must wait for it"
+    assert s.steps[1][0] < 10
     assert s.steps[2][0] >= 50
+
+
+@pytest.mark.parametrize("inflight", ["keep", "wait"])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_starts_at_once_is_not_learnt_from_by_who_ends_first(inflight: str, seed: int) -> None:
+    """Three batches start at version 0. The shortest of them must not make up the first."""
+    cfg = config(max_lag=2, batch=4, steps=8, concurrency=20, inflight=inflight)
+    s = Simulator(cfg, seed, durations={"sample": (0.1, 20.0)}).run()
+    assert [sorted(batch) for _, batch in s.steps[:3]] == [
+        sorted(str(stream(n)) for n in range(4 * i, 4 * i + 4)) for i in range(3)
+    ]
 
 
 def test_a_step_begins_while_the_version_before_is_published_and_samplers_wait_for_that() -> None:

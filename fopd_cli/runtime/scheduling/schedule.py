@@ -20,6 +20,13 @@ If not, it waits for the stragglers that it lacks. So no sample is ever older th
 finished sample is ever thrown away for its age, and a straggler can be overtaken only as long as it still
 makes its deadline.
 
+**No race among equals.** Of the samples that were admitted at one version and are not consumed, only the
+first B may be chosen. In the long run B samples are admitted at each version, so this forbids nothing. But at
+the start of a run, after a refresh, and where sampling begins to run farther ahead, several batches start at
+once. Whichever samples ended first would make up the first batch, and these are the shortest: see
+docs/real-pair.md for what that does. The B most urgent samples can always be chosen, so that a step waits for
+no more than these.
+
 **Less ahead.** `ahead` steps, at most D, is what (admission) uses in D's place; the conductor sets it by the
 measured drift (`freshness/ahead.py`). Deadlines stay v + D: admitting less keeps the bound all the more.
 
@@ -399,7 +406,7 @@ class Schedule:
         """Samples that the next step may want reexecuted now."""
         ahead = self.config.reexecute_ahead
         if ahead and not self.config.deterministic:  # one by one, as they get ready
-            return [t.key for t in self._by_deadline() if self._ready(t)][: self.config.batch]
+            return [t.key for t in self._takeable() if self._ready(t)][: self.config.batch]
         blocked = not ahead and (self.learner_busy or self._eval_due() is not None or not self._may_train())
         return [] if blocked or self._relabelling() else self._batch() or []
 
@@ -445,18 +452,27 @@ class Schedule:
             window = next(iter(self._windows()), [])
             ready = len(window) == size and all(self._ready(t) for t in window)
             return [t.key for t in window] if ready else None
-        urgent = self._by_deadline()
-        chosen = [t for t in urgent if self._ready(t)][:size]
+        chosen = [t for t in self._takeable() if self._ready(t)][:size]
         if len(chosen) < size:
             return None
         batch = {t.key for t in chosen}
-        left = Counter(t.version + self.config.max_lag for t in urgent if t.key not in batch)
+        left = Counter(t.version + self.config.max_lag for t in self._by_deadline() if t.key not in batch)
         total, step = 0, self._next_step
         for deadline in sorted(left):
             total += left[deadline]
             if total > (deadline - step) * size:
                 return None
         return sorted(batch)
+
+    def _takeable(self) -> list[Ticket]:
+        """What a batch may be chosen from, the most urgent first: of each version its first B samples."""
+        seen: Counter[int] = Counter()
+        found = []
+        for ticket in self._by_deadline():
+            seen[ticket.version] += 1
+            if seen[ticket.version] <= self.config.batch:
+                found.append(ticket)
+        return found
 
     def _by_deadline(self) -> list[Ticket]:
         """Admitted training samples that are not being trained on, the most urgent first."""
