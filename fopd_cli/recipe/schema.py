@@ -648,8 +648,8 @@ class Freshness(Section):
     drift_k: Positive = 32
     """k of drift topk. As an anchor, 1 collapsed in our sweep, 2 fell behind, 8 and more held."""
     max_drift: Annotated[float, Field(gt=0)] | None = 0.01
-    """For policy fopd: while lagging samples drift more than this (D_roll, nats per token), sampling runs
-    ahead less than schedule.max_lag, down to not at all. Ours, not the paper's. null: always up to
+    """For policy fopd: sampling runs as many steps ahead as keep the drift of lagging samples under this
+    (D_roll, nats per token), from none to schedule.max_lag. Ours, not the paper's. null: always up to
     schedule.max_lag. Ignored with a fixed schedule.lag.
     """
     weights: Literal["raw", "normalized"] = "normalized"

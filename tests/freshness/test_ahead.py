@@ -12,10 +12,27 @@ def batch(lag: int, drift: float) -> tuple[np.ndarray, np.ndarray]:
     return np.array([0, lag, lag]), np.array([0.0, drift, drift])
 
 
-def test_it_begins_one_step_ahead_and_follows_the_drift() -> None:
-    ahead = Ahead(most=3, target=0.1)
+def test_it_begins_one_step_ahead_and_follows_the_drift_of_a_step() -> None:
+    ahead = Ahead(most=4, target=0.1)
     assert ahead.now == 1
-    assert [ahead.update(*batch(1, d)) for d in (0.05, 0.05, 0.05, 0.2, 0.2, 0.1)] == [2, 3, 3, 2, 1, 2]
+    found = [ahead.update(*batch(1, d)) for d in (0.01, 0.01, 0.01, 0.01, 0.03, 0.06, 0.2, -0.01)]
+    assert found == [2, 3, 4, 4, 3, 1, 0, 1]
+
+
+def test_samples_that_are_as_old_as_before_do_not_push_it_further_down() -> None:
+    """Four steps old, they have drifted by 0.12: 0.03 a step, so three steps stay under 0.1."""
+    ahead = Ahead(most=4, target=0.1)
+    ahead.now = 4
+    assert [ahead.update(*batch(4, 0.12)) for _ in range(5)] == [3] * 5
+    assert [ahead.update(*batch(3, 0.09)) for _ in range(5)] == [3] * 5
+
+
+def test_a_mixed_batch_counts_by_the_lag_of_its_samples() -> None:
+    lag, drift = np.array([0, 1, 3]), np.array([5.0, 0.02, 0.10])
+    assert Ahead(most=4, target=0.1).update(lag, drift) == 2
+    ahead = Ahead(most=9, target=0.1)
+    ahead.now = 9
+    assert ahead.update(lag, drift) == 3
 
 
 def test_with_nothing_to_measure_one_step_ahead_is_tried_now_and_then() -> None:
