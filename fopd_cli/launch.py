@@ -15,6 +15,7 @@ from fopd_cli import doctor
 from fopd_cli.engines.models.downloads import obtain
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, load_inputs, with_engines
+from fopd_cli.paths import has_run
 from fopd_cli.plan import hardware
 from fopd_cli.plan.command import before_a_run
 from fopd_cli.recipe import Recipe, changes, dump_recipe, recorded_recipe
@@ -82,9 +83,10 @@ def fork_name(path: Path, step: int | None) -> Path:
 
 def _resuming(run_dir: RunDir, step: int | None, overrides: list[str], live: bool = False) -> _Run:
     """A run that is checked and restored, with nothing written yet."""
-    path = run_dir.path
+    path, store = run_dir.path, CheckpointStore(run_dir.checkpoints)
+    if not has_run(path):  # refused before it is locked: a lock says that something has run
+        _sound(store, step)
     run_dir.lock()
-    store = CheckpointStore(run_dir.checkpoints)
     undone = [] if step is None else _undone(run_dir, step)
     step = _sound(store, step)
     state = store.state(step)

@@ -268,6 +268,7 @@ ALLOWED: dict[str, set[str]] = {
         "export",
         "inputs",
         "errors",
+        "paths",
         "plan.command",
         "plan.hardware",
         "recipe",

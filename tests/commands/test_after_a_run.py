@@ -58,6 +58,8 @@ def test_a_table_of_the_runs_that_are_here(here: Fopd, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     shutil.copy(here.folder / "first" / "recipe.yaml", tmp_path / "new")
     assert "holds no run" in here("runs", tmp_path, code=2).err, "a recipe that has not been run"
+    assert "no complete checkpoint" in here("resume", tmp_path / "new", code=2).err
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["recipe.yaml"]
     assert "is not a directory" in here("runs", "nowhere", code=2).err
 
 
