@@ -78,3 +78,9 @@ def test_it_runs_as_somebody_else_than_root_who_can_write_runs() -> None:
 def test_its_health_is_checked() -> None:
     (check,) = [step for step in STEPS if step.startswith("HEALTHCHECK")]
     assert "CMD fopd --version" in check
+
+
+def test_the_models_that_docker_run_mounts_are_where_its_user_looks_for_them() -> None:
+    (home,) = re.findall(r"^ENV HOME=(\S+)", TEXT, re.MULTILINE)
+    page = (ROOT / "docs" / "engines.md").read_text()
+    assert re.findall(r'/huggingface:(\S+)/\.cache/huggingface"', page) == [home]
