@@ -85,7 +85,7 @@ def _resuming(run_dir: RunDir, step: int | None, overrides: list[str], live: boo
     """A run that is checked and restored, with nothing written yet."""
     path, store = run_dir.path, CheckpointStore(run_dir.checkpoints)
     if not has_run(path):  # refused before it is locked: a lock says that something has run
-        _sound(store, step)
+        store.newest_sound()
     run_dir.lock()
     undone = [] if step is None else _undone(run_dir, step)
     step = _sound(store, step)
