@@ -212,6 +212,6 @@ def test_the_page_is_what_the_script_makes() -> None:
         assert len(re.findall(rf"\| {name}[ ,]", page)) == 3, name
 
 
-@SLOW
 def test_the_page_is_up_to_date() -> None:
+    """The forecasts on it run the schedule itself, so that a change of the schedule changes the page."""
     assert gpus_page.PAGE.read_text() == gpus_page.page(), "run scripts/make_gpus_page.py"
