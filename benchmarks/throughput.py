@@ -3,7 +3,7 @@
 
     python benchmarks/throughput.py [--quick] [--rounds 3] [--seconds 300] [--only WORD ...]
         [--pair recipes/real-pair] [--threads N] [--out docs/throughput/results.jsonl]
-        [--report] [--into docs/benchmarks.md]
+        [--report] [--into docs/throughput.md]
 
 In every round, each stage is measured by itself (`throughput_alone.py`: the sampler on the same prompts, the
 teacher on its rollouts, the learner on batches of them), and then one run follows another: each depth, each
@@ -309,7 +309,8 @@ def main() -> None:
     tables = report.markdown(list(results.values()))
     print(tables)
     if args.into is not None:
-        args.into.write_text(report.filled(args.into.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        page = args.into.read_text(encoding="utf-8")
+        args.into.write_text(report.filled(page, args.out.name, tables), encoding="utf-8")
 
 
 def run_all(args: argparse.Namespace, results: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 from throughput_trace import STAGES
 
 Row = dict[str, Any]
-BEGIN, END = "<!-- tables of throughput.py -->", "<!-- end of them -->"
+END = "<!-- end of them -->"
+WIDTH = 110  # of a page's lines
 
 
 def read(path: Path) -> dict[str, Row]:
@@ -37,12 +39,18 @@ def line(row: Row) -> str:
             )
 
 
-def filled(page: str, tables: str) -> str:
-    """A page with the tables between its two marks."""
-    if BEGIN not in page or END not in page:
-        sys.exit(f"--into: the page has no place for tables; it is between {BEGIN} and {END}")
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}"
+def begin(results: str) -> str:
+    """Where a page has the tables of a file of results, by the file's name."""
+    return f"<!-- tables of {results} -->"
+
+
+def filled(page: str, results: str, tables: str) -> str:
+    """A page with the tables of this file of results between their two marks."""
+    before, found, rest = page.partition(begin(results))
+    _, ended, after = rest.partition(END)
+    if not found or not ended:
+        sys.exit(f"--into: the page has no place for these tables, between {begin(results)} and {END}")
+    return f"{before}{found}\n\n{tables}\n\n{END}{after}"
 
 
 def spread(values: Sequence[float], shown: str) -> str:
@@ -65,7 +73,8 @@ def markdown(rows: Iterable[Row]) -> str:
         alone = {r["round"]: r for r in found if r["kind"] == "alone"}
         runs = [r for r in found if r["kind"] == "run" and r["round"] in alone]
         if runs:
-            parts += [f"**{name}**, {_setting(runs, alone)}", _speeds(runs, alone), _losses(runs, alone)]
+            setting = textwrap.fill(f"**{name}**, {_setting(runs, alone)}", WIDTH)
+            parts += [setting, _speeds(runs, alone), _losses(runs, alone)]
     return "\n\n".join(parts)
 
 

@@ -87,12 +87,23 @@ def test_what_the_learner_waits_for() -> None:
 
 
 def test_tables_go_to_their_place_in_a_page() -> None:
-    page = f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
-    filled = report.filled(page, "| new |")
-    assert filled == f"before\n\n{report.BEGIN}\n\n| new |\n\n{report.END}\n\nafter\n"
-    assert report.filled(filled, "| new |") == filled
-    with pytest.raises(SystemExit, match="throughput"):
-        report.filled("no such place", "| new |")
+    one, other = report.begin("one.jsonl"), report.begin("other.jsonl")
+    page = f"before\n\n{one}\nold\n{report.END}\n\nbetween\n\n{other}\nold\n{report.END}\n\nafter\n"
+    filled = report.filled(page, "other.jsonl", "| new |")
+    assert filled == page.replace(f"{other}\nold\n", f"{other}\n\n| new |\n\n")
+    assert report.filled(filled, "other.jsonl", "| new |") == filled
+    with pytest.raises(SystemExit, match="third"):
+        report.filled(filled, "third.jsonl", "| new |")
+
+
+PAGES = [ROOT / "docs" / "throughput" / name for name in ("results.jsonl", "two-cores.jsonl")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_the_page_has_what_was_measured(path: Path) -> None:
+    page = (ROOT / "docs" / "throughput.md").read_text(encoding="utf-8")
+    tables = report.markdown(list(report.read(path).values()))
+    assert report.filled(page, path.name, tables) == page, f"throughput.py --report --out {path} --into it"
 
 
 def row(policy: str, depth: int, seconds: float, number: int = 0) -> dict[str, Any]:
