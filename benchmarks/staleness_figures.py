@@ -94,6 +94,8 @@ def _curves(path: Path, results: Sequence[dict[str, Any]], metadata: dict[str, s
 def _lags(path: Path, rows: Sequence[dict[str, Any]], metadata: dict[str, str]) -> None:
     """Final score by lag, one panel per loss."""
     losses = list(dict.fromkeys(r["loss"] for r in rows))
+    if not losses:
+        return
     figure, panels = plt.subplots(1, len(losses), figsize=(2 * len(losses), 3.2), squeeze=False, sharey=True)
     handles: dict[str, Any] = {}
     for loss, panel in zip(losses, panels[0], strict=True):

@@ -183,6 +183,14 @@ def test_a_run_of_text_alone_has_a_figure(tmp_path: Path) -> None:
     assert pages.drawn_from(tmp_path / "text.png") == pages.fingerprint(tmp_path / pages.RUNS)
 
 
+def test_a_run_of_one_task_alone_has_its_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [r for r in report.read(pages.TOYS / pages.RUNS) if r["task"] == "middle"]
+    (tmp_path / pages.RUNS).write_text("".join(json.dumps(r) + "\n" for r in runs))
+    staleness.publish(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {pages.RUNS, "table.csv", "table.md", "curves.png"}
+
+
 @pytest.mark.parametrize(
     ("recorded", "given", "said"),
     [
