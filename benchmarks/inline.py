@@ -47,7 +47,7 @@ TICK_MS = 10.0  # uneven rollouts end at multiples of it, so that those after th
 @dataclass(frozen=True)
 class Costs:
     """Virtual milliseconds, of which only ratios matter; measured by this file's `main` (see
-    docs/staleness.md).
+    docs/staleness-details.md).
     """
 
     sample: float = 1.55  # per response token of one request, in a batch of 32

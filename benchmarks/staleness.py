@@ -3,12 +3,14 @@
 
     python benchmarks/staleness.py [--quick | --full | --study NAME ...] [--out docs/staleness] [--jobs 2]
         [--seeds N]
+    python benchmarks/staleness.py --report     runs nothing: tables, figures and pages from committed rows
 
 Every cell is a whole run of ours (`inline.py`: our conductor with engines, losses and freshness in one
 process, on a virtual clock) on a tiny pair, with an exact lag or with lags that mix. Cells that are in
 OUT/results.jsonl are not run again, so it can be stopped and restarted at will. Writes table.csv and
-table.md, and figures if matplotlib is installed; the headline table comes last. docs/staleness.md explains
-the rows and the results.
+table.md, and figures if matplotlib is installed; the headline table comes last. Where OUT is a folder of
+docs/staleness, the pages that show its rows are made again, too. docs/staleness.md explains the rows and the
+results.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import staleness_pages as pages
 import staleness_report as report
-from staleness_regions import CONSTANT
+from staleness_names import CONSTANT, MIXED, UP_TO
+from staleness_text_report import TEXT, text_markdown
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
-TEXT = "text"
 # Each task has the highest learning rate of 1e-4, 3e-4, 1e-3 at which the synchronous run learns well with
 # the cached policy gradient.
 TASKS = {
@@ -74,7 +76,8 @@ OTHERS = {
 # The settings before tuning; the recipe's defaults come from the sweep.
 ANCHORED = ["freshness.policy=fopd", "freshness.refresh.mean=0", "freshness.anchor=10", RAW, BEFORE]
 TOPK = ["freshness.drift=topk", "freshness.drift_k=8"]
-# "fopd, defaults" are those of the first tables, with a constant anchor: up to lag 8 today's, too.
+# "fopd, defaults" has a constant anchor of 20 for losses from sampled tokens. It was the default when rows
+# were named, and still is up to lag CONSTANT; tables call it "lambda 20" (staleness_names.py).
 BEST, DEFAULT = "fopd, top-k anchor", "fopd, defaults"
 OURS = {
     "trust": ["freshness.policy=trust", "freshness.trust=0.2"],
@@ -93,8 +96,6 @@ PACED = {
     for n in (32, 64, 128, 160)
 }
 POLICIES = {**HEADLINE, **PACED}
-MIXED = "0..8"
-UP_TO = "<="  # before the bound of a lag that the clock decides
 RATES = ("3e-4", "1e-4", "1e-3", "3e-3")
 LAMBDAS = ("10", "3", "0.3")  # and 1
 
@@ -398,9 +399,39 @@ STUDIES = {
 QUICK, FULL = (("headline",), 3), (tuple(set(STUDIES) - {TEXT}), 5)
 
 
-def measure(
-    cell: Cell, steps: int | None = None, sets: tuple[str, ...] = (), cuda: bool = False
-) -> dict[str, Any]:
+def settings(sets: Sequence[str], steps: int | None = None) -> tuple[str, ...]:
+    """Keys of the recipe for every cell, those of a run that is cut to `steps` included."""
+    return (*sets, *(() if steps is None else (f"learner.steps={steps}", f"eval.every={steps}")))
+
+
+def other_settings(results: Sequence[dict[str, Any]], sets: Sequence[str]) -> str | None:
+    """What is wrong if there are rows of other settings: a key does not name them, so a table would compare
+    runs that differ in more than it says, and a cell would count as run that was not.
+    """
+
+    def keys(pairs: Sequence[str]) -> dict[str, str]:
+        return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+
+    for r in results:
+        if keys(r.get("sets", ())) != keys(sets):
+            theirs, yours = (" ".join(pairs) or "none" for pairs in (r.get("sets", ()), sets))
+            return (
+                f"has rows with other settings (theirs: {theirs}; yours: {yours}), and a row's key does not "
+                "name them. Give another --out, or the same --set and --steps."
+            )
+    return None
+
+
+def publish(out: Path) -> None:
+    """Tables and figures of the rows in a folder; of a folder of the documentation, the pages as well."""
+    if out.resolve() in (pages.TOYS, *(pages.TOYS / name for name in pages.TEXTS)):
+        pages.write()
+        return
+    report.write(out, report.read(out / pages.RUNS))
+    pages.draw(out)
+
+
+def measure(cell: Cell, sets: tuple[str, ...] = (), cuda: bool = False) -> dict[str, Any]:
     """Run one cell, with further keys of the recipe that are not part of its name."""
     import torch
     from inline import Inline
@@ -411,8 +442,7 @@ def measure(
 
     torch.set_num_threads(1)
     began = time.monotonic()
-    short = [] if steps is None else [f"learner.steps={steps}", f"eval.every={steps}"]
-    recipe = load_recipe(RECIPES / f"{cell.task}.yaml", [*cell.overrides, *sets, *short])
+    recipe = load_recipe(RECIPES / f"{cell.task}.yaml", [*cell.overrides, *sets])
     race = Inline(recipe, uneven=cell.lag == MIXED, sgd=cell.optimizer == "sgd", cuda=cuda)
     outcome = race.run()
     on_answers = kl_on_answers(race) if cell.task == TEXT else None
@@ -454,28 +484,39 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the headline study, three seeds (the default)")
     parser.add_argument("--full", action="store_true", help="all studies, five seeds: hours")
+    parser.add_argument(
+        "--report", action="store_true", help="only tables, figures and pages, from the committed rows"
+    )
     parser.add_argument("--study", choices=list(STUDIES), action="append", help="these alone")
     parser.add_argument("--seeds", type=int, help="instead of three or five")
     parser.add_argument(
         "--steps", type=int, help="cut every run to so many optimizer steps: for a test, not for figures"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "staleness")
+    parser.add_argument("--out", type=Path, default=pages.TOYS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the engines are")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe, for every cell"
     )
     args = parser.parse_args()
+    if args.report:
+        if not (args.out / pages.RUNS).exists():
+            sys.exit(f"{args.out / pages.RUNS} does not exist: --out must be the folder of earlier runs")
+        publish(args.out)
+        return
     studies, seeds = FULL if args.full else QUICK
     studies, seeds = args.study or studies, args.seeds or seeds
     # Seed by seed, so that a table that was stopped halfway is complete for fewer seeds.
     wanted = {c.key: c for seed in range(seeds) for study in studies for c in STUDIES[study](seed)}
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "results.jsonl"
-    results = {r["key"]: r for r in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    path = args.out / pages.RUNS
+    results = {r["key"]: r for r in report.read(path)}
+    sets = settings(args.set, args.steps)
+    if problem := other_settings(list(results.values()), sets):
+        sys.exit(f"{path} {problem}")
     todo = [cell for key, cell in wanted.items() if key not in results]
     context = multiprocessing.get_context("spawn")
-    how = (args.steps, tuple(args.set), args.device == "cuda")
+    how = (sets, args.device == "cuda")
     reuse = 1 if args.device == "cuda" else 8  # vLLM never gives back all that it takes
     with context.Pool(args.jobs, maxtasksperchild=reuse) as pool, path.open("a") as file:
         pending = pool.imap_unordered(_measure, [(cell, *how) for cell in todo])
@@ -490,16 +531,18 @@ def main() -> None:
             file.flush()
             found = f"score {result['score']:.3f}, KL {result['kl']:.3f} in {result['wall_seconds']} s"
             print(f"{number}/{len(todo)}  {result['key']}: {found}", flush=True)
-    report.write(args.out, list(results.values()))
+    publish(args.out)
     done = [results[key] for key in wanted if key in results]
     shown = report.rows(done)
-    print(report.markdown([r for r in shown if r["study"] == "headline"] or shown))
-    print(report.text_markdown(done))
+    if shown:
+        print(report.markdown([r for r in shown if r["study"] == "headline"] or shown))
+    if text := text_markdown(done):
+        print(text)
     if len(done) < len(wanted):
         sys.exit(f"{len(wanted) - len(done)} cells failed")
 
 
-def _measure(job: tuple[Cell, int | None, tuple[str, ...], bool]) -> dict[str, Any]:
+def _measure(job: tuple[Cell, tuple[str, ...], bool]) -> dict[str, Any]:
     """A cell that fails does not take the others with it."""
     try:
         return measure(*job)

@@ -1,9 +1,10 @@
-"""Results of benchmarks/staleness.py as tables and figures."""
+"""Results of benchmarks/staleness.py on toys: as rows, one for each setting, and as files."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
+import io
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,22 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import staleness_regions as regions
+from staleness_names import LOSSES, full_label, longest, rank
+from staleness_text_report import TEXT
 
 Result = dict[str, Any]
+Row = dict[str, Any]
 ASYNC_LAG = "8"
+TASKS = ("short", "middle", "long")
 MAPS = tuple((task, loss) for loss in ("pg_cached", "reverse_kl") for task in ("short", "long"))
-TEXT = "text"  # judged by its KL, in a table of its own
 
 
-def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Result]:
+    """The committed runs, the last of each key; none if there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return list({r["key"]: r for r in map(json.loads, lines)}.values())
+
+
+def rows(results: Sequence[Result]) -> list[Row]:
     """One for each (task, loss, policy, lag, overrides): means over seeds, beside the synchronous run of the
-    same task and loss.
+    same task and loss. Their order does not depend on that of the runs.
     """
     groups: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
     for r in (r for r in results if r["task"] != TEXT):
         groups[r["task"], r["loss"], r["lag"], r["policy"], tuple(r["extra"]), r["optimizer"]].append(r)
     found = []
-    for (task, loss, lag, policy, extra, optimizer), runs in groups.items():
+    for group in sorted(groups, key=_place):
+        task, loss, lag, policy, extra, optimizer = group
         # The synchronous run of the same world: the one with the most of these overrides.
         bases = [
             groups.get((task, loss, "0", "sync", extra[:n], optimizer)) for n in range(len(extra), -1, -1)
@@ -40,12 +51,20 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "loss": loss,
                 "lag": lag,
                 "policy": policy,
+                "name": full_label(policy, loss, lag, extra, optimizer),
                 "overrides": " ".join(extra),
                 "optimizer": optimizer,
-                **_figures(runs, sync),
+                **_figures(groups[group], sync),
             }
         )
     return found
+
+
+def _place(group: tuple[Any, ...]) -> tuple[Any, ...]:
+    task, loss, lag, policy, extra, optimizer = group
+    known = (*TASKS, *LOSSES)
+    of_task, of_loss = (known.index(name) if name in known else len(known) for name in (task, loss))
+    return of_task, task, of_loss, loss, optimizer, extra, longest(lag), lag, rank(policy)
 
 
 def _study(loss: str, lag: str, extra: Sequence[str], optimizer: str, task: str) -> str:
@@ -113,38 +132,7 @@ def _at(curve: list[list[float]], step: float) -> float:
     return curve[-1][1]
 
 
-def text_markdown(results: Sequence[Result]) -> str:
-    """The runs on the real pair: held-out KL to the teacher (nats per token), and the share of the
-    synchronous run's gain; nothing if there are none.
-    """
-    groups: dict[tuple[Any, ...], list[Result]] = defaultdict(list)
-    for r in (r for r in results if r["task"] == TEXT):
-        groups[r["loss"], tuple(r["extra"]), r["lag"], r["policy"]].append(r)
-    if not groups:
-        return ""
-    lines = [
-        "| loss | lag | policy | seeds | KL at first | KL at last | lowest | of sync's gain | "
-        "KL on the teacher's answers | D_roll | mean lag |",
-        "|---" * 11 + "|",
-    ]
-    for (loss, extra, lag, policy), runs in sorted(groups.items(), key=lambda group: str(group[0])):
-        base = groups.get((loss, extra, "0", "sync"), [])
-        first, last = (statistics.fmean(r["kl_curve"][at][1] for r in runs) for at in (0, -1))
-        end = statistics.fmean(r["kl"] for r in base) if base else float("nan")
-        error = statistics.stdev(r["kl"] for r in runs) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
-        lowest = statistics.fmean(min(kl for _, kl in r["kl_curve"]) for r in runs)
-        drift, mean_lag = (statistics.fmean(r[key] for r in runs) for key in ("drift_roll", "lag_mean"))
-        name = " ".join([policy, *extra])
-        kl = f"{first:.3f} | {last:.3f} ± {error:.3f} | {lowest:.3f} | {(first - last) / (first - end):.0%}"
-        known = [r["kl_on_answers"] for r in runs if r.get("kl_on_answers") is not None]
-        answers = f"{statistics.fmean(known):.3f}" if known else "-"
-        lines.append(
-            f"| {loss} | {lag} | {name} | {len(runs)} | {kl} | {answers} | {drift:.3f} | {mean_lag:.1f} |"
-        )
-    return "\n".join(lines).replace("nan%", "-").replace("nan", "-")
-
-
-def markdown(found: Sequence[dict[str, Any]]) -> str:
+def markdown(found: Sequence[Row]) -> str:
     lines = [
         (
             "| task | loss | lag | policy | score | of sync | of its gain | KL | peak - final | collapsed | "
@@ -153,39 +141,39 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
-        name = " ".join(
-            filter(None, [r["policy"], r["overrides"], "" if r["optimizer"] == "adamw" else r["optimizer"]])
-        )
         lines.append(
-            f"| {r['task']} | {r['loss']} | {r['lag']} | {name} | {r['score']:.3f} ± {r['error']:.3f} | "
+            f"| {r['task']} | {r['loss']} | {r['lag']} | {r['name']} | {r['score']:.3f} ± {r['error']:.3f} | "
             f"{r['of_sync']:.0%} | {r['of_gain']:.0%} | {r['kl']:.3f} | {r['drop']:.3f} | "
             f"{r['collapsed']}/{r['seeds']} | {r['steps_to_90']:.0f} | {r['throughput']:.2f} |"
         )
     return "\n".join(lines).replace("nan%", "-").replace("nan", "-").replace("inf", "never")
 
 
-def write(out: Path, results: Sequence[Result]) -> None:
-    """table.csv, table.md and the figures."""
-    found = rows(results)
-    if text := text_markdown(results):
-        (out / "text.md").write_text(text + "\n")
-    if not found:
-        return
-    with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
-    (out / "table.md").write_text(markdown(found) + "\n")
-    maps = {name: regions.places(found, *name) for name in MAPS}
-    maps = {name: map_ for name, map_ in maps.items() if len({p.rate for p in map_}) > 1}
-    if maps:
-        pages = [f"**{task}, {loss}**\n\n{regions.markdown(m)}\n" for (task, loss), m in maps.items()]
-        (out / "regions.md").write_text("\n".join(pages))
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no figures: matplotlib is not installed (pip install 'fopd[bench]')")
-        return
-    from staleness_figures import draw
+def maps(found: Sequence[Row]) -> dict[tuple[str, str], list[regions.Place]]:
+    """The maps with more than one learning rate, by (task, loss)."""
+    drawn = {name: regions.places(found, *name) for name in MAPS}
+    return {name: places for name, places in drawn.items() if len({p.rate for p in places}) > 1}
 
-    draw(out, results, found)
-    if maps:
-        regions.draw(out, {f"{task}, {loss}": map_ for (task, loss), map_ in maps.items()})
+
+def files(results: Sequence[Result]) -> dict[str, str]:
+    """What `rows` give, by the name of a file: every row as CSV and as a table, and the maps."""
+    found = rows(results)
+    if not found:
+        return {}
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(found[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in r.items()} for r in found)
+    texts = {"table.csv": table.getvalue(), "table.md": markdown(found) + "\n"}
+    if drawn := maps(found):
+        parts = [
+            f"**{task} task, {LOSSES[loss]}**\n\n{regions.markdown(m)}\n" for (task, loss), m in drawn.items()
+        ]
+        texts["regions.md"] = "\n".join(parts)
+    return texts
+
+
+def write(out: Path, results: Sequence[Result]) -> None:
+    """These files into a folder."""
+    for name, text in files(results).items():
+        (out / name).write_text(text, encoding="utf-8")

@@ -69,7 +69,7 @@ else:  # those of the registry
 
 # With rho = pi_t/pi_r, a token with advantage A stops moving where lambda rho log rho = A (with quadratic
 # drift: lambda log rho = A). Under A = -lambda/e, -7.4 nats at 20, it never does. Each is its estimator's
-# best at lag 8 (docs/staleness.md): lower ones collapse, higher ones are slower.
+# best at lag 8 (docs/staleness-details.md): lower ones collapse, higher ones are slower.
 ANCHORS = {"topk": 20.0, "exact": 20.0, "quadratic": 10.0, "sampled": 30.0}
 PACE = 64.0  # optimizer steps: an anchor of 20 up to lag 3, of 8 at lag 8 (docs/staleness.md)
 

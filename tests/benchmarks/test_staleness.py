@@ -142,7 +142,7 @@ def test_the_map_names_the_least_control_that_holds() -> None:
     # sqrt(0.36 0.64 + 0.81 0.4 0.6) / (0.4 sqrt(128))
     assert found[1e-4, 2].error(0.9) == pytest.approx(0.144, abs=1e-3)
     assert regions.paper(list(found.values())) is found[1e-4, 16]  # 65%
-    assert "| 1e-4 | 16 | 0.40 | 65% | 98% (3) | - | - | the published method |" in regions.markdown(
+    assert "| 1e-4 | 16 | 1 | 0.40 | 65% | 98% (3) | - | - | the published method |" in regions.markdown(
         list(found.values())
     )
 
@@ -209,7 +209,7 @@ def test_a_cut_of_the_benchmark(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
     (cell,) = [c for c in staleness.headline(0) if c.policy == staleness.BEST]
     (first,) = [r for r in rows if r["key"] == cell.key]
-    second = json.loads(json.dumps(staleness.measure(cell, steps=3)))
+    second = json.loads(json.dumps(staleness.measure(cell, staleness.settings((), 3))))
     assert {k: v for k, v in second.items() if k != "wall_seconds"} == {
         k: v for k, v in first.items() if k != "wall_seconds"
     }

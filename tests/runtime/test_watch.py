@@ -35,7 +35,7 @@ def test_a_kl_that_climbs_is_told_and_noise_is_not() -> None:
 
 
 def test_a_student_that_leaves_its_samples_is_told_early() -> None:
-    """The training KL of a collapsing run of the real pair (docs/staleness.md): its 20 steps."""
+    """The training KL of a collapsing run of the real pair (docs/staleness-details.md): its 20 steps."""
     collapsing = [2.37, 2.28, 1.49, 0.8, 1.12, 0.22, -1.24, -3.35, -4.93, -2.77, -3.06, -3.5, -4.83, -4.77]
     watch = Watch(0.0)
     found = [watch.step(1.0, kl, [kl] * 4) for kl in collapsing]

@@ -8,7 +8,7 @@ climbing   the KL to the teacher on the training samples is far above its lowest
 fleeing    the estimate of the KL, a mean of log(student / teacher) over sampled tokens, is far below zero,
            which no fresh samples give: the student has moved away from what it sampled. So a stale policy
            gradient collapses, within ten steps, while the KL on its own new answers falls
-           (docs/staleness.md: at the end every answer was 32 colons)
+           (docs/staleness-details.md: at the end every answer was 32 colons)
 repetition most of the remaining KL is at the beginning of answers. The teacher agrees with a student that
            only repeats itself: after ten equal lines it expects the eleventh, and the mean over all tokens
            falls (docs/real-pair.md)
