@@ -30,7 +30,7 @@ from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, LocalTeacher, elements, own_frame
 from fopd_cli.outlook import outlook
 from fopd_cli.recipe import PluginTask, Recipe, Sampler, Teacher
-from fopd_cli.runtime import devices, placing
+from fopd_cli.runtime import devices
 from fopd_cli.runtime.build import resolve_dtype
 from fopd_cli.runtime.journal import trackers
 from fopd_cli.runtime.memory import model as memory
@@ -529,10 +529,6 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
             "in Docker add --ipc=host (or --shm-size); else lower learner.batch_samples or "
             "sampler.max_new_tokens",
         )
-    stream = inputs.stream
-    response = max(recipe.sampler.max_new_tokens, recipe.eval.max_new_tokens or 0)
-    asked, told = (context_tokens(recipe, stream, judged=judged) - response for judged in (False, True))
-    known = placing.models(recipe, asked, told)
     sizes = [devices.memory(device) for device in range(devices.count())]
     if None in sizes:
         yield Finding(
@@ -542,7 +538,7 @@ def _memory(inputs: Inputs) -> Iterator[Finding]:
             "pip install nvidia-ml-py, and see whether nvidia-smi shows the devices",
         )
     size = min(filter(None, sizes), default=None)
-    found = memory.workers(recipe, plan, known, size or 80 * 10**9)
+    found = memory.workers(recipe, plan, inputs.models, size or 80 * 10**9)
     if size is not None:
         for demand in memory.demands(plan, found):
             who = f"{demand.who} on cuda:{demand.device}"

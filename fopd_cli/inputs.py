@@ -25,6 +25,7 @@ from fopd_cli.engines.text.templates import Frame, check_variables
 from fopd_cli.engines.text.vocabularies import Match, inverse, match
 from fopd_cli.errors import UserError
 from fopd_cli.recipe import Recipe, Teacher
+from fopd_cli.runtime import placing
 from fopd_cli.runtime.build import (
     Setup,
     add_adapters,
@@ -34,8 +35,9 @@ from fopd_cli.runtime.build import (
     student_frame,
     task_arguments,
 )
+from fopd_cli.runtime.memory.model import Models
 from fopd_cli.runtime.memory.weights import Layout
-from fopd_cli.runtime.placement import Plan, cuda_devices
+from fopd_cli.runtime.placement import Plan, cuda_devices, with_overlaps
 from fopd_cli.runtime.scheduling.lengths import keep_what_fits, rooms
 from fopd_cli.runtime.scheduling.prompts import SPLITS, PromptStream, check_followed, context_tokens
 from fopd_cli.runtime.weights import choice as transport
@@ -98,6 +100,15 @@ class Inputs:
                 )
             )
         return tuple(specs)
+
+    @property
+    def models(self) -> Models:
+        """The shapes of the models that run here, and the length of the longest prompts."""
+        response = max(self.recipe.sampler.max_new_tokens, self.recipe.eval.max_new_tokens or 0)
+        asked, told = (
+            context_tokens(self.recipe, self.stream, judged=judged) - response for judged in (False, True)
+        )
+        return placing.models(self.recipe, asked, told)
 
     @property
     def parameters(self) -> int:
@@ -203,7 +214,10 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     stream.notices += keep_what_fits(recipe, stream, rooms(recipe, config, found, _served(recipe)))
     check_followed(recipe, stream)
     layout = hf.weight_layout(config, sampler_dtype(recipe, plan))
-    return Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
+    inputs = Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
+    if plan.exclusive and (count := cuda_devices()):  # how long prompts are is known only now
+        inputs.plan = with_overlaps(plan, placing.fit(recipe, count, inputs.models))
+    return inputs
 
 
 def own_frame(teacher: LocalTeacher, recipe: Recipe) -> Frame:

@@ -99,6 +99,8 @@ def table(chosen: dict[str, tuple[Recipe, memory.Models, Plan]]) -> list[str]:
         lines.append(
             f"| | **the fullest device** ({worst.who}) | **{gb(worst.nbytes)}** | **{spare:.0%}** | |"
         )
+        if plan.exclusive:
+            lines.append(f"| | {plan.describe_turns()} | | | |")
     return lines
 
 

@@ -131,6 +131,7 @@ ALLOWED: dict[str, set[str]] = {
         "recipe",
         "runtime.crew.fleet",
         "runtime.devices",
+        "runtime.scheduling.tickets",  # the vocabulary alone: which roles take turns
     },
     "runtime.weights": {"errors", "recipe", "runtime.crew.fleet", "runtime.memory", "runtime.placement"},
     "runtime.build": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,9 +42,11 @@ class Head:
 
     def to(self, where: torch.device | torch.dtype | str) -> Head:
         """The tensors on another device or in another dtype."""
-        return replace(
-            self, weight=self.weight.to(where), bias=None if self.bias is None else self.bias.to(where)
-        )
+        return self.map(lambda tensor: tensor.to(where))
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Head:
+        """The head with other tensors, which `move` makes of these."""
+        return replace(self, weight=move(self.weight), bias=None if self.bias is None else move(self.bias))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 `(n, V)` from hidden states `(n, hidden)`, which are cast to the head's dtype."""

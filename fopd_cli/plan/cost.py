@@ -13,7 +13,7 @@ from fopd_cli.plan.hardware import Hardware
 from fopd_cli.plan.lengths import Lengths
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.memory.model import Models, Worker, total, workers
-from fopd_cli.runtime.placement import Plan
+from fopd_cli.runtime.placement import TURNS, Plan
 from fopd_cli.runtime.time_model import learner_flops
 
 NO_GRAPHS = 10  # launching a layer's kernels one by one takes this many times as long as a graph; an estimate
@@ -133,9 +133,10 @@ def by_arithmetic(
 
 def _turn(plan: Plan, found: Sequence[Worker], host: float) -> float:
     """Seconds to put one role to sleep and wake another: what sleeping roles keep in main memory crosses the
-    bus both ways. The mean over workers.
+    bus both ways. The mean over workers, and over all turns: where one overlaps, both ways at once.
     """
     if not plan.exclusive:
         return 0.0
     moved = [total(w.use.host_asleep) for w in found if w.spec.devices]
-    return 2 * sum(moved) / max(1, len(moved)) / host
+    ways = 2 - len(plan.overlaps) / len(TURNS)
+    return ways * sum(moved) / max(1, len(moved)) / host

@@ -46,6 +46,8 @@ def text(found: Forecast, best: Best, price: float | None) -> Iterator[str]:
             f"the fullest device, {worst.device} ({worst.who}): {worst.nbytes / memory.GB:.1f} of "
             f"{s.hardware.nbytes / memory.GB:.0f} GB: {verdict}"
         )
+    if found.plan.exclusive:
+        yield f"roles take turns on the devices; {found.plan.describe_turns()}"
     main = memory.total(memory.host(found.plan, found.workers, 0))
     yield f"main memory of all processes, without teacher targets: {main / memory.GB:.1f} GB"
     yield ""

@@ -8,7 +8,8 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from itertools import permutations
+from typing import Any, Literal, Protocol, get_args
 
 from fopd_cli.engines.registry import engine_of, teacher_facts
 from fopd_cli.errors import UserError
@@ -16,22 +17,28 @@ from fopd_cli.names import WorkerRole
 from fopd_cli.recipe import Recipe, Sampler, Teacher
 from fopd_cli.runtime import devices as visible
 from fopd_cli.runtime.crew.fleet import WorkerSpec
+from fopd_cli.runtime.scheduling.tickets import Role
 
 SPARE = 0.1  # fraction of a device: for the allocator's holes and what arithmetic misses
 FULL = 1 - SPARE + 0.01  # fraction of a device that a plan may fill
 Mode = Literal["cpu", "timeslice", "partition", "colocate"]
 Devices = tuple[int, ...]  # of one process, numbered among those visible here; empty: the CPU
+Turn = tuple[Role, Role]  # a change of turns: who falls asleep, who wakes
+TURNS: tuple[Turn, ...] = tuple(permutations(get_args(Role), 2))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All worker processes of a run; `exclusive`: roles take turns (time-slicing)."""
+    """All worker processes of a run; `exclusive`: roles take turns (time-slicing). In the turns of `overlaps`
+    the next role wakes while the last one falls asleep.
+    """
 
     mode: Mode
     samplers: tuple[WorkerSpec, ...]
     teachers: tuple[tuple[WorkerSpec, ...], ...]  # the ranks of each teacher
     learners: tuple[WorkerSpec, ...]
     grader: WorkerSpec
+    overlaps: tuple[Turn, ...] = ()
 
     @property
     def exclusive(self) -> bool:
@@ -57,7 +64,16 @@ class Plan:
             where = [f"cuda:{d}" for w in workers for d in w.devices] or [f"cpu, {threads}"]
             label = f" {workers[0].label}" if workers[0].label else ""
             parts.append(f"{len(workers)} {workers[0].role}{label} ({', '.join(where)})")
+        if self.exclusive:
+            parts.append(self.describe_turns())
         return f"{self.mode}: " + "; ".join(parts)
+
+    def describe_turns(self) -> str:
+        """Which turns overlap, for people."""
+        if set(self.overlaps) == set(TURNS):
+            return "all turns overlap"
+        named = ", ".join(f"{sleeper} to {waker}" for sleeper, waker in self.overlaps)
+        return f"turns that overlap: {named}" if named else "no turns overlap"
 
 
 def to_plain(plan: Plan) -> dict[str, Any]:
@@ -77,6 +93,7 @@ def from_plain(found: Mapping[str, Any]) -> Plan:
         tuple(tuple(map(spec, ranks)) for ranks in found["teachers"]),
         tuple(map(spec, found["learners"])),
         spec(found["grader"]),
+        tuple((sleeper, waker) for sleeper, waker in found.get("overlaps", ())),  # older runs have none
     )
 
 
@@ -104,6 +121,9 @@ class Memory(Protocol):
 
     def filled(self, plan: Plan) -> float:
         """What the fullest device of a plan must hold at the worst moment, as a fraction of its memory."""
+
+    def overlaps(self, plan: Plan) -> tuple[Turn, ...]:
+        """The turns of a plan in which its devices can hold who falls asleep and who wakes at once."""
 
 
 def place(recipe: Recipe, devices: int, cores: int | None = None, memory: Memory | None = None) -> Plan:
@@ -202,7 +222,8 @@ def _in_mode(recipe: Recipe, mode: Mode, devices: int, cores: int, memory: Memor
             [()] * (1 if engine_of(t).remote else p.teacher or 1) for t in recipe.teachers
         ]
         groups = _Groups([()] * (p.sampler or 1), teachers, [()] * (p.learner or 1))
-    return _with_whole_teachers(recipe, _plan(recipe, mode, groups, cores), memory)
+    plan = _with_whole_teachers(recipe, _plan(recipe, mode, groups, cores), memory)
+    return with_overlaps(plan, memory) if plan.exclusive else plan
 
 
 def _colocated(recipe: Recipe, devices: int, cores: int, memory: Memory | None) -> Plan | None:
@@ -235,6 +256,17 @@ def _with_whole_teachers(recipe: Recipe, plan: Plan, memory: Memory | None) -> P
         for section, ranks in zip(recipe.teachers, plan.teachers, strict=True)
     )
     return replace(plan, teachers=teachers)
+
+
+def with_overlaps(plan: Plan, memory: Memory | None) -> Plan:
+    """A plan in which roles take turns, with the turns that overlap.
+
+    Without `memory` nothing is known to fit, so none does. On a CPU all do: sleep moves nothing there, and
+    every role is in memory all the time.
+    """
+    on_cpu = not plan.learners[0].devices
+    overlaps = TURNS if on_cpu else () if memory is None else memory.overlaps(plan)
+    return replace(plan, overlaps=overlaps)
 
 
 @dataclass

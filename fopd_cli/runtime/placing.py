@@ -23,11 +23,13 @@ def placed(recipe: Recipe) -> Plan:
     return place(recipe, count, memory=fit(recipe, count) if count else None)
 
 
-def fit(recipe: Recipe, count: int) -> Fit | None:
-    """What the smallest device can hold; None unless all devices report their memory."""
+def fit(recipe: Recipe, count: int, known: Models | None = None) -> Fit | None:
+    """What the smallest of `count` devices can hold; None unless all report their memory. `known`: the
+    recipe's models, where the length of its prompts is known.
+    """
     sizes = [devices.memory(d) for d in range(count)]
-    known = [size for size in sizes if size is not None]
-    return Fit(recipe, models(recipe), min(known)) if len(known) == count else None
+    reported = [size for size in sizes if size is not None]
+    return Fit(recipe, known or models(recipe), min(reported)) if len(reported) == count else None
 
 
 def models(recipe: Recipe, prompt: int = PROMPT, told: int | None = None) -> Models:

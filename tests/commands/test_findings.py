@@ -13,8 +13,9 @@ from conftest import TINY, small_recipe
 from fopd_cli import doctor
 from fopd_cli.inputs import load_inputs
 from fopd_cli.recipe import load_recipe
-from fopd_cli.runtime import devices
-from fopd_cli.runtime.placement import place
+from fopd_cli.runtime import devices, placing
+from fopd_cli.runtime.memory import model as memory
+from fopd_cli.runtime.placement import TURNS, place
 
 PLAIN = """
 from fopd_cli.samples import Prompt
@@ -136,6 +137,34 @@ def test_a_device_is_held_against_the_sum_of_all_that_a_role_holds(
         line.what,
     ), line.what
     assert "micro_tokens" in line.cure
+
+
+def test_which_turns_overlap_is_decided_when_the_length_of_the_prompts_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Placement assumes 1024 tokens; the prompts here have a few. On a device of the size between, a turn
+    overlaps only with these, and doctor has nothing against it.
+    """
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(TINY, placement={"mode": "timeslice"})))
+    parsed = load_recipe(path)
+    plan = place(parsed, 1)
+    known = load_inputs(parsed, plan).models
+
+    def moment(models: memory.Models) -> int:
+        here = memory.workers(parsed, plan, models, 0)
+        return max(memory.total(memory.between(here, turn)) for turn in TURNS)
+
+    assumed = placing.models(parsed)
+    assert moment(known) < moment(assumed)
+    size = int((moment(known) + moment(assumed)) / 2 / 0.9)
+    monkeypatch.setattr(devices, "count", lambda: 1)
+    monkeypatch.setattr(devices, "memory", lambda device: size)
+    placed = placing.placed(parsed)
+    assert placed.overlaps != TURNS
+    inputs = load_inputs(parsed, placed)
+    assert inputs.plan.overlaps == TURNS
+    assert not [f for f in doctor.findings(inputs, tmp_path) if "by arithmetic" in f.what]
 
 
 @pytest.mark.parametrize("copied", [True, False])

@@ -12,6 +12,7 @@ from conftest import SLOW, TINY, Fopd, check_accounts, lines, make_pair, metrics
 from inprocess_kit import conducted
 
 from fopd_cli.recipe import load_recipe
+from fopd_cli.runtime.placement import TURNS, from_plain
 
 
 def test_two_synchronous_runs_are_bitwise_the_same(fopd: Fopd, pair: Path) -> None:
@@ -132,6 +133,8 @@ def test_time_slicing_takes_turns(fopd: Fopd, pair: Path) -> None:
     found = spans(run)
     for a, b in (("train", "score"), ("train", "generate"), ("score", "generate")):
         assert overlap(found[a], found[b]) < 1e3
+    placed = from_plain(json.loads((run / "placement.json").read_text())["plan"])
+    assert placed.overlaps == TURNS  # nothing moves on a CPU
     check_accounts(run)
 
 

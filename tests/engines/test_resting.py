@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import learner_kit as kit
 import numpy as np
+import pytest
 import torch
 from conftest import SLOW
 from torch import nn
@@ -125,3 +127,32 @@ def test_the_base_under_adapters_is_copied_once(pair: Path, tmp_path: Path) -> N
 def _folder(parent: Path, name: str) -> Path:
     (parent / name).mkdir()
     return parent / name
+
+
+def test_teacher_heads_rest_in_one_page_locked_copy(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made at the first sleep, whatever comes later. The device is without memory here, and what it is to
+    wait for does not exist.
+    """
+    locked: list[int] = []
+
+    def lock(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() in locked:
+            return tensor
+        copy = tensor.clone()
+        locked.append(copy.data_ptr())
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    learner = kit.make_learner(pair, kit.config())
+    weight = learner.teacher_heads[0].weight.clone()
+    learner.device = torch.device("meta")
+    learner.config = kit.config(offload=True)  # heads are all that moves
+    for _ in range(3):
+        learner.sleep()
+        assert [head.weight.data_ptr() for head in learner.teacher_heads] == locked
+        torch.testing.assert_close(learner.teacher_heads[0].weight, weight, rtol=0, atol=0)
+        learner.wake()
+        assert learner.teacher_heads[0].weight.device.type == "meta"

@@ -24,7 +24,7 @@ from fopd_cli.plan.prompts import Prompts, of_recipe
 from fopd_cli.plan.split import Best, best, estimate
 from fopd_cli.recipe import Recipe, load_recipe
 from fopd_cli.runtime.memory import model as memory
-from fopd_cli.runtime.placement import place
+from fopd_cli.runtime.placement import TURNS, place
 
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 QWEN = ROOT / "recipes" / "qwen-7b-from-32b.yaml"
@@ -113,6 +113,23 @@ def test_twice_the_rates_are_half_the_seconds() -> None:
         forecast(recipe, replace(s, hardware=replace(s.hardware, launch=0.0))) for s in (setting, faster)
     )
     assert slow.outcome.seconds == pytest.approx(2 * fast.outcome.seconds, rel=0.02)
+
+
+def test_a_turn_takes_half_as_long_where_it_overlaps() -> None:
+    """What sleeps and what wakes cross the bus at the same time."""
+    recipe = load_recipe(ROOT / "recipes" / "one-gpu-lora.yaml", ["placement.mode=timeslice"])
+    setting = on(recipe, 1)
+    apart, together = (
+        setting.costs(recipe, replace(setting.placed(recipe), overlaps=overlaps)).turn
+        for overlaps in ((), TURNS)
+    )
+    assert 0 < together == pytest.approx(apart / 2)
+    some = setting.placed(recipe)
+    assert 0 < len(some.overlaps) < len(TURNS)
+    assert together < setting.costs(recipe, some).turn < apart
+    found = forecast(recipe, setting)
+    (line,) = (text for text in page.text(found, best(found), None) if "take turns on the devices;" in text)
+    assert line.endswith(some.describe_turns())
 
 
 # ---- the best split ----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory import model as memory
 from fopd_cli.runtime.memory.model import Fit, Models
 from fopd_cli.runtime.memory.weights import WeightChannel
-from fopd_cli.runtime.placement import Plan, place
+from fopd_cli.runtime.placement import TURNS, Plan, from_plain, place, to_plain
 from fopd_cli.runtime.weights.transport import Shared
 from fopd_cli.samples import TargetSpec
 
@@ -305,3 +306,74 @@ def test_the_share_that_is_left_is_what_vllm_is_told(tmp_path: Path, monkeypatch
         build_teacher(WorkerSpec("teacher", 0, 1, (0,), 1, share=share), setup, lambda: None)
     given = [vllm_build._keys(order.section.vllm, order.share) for order in orders]
     assert [keys.gpu_memory for keys in given] == [None, None, 0.31, 0.31]
+
+
+# ---- turns that overlap ------------------------------------------------------------------------------------
+
+
+def test_where_a_devices_size_is_not_known_no_turn_overlaps_and_on_a_cpu_all_do(tmp_path: Path) -> None:
+    """On a CPU a role that sleeps gives nothing back, so that its turn with another takes nothing more."""
+    in_turns = recipe(tmp_path, mode="timeslice")
+    assert place(in_turns, 2, 8).overlaps == ()
+    assert place(in_turns, 0, 8).overlaps == TURNS
+    assert place(recipe(tmp_path, mode="cpu"), 0, 8).overlaps == ()
+
+
+def test_a_plan_keeps_its_turns_and_says_them(tmp_path: Path) -> None:
+    plan = place(recipe(tmp_path, mode="timeslice"), 0, 8)
+    assert plan.describe().endswith("; all turns overlap")
+    assert from_plain(json.loads(json.dumps(to_plain(plan)))) == plan
+    before = {key: value for key, value in to_plain(plan).items() if key != "overlaps"}
+    apart = from_plain(before)  # written by an earlier version
+    assert apart.describe().endswith("; no turns overlap")
+    some = from_plain({**before, "overlaps": [["sampler", "teacher"], ["learner", "sampler"]]})
+    assert some.describe().endswith("; turns that overlap: sampler to teacher, learner to sampler")
+    assert "overlap" not in place(recipe(tmp_path), 8, 64).describe()
+
+
+CUDA = memory.CONTEXT + memory.CUBLAS  # of each process, awake or asleep
+
+
+def test_a_turn_overlaps_where_the_peak_of_one_and_the_weights_of_the_other_fit(tmp_path: Path) -> None:
+    """A 2B student and a 7B teacher on transformers, and a device on which just this is nine tenths: the
+    learner's peak, the teacher's weights, and three processes' CUDA.
+    """
+    made = sized(tmp_path, 2, 7, 80, "sampler.engine=transformers", mode="timeslice")
+    plan = place(*_one(made))
+    found = {w.spec.role: w.use for w in memory.workers(made[0], plan, made[1].models, made[1].device_bytes)}
+    moment = found["learner"].peak + 2 * 7 * GB + 2 * CUDA
+    for nbytes, fits in ((int(moment / 0.9) + 2, True), (int(moment / 0.9) - 2, False)):
+        fit = Fit(made[0], made[1].models, nbytes)
+        plan = place(made[0], 1, 8, fit)
+        assert (("learner", "teacher") in plan.overlaps) is fits
+        # The way back holds less: the teacher's peak, and the learner's 16 bytes a parameter.
+        assert found["teacher"].peak + 2 * 16 * GB + 2 * CUDA < moment - GB
+        assert ("teacher", "learner") in plan.overlaps
+        (worst,) = memory.demands(plan, memory.workers(made[0], plan, fit.models, nbytes))
+        if fits:
+            assert worst.who == "a turn from learner to teacher"
+            assert worst.nbytes == moment
+        else:
+            assert worst.nbytes < moment
+        assert memory.fits([worst], nbytes)
+
+
+def test_turns_of_several_teachers_count_all_of_them(tmp_path: Path) -> None:
+    """Both teachers wake and sleep together."""
+    two = "teacher=[{name: a, model: x/a}, {name: b, model: x/b}]"
+    wanted = recipe(tmp_path, two, "loss.support=topk", "sampler.engine=transformers", mode="timeslice")
+    models = Models(shapes(0.5), {"a": shapes(7, 4096, 40), "b": shapes(7, 4096, 40)}, 64, 576, 576)
+    for gb, fits in ((48, True), (32, False)):  # 28 GB for both, one alone would fit
+        plan = place(wanted, 1, 8, Fit(wanted, models, gb * GB))
+        assert (("sampler", "teacher") in plan.overlaps) is fits
+
+
+def test_where_vllm_falls_asleep_the_next_role_takes_no_more_than_its_cache(tmp_path: Path) -> None:
+    """vLLM fails if its device has less memory free after it fell asleep than before."""
+    for cache, fits in ((16, True), (12, False)):  # of a 7B teacher's 14 GB
+        asked = ("teacher.engine=transformers", f"sampler.vllm.kv_cache_gb={cache}")
+        plan = place(*_one(sized(tmp_path, 1.5, 7, 140, *asked, mode="timeslice")))
+        assert (("sampler", "teacher") in plan.overlaps) is fits
+        assert ("teacher", "sampler") in plan.overlaps
+    by_default = place(*_one(sized(tmp_path, 1.5, 7, 140, mode="timeslice")))  # vLLM takes most of the device
+    assert set(by_default.overlaps) == {("teacher", "learner"), ("learner", "teacher")}

@@ -549,6 +549,8 @@ class FsdpLearner:
         if not self.config.learner.offload:  # when offloaded, all this is always on the host
             self._resting.sleep(self.student)
             self._resting.sleep_states(self.optimizer.state)
+        # page-locked since the first sleep: they cross the bus in every turn
+        self._heads_at_rest = [head.map(Tensor.pin_memory) for head in self._heads_at_rest]
         self.teacher_heads = self._heads_at_rest
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()  # copies end before another role gets their memory

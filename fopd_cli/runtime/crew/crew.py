@@ -76,7 +76,9 @@ class Crew(Protocol):
         """
 
     def lease(self, sleeper: Role | None, waker: Role) -> None:
-        """Where roles take turns on a device: put one to sleep, then wake the other. Answered by `Leased`."""
+        """Where roles take turns on a device: put one to sleep and wake the other, at once if the plan says
+        so. Answered by `Leased` when both are done.
+        """
 
     def receive(self) -> Iterator[tuple[Engine, m.Event]]:
         """Events since the last call, one by one; waits a moment if there are none. Raises `WorkerError` if

@@ -1,5 +1,6 @@
 """The crew of a run: worker processes on this machine (`fleet.py`); several may be ranks of one engine
-(`ranks.py`). On a time-sliced box one role is awake at a time.
+(`ranks.py`). On a time-sliced box one role works at a time; where memory allows, it wakes while the one
+before falls asleep.
 
 A sampler, a teacher, the grader or the environment that dies, hangs or raises is restarted; `restarts.py`
 says how often. One that is lost while asleep is restarted when its role wakes. Messages that a lost worker
@@ -111,8 +112,9 @@ class Processes:
     def _spawn(self, spec: WorkerSpec) -> None:
         self.fleet.start(spec, MAINS[spec.role], self.setup, replaceable=spec.role in REPLACEABLE)
 
-    def _await(self, names: set[str], kind: type) -> None:
-        """Wait for one message of this kind from each of these workers; other messages are kept for later.
+    def _await(self, names: set[str], kind: type | tuple[type, ...]) -> None:
+        """Wait for one message of this kind, or these, from each of these workers, and empty `names`; other
+        messages are kept for later.
 
         A worker that dies in its first start ends the run. During a change of turns it is lost as at any
         other time. After Ctrl-C, workers that are starting are not waited for.
@@ -186,13 +188,17 @@ class Processes:
         return self.fleet.workers.get(self._engines[engine][0].name)
 
     def lease(self, sleeper: Role | None, waker: Role) -> None:
-        """Workers that were lost asleep, or are lost now, are restarted when their role wakes."""
+        """Workers that were lost asleep, or are lost now, are restarted when their role wakes, once the other
+        role is asleep: where turns overlap there is room for a role that wakes, not for one that starts.
+        """
         self._changing_turns = True
-        for role, command, kind in ((sleeper, m.SleepCommand(), m.Asleep), (waker, m.WakeCommand(), m.Awake)):
-            if role is not None:
-                specs = [s for s in self._of_role(role) if s.name in self.fleet.workers]
-                self._tell(specs, command)
-                self._await({spec.name for spec in specs}, kind)
+        resting: set[str] = set()
+        if sleeper is not None:
+            resting |= self._rest(sleeper, m.SleepCommand())
+            if (sleeper, waker) not in self.plan.overlaps:
+                self._await(resting, m.Asleep)
+        resting |= self._rest(waker, m.WakeCommand())
+        self._await(resting, (m.Asleep, m.Awake))
         while back := [s for s in self._lost_asleep if s.role == waker]:
             self._lost_asleep = [s for s in self._lost_asleep if s.role != waker]
             for spec in back:
@@ -200,6 +206,12 @@ class Processes:
             self._await({spec.name for spec in back}, m.Ready)
         self._changing_turns, self._turn = False, waker
         self._heard.append((Engine(waker), m.Leased(waker)))
+
+    def _rest(self, role: Role, command: m.RestCommand) -> set[str]:
+        """Tell all workers of a role, without those that are lost; returns who will answer."""
+        specs = [s for s in self._of_role(role) if s.name in self.fleet.workers]
+        self._tell(specs, command)
+        return {spec.name for spec in specs}
 
     # ---- events --------------------------------------------------------------------------------------------
 

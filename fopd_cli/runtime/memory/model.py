@@ -20,7 +20,7 @@ from fopd_cli.engines.registry import engine_of
 from fopd_cli.recipe.schema import GPU_MEMORY, Learner, Recipe, Sampler, Teacher
 from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory.sizes import total_memory
-from fopd_cli.runtime.placement import FULL, SPARE, Plan, Shares
+from fopd_cli.runtime.placement import FULL, SPARE, TURNS, Plan, Shares, Turn
 from fopd_cli.runtime.weights.broadcast import AHEAD, BUCKET
 
 MB, GB = 1 << 20, 10**9
@@ -69,6 +69,11 @@ class Use:
     def phase(self) -> str:
         """The phase that takes most; empty: there are none."""
         return max(self.phases, key=lambda name: total(self.phases[name]), default="")
+
+    @property
+    def cache(self) -> int:
+        """vLLM: bytes of its keys and values."""
+        return int(self.rows * self.row)
 
     @property
     def parts(self) -> Parts:
@@ -150,6 +155,7 @@ def learner(
     sharded = world > 1 or section.offload or compute != torch.float32
     moments = 2 * (4 if section.optimizer_dtype == "fp32" else 2)
     frozen = 0 if trainable is None else s.parameters * size // world
+    teacher_heads = Part("teacher heads", sum(h.head * head_dtype.itemsize for h in heads))
     state = (
         Part("master weights in fp32", 4 * learns // world),
         Part("gradients in fp32", 4 * learns // world),
@@ -158,7 +164,7 @@ def learner(
     always = (
         *(() if section.offload else state),
         Part("frozen base", frozen),
-        Part("teacher heads", sum(h.head * head_dtype.itemsize for h in heads)),
+        teacher_heads,
         Part("published weights, two versions", published),
         *_context(cuda, world),
     )
@@ -198,7 +204,9 @@ def learner(
     if not cuda:
         return Use((*always, copy, Part("process", PROCESS)), phases)
     resting = () if section.offload else state
-    return Use(always, phases, _context(cuda, world), host, (*resting, Part("frozen base", frozen)))
+    return Use(
+        always, phases, _context(cuda, world), host, (*resting, Part("frozen base", frozen), teacher_heads)
+    )
 
 
 def teacher(
@@ -487,17 +495,26 @@ class Demand:
         return total(self.parts)
 
 
+def by_device(found: Sequence[Worker]) -> dict[int, list[Worker]]:
+    """The workers on each device that any of them uses."""
+    numbers = sorted({device for worker in found for device in worker.spec.devices})
+    return {number: [w for w in found if number in w.spec.devices] for number in numbers}
+
+
 def demands(plan: Plan, found: Sequence[Worker]) -> list[Demand]:
     """The worst moment of each device that the plan uses. Where roles take turns, sleeping ones still hold
-    something; where they share, all are at their peak at once.
+    something, and two are awake where a turn overlaps; where roles share, all are at their peak at once.
     """
     worst = []
-    for device in sorted({d for w in found for d in w.spec.devices}):
-        here = [w for w in found if device in w.spec.devices]
+    for device, here in by_device(found).items():
         if plan.mode == "timeslice":
             moments = [
                 (w.spec.name, (*w.use.parts, *(_asleep(o) for o in here if o.spec.role != w.spec.role)))
                 for w in here
+            ]
+            moments += [
+                (f"a turn from {sleeper} to {waker}", between(here, (sleeper, waker)))
+                for sleeper, waker in plan.overlaps
             ]
         else:
             names = " + ".join(w.spec.name for w in here)
@@ -505,6 +522,37 @@ def demands(plan: Plan, found: Sequence[Worker]) -> list[Demand]:
         who, parts = max(moments, key=lambda m: total(m[1]))
         worst.append(Demand(device, who, tuple(sorted(parts, key=lambda p: -p.nbytes))))
     return worst
+
+
+def between(here: Sequence[Worker], turn: Turn) -> Parts:
+    """What the workers on one device hold while this turn overlaps.
+
+    Whoever falls asleep counts with its peak: its allocator gives back what it keeps for the next one only at
+    the end. Whoever wakes gets its weights and states, and computes nothing yet.
+    """
+    sleeper, waker = turn
+    parts: list[Part] = []
+    for worker in here:
+        if worker.spec.role == sleeper:
+            parts += [_named(worker, part, True) for part in worker.use.parts]
+        elif worker.spec.role == waker:
+            parts += [_named(worker, part, True) for part in worker.use.always]
+        else:
+            parts.append(_asleep(worker))
+    return tuple(parts)
+
+
+def may_overlap(here: Sequence[Worker], turn: Turn, device_bytes: int) -> bool:
+    """Whether a device can hold both roles of a turn, with a tenth to spare.
+
+    vLLM moreover fails if less of its device is free after it fell asleep than before. So who wakes may take
+    no more than vLLM gives back for certain: its cache.
+    """
+    sleeper, waker = turn
+    taken = sum(total(w.use.always) - total(w.use.asleep) for w in here if w.spec.role == waker)
+    given_back = [w.use.cache for w in here if w.spec.role == sleeper and w.use.least]
+    room = (1 - SPARE) * device_bytes
+    return total(between(here, turn)) <= room and all(taken <= nbytes for nbytes in given_back)
 
 
 def fits(worst: Sequence[Demand], device_bytes: int) -> bool:
@@ -556,6 +604,11 @@ class Fit:
         """What the fullest device of a plan must hold at the worst moment, as a fraction of its memory."""
         found = workers(self.recipe, plan, self.models, self.device_bytes)
         return max(demand.nbytes for demand in demands(plan, found)) / self.device_bytes
+
+    def overlaps(self, plan: Plan) -> tuple[Turn, ...]:
+        """The turns of a plan in which its devices can hold who falls asleep and who wakes at once."""
+        groups = by_device(workers(self.recipe, plan, self.models, self.device_bytes)).values()
+        return tuple(t for t in TURNS if all(may_overlap(here, t, self.device_bytes) for here in groups))
 
     def shares(self, plan: Plan) -> Shares | None:
         """The fractions of a device that vLLM engines may take where roles do not take turns; None: they do
