@@ -179,6 +179,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime.buffer",
         "runtime.state",  # what a checkpoint holds
         "runtime.crew.messages",
+        "runtime.memory.held",
         "runtime.memory.weights",
         "runtime.scheduling",
         "samples",
@@ -186,8 +187,9 @@ ALLOWED: dict[str, set[str]] = {
     "runtime.buffer": {
         "errors",
         "runtime.crew.messages",
-        "runtime.journal.checkpoint",
+        "runtime.journal.buffer_file",
         "runtime.memory.arena",
+        "runtime.memory.held",
         "samples",
         "tasks.replay",
     },

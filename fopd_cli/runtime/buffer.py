@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.crew.messages import Region
-from fopd_cli.runtime.journal.checkpoint import load_buffer, save_buffer
+from fopd_cli.runtime.journal.buffer_file import load_buffer, rollout_fields, write_buffer
 from fopd_cli.runtime.memory.arena import Arena
+from fopd_cli.runtime.memory.held import Held
 from fopd_cli.samples import Context, Rollout, TargetSpec
 from fopd_cli.tasks.replay import judged_context
 
@@ -61,6 +61,22 @@ class Entry:
         return self.rollout if context is None else replace(self.rollout, context=context)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Samples and their targets as they were when it was made. `state` is the rest of them, as JSON."""
+
+    state: dict[str, Any]
+    rollouts: list[Rollout]
+    targets: Held
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """In any thread, once: see `write_buffer`."""
+        try:
+            return write_buffer(path, self.rollouts, self.targets)
+        finally:
+            self.targets.let_go()
+
+
 class Buffer:
     """All current samples, by key, and the shared memory for their targets. `specs` has one entry per
     teacher.
@@ -69,6 +85,7 @@ class Buffer:
     def __init__(self, specs: tuple[TargetSpec, ...], nbytes: int) -> None:
         self.specs, self.arena = specs, Arena(nbytes)
         self.entries: dict[int, Entry] = {}
+        self._held: Held | None = None  # what the last snapshot holds
 
     def __contains__(self, key: int) -> bool:
         return key in self.entries
@@ -100,7 +117,16 @@ class Buffer:
         offset = self.arena.allocate(self.specs[entry.teacher].nbytes(positions))
         if offset is not None:
             entry.region = Region(offset, positions, entry.teacher)
+            self._let_write(entry.region)
         return offset is not None
+
+    def let_score_again(self, key: int) -> None:
+        """Call before a teacher changes targets that were complete."""
+        self._let_write(self.entries[key].targets)
+
+    def _let_write(self, region: Region) -> None:
+        if self._held is not None:
+            self._held.let_write(*self._place(region))
 
     def release(self, key: int) -> None:
         """Free the room of its targets. If scored again, it is judged on its first context, as at first."""
@@ -120,19 +146,25 @@ class Buffer:
 
     # ---- on disk -------------------------------------------------------------------------------------------
 
-    def save(self, path: Path, keys: Collection[int], scored: Iterable[int]) -> dict[str, Any]:
-        """Write these samples, and the targets of those that are `scored`; returns the rest of their state,
-        as JSON.
+    def snapshot(self, keys: Collection[int], scored: Iterable[int]) -> Snapshot:
+        """These samples, and the targets of those that are `scored`, as they are now. Copies next to nothing:
+        from now on, targets that are not written yet are copied before something else takes their place. The
+        last snapshot must have been written.
         """
-        targets = {key: self._memory(self.entries[key].targets) for key in sorted(scored)}
         entries = [self.entries[key] for key in sorted(keys)]
-        return {
-            "rollouts": save_buffer(path, [e.rollout for e in entries], targets),
+        blocks = {key: self._place(self.entries[key].targets) for key in sorted(scored)}
+        self._held = Held(self.arena.memory.numpy(), blocks)
+        rollouts = [e.rollout for e in entries]
+        state = {
+            "rollouts": rollout_fields(rollouts),
             "grades": {e.key: e.grade for e in entries if e.grade is not None},
         }
+        return Snapshot(state, rollouts, self._held)
 
     def load(self, path: Path, state: Mapping[str, Any], teachers: Mapping[int, int]) -> None:
-        """The inverse; `teachers` gives each key's teacher. Raises `UserError` if the targets do not fit."""
+        """Take in what a snapshot wrote, and its state; `teachers` gives each key's teacher. Raises
+        `UserError` if the targets do not fit.
+        """
         rollouts, targets = load_buffer(path, state["rollouts"])
         for rollout in rollouts:
             self.add(rollout, teachers[rollout.key])
@@ -141,10 +173,9 @@ class Buffer:
         for key, raw in targets.items():
             if not self._allocate(self.entries[key]):
                 raise UserError("teacher.buffer_gb: too small for the buffer in the checkpoint; raise it")
-            self._memory(self.entries[key].targets)[:] = raw
+            offset, nbytes = self._place(self.entries[key].targets)
+            self.arena.memory.numpy()[offset : offset + nbytes] = raw
 
-    def _memory(self, region: Region) -> np.ndarray:
-        """The targets in this region, as a uint8 view."""
-        nbytes = self.specs[region.teacher].nbytes(region.positions)
-        memory: torch.Tensor = self.arena.memory[region.offset : region.offset + nbytes]
-        return memory.numpy()
+    def _place(self, region: Region) -> tuple[int, int]:
+        """Offset and bytes of the targets in this region."""
+        return region.offset, self.specs[region.teacher].nbytes(region.positions)

@@ -135,7 +135,7 @@ class Conductor:
         """Begin the save for which the learner waits, unless the one before is still being written, or its
         version is still being published. From `Staged` on the learner takes steps again.
         """
-        if self._save_due and not self.saver.writing and not self.schedule.publishing:
+        if self._save_due and self.saver.may_begin and not self.schedule.publishing:
             self._save_due = False
             self.saver.settle(wait=True)
             staged = self.recipe.checkpoint.staged
@@ -170,6 +170,7 @@ class Conductor:
                 for key in keys:
                     self.crew.send(engines.ENVIRONMENT, self._reexecute(key, now))
             case Train(step, keys):
+                self.saver.let_train()
                 self.journal.step_begins()
                 self.crew.send(engines.LEARNER, m.TrainCommand(step, *self._batch(keys)))
             case Evaluate(_, keys):
@@ -194,6 +195,8 @@ class Conductor:
     def _score(self, teacher: int, entries: list[Entry], again: bool) -> None:
         for entry in entries:
             entry.scoring = True
+            if again:
+                self.buffer.let_score_again(entry.key)
         rollouts = [entry.judged(self.stream.told(self._sample(entry.key))) for entry in entries]
         command = m.ScoreCommand(rollouts, [entry.targets for entry in entries], again)
         self.crew.send(engines.teacher(teacher), command)

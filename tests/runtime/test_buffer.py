@@ -12,6 +12,8 @@ import torch
 
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.buffer import Buffer
+from fopd_cli.runtime.journal.buffer_file import load_buffer
+from fopd_cli.runtime.journal.checkpoint import described
 from fopd_cli.runtime.memory.arena import targets_at
 from fopd_cli.samples import Context, Rollout, TargetSpec
 
@@ -61,7 +63,9 @@ def test_a_checkpoint_brings_samples_back_with_their_targets_and_grades(tmp_path
     written = targets_at(buffer.arena.memory, buffer[1].targets.offset, SPECS[1], 2, 1)
     assert written.hidden is not None
     written.hidden.copy_(torch.arange(8.0).view(2, 4))
-    state = json.loads(json.dumps(buffer.save(tmp_path / "b", [1, 2], [1])))
+    snapshot = buffer.snapshot([1, 2], [1])
+    state = json.loads(json.dumps(snapshot.state))
+    assert snapshot.write(tmp_path / "b") == described(tmp_path / "b"), "it was hashed on the way"
 
     again = Buffer(SPECS, 1 << 10)
     again.load(tmp_path / "b", state, {1: 1, 2: 1})
@@ -74,3 +78,26 @@ def test_a_checkpoint_brings_samples_back_with_their_targets_and_grades(tmp_path
     assert [e.key for e in again.ungraded()] == []
     with pytest.raises(UserError, match=r"teacher\.buffer_gb"):
         Buffer(SPECS, 0).load(tmp_path / "b", state, {1: 1, 2: 1})
+
+
+def test_what_is_written_is_the_state_of_the_save_whatever_happens_before(tmp_path: Path) -> None:
+    """The samples are consumed, their memory is given to others, and a teacher judges one of them again."""
+    buffer = Buffer(SPECS, 3 * 64)  # three lines; a sample takes one
+    for key in range(3):
+        buffer.add(rollout(key), teacher=1)
+    assert buffer.reserve(range(3))
+    memory = buffer.arena.memory
+    for key in range(3):
+        memory[64 * key :][:64] = key + 1
+    snapshot = buffer.snapshot([0, 1, 2], [0, 1, 2])
+    buffer.forget(0)
+    buffer.add(rollout(7), teacher=1)
+    assert buffer.reserve([7]), "what is being saved takes no room"
+    buffer.let_score_again(1)
+    memory[:128] = 99
+    buffer.forget(2)
+    snapshot.write(tmp_path / "b")
+    rollouts, targets = load_buffer(tmp_path / "b", json.loads(json.dumps(snapshot.state["rollouts"])))
+    assert [r.token_ids.tolist() for r in rollouts] == [rollout(key).token_ids.tolist() for key in range(3)]
+    assert {key: set(raw.tolist()) for key, raw in targets.items()} == {0: {1}, 1: {2}, 2: {3}}
+    assert {len(raw) for raw in targets.values()} == {SPECS[1].nbytes(3)}

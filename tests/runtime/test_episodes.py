@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 
 from fopd_cli.engines.models import hf
 from fopd_cli.errors import UserError
-from fopd_cli.runtime.journal.checkpoint import load_buffer, save_buffer
+from fopd_cli.runtime.journal.buffer_file import load_buffer, rollout_fields, write_buffer
+from fopd_cli.runtime.memory.held import Held
 from fopd_cli.runtime.scheduling.episodes import Episodes
 from fopd_cli.samples import Prompt, Request, Rollout, SamplingParams
 from fopd_cli.tasks.base import Observation
@@ -70,8 +71,8 @@ def test_turns_and_observations_become_one_rollout(tmp_path: Path) -> None:
     assert rollout.topk_ids is not None
     assert rollout.topk_ids.shape == (6, 2)
     assert rollout.oldest_version == 4
-    described = json.loads(json.dumps(save_buffer(tmp_path / "b", [rollout], {})))
-    ((again,), _) = load_buffer(tmp_path / "b", described)
+    write_buffer(tmp_path / "b", [rollout], Held(np.empty(0, np.uint8), {}))
+    ((again,), _) = load_buffer(tmp_path / "b", json.loads(json.dumps(rollout_fields([rollout]))))
     assert (again.turns, again.calls, again.spans) == (rollout.turns, rollout.calls, rollout.spans)
 
 

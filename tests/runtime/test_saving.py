@@ -9,32 +9,41 @@ import itertools
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.numpy import load_file
 
 from fopd_cli.errors import UserError
 from fopd_cli.inputs import Inputs, load_inputs
 from fopd_cli.recipe import load_recipe
+from fopd_cli.runtime import buffer
+from fopd_cli.runtime.buffer import Buffer
 from fopd_cli.runtime.conductor import Conductor
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.crew import Engine
 from fopd_cli.runtime.crew.inprocess import InProcess
 from fopd_cli.runtime.crew.pretend import Pretend
 from fopd_cli.runtime.crew.writer import Writer
+from fopd_cli.runtime.journal.buffer_file import load_buffer
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, described, verify
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.saving import Saver
 from fopd_cli.runtime.journal.sinks import Recorded
+from fopd_cli.runtime.memory.held import Held
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.placement import place
+from fopd_cli.runtime.scheduling.tickets import Ticket
 from fopd_cli.runtime.signals import Signals
 from fopd_cli.runtime.state import State
+from fopd_cli.samples import Rollout
 
 STEPS = 9
 FULL = "[Errno 28] No space left on device"
@@ -47,15 +56,21 @@ def inputs(*overrides: str) -> Inputs:
     return load_inputs(parsed, place(parsed, 0))
 
 
+def marks(number: int, nbytes: int) -> np.ndarray:
+    """A sample's targets: bytes that no other has."""
+    return np.random.Generator(np.random.PCG64(number)).integers(0, 256, nbytes, np.uint8)
+
+
 class Learner(Pretend):
-    """Publishes and writes: weights that are the version's number, and a file with the step. `full`: steps at
-    which the disk is.
+    """Publishes and writes: weights that are the version's number, and a file with the step; its teacher's
+    targets are `marks`. `full`: steps at which the disk is.
     """
 
-    def __init__(self, channel: WeightChannel, full: Sequence[int]) -> None:
+    def __init__(self, channel: WeightChannel, buffer: Buffer, full: Sequence[int]) -> None:
         super().__init__()
-        self.channel, self.full, self.version = channel, full, 0
+        self.channel, self.buffer, self.full, self.version = channel, buffer, full, 0
         self.saves: list[m.SaveCommand] = []
+        self.marks_of: Callable[[int], int] = lambda key: key
         self.publish(0)
 
     def publish(self, version: int) -> None:
@@ -65,6 +80,10 @@ class Learner(Pretend):
 
     def do(self, engine: Engine, command: m.Command) -> Sequence[m.Answer]:
         answers = super().do(engine, command)
+        if isinstance(command, m.ScoreCommand):
+            for rollout, region in zip(command.rollouts, command.regions, strict=True):
+                marked = marks(self.marks_of(rollout.key), self.buffer.specs[0].nbytes(region.positions))
+                self.buffer.arena.memory.numpy()[region.offset :][: len(marked)] = marked
         if isinstance(command, m.TrainCommand):
             self.publish(command.step + 1)
         if isinstance(command, m.SaveCommand):
@@ -96,11 +115,14 @@ class Slow:
 
 
 class Overheard(InProcess):
-    """A crew whose commands to the learner, publications, and answers to a save are noted."""
+    """A crew whose commands to the learner, publications, and answers to a save are noted. `idle` is called
+    while nothing can go on before a thread of the saver's has.
+    """
 
     def __init__(self, engines: Pretend, cost: Slow, note: Callable[[str], None]) -> None:
         super().__init__(engines, cost)
         self._note = note
+        self.idle: Callable[[], object] = lambda: time.sleep(0.001)
 
     def send(self, engine: Engine, command: m.Command) -> None:
         if isinstance(command, m.TrainCommand | m.SaveCommand):
@@ -108,6 +130,9 @@ class Overheard(InProcess):
         super().send(engine, command)
 
     def receive(self) -> Iterator[tuple[Engine, m.Event]]:
+        if not self._events:
+            self.idle()
+            return
         for engine, event in super().receive():
             if isinstance(event, m.Saved | m.Published):
                 self._note(type(event).__name__)
@@ -120,7 +145,7 @@ class Run:
     def __init__(self, folder: Path, found: Inputs, save: float, full: Sequence[int] = ()) -> None:
         self.state, self.records, self.log = State(found), Recorded(), list[tuple[str, int]]()
         channel = WeightChannel.create(found.published)
-        self.learner = Learner(channel, full)
+        self.learner = Learner(channel, self.state.buffer, full)
         self.crew = Overheard(self.learner, Slow(save), self._note)
         self.run_dir, self.store = RunDir(folder), CheckpointStore(folder / "checkpoints")
         self.journal = Journal(found.recipe, found.tokenizer, lambda *_: self.records, quiet=True)
@@ -158,6 +183,73 @@ def test_the_run_goes_on_while_a_save_is_written_and_the_next_one_waits_for_it(t
         assert found["learner"] == {"version": step}
         assert found["schedule"]["step"] == step, "as of its own step, not of when it was completed"
     assert [r["step"] for r in run.records.metrics.kind("step")] == list(range(1, STEPS + 1))
+
+
+def test_the_conductor_goes_on_while_the_buffer_is_written_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes nothing until nothing else is left to do. Meanwhile the run has trained on the samples
+    that are being saved, and given their memory to others; only its next save waits.
+    """
+    run = Run(tmp_path, inputs("schedule.max_lag=2", "checkpoint.every=3"), save=5)
+    gate, written = threading.Event(), buffer.write_buffer
+    saved: dict[int, Any] = {}
+    overwritten = []
+
+    def write(path: Path, rollouts: list[Rollout], targets: Any) -> Any:
+        assert gate.wait(60), "the conductor waits for the disk"
+        return written(path, rollouts, targets)
+
+    def snapshot(keys: Any, scored: Any) -> Any:
+        entries = {key: run.state.buffer[key].targets for key in scored}
+        saved[run.state.schedule.step] = entries, sorted(keys)
+        return snapshotted(keys, scored)
+
+    def idle() -> None:
+        if not gate.is_set():
+            assert run.state.schedule.step == 6
+            assert [e[0] for e in run.log if e[0] in ("SaveCommand", "Saved")] == ["SaveCommand", "Saved"]
+            for key, region in saved[3][0].items():
+                now = run.state.buffer.arena.memory.numpy()[region.offset :]
+                then = marks(key, run.state.buffer.specs[0].nbytes(region.positions))
+                overwritten.append((now[: len(then)] != then).any())
+            assert not run.store.steps()
+        gate.set()
+
+    snapshotted = run.state.buffer.snapshot
+    monkeypatch.setattr(buffer, "write_buffer", write)
+    monkeypatch.setattr(run.state.buffer, "snapshot", snapshot)
+    run.crew.idle = idle
+    run.run()
+    assert any(overwritten), "their memory was used again"
+    assert run.store.steps() == [3, 6, 9]
+    for step in run.store.steps():
+        described = run.checkpoint(step)["rollouts"]
+        rollouts, targets = load_buffer(run.store.path(step) / "buffer.safetensors", described)
+        entries, keys = saved[step]
+        assert [r.key for r in rollouts] == keys
+        assert targets.keys() == entries.keys()
+        for key, raw in targets.items():
+            assert np.array_equal(raw, marks(key, len(raw)))
+            assert len(raw) == run.state.buffer.specs[0].nbytes(entries[key].positions)
+
+
+def test_labels_of_a_save_are_those_before_a_teacher_judges_again(tmp_path: Path) -> None:
+    run = Run(tmp_path, inputs(), save=5)
+    state = run.state
+    state.schedule.tickets[0] = Ticket(0, state.inputs.stream.train_id(0))
+    request = run.conductor._request(0)
+    ids = np.concatenate([request.token_ids, np.zeros(3, np.int32)])
+    rollout = Rollout(0, ids, len(ids) - 3, np.ones(3, bool), np.zeros(3, np.float32), [(0, 0, 3)], "stop")
+    entry = state.buffer.add(rollout, teacher=0)
+    assert state.buffer.reserve([0])
+    run.conductor._score(0, [entry], False)
+    snapshot = state.buffer.snapshot([0], [0])
+    run.learner.marks_of = lambda key: key + 1000
+    run.conductor._score(0, [entry], True)
+    snapshot.write(tmp_path / "b")
+    _, targets = load_buffer(tmp_path / "b", snapshot.state["rollouts"])
+    assert np.array_equal(targets[0], marks(0, len(targets[0])))
 
 
 def test_a_save_begins_once_the_version_of_its_step_is_published(tmp_path: Path) -> None:
@@ -213,12 +305,58 @@ def test_published_weights_of_before_are_kept_as_they_were(tmp_path: Path) -> No
     assert held, "at some step the samplers were still at the version before"
 
 
+def test_the_next_step_waits_for_the_slot_that_it_overwrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path, inputs("schedule.lag=2", "checkpoint.every=2"), save=0)
+    asked, save, let_train = threading.Event(), WeightChannel.save, run.saver.let_train
+
+    def slowly(channel: WeightChannel, version: int, path: Path) -> None:
+        assert asked.wait(60), "the conductor waits for the disk"
+        save(channel, version, path)
+        run.log.append(("written", version))
+
+    def about_to_train() -> None:
+        asked.set()
+        let_train()
+        asked.clear()
+
+    monkeypatch.setattr(WeightChannel, "save", slowly)
+    monkeypatch.setattr(run.saver, "let_train", about_to_train)
+    run.run()
+    written = [version for what, version in run.log if what == "written"]
+    assert written, "at some step the samplers were still at the version before"
+    for version in written:
+        place = run.log.index(("written", version))
+        assert place < run.log.index(("TrainCommand", version + 1))
+
+
 def test_a_disk_that_is_full_in_the_background_is_said_and_loses_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path, inputs("schedule.max_lag=2", "checkpoint.every=3"), save=5, full=[6]).run()
     (warning,) = (r for r in run.records.warnings if "NO CHECKPOINT" in r["text"])
     assert warning["step"] == 6
     assert FULL in warning["text"]
     assert "older checkpoints are intact" in warning["text"]
+    assert run.store.steps() == [3, 9]
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
+
+
+def test_a_disk_that_is_full_for_the_buffer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the learner has written is removed, and the buffer's memory is not held any more."""
+    run = Run(tmp_path, inputs("schedule.max_lag=2", "checkpoint.every=3"), save=5)
+    written = buffer.write_buffer
+
+    def write(path: Path, rollouts: list[Rollout], targets: Held) -> Any:
+        if path.parent.name.startswith("step-000006"):
+            path.write_bytes(b"half of")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(path, rollouts, targets)
+
+    monkeypatch.setattr(buffer, "write_buffer", write)
+    run.run()
+    (warning,) = (r for r in run.records.warnings if "NO CHECKPOINT" in r["text"])
+    assert warning["step"] == 6
+    assert FULL in warning["text"]
     assert run.store.steps() == [3, 9]
     assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
@@ -232,7 +370,19 @@ def test_only_the_last_save_must_succeed(tmp_path: Path) -> None:
 
 def test_without_copies_the_learner_waits_for_the_disk(tmp_path: Path) -> None:
     found = inputs("schedule.max_lag=2", "checkpoint.every=3", "checkpoint.asynchronous=false")
-    run = Run(tmp_path, found, save=0).run()
+    run = Run(tmp_path, found, save=0)
+    save, read = run.saver.save, []
+
+    def waits(final: bool, learner: Callable[[Path], None]) -> bool:
+        begun = save(final, learner)
+        if not final:
+            folder = tmp_path / "checkpoints" / f"step-{run.state.schedule.step:06d}.tmp"
+            read.append(load_file(folder / "buffer.safetensors"))
+        return begun
+
+    run.saver.save = waits  # type: ignore[method-assign]
+    run.run()
+    assert len(read) == 2
     assert [c.staged for c in run.learner.saves] == [False] * 3
     assert run.store.steps() == [3, 6, 9]
 

@@ -17,21 +17,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-
 from fopd_cli.errors import UserError
-from fopd_cli.samples import PER_TOKEN, Rollout
 
 FORMAT = 2
 SUPERSEDED = ".superseded"
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-ARRAYS = ("token_ids", *PER_TOKEN)  # of a rollout
 
 
 class Rhythm:
@@ -88,11 +82,13 @@ class CheckpointStore:
         temporary.mkdir()
         return temporary
 
-    def commit(self, temporary: Path, known: Mapping[str, dict[str, Any]]) -> Path:
-        """Make it final, then remove those beyond `keep`. Raises OSError, leaving the older ones intact.
+    def commit(self, temporary: Path, state: str, known: Mapping[str, dict[str, Any]]) -> Path:
+        """Complete it with `state`, the text of state.json, make it final, then remove those beyond `keep`.
+        Raises OSError, leaving the older ones intact.
 
         `known` has the manifest's entries of files that need not be hashed again.
         """
+        write_synced(temporary / "state.json", state)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         names = {str(p.relative_to(temporary)): p for p in files}
         entries = {name: known.get(name) or described(path) for name, path in names.items()}
@@ -175,56 +171,6 @@ def disk_error(error: BaseException) -> str | None:
     text = str(error)
     # torch's file writer is C++ and reports a short write only in words.
     return text.splitlines()[0] if "No space left" in text or "PytorchStreamWriter failed" in text else None
-
-
-def save_buffer(
-    path: Path, rollouts: Iterable[Rollout], targets: dict[int, np.ndarray]
-) -> list[dict[str, Any]]:
-    """Write rollouts and the raw bytes of their targets; returns their other fields, as JSON. Raises
-    `OSError`.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    fields = []
-    for r in rollouts:
-        for name in ARRAYS:
-            value = getattr(r, name)
-            if value is not None:
-                arrays[f"{r.key}.{name}"] = np.ascontiguousarray(value)
-        if r.key in targets:
-            arrays[f"{r.key}.targets"] = targets[r.key]
-        fields.append(
-            {
-                "key": r.key,
-                "prompt_length": r.prompt_length,
-                "spans": r.spans,
-                "finish": r.finish,
-                "turns": r.turns,
-                "calls": r.calls,
-                "stale_kv": r.stale_kv,
-                "answer": r.answer,
-            }
-        )
-    try:
-        save_file(arrays, str(path))
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(str(error)) from None
-    return fields
-
-
-def load_buffer(path: Path, described: list[dict[str, Any]]) -> tuple[list[Rollout], dict[int, np.ndarray]]:
-    """The inverse of `save_buffer`."""
-    try:
-        arrays = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    rollouts, targets = [], {}
-    for d in described:
-        fields = {name: arrays.get(f"{d['key']}.{name}") for name in ARRAYS}
-        spans, turns = [tuple(s) for s in d["spans"]], [tuple(t) for t in d["turns"]]
-        rollouts.append(Rollout(**{**d, "spans": spans, "turns": turns, **fields}))
-        if f"{d['key']}.targets" in arrays:
-            targets[d["key"]] = arrays[f"{d['key']}.targets"]
-    return rollouts, targets
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -1,10 +1,11 @@
 """When and how a run is saved, how it is resumed, and how the best student so far is kept.
 
 A checkpoint is the learner's part (written by its ranks), the buffer, the schedule and the conductor's other
-state, all as of the step after which it was begun. It counts once every part is on the disk:
+state, all as of the step after which it was begun. The conductor waits for no disk; the checkpoint counts
+once every part is on it:
 
-    save ──> the rest is written here ──────────────────────────────┐
-      └────> learner: copy, go on training, write, hash ──on_saved──┴──> commit, in a thread ──settle──> done
+    save ──> threads: write what the buffer held, and published weights ┐
+      └────> learner: copy, go on training, write, hash ──on_saved──────┴──> thread: commit ──settle──> done
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +22,16 @@ import torch
 
 from fopd_cli.errors import UserError
 from fopd_cli.runtime.crew.messages import Saved
+from fopd_cli.runtime.journal.beside import Beside
 from fopd_cli.runtime.journal.best import Best
 from fopd_cli.runtime.journal.checkpoint import CheckpointStore, Rhythm, disk_error
-from fopd_cli.runtime.journal.commit import Commit
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.sinks import Changes, Resume
 from fopd_cli.runtime.memory.weights import WeightChannel
 from fopd_cli.runtime.state import State
 
-PUBLISHED = "published.bin"
+BUFFER, PUBLISHED = "buffer.safetensors", "published.bin"
 
 
 class Saving(Protocol):
@@ -57,6 +59,16 @@ class Saving(Protocol):
     def writing(self) -> bool:
         """Whether a save was begun of which the learner has not said that its part is written."""
         ...
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether all parts of the last save are written: `settle` then waits for little more."""
+        ...
+
+    def let_train(self) -> None:
+        """Call before the learner is told to take a step. Returns when the published weights that its version
+        overwrites are saved, if they must be.
+        """
 
     def on_saved(self, learner: Saved) -> None:
         """It has said so."""
@@ -90,6 +102,12 @@ class Unsaved:
     def writing(self) -> bool:
         return False
 
+    @property
+    def may_begin(self) -> bool:
+        return True
+
+    def let_train(self) -> None: ...
+
     def on_saved(self, learner: Saved) -> None: ...
 
     def settle(self, wait: bool) -> None: ...
@@ -105,9 +123,14 @@ class _Save:
     step: int
     final: bool
     folder: Path  # not yet under its final name
-    state: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None  # why it cannot succeed
-    commit: Commit | None = None  # once all parts are written
+    state: dict[str, Any]
+    buffer: Beside[dict[str, Any]]
+    published: Beside[None] | None  # where weights of before are saved
+    commit: Beside[None] | None = None  # once the learner's part is written; waits for the others
+
+    @property
+    def own_parts(self) -> list[Beside[Any]]:
+        return [part for part in (self.published, self.buffer) if part is not None]
 
 
 class Saver:
@@ -149,7 +172,7 @@ class Saver:
         self.schedule.ahead = self.control.ahead
         if not anew:
             teachers = {key: ticket.teacher for key, ticket in self.schedule.tickets.items()}
-            self.buffer.load(folder / "buffer.safetensors", state, teachers)
+            self.buffer.load(folder / BUFFER, state, teachers)
         if (version := self.schedule.resume_version()) < step:
             dtypes = [getattr(torch, name) for name in state["published_dtypes"]]
             self.channel.load(version, folder / PUBLISHED, dtypes)
@@ -173,7 +196,8 @@ class Saver:
         return step < self.recipe.learner.steps and self._rhythm.due(step)
 
     def save(self, final: bool, learner: Callable[[Path], None]) -> bool:
-        """Everything as of now: the learner writes its part, or a copy of it, while the rest is written here.
+        """Everything as of now: the learner writes its part, or a copy of it, while threads write the rest.
+        Returns when they are done if the learner, too, waits for the disk while the run goes on.
 
         A full disk does not stop training: the older checkpoints remain, and a loud warning is given. Only
         the last save must succeed.
@@ -184,30 +208,45 @@ class Saver:
             return False
         self._rhythm.saved()  # the next one is not due while this one is under way
         try:
-            self._save = _Save(step, final, self.store.begin(step))
+            folder = self.store.begin(step)
         except OSError as error:
             self._not_saved(step, final, str(error))
             return False
-        learner(self._save.folder / "learner")
-        try:
-            self._save.state = self._write_rest(self._save.folder)
-        except OSError as error:
-            self._save.error = disk_error(error) or str(error)
+        learner(folder / "learner")
+        self._save = self._begun(step, final, folder)
+        if not (final or self.recipe.checkpoint.asynchronous):
+            for part in self._save.own_parts:
+                part.wait()
         return True
 
     @property
     def writing(self) -> bool:
         return self._save is not None and self._save.commit is None
 
+    @property
+    def may_begin(self) -> bool:
+        return not self.writing and (self._save is None or all(part.over for part in self._save.own_parts))
+
+    def let_train(self) -> None:
+        if self._save is not None and self._save.published is not None:
+            self._save.published.wait()
+
     def on_saved(self, learner: Saved) -> None:
         save = self._save
         assert save is not None
-        if error := learner.error or save.error:
-            self._end(save, error)
-            return
-        state = json.dumps({**save.state, "learner": learner.extra})
+        save.commit = Beside(partial(self._complete, save, learner))
+
+    def _complete(self, save: _Save, learner: Saved) -> None:
+        """The last part of a save, in a thread: hash what is left, sync, rename, remove old ones."""
+        for part in save.own_parts:  # else something would still be written into a folder that is discarded
+            part.wait()
+        if learner.error is not None:
+            raise OSError(learner.error)
+        if save.published is not None:
+            save.published.result()
         files = {f"learner/{name}": entry for name, entry in learner.files.items()}
-        save.commit = Commit(self.store, save.folder, state, files)
+        files[BUFFER] = save.buffer.result()
+        self.store.commit(save.folder, json.dumps({**save.state, "learner": learner.extra}), files)
 
     def settle(self, wait: bool) -> None:
         save = self._save
@@ -243,26 +282,31 @@ class Saver:
             step, f"NO CHECKPOINT was written: {why}; training continues, older checkpoints are intact"
         )
 
-    def _write_rest(self, folder: Path) -> dict[str, Any]:
-        """Write what changes from now on in large memory: the buffer's targets, and published weights, whose
-        slot is overwritten by the next step. Returns the rest, a copy. Raises `OSError`.
+    def _begun(self, step: int, final: bool, folder: Path) -> _Save:
+        """Copy what is small, and have threads write what is large: the buffer's targets, held as they are
+        now, and published weights, whose slot is overwritten by the next step.
         """
         schedule = self.schedule.state_dict()
         kept = {t["key"] for t in schedule["tickets"] if t["state"] != "planned"}
         scored = {t["key"] for t in schedule["tickets"] if t["state"] == "scored"}
-        if schedule["resume_version"] < schedule["step"]:
-            self.channel.save(schedule["resume_version"], folder / PUBLISHED)
         given_up = [entry.rollout for key, entry in self.buffer.entries.items() if key not in kept]
-        state = {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "schedule": schedule,
-            **self.control.state_dict(),
-            "student_dtype": _name(self.student_dtype),
-            "published_dtypes": [_name(dtype) for _, _, dtype in self.channel.layout],
-            "totals": self.journal.kept_totals(given_up),
-            **self.buffer.save(folder / "buffer.safetensors", kept, scored),
-        }
-        return deepcopy(state)
+        snapshot = self.buffer.snapshot(kept, scored)
+        state = deepcopy(
+            {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "schedule": schedule,
+                **self.control.state_dict(),
+                "student_dtype": _name(self.student_dtype),
+                "published_dtypes": [_name(dtype) for _, _, dtype in self.channel.layout],
+                "totals": self.journal.kept_totals(given_up),
+                **snapshot.state,
+            }
+        )
+        published = None
+        if (version := schedule["resume_version"]) < step:
+            published = Beside(partial(self.channel.save, version, folder / PUBLISHED))
+        buffer = Beside(partial(snapshot.write, folder / BUFFER))
+        return _Save(step, final, folder, state, buffer, published)
 
     # ---- the best student ----------------------------------------------------------------------------------
 

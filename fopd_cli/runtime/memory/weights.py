@@ -159,10 +159,11 @@ class WeightChannel:
         return self.memory[start : start + self.slot_bytes]
 
     def save(self, version: int, path: Path) -> None:
-        """Write one version's slot to a file, byte for byte."""
+        """Write one version's slot to a file, byte for byte. Raises if it is overwritten meanwhile."""
         self.check(version)
         with path.open("wb") as file:
             file.write(self.slot(version).numpy().data)
+        self.check(version)
 
     def load(self, version: int, path: Path, dtypes: Sequence[torch.dtype]) -> None:
         """Load what `save` wrote; `dtypes` are those that the tensors had at the time."""
