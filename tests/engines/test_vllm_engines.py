@@ -50,6 +50,11 @@ def new_host(folder: Path, ahead: bool = False) -> kit.Host:
     return server
 
 
+BOTH_WAYS = pytest.mark.parametrize(
+    "ahead", [False, pytest.param(True, marks=SLOW)], ids=["in step", "ahead"]
+)
+
+
 @pytest.fixture(scope="module", params=["in step", pytest.param("ahead", marks=pytest.mark.slow)])
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Host]:
     """Engines that schedule a batch when the previous one is done, and engines that schedule one ahead."""
@@ -266,6 +271,22 @@ def _finishing_order(student: str) -> list[tuple[int, int]]:
     return seen
 
 
+def _scheduled(student: str) -> list[int]:
+    """Tokens of each batch that is in flight when the first token of five requests is seen."""
+    engine = kit.original(kit.sampler(student), student)
+    engine.submit(requests(5, LONG))
+    while not any(row.ids for row in engine._rows.values()):
+        engine.step()
+    tokens = kit.in_flight(engine)
+    engine.abort()
+    return tokens
+
+
+def test_the_next_batch_is_under_way_where_vllm_schedules_ahead(host: kit.Host, pair: Path) -> None:
+    """A token of each request. Without it, no test here would show what CUDA's schedule does."""
+    assert host(_scheduled, str(pair / "student")) == ([5] if host.late else [])
+
+
 def test_no_batch_barrier(host: kit.Host, pair: Path) -> None:
     """Finished requests leave at once, new ones join at the next token."""
     left = dict((key, step) for step, key in host(_finishing_order, str(pair / "student")))
@@ -410,9 +431,10 @@ def _partial(student: str) -> str:
     return "accepted"
 
 
-def test_a_partial_update_is_refused(tmp_path: Path, pair: Path) -> None:
+@BOTH_WAYS
+def test_a_partial_update_is_refused(tmp_path: Path, pair: Path, ahead: bool) -> None:
     """In a separate engine, which is useless afterwards."""
-    host = new_host(tmp_path)
+    host = new_host(tmp_path, ahead)
     try:
         assert "lacks weights" in host(_partial, str(pair / "student"))
     finally:
@@ -433,10 +455,11 @@ def test_abort_forgets_everything(host: kit.Host, pair: Path) -> None:
     assert host(_abort, str(pair / "student")) == (True, 5)
 
 
-def _turns(student: str) -> tuple[list[list[Rollout]], list[int]]:
-    """An episode's turns under one key: ended, aborted, and ended by an update; batches left in flight."""
-    engine, turns, under_way = kit.original(kit.sampler(student), student), [], []
-    core = engine.engine._core
+def _turns(student: str) -> tuple[list[list[Rollout]], list[list[int]], list[int]]:
+    """An episode's turns under one key: ended, aborted, and ended by an update; what each left in flight, and
+    what was in flight when one was aborted.
+    """
+    engine, turns, left, aborted = kit.original(kit.sampler(student), student), [], [], []
 
     def ask(turn: int) -> None:
         prompt = np.arange(4 + turn, 30 + turn, dtype=np.int32)
@@ -445,15 +468,16 @@ def _turns(student: str) -> tuple[list[list[Rollout]], list[int]]:
     for turn in range(4):
         ask(turn)
         turns.append(list(kit.drain(engine).values()))
-        under_way.append(len(core.batch_queue or ()))
+        left.append(kit.in_flight(engine))
         if turn == 1:
             ask(7)
             engine.step()
+            aborted += kit.in_flight(engine)
             engine.abort()
-            under_way.append(len(core.batch_queue or ()))
+            left.append(kit.in_flight(engine))
         if turn == 2:
             kit.original(engine, student)
-    return turns, under_way
+    return turns, left, aborted
 
 
 LONG = SamplingParams(max_new_tokens=6)
@@ -463,11 +487,12 @@ def test_the_next_turn_under_the_same_key_begins_anew(tmp_path: Path, pair: Path
     """Where vLLM schedules ahead, the batch in flight when a turn ends holds one more token of it."""
     student, host = str(pair / "student"), new_host(tmp_path, ahead=True)
     try:
-        turns, under_way = host(_turns, student)
+        turns, left, aborted = host(_turns, student)
     finally:
         host.close()
     model = hf.load_model(student, "m", torch.float32)
-    assert under_way == [0] * 5
+    assert aborted == [3 * 26]  # the prompts
+    assert left == [[]] * 5
     for rollouts in turns:
         assert len(rollouts) == 3
         for rollout in rollouts:
@@ -514,12 +539,13 @@ def _split(model: str, transport: str) -> tuple[list[Rollout], list[Rollout], li
 
 
 @SLOW
+@BOTH_WAYS
 @pytest.mark.parametrize("transport", ["shared", "broadcast"])
 def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(
-    tmp_path: Path, pair: Path, transport: str
+    tmp_path: Path, pair: Path, transport: str, ahead: bool
 ) -> None:
     model = str(pair / "teacher")  # it has enough heads
-    host = new_host(tmp_path)
+    host = new_host(tmp_path, ahead)
     try:
         rollouts, _, children = host(_split, model, transport)
     finally:
@@ -560,10 +586,13 @@ def _generated_by(
     return list(kit.drain(engine).values())
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("updates", [0, 2])
-def test_ids_past_the_shared_ones_are_never_sampled(tmp_path: Path, student: str, updates: int) -> None:
+def test_ids_past_the_shared_ones_are_never_sampled(
+    tmp_path: Path, student: str, updates: int, ahead: bool
+) -> None:
     """Log-probs are normalized over the remaining ids, even after live updates."""
-    host, vocab = new_host(tmp_path), 130
+    host, vocab = new_host(tmp_path, ahead), 130
     model = hf.load_model(student, "m", torch.float32)
     try:
         rollouts = host(
@@ -582,12 +611,15 @@ def test_ids_past_the_shared_ones_are_never_sampled(tmp_path: Path, student: str
 
 
 @pytest.mark.slow
+@BOTH_WAYS
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "phi"])
-def test_vllm_alters_logits_as_the_learner_does(tmp_path: Path, pair: Path, architecture: str) -> None:
+def test_vllm_alters_logits_as_the_learner_does(
+    tmp_path: Path, pair: Path, architecture: str, ahead: bool
+) -> None:
     # Heads of 32: the narrowest that vLLM's CPU attention knows.
     model = tiny_models.tiny_model(architecture, hidden_size=64, head_dim=32)
     path = str(tiny_models.save(model, tmp_path / "m", pair / "student"))
-    host = new_host(tmp_path)
+    host = new_host(tmp_path, ahead)
     try:
         rollouts = host(_generated_by, {}, path, [kit.published(model.state_dict(), path)])
     finally:
