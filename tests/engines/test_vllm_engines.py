@@ -50,11 +50,6 @@ def new_host(folder: Path, ahead: bool = False) -> kit.Host:
     return server
 
 
-BOTH_WAYS = pytest.mark.parametrize(
-    "ahead", [False, pytest.param(True, marks=SLOW)], ids=["in step", "ahead"]
-)
-
-
 @pytest.fixture(scope="module", params=["in step", pytest.param("ahead", marks=pytest.mark.slow)])
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[kit.Host]:
     """Engines that schedule a batch when the previous one is done, and engines that schedule one ahead."""
@@ -431,7 +426,7 @@ def _partial(student: str) -> str:
     return "accepted"
 
 
-@BOTH_WAYS
+@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=SLOW)], ids=["in step", "ahead"])
 def test_a_partial_update_is_refused(tmp_path: Path, pair: Path, ahead: bool) -> None:
     """In a separate engine, which is useless afterwards."""
     host = new_host(tmp_path, ahead)
@@ -539,13 +534,12 @@ def _split(model: str, transport: str) -> tuple[list[Rollout], list[Rollout], li
 
 
 @SLOW
-@BOTH_WAYS
 @pytest.mark.parametrize("transport", ["shared", "broadcast"])
 def test_a_split_engine_is_updated_in_all_its_processes_and_leaves_none(
-    tmp_path: Path, pair: Path, transport: str, ahead: bool
+    tmp_path: Path, pair: Path, transport: str
 ) -> None:
     model = str(pair / "teacher")  # it has enough heads
-    host = new_host(tmp_path, ahead)
+    host = new_host(tmp_path)
     try:
         rollouts, _, children = host(_split, model, transport)
     finally:
@@ -586,13 +580,10 @@ def _generated_by(
     return list(kit.drain(engine).values())
 
 
-@BOTH_WAYS
 @pytest.mark.parametrize("updates", [0, 2])
-def test_ids_past_the_shared_ones_are_never_sampled(
-    tmp_path: Path, student: str, updates: int, ahead: bool
-) -> None:
+def test_ids_past_the_shared_ones_are_never_sampled(tmp_path: Path, student: str, updates: int) -> None:
     """Log-probs are normalized over the remaining ids, even after live updates."""
-    host, vocab = new_host(tmp_path, ahead), 130
+    host, vocab = new_host(tmp_path), 130
     model = hf.load_model(student, "m", torch.float32)
     try:
         rollouts = host(
@@ -611,15 +602,12 @@ def test_ids_past_the_shared_ones_are_never_sampled(
 
 
 @pytest.mark.slow
-@BOTH_WAYS
 @pytest.mark.parametrize("architecture", ["gemma2", "granite", "phi"])
-def test_vllm_alters_logits_as_the_learner_does(
-    tmp_path: Path, pair: Path, architecture: str, ahead: bool
-) -> None:
+def test_vllm_alters_logits_as_the_learner_does(tmp_path: Path, pair: Path, architecture: str) -> None:
     # Heads of 32: the narrowest that vLLM's CPU attention knows.
     model = tiny_models.tiny_model(architecture, hidden_size=64, head_dim=32)
     path = str(tiny_models.save(model, tmp_path / "m", pair / "student"))
-    host = new_host(tmp_path, ahead)
+    host = new_host(tmp_path)
     try:
         rollouts = host(_generated_by, {}, path, [kit.published(model.state_dict(), path)])
     finally:
