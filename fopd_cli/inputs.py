@@ -216,7 +216,7 @@ def load_inputs(recipe: Recipe, plan: Plan) -> Inputs:
     layout = hf.weight_layout(config, sampler_dtype(recipe, plan))
     inputs = Inputs(recipe, plan, config, tokenizer, teachers, stream, layout)
     if plan.exclusive and (count := cuda_devices()):  # how long prompts are is known only now
-        inputs.plan = with_overlaps(plan, placing.fit(recipe, count, inputs.models))
+        inputs.plan = with_overlaps(recipe, plan, placing.fit(recipe, count, inputs.models))
     return inputs
 
 

@@ -89,6 +89,12 @@ def schedule_ahead() -> None:
     vllm_engine.engine_args = lambda options: plain(options) | scheduler
 
 
+def in_flight(engine: Any) -> list[int]:
+    """Tokens of each batch that a sampler's engine has scheduled and not yet seen the outcome of."""
+    queue = engine.engine._core.batch_queue or ()
+    return [scheduled.total_num_scheduled_tokens for _, scheduled, _ in queue]
+
+
 def options(model: str, dtype: torch.dtype = torch.float32, **changes: Any) -> vllm_engine.VllmOptions:
     """`changes` are fields, or keys of the recipe's section."""
     values: dict[str, Any] = {

@@ -24,7 +24,6 @@ class SamplerFacts:
 
     draws: bool = False  # can draw extra tokens at every position (loss.support mc)
     adapters: bool = False  # accepts a bare LoRA adapter (student.lora.publish adapter)
-    copies: bool = True  # the worker itself copies new weights, not the engine's own processes
     one_rotation: bool = False  # chooses rotary factors once, whatever a sequence's length
     # the share of its places that must be free before requests join running ones, in a pass of their own; 0:
     # they share the next pass
@@ -74,3 +73,7 @@ class Engine:
     def devices(self, section: Any) -> int:
         """Devices per replica; on a CPU, processes."""
         return 1 if self.split is None else getattr(self.keys(section), self.split)
+
+    def in_process(self, section: Any) -> bool:
+        """Whether a replica computes in its worker's own process; split, it has processes of its own."""
+        return self.devices(section) == 1

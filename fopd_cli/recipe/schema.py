@@ -752,6 +752,10 @@ class Placement(Section):
     (colocate). Both save the way through the host, and keep two copies of the weights in the samplers' dtype
     on the learner's device. auto: shared; broadcast has not met a GPU yet, and ipc has not been timed on one.
     """
+    overlap_turns: bool = True
+    """timeslice: where by arithmetic a device holds both, the next role wakes while the last one falls asleep.
+    false: it waits until the last one sleeps, for the case that a role runs out of memory while it wakes.
+    """
     threads: Threads = Threads()
 
 

@@ -223,7 +223,7 @@ def _in_mode(recipe: Recipe, mode: Mode, devices: int, cores: int, memory: Memor
         ]
         groups = _Groups([()] * (p.sampler or 1), teachers, [()] * (p.learner or 1))
     plan = _with_whole_teachers(recipe, _plan(recipe, mode, groups, cores), memory)
-    return with_overlaps(plan, memory) if plan.exclusive else plan
+    return with_overlaps(recipe, plan, memory) if plan.exclusive else plan
 
 
 def _colocated(recipe: Recipe, devices: int, cores: int, memory: Memory | None) -> Plan | None:
@@ -258,12 +258,14 @@ def _with_whole_teachers(recipe: Recipe, plan: Plan, memory: Memory | None) -> P
     return replace(plan, teachers=teachers)
 
 
-def with_overlaps(plan: Plan, memory: Memory | None) -> Plan:
+def with_overlaps(recipe: Recipe, plan: Plan, memory: Memory | None) -> Plan:
     """A plan in which roles take turns, with the turns that overlap.
 
     Without `memory` nothing is known to fit, so none does. On a CPU all do: sleep moves nothing there, and
     every role is in memory all the time.
     """
+    if not recipe.placement.overlap_turns:
+        return replace(plan, overlaps=())
     on_cpu = not plan.learners[0].devices
     overlaps = TURNS if on_cpu else () if memory is None else memory.overlaps(plan)
     return replace(plan, overlaps=overlaps)

@@ -14,6 +14,7 @@ import transport_kit
 from conftest import TINY, Fopd, check_accounts, lines, small_recipe, summary
 
 from fopd_cli.engines.learner.learner import FsdpLearner, LearnerConfig
+from fopd_cli.engines.learner.prefetch import Lane
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.tokens.token_batch import TokenBatch, enable_packing
 from fopd_cli.engines.transformers.build import on_weights
@@ -59,6 +60,7 @@ def test_the_learner_is_plain_pytorch(pair: Path, tmp_path: Path, dtype: torch.d
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     model = hf.load_model(str(pair / "student"), "m", torch.float32)
     learner = FsdpLearner(model, [head], cfg, torch.device("cuda"), 0, 1)
+    assert learner.optimizer.param_groups[0]["fused"]
     loss, _ = kit.reference(pair, samples, cfg)
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     first = learner.train(0, samples)
@@ -112,6 +114,29 @@ def test_what_saves_time_or_memory_changes_no_loss(
         learner.wake()
         losses[-1].append(learner.train(3, samples).loss)
     assert losses[1] == pytest.approx(losses[0], rel=5e-2)
+
+
+def test_a_micro_batch_is_read_once_it_is_there_and_stays_while_it_is_read() -> None:
+    """First the copies are late, by a second of sleep on their stream, then the computation is. The third
+    batch's copy would find the memory of the second free.
+    """
+    lane, size, nap = Lane(torch.device("cuda")), 1 << 22, 2_000_000_000
+
+    def sent(value: int) -> tuple[dict[str, torch.Tensor], Any]:
+        return lane.send({"ids": torch.full((size,), value)})
+
+    torch.cuda._sleep(1)
+    assert (3 * lane.receive(*sent(5))["ids"] == 15).all()  # all kernels are loaded, one block is allocated
+    with torch.cuda.stream(lane._stream):
+        torch.cuda._sleep(nap)
+    batch = lane.receive(*sent(7))
+    assert (3 * batch["ids"] == 21).all()
+    torch.cuda._sleep(nap)
+    found = 3 * batch["ids"]
+    del batch
+    following = sent(9)
+    assert (found == 21).all()
+    assert (3 * lane.receive(*following)["ids"] == 27).all()
 
 
 def test_weight_slots_are_page_locked(capfd: pytest.CaptureFixture[str]) -> None:

@@ -531,3 +531,17 @@ def test_a_sharded_teacher_scores_uneven_shares(
     found = kit.on_ranks(2, tmp_path, _score_unevenly, pair, samples, count)
     for ours, sample in zip(found, samples[:count:2], strict=True):
         np.testing.assert_allclose(ours, sample.targets.hidden.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "fused"),
+    [("cuda", False, True), ("cuda", True, True), ("cpu", True, True), ("cpu", False, False)],
+)
+def test_which_of_adamws_kernels_is_chosen(pair: Path, device: str, offload: bool, fused: bool) -> None:
+    """The fused one for states on a device or offloaded from it; other runs on a CPU repeat older ones."""
+    learner = kit.make_learner(pair, kit.config())
+    (group,) = learner.optimizer.param_groups
+    assert (group["fused"], group["foreach"]) == (False, True)
+    learner.device, learner.config = torch.device(device), kit.config(offload=offload)
+    assert learner._kernel() == {"fused": fused, "foreach": not fused}
+    torch.optim.AdamW(learner.student.parameters(), **learner._kernel())  # it takes these together

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fopd_cli.engines.learner import learner as learner_module
 from fopd_cli.engines.learner.prefetch import Lane, Prefetched, each_tensor
 
 CPU = torch.device("cpu")
+BATCHES = [{"ids": torch.tensor(2 * i), "at": torch.tensor(2 * i + 1)} for i in range(3)]
 
 
 class Watched(Lane):
@@ -47,6 +49,76 @@ def test_the_next_micro_batch_leaves_before_anybody_waits_for_the_one_before(
     learner.train(0, samples)
     one = ["receive", "forward", "backward", "send", "look"]
     assert log == ["send", *one * 3, "receive", "forward", "backward", "look"]
+
+
+class Stream:
+    """Notes what a stream of a device is asked to do, and in which order."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.events = name, log, 0
+
+    def record_event(self) -> int:
+        self.log.append(f"{self.name}: event {self.events}")
+        self.events += 1
+        return self.events - 1
+
+    def wait_event(self, event: int) -> None:
+        self.log.append(f"{self.name}: wait for event {event}")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What all streams do; `compute` is current until another is."""
+    log: list[str] = []
+    current = [Stream("compute", log)]
+    to = torch.Tensor.to
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        log.append(f"pin {int(tensor)}")
+        return tensor.clone()
+
+    def copy(tensor: torch.Tensor, *args: Any, non_blocking: bool = False) -> torch.Tensor:
+        log.append(f"{current[-1].name}: {'copy' if non_blocking else 'wait and copy'} {int(tensor)}")
+        return to(tensor, *args)
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: log.append(f"{stream.name}: keep {int(tensor)}")
+    )
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
+    return log
+
+
+def test_computation_waits_for_the_copies_and_they_for_memory_that_it_uses(log: list[str]) -> None:
+    """Without the wait a batch would be read before it is there; without the note of who reads it, the next
+    one's copy could get its memory.
+    """
+    lane = Lane(CPU)
+    lane._stream = Stream("side", log)  # as beside a device
+    batches = Prefetched(lane, [lambda b=b: b for b in BATCHES])
+    for i, batch in enumerate(batches):
+        log.append(f"compute: {int(batch['ids'])}, {int(batch['at'])}")
+        if i == 0:
+            batches.ahead()
+
+    def sent(i: int) -> list[str]:
+        x, y = 2 * i, 2 * i + 1
+        return [f"pin {x}", f"pin {y}", f"side: copy {x}", f"side: copy {y}", f"side: event {i}"]
+
+    def used(i: int) -> list[str]:
+        x, y = 2 * i, 2 * i + 1
+        kept = [f"compute: keep {x}", f"compute: keep {y}"]
+        return [f"compute: wait for event {i}", *kept, f"compute: {x}, {y}"]
+
+    assert log == [*sent(0), *used(0), *sent(1), *used(1), *sent(2), *used(2)]
 
 
 def test_at_most_one_is_under_way() -> None:

@@ -266,6 +266,22 @@ def _finishing_order(student: str) -> list[tuple[int, int]]:
     return seen
 
 
+def _scheduled(student: str) -> list[int]:
+    """Tokens of each batch that is in flight when the first token of five requests is seen."""
+    engine = kit.original(kit.sampler(student), student)
+    engine.submit(requests(5, LONG))
+    while not any(row.ids for row in engine._rows.values()):
+        engine.step()
+    tokens = kit.in_flight(engine)
+    engine.abort()
+    return tokens
+
+
+def test_the_next_batch_is_under_way_where_vllm_schedules_ahead(host: kit.Host, pair: Path) -> None:
+    """A token of each request. Without it, no test here would show what CUDA's schedule does."""
+    assert host(_scheduled, str(pair / "student")) == ([5] if host.late else [])
+
+
 def test_no_batch_barrier(host: kit.Host, pair: Path) -> None:
     """Finished requests leave at once, new ones join at the next token."""
     left = dict((key, step) for step, key in host(_finishing_order, str(pair / "student")))
@@ -410,9 +426,10 @@ def _partial(student: str) -> str:
     return "accepted"
 
 
-def test_a_partial_update_is_refused(tmp_path: Path, pair: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=SLOW)], ids=["in step", "ahead"])
+def test_a_partial_update_is_refused(tmp_path: Path, pair: Path, ahead: bool) -> None:
     """In a separate engine, which is useless afterwards."""
-    host = new_host(tmp_path)
+    host = new_host(tmp_path, ahead)
     try:
         assert "lacks weights" in host(_partial, str(pair / "student"))
     finally:
@@ -433,10 +450,11 @@ def test_abort_forgets_everything(host: kit.Host, pair: Path) -> None:
     assert host(_abort, str(pair / "student")) == (True, 5)
 
 
-def _turns(student: str) -> tuple[list[list[Rollout]], list[int]]:
-    """An episode's turns under one key: ended, aborted, and ended by an update; batches left in flight."""
-    engine, turns, under_way = kit.original(kit.sampler(student), student), [], []
-    core = engine.engine._core
+def _turns(student: str) -> tuple[list[list[Rollout]], list[list[int]], list[int]]:
+    """An episode's turns under one key: ended, aborted, and ended by an update; what each left in flight, and
+    what was in flight when one was aborted.
+    """
+    engine, turns, left, aborted = kit.original(kit.sampler(student), student), [], [], []
 
     def ask(turn: int) -> None:
         prompt = np.arange(4 + turn, 30 + turn, dtype=np.int32)
@@ -445,15 +463,16 @@ def _turns(student: str) -> tuple[list[list[Rollout]], list[int]]:
     for turn in range(4):
         ask(turn)
         turns.append(list(kit.drain(engine).values()))
-        under_way.append(len(core.batch_queue or ()))
+        left.append(kit.in_flight(engine))
         if turn == 1:
             ask(7)
             engine.step()
+            aborted += kit.in_flight(engine)
             engine.abort()
-            under_way.append(len(core.batch_queue or ()))
+            left.append(kit.in_flight(engine))
         if turn == 2:
             kit.original(engine, student)
-    return turns, under_way
+    return turns, left, aborted
 
 
 LONG = SamplingParams(max_new_tokens=6)
@@ -463,11 +482,12 @@ def test_the_next_turn_under_the_same_key_begins_anew(tmp_path: Path, pair: Path
     """Where vLLM schedules ahead, the batch in flight when a turn ends holds one more token of it."""
     student, host = str(pair / "student"), new_host(tmp_path, ahead=True)
     try:
-        turns, under_way = host(_turns, student)
+        turns, left, aborted = host(_turns, student)
     finally:
         host.close()
     model = hf.load_model(student, "m", torch.float32)
-    assert under_way == [0] * 5
+    assert aborted == [3 * 26]  # the prompts
+    assert left == [[]] * 5
     for rollouts in turns:
         assert len(rollouts) == 3
         for rollout in rollouts:

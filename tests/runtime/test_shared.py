@@ -7,16 +7,23 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+import yaml
+from conftest import TINY, small_recipe
 
 from fopd_cli.errors import UserError
+from fopd_cli.recipe import load_recipe
+from fopd_cli.runtime.crew import roles
+from fopd_cli.runtime.crew.fleet import WorkerSpec
 from fopd_cli.runtime.memory import shared
 from fopd_cli.runtime.memory.arena import Arena
 from fopd_cli.runtime.memory.weights import WeightChannel
+from fopd_cli.runtime.weights.transport import Shared
 
 MB = 1 << 20
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm")
@@ -113,3 +120,33 @@ def test_slots_that_cannot_be_locked_are_slower_and_the_log_says_so(
     channel.write(0, iter([("w", torch.arange(8.0))]))
     ((_, found),) = channel.read(0)
     assert found.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("section", "devices", "locks"),
+    [
+        ({"engine": "transformers"}, (0,), 1),
+        ({"engine": "vllm"}, (0,), 1),
+        ({"engine": "vllm", "vllm": {"tensor_parallel": 2}}, (0, 1), 0),
+        ({"engine": "vllm"}, (), 0),
+    ],
+    ids=["transformers", "vllm", "vllm's own processes", "on the CPU"],
+)
+def test_a_sampler_locks_the_slots_where_its_own_process_copies(
+    runtime: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    section: dict[str, Any],
+    devices: tuple[int, ...],
+    locks: int,
+) -> None:
+    monkeypatch.setattr("fopd_cli.runtime.memory.weights.cuda_runtime", lambda: runtime)
+    monkeypatch.setattr(roles, "build_sampler", lambda *_: None)  # no engine finds a device here
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small_recipe(TINY, sampler=section)))
+    weights = Shared(WeightChannel.create([("w", (8,), torch.float32)]))
+    runtime.refuse_with(0)
+    registered = ctypes.c_int.in_dll(runtime, "registered")
+    before = registered.value
+    setup: Any = SimpleNamespace(recipe=load_recipe(tmp_path / "recipe.yaml"), weights=weights)
+    roles.Sampling(WorkerSpec("sampler", 0, 1, devices, 1), setup)
+    assert registered.value - before == locks

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 from fopd_cli.recipe import load_recipe
 from fopd_cli.runtime.crew.messages import Span
+from fopd_cli.runtime.journal import records
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.sinks import JsonLines, Resume, Telemetry
 from fopd_cli.runtime.journal.trace import Trace
@@ -78,3 +79,40 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
         "score": None,
         "of": [None, 1.5],
     }
+
+
+TIMING = {
+    "seconds": 2.5,
+    "gap_seconds": 0.75,
+    "buffer_samples": 8,
+    "buffer_bytes": 4096,
+    "in_flight": 3,
+    "publish_seconds": 0.25,
+    "publish_gb_per_s": 1.5,
+    "busy": {"learner": 0.25},
+}
+ON_DEVICES = {
+    "mfu": {"learner": 0.375, "teacher": 0.5},
+    "device_bytes": {"learner-0": {"allocated": 7 * 10**9, "reserved": 9 * 10**9}},
+}
+
+
+def test_what_a_step_took_of_its_devices_is_on_the_board(tmp_path: Path) -> None:
+    """Read back from the event files; of a run on a CPU only what it has."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    telemetry = Telemetry(tmp_path, None)
+    for step, timing in enumerate((TIMING, TIMING | ON_DEVICES), 1):
+        record = {"step": step, "loss": 0.5, "kl_by_quartile": [0.125, 0.25, 0.5, 1.0]}
+        telemetry.scalars(records.scalars(record, timing), step)
+    telemetry.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    found = {tag: {e.step: e.value for e in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
+    assert found["runtime/gap_seconds"] == {1: 0.75, 2: 0.75}
+    assert found["idle/learner"] == {1: 0.75, 2: 0.75}
+    assert found["mfu/learner"] == {2: 0.375}
+    assert found["mfu/teacher"] == {2: 0.5}
+    assert found["device_gb/learner-0 allocated"] == {2: 7.0}
+    assert found["device_gb/learner-0 reserved"] == {2: 9.0}
+    assert found["train/kl_quarter_4"] == {1: 1.0, 2: 1.0}

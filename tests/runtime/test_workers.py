@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import psutil
@@ -239,28 +240,50 @@ def breathing(spec: WorkerSpec, mailbox: Mailbox) -> None:
         time.sleep(0.1)
 
 
-def test_the_time_to_start_counts_from_a_workers_first_breath(tmp_path: Path) -> None:
-    """Not from when its process was requested: its imports may come from a slow disk."""
-    with Fleet(tmp_path, 60, 60) as fleet:
-        worker = fleet.start(SPEC, breathing)
+def loading(spec: WorkerSpec, mailbox: Mailbox) -> None:
+    """Hangs while it loads its model: nothing after its first breath."""
+    time.sleep(600)
+
+
+def test_the_time_to_start_counts_from_a_workers_first_breath(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from when its process was requested: its imports may come from a slow disk. By a clock of our own:
+    nothing is lost when the time is over that counts from the request, and the worker when its own is.
+    """
+    allowed = 300.0
+    with Fleet(tmp_path, 60, allowed) as fleet:
+        worker = fleet.start(SPEC, loading, replaceable=True)
         asked_for = float(worker.pulse[0])
         wait_for(lambda: float(worker.pulse[0]) > asked_for, "its first breath", 60)
+        breathed = float(worker.pulse[0])
         assert not worker.started
+        now = (asked_for + breathed) / 2 + allowed
+        clock = SimpleNamespace(monotonic=lambda: now, sleep=time.sleep)
+        monkeypatch.setattr(workers, "time", clock)
+        assert fleet.receive(timeout=0) == []
+        now = breathed + allowed + 1
+        ((lost, message),) = fleet.receive(timeout=0)
+        assert lost is worker
+        assert isinstance(message, Lost)
+        assert "has not moved for 301 s (runtime.start_timeout_s)" in message.reason
+        monkeypatch.undo()
 
 
 def allocating(spec: WorkerSpec, mailbox: Mailbox) -> None:
-    """What the allocator of a fake device says."""
+    """What the allocator of two fake devices says."""
     torch.cuda.is_initialized = lambda: spec.rank == 0
-    torch.cuda.max_memory_allocated = lambda *_: 7 * 10**9
-    torch.cuda.max_memory_reserved = lambda *_: 9 * 10**9
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.max_memory_allocated = lambda device: (7 * 10**9, 2 * 10**9)[device]
+    torch.cuda.max_memory_reserved = lambda device: (9 * 10**9, 3 * 10**9)[device]
     mailbox.send(Ready())
     mailbox.receive(block=True)
 
 
-def test_memory_of_devices_is_known_of_those_that_have_one(tmp_path: Path) -> None:
+def test_memory_of_all_devices_is_known_of_those_that_have_any(tmp_path: Path) -> None:
     with Fleet(tmp_path, 60, 60) as fleet:
         for rank in (0, 1):
             fleet.start(WorkerSpec("learner", rank, 2, (), 1), allocating)
         heard(fleet, 2)
         wait_for(fleet.device_memory, "a beat that says it", 10)
-        assert fleet.device_memory() == {"learner-0": {"allocated": 7 * 10**9, "reserved": 9 * 10**9}}
+        assert fleet.device_memory() == {"learner-0": {"allocated": 9 * 10**9, "reserved": 12 * 10**9}}

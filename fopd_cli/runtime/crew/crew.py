@@ -94,5 +94,5 @@ class Crew(Protocol):
         ...
 
     def device_memory(self) -> dict[str, dict[str, int]]:
-        """Peak bytes that each worker allocated and reserved on its CUDA device."""
+        """Peak bytes that each worker's own process allocated and reserved on its CUDA devices."""
         ...

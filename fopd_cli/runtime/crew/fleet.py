@@ -115,10 +115,9 @@ class Mailbox:
         """Bump the pulse, note peak CUDA memory, and take this worker's current share of the cores."""
         self._pulse[0] = time.monotonic()
         if torch.cuda.is_initialized():
-            self._pulse[1], self._pulse[2] = (
-                torch.cuda.max_memory_allocated(),
-                torch.cuda.max_memory_reserved(),
-            )
+            here = range(torch.cuda.device_count())
+            self._pulse[1] = sum(map(torch.cuda.max_memory_allocated, here))
+            self._pulse[2] = sum(map(torch.cuda.max_memory_reserved, here))
         if self._cores is not None:
             self._cores.share()
 
@@ -185,7 +184,7 @@ class Fleet:
         """Spawn `target(spec, mailbox, *args)`. Its output goes to `logs/NAME.log`."""
         inbox: Any = self._context.Queue()
         outbox: Any = self._context.Queue()
-        # the time of its last beat; peak bytes allocated and reserved on its first device
+        # the time of its last beat; peak bytes allocated and reserved on its devices
         pulse = torch.tensor([time.monotonic(), 0, 0], dtype=torch.float64).share_memory_()
         log = self.logs / f"{spec.name}.log"
         row = self._rows.setdefault(spec.name, len(self._rows))
@@ -339,8 +338,9 @@ class Fleet:
         return found
 
     def device_memory(self) -> dict[str, dict[str, int]]:
-        """Peak bytes that each worker's allocator has handed out and reserved on its first CUDA device;
-        workers without a device, or whose engine runs in processes of its own, are left out.
+        """Peak bytes that PyTorch's allocator has handed out and reserved in each worker's own process, over
+        all its CUDA devices. Workers without a device are left out, and so are those whose engine runs in
+        processes of its own (vLLM, tensor parallel).
         """
         return {
             worker.name: {"allocated": int(worker.pulse[1]), "reserved": int(worker.pulse[2])}

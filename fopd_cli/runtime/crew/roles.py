@@ -15,7 +15,7 @@ from typing import Any, assert_never
 import torch.distributed as dist
 
 from fopd_cli.engines.protocols import Learner, Sampler, Teacher
-from fopd_cli.engines.registry import sampler_facts
+from fopd_cli.engines.registry import engine_of
 from fopd_cli.engines.tokens.batching import balanced_shares
 from fopd_cli.freshness import supervision
 from fopd_cli.recipe import Labels
@@ -76,7 +76,8 @@ class Sampling:
 
     def __init__(self, spec: WorkerSpec, setup: Setup) -> None:
         self.engine = build_sampler(spec, setup)
-        self.weights = setup.weights.inlet(spec, sampler_facts(setup.recipe.sampler).copies)
+        section = setup.recipe.sampler
+        self.weights = setup.weights.inlet(spec, engine_of(section).in_process(section))
         self._began: float | None = None  # start of the open span
         self._work = _Work()
         self._running = self._aborts = 0

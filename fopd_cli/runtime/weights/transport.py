@@ -109,8 +109,8 @@ class Transport(Protocol):
         ...
 
     def inlet(self, spec: WorkerSpec, copies: bool) -> Inlet:
-        """For the process of a sampler; once. `copies`: it copies from there to its device itself, and not a
-        process of the engine's own.
+        """For the process of a sampler; once. `copies`: it copies from there to its device itself, and not
+        processes of the engine's own.
         """
         ...
 
