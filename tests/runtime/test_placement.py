@@ -317,6 +317,7 @@ def test_where_a_devices_size_is_not_known_no_turn_overlaps_and_on_a_cpu_all_do(
     assert place(in_turns, 2, 8).overlaps == ()
     assert place(in_turns, 0, 8).overlaps == TURNS
     assert place(recipe(tmp_path, mode="cpu"), 0, 8).overlaps == ()
+    assert place(recipe(tmp_path, mode="timeslice", overlap_turns=False), 0, 8).overlaps == ()
 
 
 def test_a_plan_keeps_its_turns_and_says_them(tmp_path: Path) -> None:
