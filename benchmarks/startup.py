@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What starting takes of a host's memory: a learner and a teacher, their models loaded whole or read into shards.
+"""What starting takes of a host's memory: learner and teacher, loaded whole or read into shards.
 
     python benchmarks/startup.py MODEL [--ranks 1 2 4]
 
@@ -7,7 +7,7 @@ MODEL is a directory with weights, for example recipes/real-pair/teacher (script
 processes on the CPU's cores, over gloo. For each, prints the largest peak of any rank, in multiples of the
 model's bytes in fp32: anonymous memory above what the process had before it began, without pages of mapped
 files, which the kernel can take back. Then what all ranks hold together at the worst, and the seconds of the
-slowest. The learner has fp32 masters; its optimizer's states, which come with the first step, are not counted.
+slowest. The learner has fp32 masters; its optimizer's states come with the first step and are not counted.
 """
 
 from __future__ import annotations

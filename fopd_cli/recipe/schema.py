@@ -753,8 +753,8 @@ class Placement(Section):
     on the learner's device. auto: shared; broadcast has not met a GPU yet, and ipc has not been timed on one.
     """
     overlap_turns: bool = True
-    """timeslice: where by arithmetic a device holds both, the next role wakes while the last one falls asleep.
-    false: it waits until the last one sleeps, for the case that a role runs out of memory while it wakes.
+    """timeslice: where by arithmetic a device holds both, the next role wakes while the last one falls
+    asleep. false: it always waits until the last one sleeps, should a role run out of memory as it wakes.
     """
     threads: Threads = Threads()
 
