@@ -132,10 +132,10 @@ def by_arithmetic(
 
 
 def _turn(plan: Plan, found: Sequence[Worker], host: float) -> float:
-    """Seconds to put one role to sleep and wake another: what sleeping roles keep in main memory crosses the
-    bus both ways. The mean over workers.
+    """Seconds to put one role to sleep and wake another: what changes crosses the bus both ways, what never
+    does only on the way back. The mean over workers.
     """
     if not plan.exclusive:
         return 0.0
-    moved = [total(w.use.host_asleep) for w in found if w.spec.devices]
-    return 2 * sum(moved) / max(1, len(moved)) / host
+    moved = [total(w.use.saved) + total(w.use.woken) for w in found if w.spec.devices]
+    return sum(moved) / max(1, len(moved)) / host

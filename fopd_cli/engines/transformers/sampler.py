@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fopd_cli.engines.models.hf import TokenRules
-from fopd_cli.engines.models.support import bears_no_padding
+from fopd_cli.engines.models.support import bears_no_padding, reads_in_pieces
 from fopd_cli.engines.resting import Resting
 from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.tokens.rows import Row
@@ -96,8 +96,7 @@ class TransformersSampler:
         self._takes = set(inspect.signature(model.forward).parameters)
         self._one_length = bears_no_padding(model.config)
         self._by_length = rope.by_length(model.config)
-        # A state needs whole prompts, and a piece of a sequence does not show its length.
-        self._in_pieces = not (self._one_length or self._by_length) and "past_key_values" in self._takes
+        self._in_pieces = reads_in_pieces(model)
         # of each row's rotary embedding, when the cache was written
         self._factors: list[tuple[int, ...]] = []
         self._waiting: deque[Request] = deque()
