@@ -62,7 +62,7 @@ def models_of(recipe: Recipe) -> memory.Models:
         trainable = sum(tensor.numel() for _, tensor in lora.adapters(empty))
     longest = PROMPT + recipe.sampler.max_new_tokens
     teachers = {t.name: shapes_of(t.model) for t in recipe.teachers}
-    return memory.Models(shapes_of(recipe.student.model), teachers, PROMPT, longest, longest, trainable)
+    return memory.Models(shapes_of(recipe.student.model), teachers, longest, longest, trainable)
 
 
 def plan_of(recipe: Recipe, models: memory.Models, devices: int) -> Plan:

@@ -1,6 +1,9 @@
 """One role of a real pair in a process of its own, doing a step of its work: how much memory it took at most,
 and what the memory model says. `python memory_kit.py PAIR ROLE HOW [cpu|cuda]` prints both as JSON; on CUDA
 what was allocated at most is compared, without what CUDA and its libraries take.
+
+The role "crowd" is a sampler of a small model whose rows hold far more tokens than a pass may have; HOW is
+one of CROWDS, and PAIR is not read.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import torch
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.models.shapes import shapes
+from fopd_cli.engines.tokens import rope
 from fopd_cli.engines.transformers.build import on_weights
+from fopd_cli.engines.transformers.sampler import TransformersSampler
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
 from fopd_cli.recipe.schema import Learner, Sampler, Teacher
 from fopd_cli.runtime.memory import model as memory
@@ -25,6 +30,28 @@ from fopd_cli.samples import Request, Rollout, Sample, SamplingParams, TeacherTa
 DEVICE = torch.device(sys.argv[4] if len(sys.argv) > 4 else "cpu")
 CUDA = DEVICE.type == "cuda"
 LENGTH, ROWS, PROMPT = 128, 6, 32
+LONG, MANY, BUDGET = 512, 32, 2048  # of a crowd: tokens of a row, rows, tokens that a pass may have
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4096,
+    "pad_token_id": 0,
+}
+ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+CROWDS = {
+    "in pieces": ("llama", SMALL),
+    "many heads share keys": (
+        "llama",
+        {**SMALL, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 32},
+    ),
+    "never in pieces": (
+        "llama",
+        {**SMALL, "intermediate_size": 2048, "rope_parameters": ROPE, "max_position_embeddings": LONG},
+    ),
+}
 
 
 def rollouts(vocab: int) -> list[Rollout]:
@@ -106,8 +133,30 @@ def generate(pair: Path, dtype: torch.dtype) -> memory.Use:
         dtype=dtype,
         cuda=CUDA,
         longest=LENGTH,
-        prompt=PROMPT,
     )
+
+
+def crowd(how: str) -> memory.Use:
+    """All rows are read at their start, and again after an update when they are almost of full length."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind, sizes = CROWDS[how]
+    config = CONFIG_MAPPING[kind](**sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    rope.by_sequence(model)
+    rules = hf.TokenRules(frozenset(), 0)
+    sampler = TransformersSampler(model, rules, DEVICE, MANY, prefill_tokens=BUDGET)
+    rng, params = np.random.Generator(np.random.PCG64(0)), SamplingParams(max_new_tokens=8)
+    # of two lengths: the shorter ones are padded, and so all are masked
+    prompts = [rng.integers(1, 512, size=LONG - 8 - i % 2).astype(np.int32) for i in range(MANY)]
+    sampler.submit([Request(i, ids, i, params) for i, ids in enumerate(prompts)])
+    weights = [(name, tensor.clone()) for name, tensor in sampler.model.state_dict().items()]
+    for step in range(8):
+        if step == 6:
+            sampler.load(1, weights)
+        sampler.step()
+    section = Sampler(max_new_tokens=8, concurrency=MANY, prefill_tokens=BUDGET)
+    return memory.sampler(section, shapes(config), dtype=torch.float32, cuda=CUDA, longest=LONG)
 
 
 def most() -> int:
@@ -123,6 +172,8 @@ if __name__ == "__main__":
     pair, role, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     if role == "learner":
         use = learn(pair, what == "checkpointed")
+    elif role == "crowd":
+        use = crowd(what)
     else:
         use = (judge if role == "teacher" else generate)(pair, getattr(torch, what))
     predicted = use.peak - sum(p.nbytes for p in use.always if CUDA and "estimate" in p.what)

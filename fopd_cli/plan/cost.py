@@ -132,11 +132,13 @@ def by_arithmetic(
 
 
 def _turn(plan: Plan, found: Sequence[Worker], host: float) -> float:
-    """Seconds to put one role to sleep and wake another: what sleeping roles keep in main memory crosses the
-    bus both ways. The mean over workers, and over all turns: where one overlaps, both ways at once.
+    """Seconds to put one role to sleep and wake another: what changes crosses the bus both ways, what never
+    does only on the way back. The mean over workers, and over all turns: where one overlaps, both ways at
+    once.
     """
     if not plan.exclusive:
         return 0.0
-    moved = [total(w.use.host_asleep) for w in found if w.spec.devices]
-    ways = 2 - len(plan.overlaps) / len(TURNS)
-    return ways * sum(moved) / max(1, len(moved)) / host
+    moved = [(total(w.use.saved), total(w.use.woken)) for w in found if w.spec.devices]
+    apart, together = sum(map(sum, moved)), sum(map(max, moved))
+    overlapping = len(plan.overlaps) / len(TURNS)
+    return (overlapping * together + (1 - overlapping) * apart) / max(1, len(moved)) / host

@@ -130,7 +130,8 @@ def build_learner(spec: WorkerSpec, setup: Setup, breathe: Callable[[], None]) -
         heads = [hf.load_head(t.model, "teacher.model", targets.dtype) for t, targets in pairs]
         heads = [h if t is None else renumbered_head(h, t) for h, t in zip(heads, setup.tables, strict=True)]
     own = torch.float32 if recipe.student.lora is None else compute
-    found = shards.empty(recipe.student.model, "student.model", own) if spec.world > 1 else None
+    direct = shards.direct(device, spec.world)
+    found = shards.empty(recipe.student.model, "student.model", own) if direct else None
     model, unread = found or (None, None)
     if unread is None:
         model = load_student(recipe, compute)

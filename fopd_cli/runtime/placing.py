@@ -50,7 +50,6 @@ def models(recipe: Recipe, prompt: int = PROMPT, told: int | None = None) -> Mod
             for t in recipe.teachers
             if not engine_of(t).remote
         },
-        prompt,
         prompt + response,
         (prompt if told is None else told) + response,
         trainable,

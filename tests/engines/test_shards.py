@@ -17,11 +17,16 @@ import torch
 from architectures import ARCHITECTURES
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
+from fopd_cli.engines.building import TeacherOrder
 from fopd_cli.engines.learner import lora
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf, shards
 from fopd_cli.engines.models.checkpoint_format import converts
+from fopd_cli.engines.transformers import build
+from fopd_cli.engines.transformers.build import on_weights
+from fopd_cli.engines.transformers.sampler import TransformersSampler
 from fopd_cli.engines.transformers.teacher import TransformersTeacher
+from fopd_cli.recipe.schema import Teacher
 
 SIZES = {
     "vocab_size": 8192,
@@ -147,6 +152,80 @@ def test_each_rank_reads_its_own_part(model: Path, tmp_path: Path) -> None:
     assert peaks["offloaded"] < 0.75 * size
     assert peaks["teacher"] < 0.75 * size / 2  # in bf16, as the files
     assert peaks["adapted"] < 0.75 * size / 2
+
+
+def learner_alone(path: str, direct: bool, **changes: Any) -> Any:
+    """In fp32, and so without FSDP."""
+    lm, unread = shards.empty(path, "m", torch.float32) or (None, None)
+    if not direct:
+        lm, unread = hf.load_model(path, "m", torch.float32), None
+    return FsdpLearner(lm, [], kit.config(vocab=8192, **changes), kit.CPU, 0, 1, unread).student
+
+
+def sampler_alone(path: str, direct: bool) -> Any:
+    lm, unread = shards.empty(path, "m", torch.bfloat16) or (None, None)
+    if not direct:
+        lm, unread = hf.load_model(path, "m", torch.bfloat16), None
+    return TransformersSampler(lm, hf.TokenRules(frozenset(), 0), kit.CPU, 2, unread=unread).model
+
+
+def test_one_rank_that_reads_by_itself_has_the_same_model(model: Path) -> None:
+    """The same bits under the same names, and a tied weight is one parameter, which learns once."""
+    makers = {
+        "learner": lambda direct: learner_alone(str(model), direct),
+        "checkpointed": lambda direct: learner_alone(str(model), direct, activation_checkpointing=True),
+        "teacher": lambda direct: teacher_of(str(model), 1, direct),
+        "sampler": lambda direct: sampler_alone(str(model), direct),
+    }
+    for name, make in makers.items():
+        found, whole = make(True), make(False)
+        assert parts_of(found).keys() == parts_of(whole).keys(), name
+        for part, tensor in parts_of(whole).items():
+            assert torch.equal(parts_of(found)[part], tensor), (name, part)
+        assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in whole.parameters()]
+
+
+def sharded_alone(rank: int, world: int, path: str) -> list[str]:
+    """Names of what differs between the two ways under FSDP."""
+    differ = []
+    makers = {"learner": learner_of, "adapted": adapted_of}
+    makers["offloaded"] = lambda *a: learner_of(*a, offload=True)
+    for name, make in makers.items():
+        found, whole = (parts_of(make(path, world, in_shards)) for in_shards in (True, False))
+        differ += [f"{name} {n}" for n in found.keys() ^ whole.keys()]
+        differ += [f"{name} {n}" for n in whole if not torch.equal(found[n], whole[n])]
+    return differ
+
+
+def test_the_only_rank_under_fsdp_has_the_same_model(model: Path, tmp_path: Path) -> None:
+    assert kit.on_ranks(1, tmp_path, sharded_alone, str(model)) == []
+
+
+def test_main_memory_never_holds_a_model_that_is_read_onto_a_device(model: Path) -> None:
+    """Onto the meta device, which takes no memory: what is seen is what reading takes of main memory."""
+    lm, unread = shards.empty(str(model), "m", torch.float32) or pytest.fail("it would be loaded whole")
+    _, peak = peak_of(lambda: unread.place(lm, lm, torch.device("meta")))
+    assert {t.device.type for t in parts_of(lm).values()} == {"meta"}
+    assert peak < 0.1 * sum(4 * t.numel() for t in lm.parameters())
+
+
+def test_weights_are_read_onto_accelerators_and_into_shards() -> None:
+    assert shards.direct(torch.device("cuda", 0), 1)
+    assert shards.direct(kit.CPU, 2)
+    assert not shards.direct(kit.CPU, 1)
+
+
+def test_engines_are_built_that_way(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an accelerator, but on a CPU: the model was never loaded whole."""
+    path = str(pair / "student")
+    plain = on_weights(path, torch.bfloat16, kit.CPU, 2).model
+    monkeypatch.setattr(shards, "direct", lambda *_: True)
+    monkeypatch.setattr(hf, "load_model", lambda *_: pytest.fail("loaded whole"))
+    found = parts_of(on_weights(path, torch.bfloat16, kit.CPU, 2).model)
+    assert found.keys() == parts_of(plain).keys()
+    assert [n for n, tensor in parts_of(plain).items() if not torch.equal(tensor, found[n])] == []
+    order = TeacherOrder(Teacher(model=path), torch.float32, kit.CPU, world=1, context=64, vocab=64)
+    assert all(t.device.type == "cpu" for t in parts_of(build.teacher(order).model).values())
 
 
 @pytest.mark.parametrize(

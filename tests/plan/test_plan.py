@@ -315,3 +315,20 @@ def test_a_run_on_a_cpu_says_nothing_about_devices(ran: tuple[Path, str]) -> Non
     recipe = ran[0] / "recipe.yaml"
     with pytest.raises(UserError, match="ran on a CPU, and the plan is for H100 SXM"):
         invoke(recipe, "--devices", "4", "--from", ran[0])
+
+
+def test_between_turns_what_never_changes_crosses_the_bus_once() -> None:
+    """A frozen teacher and base only come back from main memory; adapters and their AdamW states go there,
+    too; the sampler's weights are dropped.
+    """
+    recipe = load_recipe(ROOT / "recipes" / "one-gpu-lora.yaml")
+    found = forecast(recipe, on(recipe, 1))
+    models, workers = found.setting.models, found.workers
+    (judge,) = models.teachers.values()
+    assert found.plan.exclusive
+    assert len(workers) == 3
+    assert models.trainable is not None
+    frozen = 2 * judge.parameters + 2 * models.student.parameters + 2 * judge.head
+    learns = (4 + 8) * models.trainable
+    turn = (frozen + 2 * learns) / 3 / found.setting.hardware.rates.host
+    assert found.costs.turn == pytest.approx(turn, rel=1e-6)

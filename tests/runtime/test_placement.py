@@ -139,6 +139,7 @@ def shapes(billions: float, width: int = 2048, layers: int = 24) -> Shapes:
         inner=3 * width,
         normed_queries=False,
         vocab=32_000,
+        in_pieces=True,
     )
 
 
@@ -146,7 +147,7 @@ def sized(
     tmp_path: Path, learning: float, judging: float, gb: int, *overrides: str, **placement: Any
 ) -> tuple[Recipe, Fit]:
     wanted = recipe(tmp_path, "sampler.engine=vllm", *overrides, **placement)
-    models = Models(shapes(learning), {"teacher": shapes(judging, 4096, 40)}, 64, 576, 576)
+    models = Models(shapes(learning), {"teacher": shapes(judging, 4096, 40)}, 576, 576)
     return wanted, Fit(wanted, models, gb * GB)
 
 

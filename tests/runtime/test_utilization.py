@@ -41,7 +41,7 @@ def test_the_peak_is_that_of_all_devices_of_a_worker(tmp_path: Path) -> None:
     """The first of three learners stands for all; recomputation in checkpointing is not model FLOP."""
     split = {"mode": "partition", "sampler": 4, "teacher": 1, "learner": 3}
     wanted = recipe(tmp_path, "sampler.engine=vllm", "sampler.vllm.tensor_parallel=2", **split)
-    models = Models(shapes(1.5), {"teacher": shapes(7, 4096, 40)}, 64, 576, 576)
+    models = Models(shapes(1.5), {"teacher": shapes(7, 4096, 40)}, 576, 576)
     found = at_peak(wanted, place(wanted, 8, 64), models, PEAK)
     student, teacher = models.student.active, models.teachers["teacher"]
     assert found == {

@@ -169,10 +169,7 @@ class FsdpLearner:
             enable_packing(model, config.learner.compile)
         # In evaluation mode: with dropout, the student that learns would not be the one that sampled.
         self.student = _Student(model.eval(), head_rule(model.config, "student.model"))
-        self._shard()
-        if unread is not None:
-            home = torch.device("cpu") if config.learner.offload else device
-            unread.fill(self.student, self.student.lm, home)
+        self._shard(unread)
         self._probe(looks_back=unread is not None)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.student.parameters() if p.requires_grad],
@@ -190,9 +187,9 @@ class FsdpLearner:
         fused = self.device.type == "cuda" or self.config.learner.offload
         return {"fused": fused, "foreach": not fused}
 
-    def _shard(self) -> None:
+    def _shard(self, unread: Unread | None) -> None:
         """One rank that computes in fp32 has nothing to shard or cast; otherwise FSDP2 keeps the fp32
-        masters.
+        masters. Either way, weights that are still unread are read then.
         """
         lm, config = self.student.lm, self.config
         if config.learner.compile:
@@ -206,7 +203,10 @@ class FsdpLearner:
                 lm, checkpoint_wrapper, check_fn=lambda m: isinstance(m, block_type)
             )
         if not sharded(config.compute_dtype, config.learner.offload, self.world):
-            self.student.to(self.device)
+            if unread is None:
+                self.student.to(self.device)
+            else:
+                unread.place(self.student, lm, self.device)
             return
         mesh = dist.init_device_mesh(self.device.type, (self.world,))
         policy: dict[str, Any] = {
@@ -226,6 +226,9 @@ class FsdpLearner:
             fully_shard(block, **policy)
         fully_shard(self.student, reshard_after_forward=False, **policy)
         register_fsdp_forward_method(self.student, "hidden")
+        if unread is not None:
+            home = torch.device("cpu") if config.learner.offload else self.device
+            unread.fill(self.student, lm, home)
 
     def _probe(self, looks_back: bool) -> None:
         """Checks that need the weights as they are sharded, on their device."""

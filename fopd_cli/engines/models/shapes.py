@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fopd_cli.engines.models import hf
+from fopd_cli.engines.models.support import reads_in_pieces
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Shapes:
     inner: int  # values between the two halves of a token's MLPs in one layer
     normed_queries: bool  # queries and keys have norms of their own
     vocab: int
+    in_pieces: bool  # a sequence can be read some columns at a time
 
     @property
     def kv(self) -> int:
@@ -67,4 +69,5 @@ def shapes(config: Any) -> Shapes:
         inner=inner,
         normed_queries="q_norm" in names,
         vocab=hf.vocab_size(config),
+        in_pieces=reads_in_pieces(model),
     )

@@ -1,7 +1,8 @@
-"""Weights read straight into the shards of a model: no rank ever holds all of it.
+"""Weights read straight to where they are used: no rank holds more than its shards, and main memory never
+holds a model that runs on an accelerator.
 
     empty     the architecture, its parameters on the meta device: shapes without memory
-    sharded   by the engine that runs it
+    sharded   by the engine that runs it, if there are several ranks
     filled    each rank makes memory for its shards, and reads its own part of each tensor from the files
 
 Files of which transformers makes a model in a way that `assembly` does not know are loaded as usual, whole.
@@ -41,7 +42,7 @@ class Unread:
         """
         every = lm.named_parameters(remove_duplicate=False)
         unmade = {name for name, tensor in every if tensor.device.type == "meta"}
-        root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
+        _give_memory(root, device)
         with self.files.reading() as read:
             for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
                 plain = name.replace("_checkpoint_wrapped_module.", "")
@@ -53,6 +54,16 @@ class Unread:
                     local.copy_(new[tuple(slice(a, a + n) for a, n in zip(start, local.shape, strict=True))])
                 elif name in unmade:
                     raise RuntimeError(f"{plain} is in no file")  # it would be whatever was in memory
+
+    def place(self, root: nn.Module, lm: nn.Module, device: torch.device) -> None:
+        """`fill` for a model that is not sharded: `.to(device)` cannot move what has no memory."""
+        root._apply(lambda t: t if t.device.type == "meta" else t.to(device))
+        self.fill(root, lm, device)
+
+
+def direct(device: torch.device, world: int) -> bool:
+    """Whether a model's weights are read where they are used, and not all of them on the host first."""
+    return world > 1 or device.type != "cpu"
 
 
 def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None:
@@ -71,6 +82,21 @@ def empty(model: str, key: str, dtype: torch.dtype) -> tuple[Any, Unread] | None
     hf.cast(lm, dtype)
     rope.by_sequence(lm)
     return lm.eval(), Unread(files, pieces)
+
+
+def _give_memory(root: nn.Module, device: torch.device) -> None:
+    """Memory for what is on the meta device. Tied weights stay one parameter, which `_apply` keeps only of
+    sharded ones.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in root.modules():
+        for name, own in module._parameters.items():
+            if own is None or own.device.type != "meta" or isinstance(own, DTensor):
+                continue
+            if own not in made:
+                made[own] = nn.Parameter(torch.empty_like(own, device=device), own.requires_grad)
+            module._parameters[name] = made[own]
+    root._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)
 
 
 def _copy(piece: Piece, local: Tensor, start: tuple[int, ...], read: Read) -> None:

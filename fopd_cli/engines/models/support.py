@@ -7,6 +7,7 @@ engines.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -115,6 +116,16 @@ def bears_no_padding(config: Any) -> bool:
     what layers choose from.
     """
     return keeps_state(config) or any(any(word in kind for word in WHOLE_ROW) for kind in layer_types(config))
+
+
+def reads_in_pieces(model: Any) -> bool:
+    """Whether a sequence can be computed some columns at a time, after the cache of those before. `model` may
+    be on the meta device.
+    """
+    # A state needs whole prompts, and a piece of a sequence does not show its length.
+    if bears_no_padding(model.config) or rope.by_length(model.config):
+        return False
+    return "past_key_values" in inspect.signature(model.forward).parameters
 
 
 def keeps_state(config: Any) -> bool:

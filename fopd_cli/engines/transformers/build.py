@@ -48,8 +48,9 @@ def on_weights(
 
     config, tokenizer = hf.load_config(model, "student.model"), hf.load_tokenizer(model, "student.model")
     rules = hf.token_rules(model, tokenizer, config, "student.model")
-    loaded = hf.load_model(model, "student.model", dtype)
-    return TransformersSampler(loaded, rules, device, concurrency, vocab, **options)
+    found = shards.empty(model, "student.model", dtype) if shards.direct(device, 1) else None
+    loaded, unread = found or (hf.load_model(model, "student.model", dtype), None)
+    return TransformersSampler(loaded, rules, device, concurrency, vocab, unread=unread, **options)
 
 
 def teacher(order: TeacherOrder) -> Teacher:
@@ -57,7 +58,8 @@ def teacher(order: TeacherOrder) -> Teacher:
 
     order.join()
     section = order.section
-    found = shards.empty(section.model, "teacher.model", order.dtype) if order.world > 1 else None
+    direct = shards.direct(order.device, order.world)
+    found = shards.empty(section.model, "teacher.model", order.dtype) if direct else None
     model, unread = found or (hf.load_model(section.model, "teacher.model", order.dtype), None)
     if order.one_rotation:
         rope.by_sequence(model, order.context)

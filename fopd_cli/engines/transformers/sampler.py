@@ -34,9 +34,11 @@ import torch
 from torch import Tensor
 
 from fopd_cli.engines.models.hf import TokenRules
-from fopd_cli.engines.models.support import bears_no_padding
+from fopd_cli.engines.models.shards import Unread
+from fopd_cli.engines.models.support import bears_no_padding, reads_in_pieces
 from fopd_cli.engines.resting import Resting
 from fopd_cli.engines.tokens import rope
+from fopd_cli.engines.tokens.packing import check_looks_back
 from fopd_cli.engines.tokens.rows import Row
 from fopd_cli.engines.transformers import cpu_attention
 from fopd_cli.engines.transformers.record import JOINS
@@ -63,7 +65,8 @@ class _Row(Row):
 
 
 class TransformersSampler:
-    """Implements `protocols.Sampler`. `model` is a causal LM on `device`; its weights are replaced by `load`.
+    """Implements `protocols.Sampler`. `model` is a causal LM; its weights are replaced by `load`. `unread`:
+    it is on the meta device, and its weights are read onto `device`.
 
     Ids from `vocab` up, which the teacher lacks, are never sampled: log-probs are over the rest. None: all
     are.
@@ -78,6 +81,7 @@ class TransformersSampler:
         vocab: int | None = None,
         prefill_tokens: int = PREFILL_TOKENS,
         stale_kv: bool = False,
+        unread: Unread | None = None,
     ) -> None:
         self.prefill_tokens, self.stale_kv = prefill_tokens, stale_kv
         if device.type == "cpu":
@@ -85,19 +89,18 @@ class TransformersSampler:
         self._resting = Resting(device, forgetful=True)
         self.vocab = vocab
         self.joins = 0
-        self.model, self.rules, self.device, self.batch_size = (
-            model.to(device).eval(),
-            rules,
-            device,
-            batch_size,
-        )
+        if unread is None:
+            model.to(device)
+        else:
+            unread.place(model, model, device)
+            check_looks_back(lambda batch: batch.hidden(model), model, device, "student.model")
+        self.model, self.rules, self.device, self.batch_size = model.eval(), rules, device, batch_size
         self.version = 0
         # Some architectures take no positions, or no cache.
         self._takes = set(inspect.signature(model.forward).parameters)
         self._one_length = bears_no_padding(model.config)
         self._by_length = rope.by_length(model.config)
-        # A state needs whole prompts, and a piece of a sequence does not show its length.
-        self._in_pieces = not (self._one_length or self._by_length) and "past_key_values" in self._takes
+        self._in_pieces = reads_in_pieces(model)
         # of each row's rotary embedding, when the cache was written
         self._factors: list[tuple[int, ...]] = []
         self._waiting: deque[Request] = deque()

@@ -50,8 +50,8 @@ class _HiddenAndHead(nn.Module):
 
 
 class TransformersTeacher:
-    """Implements `protocols.Teacher`. `unread`: on several ranks the model may be on the meta device; its
-    weights are then read after sharding.
+    """Implements `protocols.Teacher`. `unread`: the model is on the meta device, and its weights are read
+    after sharding.
     """
 
     def __init__(
@@ -83,9 +83,12 @@ class TransformersTeacher:
             register_fsdp_forward_method(self.model, "hidden")
             if unread is not None:
                 unread.fill(self.model, model, device)
-                check_looks_back(self.model.hidden, model, device, "teacher.model")
+        elif unread is not None:
+            unread.place(self.model, model, device)
         else:
             self.model.to(device)
+        if unread is not None:
+            check_looks_back(self.model.hidden, model, device, "teacher.model")
         if packing:
             check_packing(self.model.hidden, model, vocab, longest, device, "teacher.packing")
 

@@ -60,7 +60,9 @@ class Use:
     phases: dict[str, Parts] = field(default_factory=dict)  # what comes on top, one phase at a time
     asleep: Parts = ()  # on the device, while other roles take their turn
     host: Parts = ()  # in main memory, where the rest is on a device
-    host_asleep: Parts = ()
+    host_asleep: Parts = ()  # what sleeping adds to that
+    saved: Parts = ()  # what each sleep copies from a device; what never changes was copied once
+    woken: Parts = ()  # what each waking copies back to it
     least: int = 0  # vLLM: bytes of the device that it needs to start, an update included
     row: int = 0  # vLLM: bytes of the keys and values of a sample of full length
     rows: float = 0.0  # vLLM: how many of these its cache holds
@@ -111,6 +113,14 @@ def under_way_in_a_block(s: Shapes, size: int) -> int:
     return size * 2 * s.width + (4 + size) * s.width + size * max(3 * s.inner, 2 * s.queries + s.keys)
 
 
+def attending(s: Shapes, size: int, read: int, held: int) -> int:
+    """Bytes in a block while `read` tokens attend to the cache of `held`: its keys and values, joined to new
+    ones, and copied for all query heads that share them, since rows are padded and so are masked.
+    """
+    copied = 2 * s.queries if 2 * s.queries > s.keys else 0
+    return size * (read * (2 * s.width + 2 * s.queries + s.keys) + held * (s.keys + copied))
+
+
 def backward_of_a_block(s: Shapes, size: int) -> int:
     """Bytes per token of gradients at the widest point: those of the MLP's inner values, and of a norm in
     fp32.
@@ -154,17 +164,14 @@ def learner(
     size, learns = compute.itemsize, s.parameters if trainable is None else trainable
     sharded = world > 1 or section.offload or compute != torch.float32
     moments = 2 * (4 if section.optimizer_dtype == "fp32" else 2)
-    frozen = 0 if trainable is None else s.parameters * size // world
-    teacher_heads = Part("teacher heads", sum(h.head * head_dtype.itemsize for h in heads))
-    state = (
-        Part("master weights in fp32", 4 * learns // world),
-        Part("gradients in fp32", 4 * learns // world),
-        Part("AdamW's states", moments * learns // world),
-    )
+    masters = Part("master weights in fp32", 4 * learns // world)
+    states = Part("AdamW's states", moments * learns // world)
+    frozen = Part("frozen base", 0 if trainable is None else s.parameters * size // world)
+    state = (masters, Part("gradients in fp32", 4 * learns // world), states, frozen)
+    their_heads = Part("teacher heads", sum(h.head * head_dtype.itemsize for h in heads))
     always = (
-        *(() if section.offload else state),
-        Part("frozen base", frozen),
-        teacher_heads,
+        *(() if section.offload and cuda else state),
+        their_heads,
         Part("published weights, two versions", published),
         *_context(cuda, world),
     )
@@ -200,12 +207,20 @@ def learner(
     step = (Part("AdamW's states, widened", 0 if moments == 8 or section.offload else 8 * learns // world),)
     phases = {"loss": loss, "backward": backward, "scatter": scatter, "step": step}
     copy = Part("a checkpoint being written", (4 + moments) * learns // world if staged else 0)
-    host = (Part("process", CUDA_PROCESS), copy, *(state if section.offload else ()))
     if not cuda:
         return Use((*always, copy, Part("process", PROCESS)), phases)
-    resting = () if section.offload else state
+    # Heads have a copy in main memory at all times, and gradients are gone before it sleeps.
+    host = (Part("process", CUDA_PROCESS), copy, their_heads, *(state if section.offload else ()))
+    changes = () if section.offload else (masters, states)
+    resting = () if section.offload else (*changes, frozen)
     return Use(
-        always, phases, _context(cuda, world), host, (*resting, Part("frozen base", frozen), teacher_heads)
+        always,
+        phases,
+        _context(cuda, world),
+        host,
+        host_asleep=resting,
+        saved=changes,
+        woken=(*resting, their_heads),
     )
 
 
@@ -229,31 +244,26 @@ def teacher(
     if not cuda:
         return Use((*always, Part("process", PROCESS)), {"forward": forward, "load": (_files(s, size),)})
     host = (Part("process", CUDA_PROCESS),)
-    return Use(always, {"forward": forward}, _context(cuda, world), host, (weights,))
+    return Use(
+        always, {"forward": forward}, _context(cuda, world), host, host_asleep=(weights,), woken=(weights,)
+    )
 
 
 def sampler(
-    section: Sampler,
-    s: Shapes,
-    *,
-    dtype: torch.dtype,
-    cuda: bool,
-    longest: int,
-    prompt: int,
-    arriving: int = 0,
+    section: Sampler, s: Shapes, *, dtype: torch.dtype, cuda: bool, longest: int, arriving: int = 0
 ) -> Use:
-    """A sampler on transformers: one replica on one device. `prompt` is the longest prompt's number of
-    tokens. `arriving`: bytes of new weights on their way into the model.
+    """A sampler on transformers: one replica on one device. `arriving`: bytes of new weights on their way
+    into the model.
     """
     size, rows = dtype.itemsize, section.concurrency
     weights = Part("weights", size * s.parameters)
     held = rows * longest
     always = (weights, *_context(cuda, 1))
-    # After an update in mid-rollout, all rows are read again at once.
-    read = held if section.max_new_tokens else rows * prompt
+    # After an update in mid-rollout, all rows are read again, in pieces if the model allows it.
+    read = min(held, max(section.prefill_tokens, rows)) if s.in_pieces else held
     forward = (
         Part("KV cache", size * s.kv * held),
-        Part("activations", read * under_way_in_a_block(s, size)),
+        Part("activations", max(read * under_way_in_a_block(s, size), attending(s, size, read, held))),
         Part("logits", rows * s.vocab * (size + 3 * 4 + 2 * 8)),
     )
     # Running requests keep their cache meanwhile.
@@ -261,7 +271,8 @@ def sampler(
     phases = {"forward": forward, "update": update}
     if not cuda:
         return Use((*always, Part("process", PROCESS)), {**phases, "load": (_files(s, size),)})
-    return Use(always, phases, _context(cuda, 1), (Part("process", CUDA_PROCESS),), (weights,))
+    host = (Part("process", CUDA_PROCESS),)
+    return Use(always, phases, _context(cuda, 1), host, host_asleep=(weights,), woken=(weights,))
 
 
 def vllm(
@@ -298,12 +309,16 @@ def vllm(
     token = max(1, size * s.kv // split)
     left = max(0, int(share * device) - total(working))
     cache = left if cache_bytes is None else cache_bytes // split
+    # It copies frozen weights anew at each sleep, and drops live ones, which are loaded when it wakes.
+    kept = () if live else (weights,)
     return Use(
         (*working, Part("KV cache", cache)),
         {"update": (update,)},
         (Part("vLLM, asleep (estimate)", ASLEEP),),
         (Part("process", split * CUDA_PROCESS),),
-        () if live else (weights,),
+        host_asleep=() if live else (Part("weights", size * s.parameters),),  # those of all devices
+        saved=kept,
+        woken=kept,
         least=total(working) + token * longest + update.nbytes,
         row=token * longest,
         rows=cache / (token * longest),
@@ -349,8 +364,7 @@ class Models:
 
     student: Shapes
     teachers: Mapping[str, Shapes]  # those that run here, by name
-    prompt: int  # tokens of the longest prompt
-    longest: int  # of the longest sample, as the student has it
+    longest: int  # tokens of the longest sample, as the student has it
     judged: int  # and as teachers judge it
     trainable: int | None = None  # parameters of adapters; None: all weights learn
 
@@ -447,7 +461,6 @@ def of_sampler(recipe: Recipe, spec: WorkerSpec, models: Models, device_bytes: i
         dtype=_dtype(section.dtype, cuda),
         cuda=cuda,
         longest=models.longest,
-        prompt=models.prompt,
         arriving=_arriving(recipe, models, cuda),
     )
 
