@@ -86,11 +86,12 @@ class Held:
         raise AssertionError("there are pieces")
 
 
-def gpu_group(folder: Path) -> None:
-    """The process group of a learner's one rank on a GPU, made once per process."""
+def own_group(folder: Path) -> None:
+    """The process group of a learner's one rank, made once per process."""
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{folder}/r", rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/r", rank=0, world_size=1)
 
 
 def make_samples(pair: Path, count: int = 7, drifted: bool = True, width: int = 128) -> list[Sample]:

@@ -1,6 +1,10 @@
 """One role of a real pair in a process of its own, doing a step of its work: how much memory it took at most,
 and what the memory model says. `python memory_kit.py PAIR ROLE HOW [cpu|cuda]` prints both as JSON; on CUDA
-what was allocated at most is compared, without what CUDA and its libraries take.
+what was allocated at most is compared, without what CUDA and its libraries take, and what the allocator
+reserved is printed beside it.
+
+HOW is a dtype for teachers and samplers. For learners it is plain or checkpointed, which compute in fp32;
+mixed, in bf16 from fp32 masters, as recipes do; or lora, adapters in fp32 over a base in bf16.
 
 The role "crowd" is a sampler of a small model whose rows hold far more tokens than a pass may have; HOW is
 one of CROWDS, and PAIR is not read.
@@ -10,12 +14,14 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import learner_kit as kit
 import numpy as np
 import torch
 
+from fopd_cli.engines.learner import lora
 from fopd_cli.engines.learner.learner import FsdpLearner
 from fopd_cli.engines.models import hf
 from fopd_cli.engines.models.shapes import shapes
@@ -71,30 +77,45 @@ def rollouts(vocab: int) -> list[Rollout]:
     ]
 
 
-def learn(pair: Path, checkpointing: bool) -> memory.Use:
+def learn(pair: Path, how: str) -> memory.Use:
     """Two steps, since gradients and states are made in the first."""
     config, theirs = (hf.load_config(str(pair / m), "m") for m in ("student", "teacher"))
-    vocab = hf.vocab_size(config)
+    vocab, compute = hf.vocab_size(config), torch.bfloat16 if how in ("mixed", "lora") else torch.float32
+    section = Learner(micro_tokens=2 * LENGTH, activation_checkpointing=how == "checkpointed")
     cfg = kit.config(
-        vocab=vocab, longest=LENGTH, micro_tokens=2 * LENGTH, activation_checkpointing=checkpointing
+        vocab=vocab,
+        longest=LENGTH,
+        micro_tokens=section.micro_tokens,
+        activation_checkpointing=section.activation_checkpointing,
+        compute_dtype=compute,
     )
-    head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
-    learner = FsdpLearner(hf.load_model(str(pair / "student"), "m", torch.float32), [head], cfg, DEVICE, 0, 1)
+    if compute != torch.float32:  # it then runs under FSDP
+        kit.own_group(Path(tempfile.mkdtemp()))
+    model, trainable = hf.load_model(str(pair / "student"), "m", torch.float32), None
+    if how == "lora":
+        lora.add_adapters(model, 32, 64.0, "all-linear", 0, compute)
+        trainable = sum(tensor.numel() for _, tensor in lora.adapters(model))
+    head = hf.load_head(str(pair / "teacher"), "m", compute)
+    learner = FsdpLearner(model, [head], cfg, DEVICE, 0, 1)
     width = hf.hidden_width(theirs)
-    targets = [TeacherTargets("hidden", hidden=torch.randn(LENGTH - PROMPT, width)) for _ in range(ROWS)]
+    targets = [
+        TeacherTargets("hidden", hidden=torch.randn(LENGTH - PROMPT, width, dtype=compute))
+        for _ in range(ROWS)
+    ]
     samples = [Sample(r, t, 0) for r, t in zip(rollouts(vocab), targets, strict=True)]
     for step in range(2):
         learner.train(step, samples)
     return memory.learner(
-        Learner(micro_tokens=2 * LENGTH, activation_checkpointing=checkpointing),
+        section,
         shapes(config),
         [shapes(theirs)],
         world=1,
-        compute=torch.float32,
+        compute=compute,
         cuda=CUDA,
         tokens=ROWS * LENGTH,
         longest=LENGTH,
-        head_dtype=torch.float32,
+        trainable=trainable,
+        head_dtype=compute,
     )
 
 
@@ -171,10 +192,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     pair, role, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     if role == "learner":
-        use = learn(pair, what == "checkpointed")
+        use = learn(pair, what)
     elif role == "crowd":
         use = crowd(what)
     else:
         use = (judge if role == "teacher" else generate)(pair, getattr(torch, what))
     predicted = use.peak - sum(p.nbytes for p in use.always if CUDA and "estimate" in p.what)
-    print(json.dumps({"measured": most(), "predicted": predicted, "parts": memory.largest(use.parts, 9)}))
+    found = {"measured": most(), "predicted": predicted, "parts": memory.largest(use.parts, 9)}
+    print(json.dumps({**found, "reserved": torch.cuda.max_memory_reserved() if CUDA else None}))

@@ -204,9 +204,11 @@ def _of_teachers(recipe: Recipe) -> Iterator[str]:
                 if recipe.support == "sampled"
                 else f"loss.support {recipe.support}"
             )
+            asking = t.model_copy(update={"targets": "hidden"})
+            asked = "teacher.targets: hidden, " if hands_over("hidden", asking) else ""
             yield (
                 f"teacher.engine: {t.engine} gives log-probs, not the hidden states that {why} needs; "
-                "set loss.support: topk (or auto), or teacher.engine: transformers"
+                f"set loss.support: topk (or auto), {asked}or teacher.engine: transformers"
             )
         engine = engine_of(t)
         if engine.remote and t.template == "teacher":

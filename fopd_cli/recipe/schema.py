@@ -536,7 +536,7 @@ class Loss(Section):
     teacher_temperature: Literal["one", "sampler"] = "one"
     """Temperature of the teacher in sampled and mc support. one: the student, sampled at sampler.temperature,
     becomes the teacher's own distribution. sampler: the student becomes the teacher at every temperature;
-    needs hidden states (teacher.engine transformers).
+    needs hidden states (teacher.targets hidden).
     """
     tail: bool = True
     """The tail class of topk support. Without it the student can hide mass, so false is refused."""

@@ -56,7 +56,7 @@ def test_the_learner_is_plain_pytorch(pair: Path, tmp_path: Path, dtype: torch.d
     samples = kit.make_samples(pair)
     cfg = kit.config(compute_dtype=dtype)
     if dtype == torch.bfloat16:
-        kit.gpu_group(tmp_path)
+        kit.own_group(tmp_path)
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     model = hf.load_model(str(pair / "student"), "m", torch.float32)
     learner = FsdpLearner(model, [head], cfg, torch.device("cuda"), 0, 1)
@@ -103,7 +103,7 @@ def test_what_saves_time_or_memory_changes_no_loss(
     samples = kit.make_samples(pair)
     cfg = kit.config(compute_dtype=torch.bfloat16)
     other = saving(cfg, changes)
-    kit.gpu_group(tmp_path)
+    kit.own_group(tmp_path)
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     losses = []
     for one in (cfg, other):
@@ -158,7 +158,7 @@ def test_a_version_is_published_beside_the_next_step_and_its_update_waits_on_the
     """
     samples, cuda = kit.make_samples(pair), torch.device("cuda")
     if dtype == torch.bfloat16:
-        kit.gpu_group(tmp_path)
+        kit.own_group(tmp_path)
     head = hf.load_head(str(pair / "teacher"), "m", torch.float32)
     model = hf.load_model(str(pair / "student"), "m", torch.float32)
     learner = FsdpLearner(model, [head], kit.config(compute_dtype=dtype), cuda, 0, 1)

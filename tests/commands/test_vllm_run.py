@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import (
     SLOW,
     TINY,
@@ -91,6 +92,31 @@ def test_adapters_alone_are_published(fopd: Fopd, pair: Path) -> None:
     assert 0 < sent[-1] < 0.2 * (pair / "student" / "model.safetensors").stat().st_size
     score = json.loads(fopd("eval", run).out)["score"]
     assert score == pytest.approx(s["score_last"], abs=0.3)
+
+
+@SLOW
+def test_hidden_states_out_of_vllm_teach_as_those_of_transformers(fopd: Fopd, pair: Path) -> None:
+    """The same run twice, with the reverse KL over the whole vocabulary; only the teacher's engine differs,
+    and so rounding.
+    """
+
+    def taught(engine: str) -> list[dict[str, Any]]:
+        teacher = {"engine": engine, "targets": "hidden"}
+        run = fopd.run(small_recipe(pair, teacher=teacher, loss={"kind": "reverse_kl"}), engine)
+        used = yaml.safe_load((run / "recipe.yaml").read_text())
+        assert used["teacher"]["engine"] == engine
+        assert used["loss"]["support"] in ("auto", "full")
+        check_accounts(run)
+        return metrics(run)
+
+    near, far = taught("transformers"), taught("vllm")
+    steps = [(a, b) for a, b in zip(near, far, strict=True) if a["kind"] == "step"]
+    assert len(steps) == 4
+    for a, b in steps:
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert b["kl"] == pytest.approx(a["kl"], rel=1e-3)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
+    assert steps[-1][1]["kl"] < steps[0][1]["kl"]
 
 
 @SLOW

@@ -154,6 +154,10 @@ def test_a_long_lag_weakens_the_anchor_of_a_policy_gradient_and_brings_the_ratio
             "not the hidden states that loss.teacher",
         ),
         (
+            ["loss.support=full", "teacher.engine=vllm"],
+            r"set loss.support: topk \(or auto\), teacher.targets: hidden, or teacher.engine: transformers",
+        ),
+        (
             ["teacher.engine=http", "teacher.http.url=localhost:8000/v1"],
             "is not a URL; write it like http://",
         ),
