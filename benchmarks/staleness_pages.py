@@ -22,7 +22,7 @@ from staleness_text_report import text_markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TOYS = DOCS / "staleness"
-TEXTS = ("text-cpu", "text-gsm8k", "text-h100")  # folders of TOYS with runs of the real pair
+TEXTS = ("text-cpu", "text-80", "text-gsm8k", "text-h100")  # folders of TOYS with runs of the real pair
 PAGES = ("staleness.md", "staleness-details.md")
 RUNS = "results.jsonl"
 FIGURES = {
