@@ -31,9 +31,9 @@ import importlib.machinery, os
 blocked = os.environ["BLOCKED"].split(",")
 finder = importlib.machinery.PathFinder
 plain = finder.find_spec
-def find_spec(name, path=None, target=None):
+def find_spec(cls, name, path=None, target=None):
     return None if name.partition(".")[0] in blocked else plain(name, path, target)
-finder.find_spec = staticmethod(find_spec)
+finder.find_spec = classmethod(find_spec)  # bound, as it was: pytest makes it an attribute of its own
 """
 
 
