@@ -136,7 +136,7 @@ class Inputs:
         """What workers get when they start. `arena`: the memory of teacher targets. `folder`: where their
         ranks meet.
         """
-        rendezvous = folder / f".rendezvous-{uuid.uuid4().hex[:8]}"
+        rendezvous = folder.resolve() / f".rendezvous-{uuid.uuid4().hex[:8]}"
         return Setup(
             self.recipe,
             self.vocab,

@@ -76,12 +76,10 @@ def _join_group(spec: WorkerSpec, setup: Setup, always: bool) -> None:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if spec.devices else "gloo"
-    dist.init_process_group(
-        backend,
-        init_method=f"file://{setup.rendezvous}-{spec.role}-{spec.index}-{spec.restarts}",
-        rank=spec.rank,
-        world_size=spec.world,
-    )
+    # By its path: in a URL, file://runs/x is the file /x of a machine called runs, and torch waits for it.
+    meeting = f"{setup.rendezvous}-{spec.role}-{spec.index}-{spec.restarts}"
+    store = dist.FileStore(meeting, spec.world)
+    dist.init_process_group(backend, store=store, rank=spec.rank, world_size=spec.world)
 
 
 def learner_config(

@@ -128,6 +128,14 @@ def test_several_replicas_and_ranks(fopd: Fopd, pair: Path) -> None:
     assert ours["kl"] == pytest.approx(theirs["kl"], rel=1e-4)
 
 
+def test_processes_meet_in_a_run_directory_that_is_relative_as_its_default_is(fopd: Fopd, pair: Path) -> None:
+    """A learner that computes in bf16 joins a process group, also alone."""
+    recipe = fopd.recipe(small_recipe(pair, learner={"steps": 1, "dtype": "bf16"}, placement={"teacher": 2}))
+    fopd("run", recipe, "--run-dir", "runs/first", timeout=120)
+    fopd("resume", "runs/first", "--set", "learner.steps=2", timeout=120)
+    assert [r["step"] for r in metrics(fopd.folder / "runs" / "first") if r["kind"] == "step"] == [1, 2]
+
+
 def test_time_slicing_takes_turns(fopd: Fopd, pair: Path) -> None:
     run = fopd.run(small_recipe(pair, placement={"mode": "timeslice"}, schedule={"max_lag": 1}))
     found = spans(run)
