@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import staleness_regions as regions
 import staleness_report as report
-from staleness_names import LOSSES, PUBLISHED, WEAKENING, full_label, label, longest
+from staleness_names import LOSSES, ON_TEXT, PUBLISHED, WEAKENING, full_label, label, longest
 from staleness_text_report import TextRow, text_rows
 
 matplotlib.use("Agg")
@@ -164,7 +164,7 @@ def _text(path: Path, rows: Sequence[TextRow], metadata: dict[str, str]) -> None
         room = (max(2, len(own)) - len(own)) / 2  # a single bar stands in the middle
         panels[0][column].set_xlim(-0.7 - room, len(own) - 0.3 + room)
         _bars(panels[0][column], sync, own, "kl")
-        panels[0][column].set_title(LOSSES.get(loss, loss).replace(", ", ",\n"), fontsize=9)
+        panels[0][column].set_title(ON_TEXT.get(loss, loss).replace(", ", ",\n"), fontsize=9)
         if measured:
             _bars(panels[1][column], sync, own, "kl_on_answers")
         panels[-1][column].set_xticks(range(len(own)))

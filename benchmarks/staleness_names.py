@@ -54,6 +54,7 @@ LOSSES = {
     "jsd": "JSD(0.5), full",
     "topk": "top-8 and tail",
 }
+ON_TEXT = {**LOSSES, "topk64": "top-64 and tail"}  # losses of the real pair
 
 
 def rank(policy: str) -> tuple[int, str]:

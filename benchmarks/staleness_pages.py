@@ -18,7 +18,7 @@ from pathlib import Path
 
 import staleness_report as report
 from staleness_tables import tables
-from staleness_text_report import text_markdown
+from staleness_text_report import summary, text_markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TOYS = DOCS / "staleness"
@@ -49,7 +49,9 @@ def blocks(page: str) -> list[str]:
 def texts() -> dict[str, str]:
     """Every table that a page may have, by name."""
     found = tables(report.read(TOYS / RUNS))
-    return {**found, **{name: text_markdown(report.read(TOYS / name / RUNS)) for name in TEXTS}}
+    runs = {name: report.read(TOYS / name / RUNS) for name in TEXTS}
+    found |= {name: text_markdown(own) for name, own in runs.items()}
+    return {**found, "real_pair": summary(runs["text-cpu"])}
 
 
 def committed() -> dict[Path, str]:

@@ -287,12 +287,45 @@ def strength(found: Found) -> str:
 
     lines = []
     for lag in ("2", "4", "8", "16", "32"):
-        for policy in (CONSTANT_ANCHOR, "fopd, pace 160", "fopd, pace 128", WEAKENING, "fopd, pace 32"):
+        for policy in (
+            CONSTANT_ANCHOR,
+            "fopd, pace 160",
+            "fopd, pace 128",
+            WEAKENING,
+            "fopd, pace 32",
+            "fopd, pace 16",
+        ):
             cells = [cell(task, policy, lag) for task in TASKS]
             if set(cells) != {NONE}:
                 lines.append((label(policy, CACHED, lag), lag, *cells))
     said = ", ".join(f"{spread[task]:.3f} ({task})" for task in TASKS)
     return f"{table(('', 'lag', *TASKS), lines)}\n\nFrom seed to seed these scores differ by {said}."
+
+
+def ideas(found: Found) -> str:
+    """What was tried against long lags besides a pace, cached policy gradient; its code is not kept."""
+    ratio = "loss.importance=true"
+    tried = (
+        ("pace 64 (defaults)", WEAKENING, ()),
+        (
+            "anchor to a moving average (8 versions), lambda 8, ratio",
+            CONSTANT_ANCHOR,
+            (ratio, "freshness.anchor=8", "@average=8"),
+        ),
+        ("lambda holds D_roll at 0.01, ratio", CONSTANT_ANCHOR, (ratio, "@dual=0.01")),
+        ("lambda holds D_roll at 0.03, ratio", CONSTANT_ANCHOR, (ratio, "@dual=0.03")),
+        ("trust, 0.2 nats, and pace 64", WEAKENING, ("@trust=0.2",)),
+        ("learning rate falls as D_roll passes 0.01", "async", ("@lr_drift=0.01",)),
+        ("the same with the ratio", "async", (ratio, "@lr_drift=0.01")),
+    )
+
+    def cell(task: str, policy: str, lag: str, extra: Sequence[str]) -> str:
+        row = found(task, CACHED, policy, lag, *extra)
+        return NONE if row is None else f"{row['score']:.3f} ({share(row)}; {row['seeds']})"
+
+    places = [(task, lag) for lag in ("2", "16", "32") for task in TASKS]
+    heads = ("", *(f"{task}, lag {lag}" for task, lag in places))
+    return table(heads, [(name, *(cell(t, p, lag, e) for t, lag in places)) for name, p, e in tried])
 
 
 def supervision(found: Found) -> str:
@@ -386,7 +419,7 @@ def keys(found: Found) -> str:
     def sweep(key: str, *values: str) -> list[str]:
         return top8(*(None if v == "" else f"freshness.{key}={v}" for v in values))
 
-    paces = [found("short", CACHED, f"fopd, pace {n}", "8") for n in (32, 64, 128)]
+    paces = [found("short", CACHED, f"fopd, pace {n}", "8") for n in (16, 32, 64, 128)]
     trusts = [
         found("short", CACHED, "trust", "8", *extra)
         for extra in (("freshness.trust=0.1",), (), ("freshness.trust=0.3",), ("freshness.trust=1",))
@@ -401,7 +434,7 @@ def keys(found: Found) -> str:
         ("`anchor`", "1, 5, 10, 20, 40", sweep("anchor", "1", "5", "", "20", "40"), "auto: 20 up to lag 3"),
         (
             "`pace`, not from that base",
-            "32, 64, 128, null (lambda 20)",
+            "16, 32, 64, 128, null (lambda 20)",
             plain([*paces, constant]),
             "auto: 64 beyond lag 3",
         ),
@@ -454,6 +487,7 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
         losses,
         horizons,
         strength,
+        ideas,
         supervision,
         coverage,
         weights,

@@ -3,7 +3,8 @@ answers of 48 tokens are too short to be right.
 
 A KL is in nats per token, on the student's own held-out answers, which differ from run to run. It compares
 runs of one loss only: of a policy gradient it is a mean of sampled log-ratios, of top-k and tail it is over
-k + 1 classes. KL(teacher || student) on the teacher's answers is the same measure for every run.
+k + 1 classes. KL(teacher || student) on the teacher's answers is the same measure for every run, and of the
+untrained student it is the same number in all runs of a folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from staleness_names import LOSSES, full_label, longest, rank
+from staleness_names import CONSTANT_ANCHOR, ON_TEXT, SAMPLED, UP_TO, WEAKENING, full_label, longest, rank
 
 Result = dict[str, Any]
 TEXT = "text"
@@ -39,6 +40,7 @@ class TextRow:
     extra: tuple[str, ...]
     runs: list[Result]
     base: list[Result]
+    untrained: float | None  # the student's KL on the teacher's answers before the first step
 
     @property
     def first(self) -> float:
@@ -66,8 +68,15 @@ class TextRow:
         if not self.base or self.collapsed:
             return None
         first = statistics.fmean(r["kl_curve"][0][1] for r in self.base)
-        gain = first - _last(self.base)
-        return (first - self.last) / gain if gain > LEARNT * first else None
+        return _share(first, _last(self.base), self.last)
+
+    @property
+    def of_gain_on_answers(self) -> float | None:
+        """The same on the teacher's answers."""
+        theirs, own = _on_answers(self.base), self.on_answers
+        if self.untrained is None or theirs is None or own is None or self.collapsed:
+            return None
+        return _share(self.untrained, theirs, own)
 
 
 def collapsed(run: Result, base: Sequence[Result]) -> bool | None:
@@ -75,7 +84,7 @@ def collapsed(run: Result, base: Sequence[Result]) -> bool | None:
     own, theirs = run.get("kl_on_answers"), _on_answers(base)
     if own is not None and theirs is not None:
         return bool(own > WORSE * theirs)
-    if run["loss"] == "topk":
+    if run["loss"].startswith("topk"):
         return None
     first, *later = (kl for _, kl in run["kl_curve"])
     return True if max(later, default=first) > ROSE * first else None
@@ -89,7 +98,7 @@ def text_rows(results: Sequence[Result]) -> list[TextRow]:
 
     def place(group: tuple[str, tuple[str, ...], str, str]) -> tuple[Any, ...]:
         loss, extra, lag, policy = group
-        known = list(LOSSES).index(loss) if loss in LOSSES else len(LOSSES)
+        known = list(ON_TEXT).index(loss) if loss in ON_TEXT else len(ON_TEXT)
         return known, loss, extra, longest(lag), lag, rank(policy)
 
     def base(loss: str, extra: tuple[str, ...], runs: list[Result]) -> list[Result]:
@@ -98,8 +107,9 @@ def text_rows(results: Sequence[Result]) -> list[TextRow]:
         same = [r for r in sync if r["seed"] in seeds]
         return same if len(same) == len(seeds) else sync
 
+    untrained = next((r["kl_on_answers_at_first"] for r in results if r.get("kl_on_answers_at_first")), None)
     return [
-        TextRow(loss, policy, lag, extra, groups[key], base(loss, extra, groups[key]))
+        TextRow(loss, policy, lag, extra, groups[key], base(loss, extra, groups[key]), untrained)
         for key in sorted(groups, key=place)
         for loss, extra, lag, policy in [key]
     ]
@@ -111,26 +121,54 @@ def text_markdown(results: Sequence[Result]) -> str:
     if not found:
         return ""
     heads = ["loss", "policy", "lag (mean)", "seeds", "KL at first", "KL at last", "of sync's gain"]
-    heads += ["on the teacher's answers", "over sync's", "D_roll", "collapsed"]
+    heads += ["on the teacher's answers", "of sync's gain there", "D_roll", "collapsed"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     previous = ""
     for row in found:
-        loss = LOSSES.get(row.loss, row.loss)
+        loss = ON_TEXT.get(row.loss, row.loss)
         lines.append(f"| {' | '.join(('' if loss == previous else loss, *_cells(row)))} |")
         previous = loss
     runs = [r for row in found for r in row.runs]
     seconds = [r["wall_seconds"] for r in runs]
     floor = [r["drift_roll"] for r in runs if r["lag"] == "0"]
     said = f"{len(runs)} runs, {min(seconds):,.0f} to {max(seconds):,.0f} s each."
+    if found[0].untrained is not None:
+        said += f" The untrained student has {found[0].untrained:.2f} on the teacher's answers."
     if floor:
         said += f" D_roll of synchronous samples, the noise floor: {min(floor):.4f} to {max(floor):.4f} nats."
     return "\n".join([*lines, "", said])
 
 
+def summary(results: Sequence[Result]) -> str:
+    """Shares of sync's gain at lag 8 by loss, without control and with the defaults."""
+    found = {(row.loss, row.policy, row.lag): row for row in text_rows(results) if not row.extra}
+    lines = []
+    for loss, name in ON_TEXT.items():
+        today = WEAKENING if loss in SAMPLED else CONSTANT_ANCHOR
+        columns = [("async", "8"), ("async", f"{UP_TO}8"), (today, "8"), (today, f"{UP_TO}8")]
+        cells = [_kept(found.get((loss, *column))) for column in columns]
+        lines.append(f"| {' | '.join((name, *cells))} |")
+    heads = ["of sync's gain: own / teacher's answers", "async, lag 8", "async, up to 8"]
+    heads += ["defaults, lag 8", "defaults, up to 8"]
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *lines])
+
+
+def _kept(row: TextRow | None) -> str:
+    if row is None:
+        return "-"
+    seeds = f" ({len(row.runs)})" if len(row.runs) > 1 else ""
+    if row.collapsed:
+        return f"collapsed{seeds}"
+    own, theirs = (
+        "-" if share is None else f"{share:.0%}" for share in (row.of_gain, row.of_gain_on_answers)
+    )
+    return f"{own} / {theirs}{seeds}"
+
+
 def _cells(row: TextRow) -> list[str]:
     mean_lag = statistics.fmean(r["lag_mean"] for r in row.runs)
     drift = statistics.fmean(r["drift_roll"] for r in row.runs)
-    share, theirs, base = row.of_gain, row.on_answers, _on_answers(row.base)
+    share, theirs, there = row.of_gain, row.on_answers, row.of_gain_on_answers
     seeds = len(row.runs)
     return [
         full_label(row.policy, row.loss, row.lag, row.extra),
@@ -140,10 +178,16 @@ def _cells(row: TextRow) -> list[str]:
         f"{row.last:.3f}" + (f" ± {_error([r['kl'] for r in row.runs]):.3f}" if seeds > 1 else ""),
         "-" if share is None else f"{share:.0%}",
         "-" if theirs is None else f"{theirs:.2f}",
-        "-" if theirs is None or base is None or row.policy == "sync" else f"{theirs / base - 1:+.0%}",
+        "-" if there is None else f"{there:.0%}",
         f"{drift:.2g}" if drift < 0.1 else f"{drift:.2f}",
         "-" if row.collapsed is None else f"{row.collapsed}/{seeds}",
     ]
+
+
+def _share(first: float, base: float, last: float) -> float | None:
+    """Of a fall from `first` to `base`, which one to `last` is; None if that fall is hardly one."""
+    gain = first - base
+    return (first - last) / gain if gain > LEARNT * first else None
 
 
 def _error(values: Sequence[float]) -> float:
