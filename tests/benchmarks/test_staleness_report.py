@@ -103,26 +103,42 @@ def cells(table: str, policy: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")][3:-1]
 
 
+REAL = [
+    text_run("sync", "0", [2.0, 1.0], kl_on_answers=1.0),
+    text_run("sync", "0", [2.0, 0.8], seed=1, kl_on_answers=1.2),
+    text_run("async", "8", [2.2, 1.1], kl_on_answers=1.1, kl_on_answers_at_first=2.1),
+    text_run("lag_weight", "8", [2.0, 0.5], kl_on_answers=48.8),
+    text_run("fopd, defaults", "<=4", [2.0, 1.0], kl_on_answers=None),
+]
+
+
 def test_real_text_is_judged_by_its_kl_against_sync_of_the_same_seed() -> None:
-    table = text_report.text_markdown(
-        [
-            text_run("sync", "0", [2.0, 1.0], kl_on_answers=1.0),
-            text_run("sync", "0", [2.0, 0.8], seed=1, kl_on_answers=1.2),
-            text_run("async", "8", [2.2, 1.1], kl_on_answers=1.1),
-            text_run("lag_weight", "8", [2.0, 0.5], kl_on_answers=48.8),
-            text_run("fopd, defaults", "<=4", [2.0, 1.0], kl_on_answers=None),
-        ]
-    )
+    table = text_report.text_markdown(REAL)
     # Mean and standard error of 1.0 and 0.8; the mean of 1.0 and 1.2; both seeds' answers are well.
     assert cells(table, "sync") == [
-        *("0", "2", "2.00", "0.900 ± 0.100", "100%", "1.10", "-", "0.0016", "0/2")
+        *("0", "2", "2.00", "0.900 ± 0.100", "100%", "1.10", "100%", "0.0016", "0/2")
     ]
     # From where seed 0 of sync began, not from its own start: (2.0 - 1.1) / (2.0 - 1.0).
-    assert cells(table, "async") == ["8 (7.1)", "1", "2.20", "1.100", "90%", "1.10", "+10%", "0.25", "0/1"]
+    # On the teacher's answers every untrained student has the same: (2.1 - 1.1) / (2.1 - 1.0).
+    assert cells(table, "async") == ["8 (7.1)", "1", "2.20", "1.100", "90%", "1.10", "91%", "0.25", "0/1"]
     # A KL that falls by silence is no gain: on the teacher's answers this run is lost.
-    assert cells(table, "lag weights")[4:] == ["-", "48.80", "+4780%", "0.25", "1/1"]
+    assert cells(table, "lag weights")[4:] == ["-", "48.80", "-", "0.25", "1/1"]
     assert cells(table, "defaults") == ["up to 4 (7.1)", "1", "2.00", "1.000", "100%", "-", "-", "0.25", "-"]
-    assert "5 runs, 430 to 431 s each. D_roll of synchronous samples, the noise floor: 0.0016 to" in table
+    assert (
+        "5 runs, 430 to 431 s each. The untrained student has 2.10 on the teacher's answers. D_roll" in table
+    )
+
+
+def test_the_real_pair_in_a_line_a_loss() -> None:
+    held_back = [
+        text_run("fopd, defaults", "<=8", [2.0, 0.9], kl_on_answers=0.99),
+        text_run("fopd, defaults", "<=8", [2.0, 0.9], seed=1, kl_on_answers=1.21),
+    ]
+    collapsed = text_run("async", "<=8", [2.0, 0.5], kl_on_answers=9.0)
+    (line,) = [
+        line for line in text_report.summary([*REAL, *held_back, collapsed]).splitlines() if "91%" in line
+    ]
+    assert line == "| reverse KL, full | 90% / 91% | collapsed | - | 100% / 100% (2) |"
 
 
 @pytest.mark.parametrize(

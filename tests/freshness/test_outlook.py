@@ -101,6 +101,26 @@ def test_the_rate_of_the_recipe_chooses_nothing(tmp_path: Path) -> None:
 LOSSES = {"pg_cached": "policy gradient, cached", "reverse_kl": "reverse KL, full"}  # as the map names them
 
 
+def test_what_a_real_pair_kept_is_that_of_the_committed_runs(tmp_path: Path) -> None:
+    runs = [r for r in lines(ROOT / "docs" / "staleness" / "text-cpu" / "results.jsonl") if not r["extra"]]
+
+    def kept(policy: str, lag: str) -> float:
+        own = {
+            r["seed"]: r for r in runs if (r["loss"], r["policy"], r["lag"]) == ("reverse_kl", policy, lag)
+        }
+        sync = [r for r in runs if (r["loss"], r["policy"]) == ("reverse_kl", "sync") and r["seed"] in own]
+        assert len(sync) == len(own) > 0
+        first, last = (statistics.fmean(r["kl_curve"][place][1] for r in sync) for place in (0, -1))
+        return (first - statistics.fmean(r["kl"] for r in own.values())) / (first - last)
+
+    for lag, share in outlook.REAL_PAIR.items():
+        assert share == pytest.approx(kept("async", str(lag)), abs=0.006)
+    held_back = kept(CONTROLLED, "<=8")
+    assert held_back == pytest.approx(outlook.HELD_BACK, abs=0.006)
+    exact = recipe(tmp_path, loss={"support": "full"}, schedule={"max_lag": 6})
+    assert "91% of the gain after 40 steps at lag 8, and 96% up to lag 8" in str(outlook.outlook(exact))
+
+
 @pytest.mark.parametrize(("loss", "column"), [("pg_cached", None), ("reverse_kl", outlook.NOTHING)])
 def test_the_least_that_held_is_that_of_the_map(loss: str, column: str | None) -> None:
     """docs/staleness/regions.md, made from the committed runs; a question mark there: it is not shown."""
