@@ -6,6 +6,7 @@ that was the default before 2026-11-26. Here "defaults" is what a user gets toda
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 CONSTANT = 3  # the longest lag at which the defaults' anchor is constant
@@ -58,8 +59,9 @@ ON_TEXT = {**LOSSES, "topk64": "top-64 and tail"}  # losses of the real pair
 
 
 def rank(policy: str) -> tuple[int, str]:
-    """Sorts policies: published ones first, then ours, then by name."""
-    return (ORDER.index(policy) if policy in ORDER else len(ORDER)), policy
+    """Sorts policies: published ones first, then ours, then by name, in which numbers count as numbers."""
+    place = ORDER.index(policy) if policy in ORDER else len(ORDER)
+    return place, re.sub(r"\d+", lambda number: number[0].zfill(4), policy)
 
 
 def longest(lag: str) -> int:
