@@ -12,7 +12,8 @@ from collections.abc import Sequence
 CONSTANT = 3  # the longest lag at which the defaults' anchor is constant
 MIXED = "0..8"
 UP_TO = "<="  # before the bound of a lag that the clock decides
-SAMPLED = ("pg_cached", "pg_ratio", "pg_recomputed")
+CACHED = "pg_cached"
+SAMPLED = (CACHED, "pg_ratio", "pg_recomputed")
 PUBLISHED = "fopd"
 CONSTANT_ANCHOR, WEAKENING = "fopd, defaults", "fopd, pace 64"
 NOT_KEPT = "@"  # begins an override of a pilot whose code is not in the repository

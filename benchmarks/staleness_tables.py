@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from staleness_names import (
+    CACHED,
     CONSTANT,
     CONSTANT_ANCHOR,
     LOSSES,
@@ -21,7 +22,6 @@ from staleness_names import (
 from staleness_report import TASKS, Result, Row, equal_time, rows
 
 EXACT = tuple(loss for loss in LOSSES if loss not in SAMPLED)
-CACHED = "pg_cached"
 TOP8 = "fopd, top-k anchor"
 LAGS = ("2", "4", "8", "16")
 NONE = "-"

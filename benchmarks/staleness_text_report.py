@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from staleness_names import CONSTANT_ANCHOR, ON_TEXT, SAMPLED, UP_TO, WEAKENING, full_label, longest, rank
+from staleness_names import (
+    CACHED,
+    CONSTANT_ANCHOR,
+    ON_TEXT,
+    SAMPLED,
+    UP_TO,
+    WEAKENING,
+    full_label,
+    longest,
+    rank,
+)
 
 Result = dict[str, Any]
 TEXT = "text"
@@ -31,7 +41,8 @@ LEARNT = 0.1  # the least that sync must gain, of its KL at first, for shares of
 @dataclass(frozen=True)
 class TextRow:
     """Runs of one loss, policy, lag and overrides; figures are means over their seeds. `base`: the
-    synchronous runs that they are compared with, of the same seeds where there are such.
+    synchronous runs that they are compared with, of the same seeds where there are such. All policy gradients
+    from sampled tokens share those of the cached one, unless they have their own.
     """
 
     loss: str
@@ -103,6 +114,9 @@ def text_rows(results: Sequence[Result]) -> list[TextRow]:
 
     def base(loss: str, extra: tuple[str, ...], runs: list[Result]) -> list[Result]:
         sync = groups.get((loss, extra, "0", "sync"), [])
+        if not sync and loss in SAMPLED:
+            # without lag the ratio is 1, and an advantage that is computed again is the cached one
+            sync = groups.get((CACHED, extra, "0", "sync"), [])
         seeds = {r["seed"] for r in runs}
         same = [r for r in sync if r["seed"] in seeds]
         return same if len(same) == len(seeds) else sync

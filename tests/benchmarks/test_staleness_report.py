@@ -156,6 +156,13 @@ def test_without_the_teachers_answers_only_a_rise_tells(
     assert text_report.collapsed(run, [text_run("sync", "0", [1.8, 0.8], loss=loss)]) is found
 
 
+def test_without_lag_all_policy_gradients_are_the_cached_one() -> None:
+    sync = text_run("sync", "0", [2.0, 1.0], loss="pg_cached")
+    ratio, kl = (text_run("async", "8", [2.0, 1.1], loss=loss) for loss in ("pg_ratio", "reverse_kl"))
+    shares = {row.loss: row.of_gain for row in text_report.text_rows([sync, ratio, kl]) if row.lag == "8"}
+    assert shares == {"pg_ratio": pytest.approx(0.9), "reverse_kl": None}
+
+
 def test_a_loss_whose_own_kl_does_not_fall_has_no_shares() -> None:
     rows = text_report.text_rows(
         [
