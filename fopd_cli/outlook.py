@@ -111,7 +111,7 @@ class Outlook:
         if self.kind == "exact":
             at = min((at for at in REAL_PAIR if at >= self.measured), default=max(REAL_PAIR))
             return (
-                "reverse KL needed none at 3e-4 and 1e-4 either; of a real pair it kept "
+                "reverse KL needed none at 3e-4 and 1e-4 either; a real pair kept "
                 f"{REAL_PAIR[at]:.0%} of the gain after 40 steps at lag {at}, and {HELD_BACK:.0%} up to "
                 "lag 8 where freshness.max_drift held sampling back"
             )
