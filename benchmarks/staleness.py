@@ -95,7 +95,7 @@ PACE = "fopd, pace 64"
 WEAKER = (PACE, "fopd, pace 32", "fopd, pace 16")
 PACED = {
     f"fopd, pace {n}": ["freshness.policy=fopd", f"freshness.pace={n}", "loss.importance=true"]
-    for n in (16, 32, 64, 128, 160)
+    for n in (8, 16, 32, 64, 128, 160)
 }
 POLICIES = {**HEADLINE, **PACED}
 RATES = ("3e-4", "1e-4", "1e-3", "3e-3")
@@ -202,15 +202,19 @@ def beyond(seed: int) -> Iterator[Cell]:
     for lag in ("32", "16", "8"):
         yield Cell("short", "pg_recomputed", PACE, lag, seed)
     yield Cell("short", "pg_cached", PACE, "4", seed)
+    for task in TOYS:
+        yield Cell(task, "pg_cached", PACE, f"{UP_TO}8", seed)
 
 
 def paces(seed: int) -> Iterator[Cell]:
     """How much the pace matters, and what the ratio alone does at lag 2."""
     for lag in ("32", "16", "8", "2"):
         for task in TOYS:
-            for policy in PACED:
-                if policy != PACE:
-                    yield Cell(task, "pg_cached", policy, lag, seed)
+            for n in (16, 32, 128, 160):
+                yield Cell(task, "pg_cached", f"fopd, pace {n}", lag, seed)
+    for task in TOYS:
+        for policy in (PACE, DEFAULT):
+            yield Cell(task, "pg_cached", policy, "2", seed)
 
 
 def mixed(seed: int) -> Iterator[Cell]:
@@ -354,15 +358,20 @@ def text(seed: int) -> Iterator[Cell]:
         for lag in ("16", "4"):
             for policy in ("async", DEFAULT, *(WEAKER if loss == "pg_cached" else ())):
                 yield Cell(TEXT, loss, policy, lag, seed)
-    for bound in ("4", "2", "8"):
-        yield Cell(TEXT, "reverse_kl", DEFAULT, UP_TO + bound, seed)
+    for bound in ("8", "4", "2"):
+        for policy in ("async", DEFAULT):
+            yield Cell(TEXT, "reverse_kl", policy, UP_TO + bound, seed)
+    for policy in ("async", PACE):
+        yield Cell(TEXT, "pg_cached", policy, f"{UP_TO}8", seed)
     if seed:
         return
+    yield Cell(TEXT, "pg_cached", "fopd, pace 8", "8", seed)
     for loss in ON_TEXT:
         if loss not in exact:
             yield Cell(TEXT, loss, "sync", "0", seed)
             for policy in ("async", PACE if loss in SAMPLED else DEFAULT):
-                yield Cell(TEXT, loss, policy, "8", seed)
+                for lag in ("8", f"{UP_TO}8"):
+                    yield Cell(TEXT, loss, policy, lag, seed)
     for loss in exact:
         yield from _others(loss, "learner.lr=3e-5")
     yield from _others("reverse_kl", "learner.dtype=fp32", "sampler.dtype=fp32", "teacher.dtype=fp32")

@@ -16,7 +16,7 @@ CACHED = "pg_cached"
 SAMPLED = (CACHED, "pg_ratio", "pg_recomputed")
 PUBLISHED = "fopd"
 CONSTANT_ANCHOR, WEAKENING = "fopd, defaults", "fopd, pace 64"
-NOT_KEPT = "@"  # begins an override of a pilot whose code is not in the repository
+NOT_BUILT = "@"  # begins an override of an idea that was tried and not built
 POLICIES = {
     "sync": "sync",
     "async": "async",
@@ -91,8 +91,8 @@ def full_label(policy: str, loss: str, lag: str, extra: Sequence[str] = (), opti
     name = label(policy, loss, lag, extra)
     if others:
         name += f", with {' '.join(others)}"
-    if any(pair.startswith(NOT_KEPT) for pair in others):
-        name += " (code not kept)"
+    if any(pair.startswith(NOT_BUILT) for pair in others):
+        name += " (not built)"
     return name if optimizer == "adamw" else f"{name}, {optimizer}"
 
 

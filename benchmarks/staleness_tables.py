@@ -303,7 +303,7 @@ def strength(found: Found) -> str:
 
 
 def ideas(found: Found) -> str:
-    """What was tried against long lags besides a pace, cached policy gradient; its code is not kept."""
+    """What was tried against long lags besides a pace, cached policy gradient; none of it was built."""
     ratio = "loss.importance=true"
     tried = (
         ("pace 64 (defaults)", WEAKENING, ()),

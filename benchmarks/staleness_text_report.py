@@ -145,12 +145,14 @@ def text_markdown(results: Sequence[Result]) -> str:
     runs = [r for row in found for r in row.runs]
     seconds = [r["wall_seconds"] for r in runs]
     floor = [r["drift_roll"] for r in runs if r["lag"] == "0"]
-    said = f"{len(runs)} runs, {min(seconds):,.0f} to {max(seconds):,.0f} s each."
+    said = [f"{len(runs)} runs, {min(seconds):,.0f} to {max(seconds):,.0f} s each."]
     if found[0].untrained is not None:
-        said += f" The untrained student has {found[0].untrained:.2f} on the teacher's answers."
+        said.append(f"The untrained student has {found[0].untrained:.2f} on the teacher's answers.")
     if floor:
-        said += f" D_roll of synchronous samples, the noise floor: {min(floor):.4f} to {max(floor):.4f} nats."
-    return "\n".join([*lines, "", said])
+        said.append(
+            f"D_roll of synchronous samples, the noise floor: {min(floor):.4f} to {max(floor):.4f} nats."
+        )
+    return "\n".join([*lines, "", *said])
 
 
 def summary(results: Sequence[Result]) -> str:
