@@ -638,7 +638,8 @@ class Freshness(Section):
     """In optimizer steps: a sample that lags by tau is anchored by pace/tau (at most anchor, at least 1), so
     that the student may move as fast at a long lag as at a short one. auto: 64, hence anchor as it is (20)
     up to lag 3, for policy gradients (sampled, mc) with drift topk or exact; else null. null: by anchor at
-    every lag.
+    every lag. It takes about so many steps to reach the teacher, so a run of under a hundred may need a lower
+    one (docs/staleness.md).
     """
     drift: Literal["auto", DriftKind] = "auto"
     """Estimator of D_roll: from the sampled token (sampled is unbiased; quadratic pulls harder as an anchor),
