@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fopd_cli import __version__, paths
+from fopd_cli.files import write_synced
 from fopd_cli.report.reading import Record, Run, read
 
 ROWS = 12  # in the table of evaluations: the first, the last and some in between
@@ -19,7 +20,7 @@ def write(run_dir: Path, out: Path, step: int, licence: str | None = None, name:
     It names local directories without their paths.
     """
     path = out / "README.md"
-    path.write_text(text(read(run_dir), step, licence, name), encoding="utf-8")
+    write_synced(path, text(read(run_dir), step, licence, name))
     return path
 
 

@@ -21,6 +21,7 @@ from fopd_cli.errors import (
     Signalled,
     UserError,
     WorkerError,
+    disk_error,
 )
 from fopd_cli.runtime.crew import openmp, warm
 
@@ -727,6 +728,8 @@ def main() -> NoReturn:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(EXIT_USER)
+        if full := disk_error(error):
+            _fail(f"error: {full}; free some disk space and try again", EXIT_USER)
         raise
     sys.exit(code if isinstance(code, int) else 0)  # click returns a command's typer.Exit as its code
 

@@ -4,6 +4,10 @@
 130 interrupted (a checkpoint was written).
 """
 
+from __future__ import annotations
+
+import errno
+
 EXIT_DONE = 0
 EXIT_USER = 2
 EXIT_WORKER = 3
@@ -11,6 +15,7 @@ EXIT_INTERRUPTED = 130
 
 
 LONGEST = 1400  # characters
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -38,3 +43,23 @@ class Signalled(KeyboardInterrupt):
     Not KeyboardInterrupt itself: once that has passed through exec of a string, as dataclasses call it while
     modules are imported, Python kills the process with SIGINT, even if it was handled.
     """
+
+
+def disk_error(error: BaseException) -> str | None:
+    """The text of a full or refusing disk's error, anywhere in an exception's history; or None."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        e = pending.pop()
+        if e is None or id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, OSError) and e.errno in NO_SPACE:
+            return str(e)
+        pending += [e.__cause__, e.__context__, *(a for a in e.args if isinstance(a, BaseException))]
+        failures = getattr(e, "failures", None)  # torch's CheckpointException: rank -> (exception, traceback)
+        if isinstance(failures, dict):
+            pending += [f[0] for f in failures.values()]
+    text = str(error)
+    # torch's file writer is C++ and reports a short write only in words.
+    return text.splitlines()[0] if "No space left" in text or "PytorchStreamWriter failed" in text else None

@@ -29,6 +29,7 @@ from fopd_cli.engines.protocols import Sampler
 from fopd_cli.engines.registry import engine_of
 from fopd_cli.engines.text.templates import check_variables
 from fopd_cli.errors import UserError
+from fopd_cli.files import Appender
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.build import make_sampler, resolve_dtype, student_frame, task_arguments
 from fopd_cli.runtime.crew import messages as m
@@ -189,7 +190,7 @@ class _Book:
     def __init__(self, path: Path | None, digest: str) -> None:
         self.path, self.header = path, {"fopd_eval": digest}
         self.rows: dict[int, Row] = {}
-        self._file: Any = None
+        self._file: Appender | None = None
         if path is not None and paths.exists(path):
             self._read(path)
 
@@ -211,7 +212,7 @@ class _Book:
     def __enter__(self) -> _Book:
         if self.path is not None:
             self.rewrite()
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = Appender(self.path)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -220,9 +221,15 @@ class _Book:
 
     def write(self, row: Row) -> None:
         self.rows[row["number"]] = row
-        if self._file is not None:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        try:
+            self._file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
+        except OSError as error:
+            raise UserError(
+                f"--out: cannot write {self.path}: {error.strerror}; it keeps the rows so far, and the same "
+                "command goes on from there"
+            ) from None
 
     def rewrite(self) -> None:
         """Rewrite the file with each row once."""

@@ -13,7 +13,8 @@ from typing import Any
 
 from fopd_cli import doctor
 from fopd_cli.engines.models.downloads import obtain
-from fopd_cli.errors import UserError
+from fopd_cli.errors import UserError, disk_error
+from fopd_cli.files import write_synced
 from fopd_cli.inputs import Inputs, load_inputs, with_engines
 from fopd_cli.paths import has_run
 from fopd_cli.plan import hardware
@@ -23,7 +24,7 @@ from fopd_cli.runtime.build import sampler_dtype
 from fopd_cli.runtime.conductor import Conductor
 from fopd_cli.runtime.crew import cores
 from fopd_cli.runtime.crew.processes import Processes
-from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify, write_synced
+from fopd_cli.runtime.journal.checkpoint import CheckpointStore, verify
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.live import view
 from fopd_cli.runtime.journal.rundir import RunDir
@@ -183,22 +184,28 @@ class _Run:
         """Train to the end, then export the student; returns the summary. Ctrl-C, SIGTERM or a closed
         terminal: checkpoint and stop; again: stop now.
         """
-        with self.signals, self.journal:
-            self.conductor.run()
-            student = {**self._export(), "stopped_early": self.conductor.stopped_early}
-            summary = self.journal.summary(self.state.schedule, student)
-            write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
-            return summary
+        try:
+            with self.signals, self.journal:
+                self.conductor.run()
+                student = {**self._export(), "stopped_early": self.conductor.stopped_early}
+                summary = self.journal.summary(self.state.schedule, student)
+                write_synced(self.run_dir.summary, json.dumps(summary, indent=1) + "\n")
+                return summary
+        except OSError as error:
+            if (full := disk_error(error)) is None:
+                raise
+            how = self.saver.how_to_continue
+            raise UserError(f"{self.run_dir.path}: {full}; free some disk space, then {how}") from None
 
     def _open_sinks(self, resume: Resume | None, changed: Changes) -> Telemetry:
         if resume is not None:
             self.run_dir.take_up(self.recipe, resume, changed)
         where = {"cores": cores.here(), "plan": to_plain(self.state.inputs.plan)}
-        self.run_dir.placement.write_text(json.dumps(where) + "\n", encoding="utf-8")
+        write_synced(self.run_dir.placement, json.dumps(where) + "\n")
         track = self.recipe.track
         subject = Subject(self.run_dir.path, self.recipe.model_dump(mode="json"))
         trackers = open_trackers(track, subject, self.journal.say)
-        return Telemetry(self.run_dir.path, resume, "tensorboard" in track, trackers)
+        return Telemetry(self.run_dir.path, resume, self.journal.say, "tensorboard" in track, trackers)
 
     def _export(self) -> dict[str, Any]:
         """Export the last student, or the best, in Hugging Face's format; returns which."""

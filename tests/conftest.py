@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -195,6 +197,19 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def summary(run: Path) -> dict[str, Any]:
     return json.loads((run / "summary.json").read_text())
+
+
+@contextlib.contextmanager
+def full_at(nbytes: int) -> Iterator[None]:
+    """No file of this process grows beyond this size meanwhile: as a full disk does, the system refuses what
+    does not fit, and takes a part of what fits in part.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fopd_cli import doctor
 from fopd_cli.errors import UserError
+from fopd_cli.files import write_synced
 from fopd_cli.inputs import load_inputs
 from fopd_cli.new import data, models, recipe
 from fopd_cli.recipe import load_recipe
@@ -39,7 +40,7 @@ def write(
     for line in [*notes, *assumed]:
         say(f"assumed: {line}")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_synced(path, text)
     parsed = load_recipe(path)
     inputs = load_inputs(parsed, placed(parsed))
     return path, list(doctor.findings(inputs, Path("runs")))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 
 from fopd_cli.runtime.journal import trackers
 from fopd_cli.runtime.journal.trackers import Guarded, Subject, Tracker, flat, missing, open_trackers
@@ -102,9 +103,8 @@ def test_wandb_offline_and_without_a_login(tmp_path: Path, monkeypatch: pytest.M
     tracker.close()
     assert said == []
     (file,) = tmp_path.glob("*wandb/offline-run-*/run-*.wandb")
-    raw = file.read_bytes()
-    assert b"0.25" in raw
-    assert b"kl" in raw
+    wait_for(lambda: b"0.25" in file.read_bytes(), "wandb's own process to write the file")
+    assert b"kl" in file.read_bytes()
     monkeypatch.setenv("WANDB_MODE", "online")
     (tracker,) = open_trackers(["wandb"], Subject(tmp_path, CONFIG), said.append)
     tracker.close()

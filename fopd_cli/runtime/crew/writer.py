@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 
 from fopd_cli.engines.protocols import Snapshot
+from fopd_cli.errors import disk_error
 from fopd_cli.runtime.crew import messages as m
 from fopd_cli.runtime.crew.fleet import failure
-from fopd_cli.runtime.journal.checkpoint import described, disk_error
+from fopd_cli.runtime.journal.checkpoint import described
 
 
 class Writer:

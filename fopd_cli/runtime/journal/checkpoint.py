@@ -11,10 +11,8 @@ checkpoints/step-000100/
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -22,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fopd_cli.errors import UserError
+from fopd_cli.files import sync, write_synced
 
 FORMAT = 2
 SUPERSEDED = ".superseded"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Rhythm:
@@ -94,12 +92,12 @@ class CheckpointStore:
         entries = {name: known.get(name) or described(path) for name, path in names.items()}
         write_synced(temporary / "MANIFEST.json", json.dumps({"format": FORMAT, "files": entries}, indent=1))
         for path in files:
-            _sync(path)
+            sync(path)
         for folder in {p.parent for p in files} | {temporary}:
-            _sync(folder)
+            sync(folder)
         final = temporary.with_suffix("")
         temporary.rename(final)
-        _sync(self.folder)
+        sync(self.folder)
         for old in self.steps()[: -self.keep]:
             leaving = self.path(old).rename(
                 self.path(old).with_suffix(".tmp")
@@ -151,45 +149,6 @@ def verify(folder: Path) -> str | None:
         if _sha256(path) != entry["sha256"]:
             return f"{path} is damaged (its SHA-256 is not the manifest's)"
     return None
-
-
-def disk_error(error: BaseException) -> str | None:
-    """The text of a full or refusing disk's error, anywhere in an exception's history; or None."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        e = pending.pop()
-        if e is None or id(e) in seen:
-            continue
-        seen.add(id(e))
-        if isinstance(e, OSError) and e.errno in NO_SPACE:
-            return str(e)
-        pending += [e.__cause__, e.__context__, *(a for a in e.args if isinstance(a, BaseException))]
-        failures = getattr(e, "failures", None)  # torch's CheckpointException: rank -> (exception, traceback)
-        if isinstance(failures, dict):
-            pending += [f[0] for f in failures.values()]
-    text = str(error)
-    # torch's file writer is C++ and reports a short write only in words.
-    return text.splitlines()[0] if "No space left" in text or "PytorchStreamWriter failed" in text else None
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Replace a small file, completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def described(path: Path) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for one in (self._progress, self._sinks):
+        for one in (self._sinks, self._progress):  # files may have something to say
             if one is not None:
                 one.close()
 
@@ -109,6 +109,10 @@ class Journal:
         """After `begin`."""
         assert self._sinks is not None
         return self._sinks
+
+    def flush(self) -> None:
+        """Everything that was recorded is in its files. Raises `OSError` if the disk does not take it."""
+        self.sinks.flush()
 
     # ---- for people ----------------------------------------------------------------------------------------
 

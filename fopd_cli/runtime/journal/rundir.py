@@ -20,9 +20,10 @@ from typing import Any
 
 from fopd_cli import paths
 from fopd_cli.errors import UserError
+from fopd_cli.files import write_synced
 from fopd_cli.recipe import Recipe, dump_recipe, load_recipe
 from fopd_cli.recipe.renames import renamed
-from fopd_cli.runtime.journal.checkpoint import verify, write_synced
+from fopd_cli.runtime.journal.checkpoint import verify
 from fopd_cli.runtime.journal.sinks import Changes, JsonLines, Resume
 
 LOCK = "run.lock"

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 import torch
 
-from fopd_cli.errors import UserError
+from fopd_cli.errors import UserError, disk_error
 from fopd_cli.runtime.crew.messages import Saved
 from fopd_cli.runtime.journal.beside import Beside
 from fopd_cli.runtime.journal.best import Best
-from fopd_cli.runtime.journal.checkpoint import CheckpointStore, Rhythm, disk_error
+from fopd_cli.runtime.journal.checkpoint import CheckpointStore, Rhythm
 from fopd_cli.runtime.journal.journal import Journal
 from fopd_cli.runtime.journal.rundir import RunDir
 from fopd_cli.runtime.journal.sinks import Changes, Resume
@@ -208,6 +208,7 @@ class Saver:
             return False
         self._rhythm.saved()  # the next one is not due while this one is under way
         try:
+            self.journal.flush()  # whoever resumes finds the records of all steps before
             folder = self.store.begin(step)
         except OSError as error:
             self._not_saved(step, final, str(error))

@@ -1,4 +1,5 @@
-"""What a run leaves for people to look at. All files are append-only and survive a crash.
+"""What a run leaves for people to look at. All files are append-only and survive a crash. While the disk is
+full, the run goes on and its records wait in memory (`files.Appender`).
 
 metrics.jsonl   one record per step, evaluation and refresh; what depends on the clock is under "timing"
 ledger.jsonl    the accounting, by sample id: what each step trained and gated, and what a refresh dropped
@@ -19,13 +20,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from fopd_cli.files import Appender, Refused
 from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal.trace import Trace
-from fopd_cli.runtime.journal.trackers import Tracker
+from fopd_cli.runtime.journal.trackers import Say, Tracker
+
+if TYPE_CHECKING:
+    from fopd_cli.runtime.journal.board import Board
 
 BUSY = ("generate", "score", "train", "measure", "grade")
 
@@ -44,18 +49,18 @@ Changes = Mapping[str, tuple[Any, Any]]  # key of the recipe -> value before, va
 class JsonLines:
     """An append-only file of records; on resume, records of what will be redone are moved aside, not lost."""
 
-    def __init__(self, path: Path, resume: Resume | None) -> None:
+    def __init__(self, path: Path, resume: Resume | None, refused: Refused | None = None) -> None:
+        """`refused`: see `Appender`. Raises `OSError`."""
         self.path = path
         if resume is not None and path.exists():
             self._rewind(resume)
-        self._file = path.open("a", encoding="utf-8")
+        self.file = Appender(path, refused=refused)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        self.file.write(f"{json.dumps(_finite(record), allow_nan=False)}\n".encode())
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
     def _rewind(self, resume: Resume) -> None:
         kept: list[str] = []
@@ -108,6 +113,9 @@ class Sinks(Protocol):
 
     def histograms(self, values: dict[str, np.ndarray], step: int) -> None: ...
 
+    def flush(self) -> None:
+        """Write the records that wait for room on the disk. Raises `OSError`."""
+
     def close(self) -> None: ...
 
 
@@ -129,6 +137,8 @@ class Recorded:
 
     def histograms(self, values: dict[str, np.ndarray], step: int) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -145,17 +155,31 @@ class Records(list[dict[str, Any]]):
 class Telemetry:
     """All of a run's output files."""
 
+    QUIET_S = 60.0  # between two complaints about the disk
+
     def __init__(
-        self, run_dir: Path, resume: Resume | None, board: bool = True, trackers: Sequence[Tracker] = ()
+        self,
+        run_dir: Path,
+        resume: Resume | None,
+        say: Say,
+        board: bool = True,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
-        """`board`: whether TensorBoard's files are written; `trackers` get the same scalars."""
-        self.metrics = JsonLines(run_dir / "metrics.jsonl", resume)
-        self.ledger = JsonLines(run_dir / "ledger.jsonl", resume)
-        self.samples = JsonLines(run_dir / "samples.jsonl", resume)
-        self.warnings = JsonLines(run_dir / "warnings.jsonl", resume)
-        self.trace = Trace(run_dir / "trace.json")
-        self.board = _board(run_dir / "tensorboard", resume) if board else None
+        """`board`: whether TensorBoard's files are written; `trackers` get the same scalars. Raises
+        `OSError`.
+        """
+        self._say = say
+        self._full = self._complained = False  # some records wait; and that was said
+        self._complained_at = -math.inf
+        self.metrics = JsonLines(run_dir / "metrics.jsonl", resume, self._refused)
+        self.ledger = JsonLines(run_dir / "ledger.jsonl", resume, self._refused)
+        self.samples = JsonLines(run_dir / "samples.jsonl", resume, self._refused)
+        self.warnings = JsonLines(run_dir / "warnings.jsonl", resume, self._refused)
+        self.trace = Trace(run_dir / "trace.json", self._refused)
+        self.board = _board(run_dir / "tensorboard", resume, self._refused) if board else None
         self.trackers = trackers
+        self._records = [one.file for one in (self.metrics, self.ledger, self.samples, self.warnings)]
+        self._files = [*self._records, self.trace.file, *([] if self.board is None else [self.board.file])]
         self._busy: dict[str, float] = defaultdict(float)
         self._busy_total: dict[str, float] = defaultdict(float)
         self._window = self._began = time.time()
@@ -163,9 +187,26 @@ class Telemetry:
     def span(self, worker: str, span: Span) -> None:
         """Note what a worker did; waiting, and copying weights, do not count as busy."""
         self.trace.add(worker, span)
+        if self._full:
+            self._try_again()
         if span.name in BUSY:
             self._busy[worker] += span.end - span.start
             self._busy_total[worker] += span.end - span.start
+
+    def _refused(self, path: Path, error: OSError) -> None:
+        self._full = True
+        if not self._complained and time.monotonic() - self._complained_at > self.QUIET_S:
+            self._complained, self._complained_at = True, time.monotonic()
+            self._say(f"{path}: {error.strerror}; records wait in memory until the disk takes them")
+
+    def _try_again(self) -> None:
+        with contextlib.suppress(OSError):
+            for file in self._files:
+                file.flush()
+            self._full = False
+        if self._complained and not self._full:
+            self._complained = False
+            self._say("the disk takes records again; none is lost")
 
     def busy_shares(self) -> dict[str, float]:
         """Each role's busy share since the last call, averaged over its workers."""
@@ -186,7 +227,7 @@ class Telemetry:
             tracker.log(finite, step)
         if self.board is not None:
             for name, value in finite.items():
-                self.board.add_scalar(name, value, step)
+                self.board.scalar(name, value, step)
 
     def histograms(self, values: dict[str, np.ndarray], step: int) -> None:
         if self.board is None:
@@ -194,13 +235,19 @@ class Telemetry:
         for name, array in values.items():
             finite = array[np.isfinite(array)]
             if len(finite):
-                self.board.add_histogram(name, finite, step)
+                self.board.histogram(name, finite, step)
+
+    def flush(self) -> None:
+        """Write what waits for room on the disk, except the timeline and the curves. Raises `OSError`."""
+        for file in self._records:
+            file.flush()
 
     def close(self) -> None:
-        for file in (self.metrics, self.ledger, self.samples, self.warnings, self.trace):
+        self._try_again()
+        for file in self._files:
+            if file.waiting:
+                self._say(f"{file.path}: the disk does not take its last {file.waiting} records")
             file.close()
-        if self.board is not None:
-            self.board.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -262,10 +309,10 @@ class Progress:
                 self._bar.close()
 
 
-def _board(folder: Path, resume: Resume | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+def _board(folder: Path, resume: Resume | None, refused: Refused) -> Board:
+    from fopd_cli.runtime.journal.board import Board  # torch
 
-    return SummaryWriter(str(folder), purge_step=None if resume is None else resume.step + 1)
+    return Board(folder, None if resume is None else resume.step + 1, refused)
 
 
 def mean_and_error(grades: Iterable[Iterable[float]]) -> tuple[float, float]:

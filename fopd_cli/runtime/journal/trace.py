@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fopd_cli.files import Appender, Refused
+
 if TYPE_CHECKING:
     from fopd_cli.runtime.crew.messages import Span
 
@@ -18,16 +20,16 @@ class Trace:
     the list's end, over the previous end. A resumed run adds to it, and each worker keeps its track.
     """
 
-    END = "\n]\n"
+    END = b"\n]\n"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, refused: Refused | None = None) -> None:
+        """`refused`: see `Appender`. Raises `OSError`."""
         events = _events(path)
         self._tracks = {e["args"]["name"]: e["tid"] for e in events if e.get("ph") == "M"}
         if not events:
-            path.write_text("[" + self.END, encoding="utf-8")
-        self._file = path.open("r+b", buffering=0)
+            path.write_bytes(b"[" + self.END)
+        self.file = Appender(path, self.END, refused)
         self._empty = not events
-        self._at = path.stat().st_size - len(self.END)  # where the list ends
 
     def add(self, track: str, span: Span) -> None:
         if track not in self._tracks:
@@ -48,22 +50,22 @@ class Trace:
 
     def _write(self, event: dict[str, Any]) -> None:
         text = ("\n" if self._empty else ",\n") + json.dumps(event)
-        self._file.seek(self._at)
-        self._file.write((text + self.END).encode())  # one call: kill -9 leaves all of it or none
         self._empty = False
-        self._at += len(text.encode())
+        self.file.write(text.encode())
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 def _events(path: Path) -> list[dict[str, Any]]:
-    """The events in a trace file. A file that a full disk cut short is repaired first."""
+    """The events in a trace file. A file that was cut short is repaired first."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     events = read_trace(text)
-    whole = ("[\n" + ",\n".join(map(json.dumps, events)) if events else "[") + Trace.END
-    if events and text != whole:
-        path.write_text(whole, encoding="utf-8")
+    whole = ("[\n" + ",\n".join(map(json.dumps, events)) if events else "[").encode() + Trace.END
+    if events and text.encode() != whole:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(whole)
+        temporary.replace(path)
     return events
 
 
