@@ -1,5 +1,7 @@
 # Sourced by scripts/quickstart and scripts/test: makes .venv with one tested set of versions, once.
 
+everything=bench,data,dev,docs,real # all extras that the tests use
+
 prepare_environment() { # $1: extras, for example "data,dev"
   local extras=$1 python=${PYTHON:-python3} stamp wanted
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -9,7 +11,7 @@ prepare_environment() { # $1: extras, for example "data,dev"
   stamp=.venv/.fopd-installed
   wanted="$extras $(cat pyproject.toml constraints/*.txt | sha256sum)"
   # A superset that is installed already will do: quickstart after test needs no network either.
-  if [ -f "$stamp" ] && { [ "$(cat "$stamp")" = "$wanted" ] || [ "$(cat "$stamp")" = "data,dev,docs,real ${wanted#* }" ]; }; then
+  if [ -f "$stamp" ] && { [ "$(cat "$stamp")" = "$wanted" ] || [ "$(cat "$stamp")" = "$everything ${wanted#* }" ]; }; then
     return
   fi
   [ -x .venv/bin/python ] || "$python" -m venv .venv
