@@ -101,12 +101,10 @@ def fopd_recipe(max_lag: int, policy: str, engine: str, args: argparse.Namespace
         "student": {"model": str(args.pair.resolve() / "student")},
         "teacher": {"model": str(args.pair.resolve() / "teacher"), "dtype": "bf16"},
         "task": {"name": "math", "train": file, "eval": file, "eval_prompts": HELD_OUT, "answer": None},
-        # No more concurrent requests than held-out questions: nothing is sampled for training while the clock
-        # is stopped.
         "sampler": {
             "engine": engine,
             "max_new_tokens": args.tokens,
-            "concurrency": HELD_OUT,
+            "concurrency": args.concurrency,
             "dtype": "bf16",
         },
         "learner": {
@@ -200,6 +198,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=HELD_OUT,
+        help="running requests of the sampler; beyond the held-out questions it trains while the clock "
+        "is stopped",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--to", type=float, default=0.63, help="held-out KL, in nats a token")
     parser.add_argument("--mode", default="auto", help="fopd's placement.mode")

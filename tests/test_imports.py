@@ -420,3 +420,9 @@ def test_an_engine_is_a_folder_with_what_its_record_promises(name: str) -> None:
     assert {member for member in wanted if hasattr(engine.build, member)} == {m for m in wanted if wanted[m]}
     for key in [key for key in (engine.split, *(key for key, _ in engine.required)) if key is not None]:
         assert hasattr(engine.keys(Teacher(model="m")), key)
+
+
+def test_every_test_module_has_a_name_of_its_own() -> None:
+    """pytest imports them by it, so a second one is an error, but only where both are collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
