@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -76,3 +77,22 @@ def test_files_that_contributors_are_sent_to_are_there() -> None:
 
 def test_the_readme_is_read_in_five_minutes() -> None:
     assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_what_freshness_control_costs_on_a_real_pair_is_that_of_the_runs() -> None:
+    rows = [json.loads(line) for line in (ROOT / "docs/real-pair/race.jsonl").read_text().splitlines()]
+    race = [r for r in rows if r["student"] == "default" and r["concurrency"] == 64]
+    took = {p: [r["steps"][-1] for r in race if r["policy"] == p] for p in ("async", "fopd")}
+    shares = [a / b for a, b in zip(took["async"], took["fopd"], strict=True)]
+    said = "{:.0%} and {:.0%}".format(*shares)
+    page = " ".join((ROOT / "docs/real-pair.md").read_text().split())
+    assert "36 steps took {:.0f} and {:.0f} s with policy async".format(*took["async"]) in page
+    assert "and {:.0f} and {:.0f} s with policy fopd".format(*took["fopd"]) in page
+    assert f"{said} of async's throughput" in page
+    assert f"| {said} over runs of 36 steps" in (ROOT / "docs/throughput.md").read_text()
+    ends = {p: [r["kl"][-1][1] for r in race if r["policy"] == p] for p in took}
+    assert "KL of {:.3f} and {:.3f}, fopd at {:.3f} and {:.3f}".format(*ends["async"], *ends["fopd"]) in page
+    by_concurrency = {r["concurrency"]: r["steps"][-1] for r in rows if r["student"] == "even"}
+    assert f"{by_concurrency[16]:.0f} s with 16, {by_concurrency[64]:.0f} with 64" in page
+    (alone,) = (r for r in rows if r["student"] == "default" and r["concurrency"] == 16)
+    assert f"fopd takes {alone['steps'][-1]:.0f} s" in page
