@@ -96,3 +96,16 @@ def test_what_freshness_control_costs_on_a_real_pair_is_that_of_the_runs() -> No
     assert f"{by_concurrency[16]:.0f} s with 16, {by_concurrency[64]:.0f} with 64" in page
     (alone,) = (r for r in rows if r["student"] == "default" and r["concurrency"] == 16)
     assert f"fopd takes {alone['steps'][-1]:.0f} s" in page
+
+
+def test_the_noise_floor_is_that_of_the_runs() -> None:
+    folder = ROOT / "docs/staleness"
+    vllm, text = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("noise-floor.jsonl", "text-cpu/results.jsonl")
+    )
+    page = " ".join((ROOT / "docs/staleness.md").read_text().split())
+    of_sync = [r["drift_roll"] for r in text if r["policy"] == "sync" and not r["extra"]]
+    assert f"a D_roll of {min(of_sync):.4f} to {max(of_sync):.4f} nats at lag 0" in page
+    of_vllm = [r["drift_roll"] for r in vllm]
+    assert f"{min(of_vllm):.4f} to {max(of_vllm):.4f} with vLLM as the sampler" in page
