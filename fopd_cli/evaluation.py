@@ -29,7 +29,7 @@ from fopd_cli.engines.protocols import Sampler
 from fopd_cli.engines.registry import engine_of
 from fopd_cli.engines.text.templates import check_variables
 from fopd_cli.errors import UserError
-from fopd_cli.files import Appender
+from fopd_cli.files import Appender, write_synced
 from fopd_cli.recipe import Recipe
 from fopd_cli.runtime.build import make_sampler, resolve_dtype, student_frame, task_arguments
 from fopd_cli.runtime.crew import messages as m
@@ -236,10 +236,8 @@ class _Book:
         assert self.path is not None
         text = [json.dumps(self.header)]
         text += [json.dumps(self.rows[n], ensure_ascii=False) for n in sorted(self.rows)]
-        temporary = self.path.with_name(self.path.name + ".tmp")
         try:
-            temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
-            temporary.replace(self.path)
+            write_synced(self.path, "\n".join(text) + "\n")
         except OSError as error:
             raise UserError(f"--out: cannot write {self.path}: {error.strerror}") from None
 

@@ -228,6 +228,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {
         "__init__",
         "errors",
+        "files",
         "names",
         "paths",
         "recipe.changes",

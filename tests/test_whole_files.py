@@ -11,6 +11,7 @@ from conftest import full_at
 from fopd_cli.errors import UserError, disk_error
 from fopd_cli.evaluation import _Book
 from fopd_cli.files import Appender, write_synced
+from fopd_cli.report import suites
 
 
 def test_what_a_full_disk_refuses_is_written_later_in_order(tmp_path: Path) -> None:
@@ -59,3 +60,12 @@ def test_an_evaluation_goes_on_from_the_rows_that_a_full_disk_took(tmp_path: Pat
         for row in rows[1:]:
             again.write(row)
     assert [json.loads(line) for line in path.read_text().splitlines()][1:] == rows
+
+
+def test_figures_of_a_suite_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / suites.FILE
+    suites.write(path, [{"suite": "a", "value": 1}])
+    before = path.read_text()
+    with full_at(len(before) + 5), pytest.raises(UserError, match=r"cannot write .*too large"):
+        suites.write(path, [{"suite": "b", "value": 2}])
+    assert path.read_text() == before

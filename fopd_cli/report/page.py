@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fopd_cli import __version__
 from fopd_cli.errors import UserError
+from fopd_cli.files import write_synced
 from fopd_cli.report import suites, texts, timeline
 from fopd_cli.report.charts import charts
 from fopd_cli.report.reading import Run, read
@@ -30,9 +31,7 @@ def write(paths: Sequence[Path], out: Path) -> int:
         if out.exists() and not out.read_bytes().startswith(MARK.encode()):
             raise UserError(f"-o: {out} exists and is not a fopd report; give another name")
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        write_synced(out, text)
     except OSError as error:
         raise UserError(f"-o: cannot write {out}: {error.strerror}") from None
     return len(text.encode())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fopd_cli.errors import UserError
+from fopd_cli.files import Appender
 from fopd_cli.report.reading import Record, jsonl
 
 FILE = "suite.jsonl"  # in the run directory
@@ -15,8 +17,8 @@ FILE = "suite.jsonl"  # in the run directory
 def write(path: Path, records: Iterable[Record]) -> None:
     """Append. Raises `UserError`."""
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+        with contextlib.closing(Appender(path)) as file:
+            file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode())
     except OSError as error:
         raise UserError(f"--suite: cannot write {path}: {error.strerror}") from None
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fopd_cli.files import Appender, Refused
+from fopd_cli.files import Appender, Refused, write_synced
 from fopd_cli.runtime.crew.messages import Span
 from fopd_cli.runtime.journal.trace import Trace
 from fopd_cli.runtime.journal.trackers import Say, Tracker
@@ -77,9 +77,7 @@ class JsonLines:
         if redone:
             with self.path.with_suffix(".superseded.jsonl").open("a", encoding="utf-8") as aside:
                 aside.write("".join(line + "\n" for line in redone))
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_synced(self.path, "".join(line + "\n" for line in kept))
 
 
 class Sink(Protocol):

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fopd_cli.files import Appender, Refused
+from fopd_cli.files import Appender, Refused, write_synced
 
 if TYPE_CHECKING:
     from fopd_cli.runtime.crew.messages import Span
@@ -61,11 +61,9 @@ def _events(path: Path) -> list[dict[str, Any]]:
     """The events in a trace file. A file that was cut short is repaired first."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     events = read_trace(text)
-    whole = ("[\n" + ",\n".join(map(json.dumps, events)) if events else "[").encode() + Trace.END
-    if events and text.encode() != whole:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(whole)
-        temporary.replace(path)
+    whole = ("[\n" + ",\n".join(map(json.dumps, events)) if events else "[") + Trace.END.decode()
+    if events and text != whole:
+        write_synced(path, whole)
     return events
 
 
